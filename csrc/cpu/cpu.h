@@ -1,0 +1,44 @@
+// The contract of eca.h on the CPU.
+#pragma once
+
+#include "../eca.h"
+
+namespace eca::cpu {
+
+// How a kernel runs its loop over [begin, end): the host framework's thread pool.
+// `run` gives each thread one consecutive range of at least `grain` iterations.
+struct ThreadPool {
+  using Body = void (*)(int64_t begin, int64_t end, void* context);
+  int64_t threads;
+  void (*run)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
+};
+
+// One build of the kernels for one instruction set.
+struct Kernels {
+  const char* name;
+  void (*forward)(const Forward&, const ThreadPool&);
+  void (*backward)(const Backward&, const ThreadPool&);
+};
+
+namespace baseline {
+extern const Kernels kernels;
+}
+#if defined(__x86_64__) && defined(__GNUC__)
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+
+// The best build that this processor can run. ECA_FUSED_CPU_CAPABILITY=baseline|avx2|avx512, read
+// at the first call, asks for a lesser one.
+const Kernels& kernels();
+
+// Sizes of the second-level cache of a core, and of the cache closest to memory; 1 MB and 32 MB where
+// the system does not say.
+int64_t core_cache_bytes();
+int64_t last_level_cache_bytes();
+
+}  // namespace eca::cpu

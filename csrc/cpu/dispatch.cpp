@@ -1,0 +1,51 @@
+// Which build of the CPU kernels runs here.
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu.h"
+
+namespace eca::cpu {
+
+const Kernels& kernels() {
+  static const Kernels& best = []() -> const Kernels& {
+#if defined(__x86_64__) && defined(__GNUC__)
+    const char* wish = std::getenv("ECA_FUSED_CPU_CAPABILITY");
+    const auto allows = [&](const char* name) { return !wish || std::strcmp(wish, name) == 0; };
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c");
+    const bool has_avx512 =
+        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (has_avx2 && has_avx512 && allows("avx512")) return avx512::kernels;
+    if (has_avx2 && (allows("avx2") || allows("avx512"))) return avx2::kernels;
+#endif
+    return baseline::kernels;
+  }();
+  return best;
+}
+
+namespace {
+
+int64_t cache_bytes([[maybe_unused]] int level, int64_t otherwise) {
+  long size = 0;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+  size = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+#endif
+  return size > 0 ? size : otherwise;
+}
+
+}  // namespace
+
+int64_t core_cache_bytes() {
+  static const int64_t bytes = cache_bytes(2, int64_t(1) << 20);
+  return bytes;
+}
+
+int64_t last_level_cache_bytes() {
+  static const int64_t bytes = cache_bytes(3, int64_t(32) << 20);
+  return bytes;
+}
+
+}  // namespace eca::cpu

@@ -1,0 +1,11 @@
+// The CPU kernels for the processor that the compiler assumes: SSE2 on x86-64, NEON on 64-bit Arm.
+#include "cpu.h"
+
+#define ECA_LANE_BYTES 16
+
+namespace eca::cpu::baseline {
+#include "simd.h"
+#include "rows.h"
+#include "kernels.h"
+const Kernels kernels{"baseline", forward, backward};
+}  // namespace eca::cpu::baseline

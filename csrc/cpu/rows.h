@@ -1,0 +1,207 @@
+// The only loops over feature maps: reductions and rescaling of rows of consecutive elements.
+// Included once per instruction set, after simd.h, inside its namespace.
+
+// Elements between two additions into a double total: float lanes add up so few values that the
+// error does not grow with the size of the map.
+constexpr int64_t kBlock = 4096;
+
+// sum of p[i] (kDot = false, q unused) or of p[i] * q[i]
+template <bool kDot, class T>
+double reduce_row(const T* p, const T* q, int64_t n) {
+  using V = Vec<T>;
+  constexpr int64_t w = kLanes<T>;
+  const auto term = [=](int64_t i) -> V {
+    if constexpr (kDot) return load(p + i) * load(q + i);
+    return load(p + i);
+  };
+  double total = 0;
+  int64_t i = 0;
+  while (i + w <= n) {
+    const int64_t end = i + kBlock < n ? i + kBlock : n;
+    V s0 = V{}, s1 = V{}, s2 = V{}, s3 = V{};  // four chains hide the latency of an addition
+    for (; i + 4 * w <= end; i += 4 * w) {
+      s0 += term(i);
+      s1 += term(i + w);
+      s2 += term(i + 2 * w);
+      s3 += term(i + 3 * w);
+    }
+    for (; i + w <= end; i += w) s0 += term(i);
+    total += sum((s0 + s1) + (s2 + s3));
+  }
+  if (i < n) {
+    V rest = load_first(p + i, n - i);
+    if constexpr (kDot) rest *= load_first(q + i, n - i);
+    total += sum(rest);
+  }
+  return total;
+}
+
+// Calls f(i, n) for consecutive pieces of [0, length): n = w for whole vectors, less at the ends.
+// With kStream the whole vectors start where y is aligned.
+template <bool kStream, class T, class F>
+inline void each_vector(const T* y, int64_t length, F f) {
+  constexpr int64_t w = kLanes<T>;
+  int64_t i = 0;
+  if constexpr (kStream) {
+    const int64_t head = (w - (int64_t)((uintptr_t)y / sizeof(T)) % w) % w;
+    i = head < length ? head : length;
+    if (i > 0) f(0, i);
+  }
+  for (; i + w <= length; i += w) f(i, w);
+  if (i < length) f(i, length - i);
+}
+
+// y[i] = scale * x[i] + shift; without kShift, scale * x[i]. x and y may be the same row.
+template <bool kShift, bool kStream, class T>
+void affine_row_as(T* y, const T* x, Acc<T> scale, Acc<T> shift, int64_t length) {
+  using V = Vec<T>;
+  const V a = broadcast<V>(scale), b = broadcast<V>(shift);
+  const auto f = [=](V v) { return kShift ? a * v + b : a * v; };
+  each_vector<kStream>(y, length, [=](int64_t i, int64_t n) {
+    if (n == kLanes<T>)
+      store<kStream>(y + i, f(load(x + i)));
+    else
+      store_first(y + i, f(load_first(x + i, n)), n);
+  });
+}
+
+template <bool kShift, class T>
+void affine_row(T* y, const T* x, Acc<T> scale, Acc<T> shift, int64_t length, bool stream) {
+  if (stream)
+    affine_row_as<kShift, true>(y, x, scale, shift, length);
+  else
+    affine_row_as<kShift, false>(y, x, scale, shift, length);
+}
+
+// ---- planes of less than kSmallPlane elements: many at once ----
+
+// Here the work around a row costs as much as the row. So rows are read and written in whole
+// vectors that overhang into the next row, which exists in memory, and the sums of kLanes rows
+// meet in one vector.
+constexpr int64_t kSmallPlane = 512;
+
+// out[c] = sum over the row c of p, or of p * q, for `count` rows
+template <bool kDot, class T>
+void reduce_small_planes(Acc<T>* out, const T* p, int64_t p_stride, const T* q, int64_t q_stride,
+                         int64_t length, int64_t count) {
+  using V = Vec<T>;
+  constexpr int64_t w = kLanes<T>;
+  const int64_t whole = length / w * w, rest = length - whole;
+  V row[w];
+  for (int64_t first = 0; first < count; first += w) {
+    const int64_t rows = count - first < w ? count - first : w;
+    for (int64_t j = 0; j < w; ++j) {
+      row[j] = V{};
+      if (j >= rows) continue;
+      const T *a = p + (first + j) * p_stride, *b = kDot ? q + (first + j) * q_stride : nullptr;
+      V odd = V{};
+      for (int64_t i = 0; i + w <= length; i += w) {
+        V v = load(a + i);
+        if constexpr (kDot) v *= load(b + i);
+        if (i & w) odd += v;
+        else row[j] += v;
+      }
+      if (rest) {
+        const bool last = first + j + 1 == count;  // nothing is known to follow
+        V v = last ? load_first(a + whole, rest) : keep_first(load(a + whole), rest);
+        if constexpr (kDot) v *= last ? load_first(b + whole, rest) : keep_first(load(b + whole), rest);
+        odd += v;
+      }
+      row[j] += odd;
+    }
+    const V all = sums(row);
+    if (rows == w) store<false>(out + first, all);
+    else store_first(out + first, all, rows);
+  }
+}
+
+// y[c][i] = scale[c] * x[c][i] + shift[c] for `count` rows; y is dense, and is not x
+template <bool kShift, class T>
+void affine_small_planes(T* y, const T* x, int64_t x_stride, const Acc<T>* scale,
+                         const Acc<T>* shift, int64_t length, int64_t count) {
+  using V = Vec<T>;
+  constexpr int64_t w = kLanes<T>;
+  for (int64_t c = 0; c + 1 < count; ++c) {
+    const V a = broadcast<V>(scale[c]), b = broadcast<V>(kShift ? shift[c] : 0);
+    for (int64_t i = 0; i < length; i += w) {
+      const V v = load(x + c * x_stride + i);
+      store<false>(y + c * length + i, kShift ? a * v + b : a * v);
+    }
+  }
+  if (const int64_t c = count - 1; c >= 0)
+    affine_row_as<kShift, false>(y + c * length, x + c * x_stride, scale[c],
+                                 kShift ? shift[c] : 0, length);
+}
+
+template <class T>
+void stream_copy(T* y, const T* x, int64_t length) {
+  each_vector<true>(y, length, [=](int64_t i, int64_t n) {
+    if (n == kLanes<T>) store<true>(y + i, load(x + i));
+    else store_first(y + i, load_first(x + i, n), n);
+  });
+}
+
+// ---- pixels ----
+
+// total[i] += sum over rows of p[row][i], or of p[row][i] * q[row][i]; lane is scratch.
+template <bool kDot, class T>
+void reduce_rows(double* total, Acc<T>* lane, const T* p, int64_t p_stride, const T* q,
+                 int64_t q_stride, int64_t rows, int64_t length) {
+  using V = Vec<T>;
+  constexpr int64_t w = kLanes<T>;
+  constexpr int64_t kRows = 256;  // of float additions between two into the double total
+  for (int64_t block = 0; block < rows; block += kRows) {
+    const int64_t end = block + kRows < rows ? block + kRows : rows;
+    for (int64_t i = 0; i < length; ++i) lane[i] = 0;
+    for (int64_t row = block; row < end;) {
+      const int64_t step = row + 4 <= end ? 4 : 1;
+      const T *a = p + row * p_stride, *b = kDot ? q + row * q_stride : nullptr;
+      int64_t i = 0;
+      const auto term = [&](int64_t j) -> V {
+        if constexpr (kDot) return load(a + j * p_stride + i) * load(b + j * q_stride + i);
+        return load(a + j * p_stride + i);
+      };
+      const auto rest = [&](int64_t j, int64_t n) -> V {
+        const V v = load_first(a + j * p_stride + i, n);
+        if constexpr (kDot) return v * load_first(b + j * q_stride + i, n);
+        return v;
+      };
+      if (step == 4)  // four rows at a time: a quarter of the additions into memory
+        for (; i + w <= length; i += w)
+          store<false>(lane + i, load(lane + i) + ((term(0) + term(1)) + (term(2) + term(3))));
+      else
+        for (; i + w <= length; i += w) store<false>(lane + i, load(lane + i) + term(0));
+      if (const int64_t n = length - i; n > 0)
+        for (int64_t j = 0; j < step; ++j)
+          store_first(lane + i, load_first(lane + i, n) + rest(j, n), n);
+      row += step;
+    }
+    for (int64_t i = 0; i < length; ++i) total[i] += lane[i];
+  }
+}
+
+// y[i] = scale[i] * x[i] + shift[i]; without kShift, scale[i] * x[i]
+template <bool kShift, bool kStream, class T>
+void affine_vector_as(T* y, const T* x, const Acc<T>* scale, const Acc<T>* shift, int64_t length) {
+  using V = Vec<T>;
+  each_vector<kStream>(y, length, [=](int64_t i, int64_t n) {
+    if (n == kLanes<T>) {
+      V v = load(scale + i) * load(x + i);
+      if constexpr (kShift) v += load(shift + i);
+      store<kStream>(y + i, v);
+    } else {
+      V v = load_first(scale + i, n) * load_first(x + i, n);
+      if constexpr (kShift) v += load_first(shift + i, n);
+      store_first(y + i, v, n);
+    }
+  });
+}
+
+template <bool kShift, class T>
+void affine_vector(T* y, const T* x, const Acc<T>* scale, const Acc<T>* shift, int64_t length,
+                   bool stream) {
+  if (stream)
+    affine_vector_as<kShift, true>(y, x, scale, shift, length);
+  else
+    affine_vector_as<kShift, false>(y, x, scale, shift, length);
+}

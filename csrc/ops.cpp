@@ -1,0 +1,278 @@
+// The operators torch.ops.eca_fused.*: schema, validation, allocation, dispatch to the kernels.
+// Torch types stop here.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/cpu.h"
+#include "eca.h"
+
+namespace eca {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+// ---- validation ----
+
+template <class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  ((message << parts), ...);
+  throw std::runtime_error("eca_fused: " + message.str());
+}
+
+std::string shape(const Tensor& t) {
+  std::ostringstream text;
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "(") << t.size(i);
+  return text.str() + ")";
+}
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Double: return Dtype::kFloat64;
+    case ScalarType::Half: return Dtype::kFloat16;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
+    default: break;
+  }
+  check(false, "expected ", name, " of dtype float32, float64, float16 or bfloat16; convert it with .to()");
+  return Dtype::kFloat32;
+}
+
+int32_t dtype_code(const Tensor& t) {
+  int32_t code = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  return code;
+}
+
+// The dtype of mean and gate.
+int32_t accumulator_code(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+Problem problem_of(const Tensor& x, const Tensor& weight, bool circular) {
+  check(x.dim() >= 2 && x.dim() <= 5, "expected x of shape (N, C, *spatial) with 0 to 3 spatial dimensions, got ",
+        shape(x), "; add or merge dimensions with reshape()");
+  const int64_t C = x.size(1);
+  check(weight.dim() == 3 && weight.size(1) == 1 && (weight.size(0) == 1 || weight.size(0) == C),
+        "expected taps of shape (1, 1, k), or (C, 1, k) = (", C, ", 1, k), got ", shape(weight));
+  const int64_t k = weight.size(2);
+  check(k % 2 == 1, "expected an odd number of taps, got k = ", k, "; an even kernel has no center");
+  check(!circular || k / 2 <= C, "circular padding would wrap around more than once: k = ", k, " needs ", k / 2,
+        " channels or more, x has ", C, "; use fewer taps or zero padding");
+  check(weight.device() == x.device(), "expected the taps on the device of x; move them with .to()");
+  const Dtype dtype = dtype_of(x, "x"), taps_dtype = dtype_of(weight, "taps");
+  check(taps_dtype == dtype || taps_dtype == Dtype::kFloat32,
+        "expected taps of dtype float32 or of the dtype of x; convert them with .to()");
+  int64_t pixels = 1;
+  for (int64_t i = 2; i < x.dim(); ++i) pixels *= x.size(i);
+  return {dtype, Layout::kPlanes, x.size(0), C, pixels, taps_dtype, k, weight.size(0) != 1, circular};
+}
+
+void check_same(const Tensor& t, const char* name, const Tensor& x, int64_t dims, int32_t dtype) {
+  bool same = t.dim() == dims;
+  for (int64_t i = 0; same && i < dims; ++i) same = t.size(i) == x.size(i);
+  check(same, "expected ", name, " with the first ", dims, " sizes of x ", shape(x), ", got ", shape(t));
+  check(dtype_code(t) == dtype, "expected ", name, dims == 2 ? " of dtype float32, or float64 for float64 x"
+                                                            : " of the dtype of x", "; convert it with .to()");
+  check(t.device() == x.device(), "expected ", name, " on the device of x; move it with .to()");
+}
+
+// ---- layouts; layout.py has the same rules, for the strides that fake tensors report ----
+
+// How the kernels see a tensor, if they can read it in place.
+struct View {
+  bool readable;
+  bool dense;
+  Layout layout;  // where it is not readable: of the copy
+  int64_t sample_stride;
+  int64_t row_stride;
+};
+
+View view_of(const Tensor& x, const Problem& p) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  const int64_t C = p.channels, S = p.pixels;
+  int64_t pixel_stride = 0, run = 0;
+  bool even = true;  // the pixels lie at equal distances, in their order
+  for (int64_t i = x.dim(); i-- > 2;) {
+    if (sizes[i] == 1) continue;
+    if (run == 0) pixel_stride = strides[i];
+    else even = even && strides[i] == run;
+    run = strides[i] * sizes[i];
+  }
+  const bool channels_inside = strides[1] == 1 && (S == 1 || C > 1);
+  const int64_t sample = p.samples == 1 ? C * S : strides[0];
+  if (channels_inside && even && (S == 1 || pixel_stride >= C)) {
+    const int64_t row = S == 1 ? C : pixel_stride;
+    return {true, row == C && sample == C * S, Layout::kPixels, sample, row};
+  }
+  if (even && (S == 1 || pixel_stride == 1)) {
+    const int64_t row = C == 1 ? S : strides[1];
+    return {true, row == S && sample == C * S, Layout::kPlanes, sample, row};
+  }
+  return {false, false, channels_inside ? Layout::kPixels : Layout::kPlanes, 0, 0};
+}
+
+Sizes dense_strides(const Tensor& x, Layout layout) {
+  const bool channels_inside = layout == Layout::kPixels;
+  Sizes strides(x.dim());
+  int64_t run = 1;
+  if (channels_inside) strides[1] = 1, run = x.size(1);
+  for (int64_t i = x.dim(); i-- > 2; run *= x.size(i)) strides[i] = run;
+  if (!channels_inside) strides[1] = run, run *= x.size(1);
+  strides[0] = run;
+  return strides;
+}
+
+Tensor empty(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims, int32_t dtype) {
+  int32_t type = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, type, index, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_map(const Tensor& x, const Sizes& strides) {
+  return empty(x, x.sizes().data(), strides.data(), x.dim(), dtype_code(x));
+}
+
+// A new tensor for a result that looks like x: the strides of x where x is dense.
+Tensor empty_output(const Tensor& x, const View& view) {
+  if (view.dense) return empty(x, x.sizes().data(), x.strides().data(), x.dim(), dtype_code(x));
+  return empty_map(x, dense_strides(x, view.layout));
+}
+
+// (samples, channels)
+Tensor empty_channels(const Tensor& x) {
+  const int64_t sizes[] = {x.size(0), x.size(1)}, strides[] = {x.size(1), 1};
+  return empty(x, sizes, strides, 2, accumulator_code(x));
+}
+
+Tensor empty_unused(const Tensor& like) {
+  const int64_t size = 0, stride = 1;
+  return empty(like, &size, &stride, 1, dtype_code(like));
+}
+
+// x itself where the kernels can read it in this layout, else a dense copy.
+Tensor readable(const Tensor& x, const View& view, Layout layout) {
+  if (view.readable && view.layout == layout) return x;
+  Tensor copy = empty_map(x, dense_strides(x, layout));
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+Map map_of(const Tensor& x, const Problem& p) {
+  const View view = view_of(x, p);
+  return {x.data_ptr(), view.sample_stride, view.row_stride};
+}
+
+// ---- the operators ----
+
+const cpu::ThreadPool& thread_pool() {
+  // Per thread, because the number of threads is a setting of the calling thread.
+  static thread_local cpu::ThreadPool pool;
+  pool.threads = torch::stable::get_num_threads();
+  pool.run = [](int64_t begin, int64_t end, int64_t grain, cpu::ThreadPool::Body body, void* context) {
+    if (end - begin <= grain || pool.threads == 1) {
+      if (begin < end) body(begin, end, context);
+      return;
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+  };
+  return pool;
+}
+
+void run_forward(Problem p, const Tensor& x, const View& view, const Tensor& y, const Tensor& weight, void* mean, void* gate) {
+  if (p.samples == 0 || p.channels == 0) return;
+  p.layout = view.layout;
+  const Forward f{p, map_of(x, p), map_of(y, p), weight.data_ptr(), mean, gate};
+  cpu::kernels().forward(f, thread_pool());
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, bool circular) {
+  const Problem p = problem_of(x, weight, circular);
+  const View view = view_of(x, p);
+  const Tensor source = readable(x, view, view.layout);
+  Tensor y = empty_output(x, view), mean = empty_channels(x), gate = empty_channels(x);
+  run_forward(p, source, view, y, torch::stable::contiguous(weight), mean.data_ptr(), gate.data_ptr());
+  return {y, mean, gate};
+}
+
+// Without mean and gate, which only a gradient needs: two tensors less to create.
+void run_inference(const Problem& p, const Tensor& x, const View& view, const Tensor& y, const Tensor& weight) {
+  std::vector<double> scratch(2 * p.samples * p.channels);  // room for either dtype
+  run_forward(p, x, view, y, torch::stable::contiguous(weight), scratch.data(),
+              scratch.data() + p.samples * p.channels);
+}
+
+Tensor inference(const Tensor& x, const Tensor& weight, bool circular) {
+  const Problem p = problem_of(x, weight, circular);
+  const View view = view_of(x, p);
+  Tensor y = empty_output(x, view);
+  run_inference(p, readable(x, view, view.layout), view, y, weight);
+  return y;
+}
+
+void inference_(const Tensor& x, const Tensor& weight, bool circular) {
+  const Problem p = problem_of(x, weight, circular);
+  const View view = view_of(x, p);
+  const Tensor source = readable(x, view, view.layout);
+  run_inference(p, source, view, source, weight);
+  Tensor target = x;
+  if (!view.readable) torch::stable::copy_(target, source);
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean,
+                                    const Tensor& gate, bool circular, bool need_dx, bool need_dweight) {
+  Problem p = problem_of(x, weight, circular);
+  check_same(dy, "dy", x, x.dim(), dtype_code(x));
+  check_same(mean, "mean", x, 2, accumulator_code(x));
+  check_same(gate, "gate", x, 2, accumulator_code(x));
+  const View view = view_of(x, p);
+  p.layout = view.layout;
+  Tensor dx = need_dx ? empty_output(x, view) : empty_unused(x);
+  const int64_t k = weight.size(2), weight_strides[] = {k, k, 1};
+  Tensor dweight = need_dweight ? empty(weight, weight.sizes().data(), weight_strides, 3, dtype_code(weight))
+                                : empty_unused(weight);
+  if (p.samples == 0 || p.channels == 0) {
+    if (need_dweight) torch::stable::zero_(dweight);
+    return {dx, dweight};
+  }
+  const Tensor source = readable(x, view, p.layout), gradient = readable(dy, view_of(dy, p), p.layout);
+  const Tensor taps = torch::stable::contiguous(weight), means = torch::stable::contiguous(mean),
+               gates = torch::stable::contiguous(gate);
+  const Backward b{p, map_of(gradient, p), map_of(source, p), need_dx ? map_of(dx, p) : Map{nullptr, 0, 0},
+                   taps.data_ptr(), means.data_ptr(), gates.data_ptr(), need_dweight ? dweight.data_ptr() : nullptr};
+  cpu::kernels().backward(b, thread_pool());
+  return {dx, dweight};
+}
+
+}  // namespace
+}  // namespace eca
+
+STABLE_TORCH_LIBRARY(eca_fused, m) {
+  m.def("forward(Tensor x, Tensor weight, bool circular=False) -> (Tensor y, Tensor mean, Tensor gate)");
+  m.def("inference(Tensor x, Tensor weight, bool circular=False) -> Tensor");
+  m.def("inference_(Tensor(a!) x, Tensor weight, bool circular=False) -> ()");
+  m.def(
+      "backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor gate, bool circular=False, "
+      "bool need_dx=True, bool need_dweight=True) -> (Tensor dx, Tensor dweight)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) {
+  m.impl("forward", TORCH_BOX(&eca::forward));
+  m.impl("inference", TORCH_BOX(&eca::inference));
+  m.impl("inference_", TORCH_BOX(&eca::inference_));
+  m.impl("backward", TORCH_BOX(&eca::backward));
+}

@@ -1,0 +1,26 @@
+"""Efficient Channel Attention (ECA) as one fused operation, forward and backward.
+
+>>> import torch, eca_fused
+>>> layer = eca_fused.ECALayer(channels=256)
+>>> layer(torch.randn(8, 256, 56, 56)).shape
+torch.Size([8, 256, 56, 56])
+"""
+
+from eca_fused import reference
+from eca_fused._version import __version__
+from eca_fused.backend import Backend, backends, use_backend
+from eca_fused.functional import ECAFunction, eca, eca_
+from eca_fused.layers import ECALayer, kernel_size
+
+__all__ = [
+    "Backend",
+    "ECAFunction",
+    "ECALayer",
+    "__version__",
+    "backends",
+    "eca",
+    "eca_",
+    "kernel_size",
+    "reference",
+    "use_backend",
+]

@@ -1,0 +1,165 @@
+"""eca(): checks, choice of the backend, and the autograd function around the kernels."""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from eca_fused import reference
+from eca_fused.backend import select, warn_once
+from eca_fused.checks import PADDING_MODES, check, check_padding_mode
+from eca_fused.double_backward import double_backward
+
+__all__ = ["ECAFunction", "eca", "eca_"]
+
+
+class ECAFunction(torch.autograd.Function):
+    """y = sigmoid(conv(mean(x))) * x on a backend's kernels, twice differentiable.
+
+    Written with the context in forward(): a separate setup_context() costs 12 us a call, three
+    times the forward pass of a small map (measured on 2 cores of an EPYC server, PyTorch 2.15).
+
+    ECAFunction.apply(x, weight, circular, kernels) takes x (N, C, *spatial), weight (1 or C, 1, k),
+    a bool and a backend's module, and returns y like x. eca() is the way to call it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, circular: bool, kernels: ModuleType) -> Tensor:
+        y, mean, gate = kernels.forward(x, weight, circular)
+        ctx.save_for_backward(x, weight, mean, gate)
+        ctx.circular, ctx.kernels = circular, kernels
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, gate = ctx.saved_tensors
+        need_dx, need_dweight = ctx.needs_input_grad[:2]
+        # Gradients of these gradients are asked for only under create_graph=True.
+        run = _ECABackward.apply if torch.is_grad_enabled() else ctx.kernels.backward
+        extra = (ctx.kernels,) if torch.is_grad_enabled() else ()
+        dx, dweight = run(dy, x, weight, mean, gate, ctx.circular, need_dx, need_dweight, *extra)
+        return dx if need_dx else None, dweight if need_dweight else None, None, None
+
+
+class _ECABackward(torch.autograd.Function):
+    """The backward kernels as a function of dy, x and weight that has a gradient of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        gate: Tensor,
+        circular: bool,
+        need_dx: bool,
+        need_dweight: bool,
+        kernels: ModuleType,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(dy, x, weight)
+        ctx.circular, ctx.needed = circular, (need_dx, need_dweight)
+        ctx.set_materialize_grads(False)
+        return kernels.backward(dy, x, weight, mean, gate, circular, need_dx, need_dweight)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor | None, ddweight: Tensor | None) -> tuple[Any, ...]:
+        need_dx, need_dweight = ctx.needed
+        grads = double_backward(
+            ddx if need_dx else None,
+            ddweight if need_dweight else None,
+            *ctx.saved_tensors,
+            padding_mode="circular" if ctx.circular else "zeros",
+        )
+        return *grads, None, None, None, None, None, None
+
+
+def _needs_grad(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+
+
+def _transformed() -> bool:
+    """Inside torch.func's transforms or forward-mode AD, where kernels cannot see the real data."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _in_reference(x: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
+    check(x, weight, padding_mode)
+    return reference.eca(x, weight, padding_mode=padding_mode)
+
+
+def eca(
+    x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str = "auto"
+) -> Tensor:
+    """Efficient channel attention, y = sigmoid(conv1d over channels of mean(x)) * x, fused.
+
+    Wang et al., "ECA-Net" (CVPR 2020). Sums, taps and gates are in float32 (float64 for float64 x),
+    and y is rounded once. Slices of a batch or of the channels are read in place, as is
+    channels_last; anything else that is not contiguous is copied first.
+
+    Args:
+        x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
+        weight: taps (1, 1, k), or (C, 1, k) for taps of each channel's own (ECA-NS), k odd, in
+            float32 or the dtype of x.
+        padding_mode: "zeros", or "circular" to wrap around at the first and last channel.
+        backend: "native", "triton", "reference", or "auto" for the best of them that works here.
+
+    Returns:
+        y of the shape, dtype and memory format of x.
+
+    Raises:
+        TypeError: x or weight is no tensor or has an unsupported dtype.
+        ValueError: a shape, device, the padding mode or the backend does not fit.
+        RuntimeError: the backend that was asked for cannot be used here.
+    """
+    kernels = select(x, backend) if isinstance(x, Tensor) else None
+    if kernels is None:
+        return _in_reference(x, weight, padding_mode)
+    if _transformed():
+        warn_once(
+            "eca_fused runs in plain PyTorch inside torch.func transforms and forward-mode AD, "
+            "which is slower"
+        )
+        return _in_reference(x, weight, padding_mode)
+    if padding_mode not in PADDING_MODES:
+        check_padding_mode(padding_mode)
+    circular = padding_mode == "circular"
+    try:
+        if _needs_grad(x, weight):
+            return ECAFunction.apply(x, weight, circular, kernels)  # type: ignore[no-any-return]
+        return kernels.inference(x, weight, circular)  # type: ignore[no-any-return]
+    except (RuntimeError, AttributeError):
+        # The operators validate too, so a good call pays for one validation only.
+        check(x, weight, padding_mode)
+        raise
+
+
+def eca_(
+    x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str = "auto"
+) -> Tensor:
+    """eca() written over x, for inference: a new output of 100 MB costs more than the arithmetic.
+
+    Args and errors as for eca().
+
+    Returns:
+        x.
+
+    Raises:
+        RuntimeError: also where a gradient would need the x that is overwritten.
+    """
+    kernels = select(x, backend) if isinstance(x, Tensor) else None
+    check(x, weight, padding_mode)
+    if _needs_grad(x, weight):
+        what = "x" if x.requires_grad else "the taps"
+        raise RuntimeError(
+            f"in-place ECA would overwrite the x that the gradient of {what} needs; "
+            "use inplace=False, or torch.no_grad() for inference"
+        )
+    if kernels is None or _transformed():
+        gate = reference.gate(x, weight, padding_mode)
+        return x.mul_(gate.reshape(gate.shape + (1,) * (x.dim() - 2)))
+    kernels.inference_(x, weight, padding_mode == "circular")
+    torch.autograd.graph.increment_version(x)
+    return x

@@ -1,0 +1,106 @@
+"""ECALayer, the drop-in module, and the rule for its kernel size."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from eca_fused.backend import check_backend
+from eca_fused.checks import check_kernel_size, check_padding_mode
+from eca_fused.functional import eca, eca_
+
+__all__ = ["ECALayer", "kernel_size"]
+
+
+def kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> int:
+    """Adaptive kernel size, k = |log2(C) / gamma + beta / gamma| to the nearest odd, at least 3.
+
+    Wang et al., "ECA-Net" (CVPR 2020), equation 12, with the rounding of the authors' code:
+    the value is truncated, and made odd by adding one.
+
+    Args:
+        channels: number of channels C, from 1 up.
+        gamma, beta: slope and offset of the rule.
+
+    Returns:
+        k, odd; 3 for 64 channels, 5 for 128 to 1024, 7 for 2048.
+
+    Raises:
+        TypeError: channels is not an int.
+        ValueError: channels is less than 1, or gamma is zero.
+    """
+    if isinstance(channels, bool) or not isinstance(channels, int):
+        raise TypeError(f"expected channels as an int, got {channels!r}")
+    if channels < 1:
+        raise ValueError(f"expected channels from 1 up, got {channels}")
+    if gamma == 0:
+        raise ValueError("expected gamma other than zero")
+    t = int(abs(math.log2(channels) + beta) / gamma)
+    return max(t if t % 2 else t + 1, 3)
+
+
+class ECALayer(nn.Module):
+    """Efficient channel attention: y = sigmoid(conv1d over channels of mean(x)) * x.
+
+    Drop-in for the authors' eca_layer and timm's EcaModule and CecaModule: their weights, under
+    `conv.weight` of shape (1, 1, k), load with strict=True.
+
+    Args:
+        channels: number of channels, from which kernel_size() derives k.
+        kernel_size: k, odd, from 1 up; wins over channels. With neither, k = 3.
+        gamma, beta: constants of the rule for k.
+        padding_mode: "zeros", or "circular" to wrap around at the first and last channel (cECA).
+        fused: False computes in plain PyTorch, with the same parameters.
+        backend: "auto", "native", "triton" or "reference", see eca().
+        inplace: write the result over x; for inference, an error where a gradient would need x.
+        device, dtype: of the taps; they may stay in float32 under a half precision x.
+
+    Shape:
+        x (N, C, *spatial) with 0 to 3 spatial dimensions, to the same shape, dtype and memory format.
+
+    Raises:
+        TypeError: channels or kernel_size is not an int.
+        ValueError: channels < 1, an even or non-positive kernel_size, an unknown padding mode.
+    """
+
+    def __init__(
+        self,
+        channels: int | None = None,
+        kernel_size: int | None = None,
+        *,
+        gamma: float = 2,
+        beta: float = 1,
+        padding_mode: str = "zeros",
+        fused: bool = True,
+        backend: str = "auto",
+        inplace: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        adaptive = None if channels is None else _adaptive(channels, gamma, beta)
+        k = kernel_size if kernel_size is not None else adaptive or 3
+        check_kernel_size(k)
+        check_padding_mode(padding_mode)
+        check_backend(backend)
+        self.padding_mode = padding_mode
+        self.fused = fused
+        self.backend = backend
+        self.inplace = inplace
+        # The module is there for its name in the state dict and for its initialisation, which are
+        # those of the authors' layer; it is never called.
+        self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        run = eca_ if self.inplace else eca
+        backend = self.backend if self.fused else "reference"
+        return run(x, self.conv.weight, padding_mode=self.padding_mode, backend=backend)
+
+    def extra_repr(self) -> str:
+        return (
+            f"kernel_size={self.conv.kernel_size[0]}, padding_mode={self.padding_mode!r}, "
+            f"fused={self.fused}, backend={self.backend!r}, inplace={self.inplace}"
+        )
+
+
+_adaptive = kernel_size  # the argument of ECALayer hides the name

@@ -1,0 +1,51 @@
+"""The memory layout of results: the rules of csrc/ops.cpp, for tensors without memory."""
+
+import math
+
+from torch import Tensor
+
+
+def dense_strides(shape: tuple[int, ...], channels_inside: bool) -> tuple[int, ...]:
+    """Strides of a dense tensor of this shape, contiguous or with the channels innermost."""
+    strides = [0] * len(shape)
+    run = 1
+    if channels_inside:
+        strides[1], run = 1, shape[1]
+    for i in range(len(shape) - 1, 1, -1):
+        strides[i] = run
+        run *= shape[i]
+    if not channels_inside:
+        strides[1] = run
+        run *= shape[1]
+    strides[0] = run
+    return tuple(strides)
+
+
+def output_strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of eca(x), for x of shape (N, C, *spatial): those of x where x is dense.
+
+    A slice of the batch or of the channels gives a dense result of the same memory format;
+    anything else is read through a contiguous (channels_last, if the channels are innermost) copy.
+    """
+    shape, strides = tuple(x.shape), x.stride()
+    n, c = shape[:2]
+    pixels = math.prod(shape[2:])
+    pixel_stride = run = 0
+    even = True  # the pixels lie at equal distances, in their order
+    for size, stride in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True):
+        if size == 1:
+            continue
+        if run == 0:
+            pixel_stride = stride
+        else:
+            even = even and stride == run
+        run = stride * size
+    channels_inside = strides[1] == 1 and (pixels == 1 or c > 1)
+    packed = n == 1 or strides[0] == c * pixels
+    if channels_inside and even and (pixels == 1 or pixel_stride >= c):
+        if packed and (pixels == 1 or pixel_stride == c):
+            return strides
+        return dense_strides(shape, True)
+    if even and (pixels == 1 or pixel_stride == 1) and packed and (c == 1 or strides[1] == pixels):
+        return strides
+    return dense_strides(shape, channels_inside and pixels > 1)

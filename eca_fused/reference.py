@@ -1,0 +1,69 @@
+"""ECA in plain PyTorch: the definition that every kernel is checked against.
+
+Formulas: Wang et al., "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks"
+(CVPR 2020), equations 7 to 9; the taps of each channel (ECA-NS) are equation 6.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["convolve", "eca", "gate"]
+
+
+def padded(values: Tensor, r: int, padding_mode: str) -> Tensor:
+    """Rows of channels with r more at both ends: (N, C) to (N, C + 2r)."""
+    if r == 0:
+        return values
+    if padding_mode == "zeros":
+        return F.pad(values, (r, r))
+    return F.pad(values.unsqueeze(1), (r, r), mode="circular").squeeze(1)
+
+
+def convolve(values: Tensor, weight: Tensor, padding_mode: str = "zeros") -> Tensor:
+    """Convolution over channels, z[n, c] = sum_j w[c, j] * values[n, c + j - r], r = k // 2.
+
+    Args:
+        values: (N, C).
+        weight: (1, 1, k), or (C, 1, k) for taps of each channel's own; the dtype of values.
+        padding_mode: "zeros", or "circular" to wrap around at the first and last channel.
+
+    Returns:
+        (N, C), the dtype of values.
+    """
+    k = weight.shape[-1]
+    rows = padded(values, k // 2, padding_mode)
+    if weight.shape[0] == 1:
+        return F.conv1d(rows.unsqueeze(1), weight).squeeze(1)
+    return (rows.unfold(1, k, 1) * weight[:, 0]).sum(-1)
+
+
+def gate(x: Tensor, weight: Tensor, padding_mode: str = "zeros") -> Tensor:
+    """The gates of x, a = sigmoid(convolve(mean over the spatial positions)).
+
+    Args:
+        x: (N, C, *spatial).
+        weight: (1, 1, k) or (C, 1, k), in float32 or the dtype of x.
+        padding_mode: "zeros" or "circular".
+
+    Returns:
+        (N, C), the dtype of x, each in 0 to 1.
+    """
+    mean = x.mean(tuple(range(2, x.dim()))) if x.dim() > 2 else x  # (N, C)
+    z = convolve(mean.to(weight.dtype), weight, padding_mode)
+    return torch.sigmoid(z).to(x.dtype)
+
+
+def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros") -> Tensor:
+    """Efficient channel attention, y = gate * x, as plain PyTorch computes it.
+
+    Args:
+        x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
+        weight: taps (1, 1, k), or (C, 1, k), k odd, in float32 or the dtype of x.
+        padding_mode: "zeros" or "circular".
+
+    Returns:
+        A tensor of the shape and dtype of x.
+    """
+    a = gate(x, weight, padding_mode)
+    return x * a.reshape(a.shape + (1,) * (x.dim() - 2))
