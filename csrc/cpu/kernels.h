@@ -111,14 +111,19 @@ struct Taps {
   }
 };
 
-// The same for all channels of a sample, in and out without padding.
+// The channels of a sample as filter() wants them: out[u + r] for u from -r to channels + r - 1.
+template <class A>
+void pad(A* out, const A* in, const Taps<A>& taps) {
+  for (int64_t u = -taps.r; u < taps.channels + taps.r; ++u) {
+    const int64_t from = taps.channel(u);
+    out[u + taps.r] = from < 0 ? A(0) : in[from];
+  }
+}
+
 template <class A>
 void filter_sample(const Taps<A>& taps, A* out, const A* in) {
   Array<A> row(taps.channels + 2 * taps.r);
-  for (int64_t u = -taps.r; u < taps.channels + taps.r; ++u) {
-    const int64_t from = taps.channel(u);
-    row[u + taps.r] = from < 0 ? A(0) : in[from];
-  }
+  pad<A>(row, in, taps);
   taps.filter(out, row, 0, taps.channels);
 }
 
@@ -131,44 +136,32 @@ void sigmoid_row(A* out, const A* in, int64_t n) {
 }
 
 // dweight[j] = sum over samples n and channels c of dz[n][c] * mean[n][c + j - r], in this order
-// whatever the number of threads.
+// whatever the number of threads. Padding takes part, so that NaN spreads as in a plain convolution.
 template <class A>
 void taps_gradient(const Problem& p, const Taps<A>& taps, const A* dz, const A* mean, void* dweight,
                    const ThreadPool& pool) {
-  const int64_t N = p.samples, C = p.channels, k = taps.k;
+  const int64_t N = p.samples, C = p.channels, k = taps.k, length = C + 2 * taps.r;
   const int64_t rows = taps.per_channel ? C : 1;
-  Array<double> total(rows * k);
-  if (taps.per_channel) {
-    parallel(pool, C, max_of(kGrain / max_of(N * k, 1), 1), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c)
-        for (int64_t j = 0; j < k; ++j) {
-          const int64_t from = taps.channel(c + j - taps.r);
-          double sum = 0;
-          for (int64_t n = 0; n < N && from >= 0; ++n)
-            sum += (double)dz[n * C + c] * mean[n * C + from];
-          total[c * k + j] = sum;
-        }
-    });
-  } else {
-    Array<double> partial(N * k);
-    parallel(pool, N, max_of(kGrain / max_of(C * k, 1), 1), [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n)
-        for (int64_t j = 0; j < k; ++j) {
-          const A *z = dz + n * C, *m = mean + n * C;
-          const int64_t shift = j - taps.r;
-          const int64_t first = max_of(0, -shift), last = min_of(C, C - shift);
-          double sum = 0;
-          if (first < last) sum += reduce_row<true>(z + first, m + first + shift, last - first);
-          if (taps.circular && shift > 0) sum += reduce_row<true>(z + C - shift, m, shift);
-          if (taps.circular && shift < 0) sum += reduce_row<true>(z, m + C + shift, -shift);
-          partial[n * k + j] = sum;
-        }
-    });
-    for (int64_t j = 0; j < k; ++j) {
-      total[j] = 0;
-      for (int64_t n = 0; n < N; ++n) total[j] += partial[n * k + j];
+  Array<A> padded(N * length);
+  Array<double> total(rows * k), partial(taps.per_channel ? 0 : N * k);
+  parallel(pool, N, max_of(kGrain / (C * k), 1), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      A* row = padded + n * length;
+      pad(row, mean + n * C, taps);
+      for (int64_t j = 0; j < k && !taps.per_channel; ++j)
+        partial[n * k + j] = reduce_row<true>(dz + n * C, row + j, C);
     }
-  }
+  });
+  if (taps.per_channel)
+    parallel(pool, C, max_of(kGrain / (N * k), 1), [&](int64_t begin, int64_t end) {
+      for (int64_t n = 0; n < N; ++n)
+        for (int64_t c = begin; c < end; ++c)
+          for (int64_t j = 0; j < k; ++j)
+            total[c * k + j] += (double)dz[n * C + c] * padded[n * length + c + j];
+    });
+  else
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t j = 0; j < k; ++j) total[j] += partial[n * k + j];
   visit(p.taps_dtype, [&](auto* type) {
     auto* out = (decltype(type))dweight;
     for (int64_t i = 0; i < rows * k; ++i) out[i] = from_double(total[i], type);
@@ -234,7 +227,7 @@ void walk_planes(const Problem& p, const Taps<A>& taps, int64_t element_size,
 template <bool kDot, class T>
 void reduce_planes(Acc<T>* out, const Map& a, const Map& b, int64_t n, int64_t c, int64_t count,
                    int64_t length) {
-  if (length < kSmallPlane && a.row_stride >= length && (!kDot || b.row_stride >= length)) {
+  if (length > 0 && length < kSmallPlane && a.row_stride >= length && (!kDot || b.row_stride >= length)) {
     reduce_small_planes<kDot>(out, row_of<T>(a, n, c), a.row_stride,
                               kDot ? row_of<T>(b, n, c) : (const T*)nullptr, b.row_stride, length, count);
     return;
@@ -247,11 +240,11 @@ void reduce_planes(Acc<T>* out, const Map& a, const Map& b, int64_t n, int64_t c
 template <bool kShift, class T>
 void rescale_planes(const Map& y, const Map& x, int64_t n, int64_t c, int64_t count, int64_t length,
                     const Acc<T>* scale, const Acc<T>* shift, bool stream) {
-  if (length < kSmallPlane && x.row_stride >= length && y.row_stride == length) {
+  if (length > 0 && length < kSmallPlane && x.row_stride >= length && y.row_stride == length) {
     constexpr int64_t kStage = 8192 / sizeof(T);  // in the first-level cache
     alignas(64) T stage[kStage + 64];
     const bool direct = !stream && y.data != x.data;
-    const int64_t step = direct ? count : max_of(1, kStage / max_of(length, 1));
+    const int64_t step = direct ? count : max_of(1, kStage / length);
     for (int64_t i = 0; i < count; i += step) {
       const int64_t rows = min_of(step, count - i);
       T* to = row_of<T>(y, n, c + i);

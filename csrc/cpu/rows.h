@@ -80,6 +80,13 @@ void affine_row(T* y, const T* x, Acc<T> scale, Acc<T> shift, int64_t length, bo
 // meet in one vector.
 constexpr int64_t kSmallPlane = 512;
 
+// How many of `count` rows are followed by enough others for whole vectors.
+inline int64_t overhanging_rows(int64_t length, int64_t stride, int64_t count, int64_t lanes) {
+  const int64_t overhang = (lanes - length % lanes) % lanes;
+  const int64_t rows = count - (overhang + stride - 1) / stride;
+  return rows > 0 ? rows : 0;
+}
+
 // out[c] = sum over the row c of p, or of p * q, for `count` rows
 template <bool kDot, class T>
 void reduce_small_planes(Acc<T>* out, const T* p, int64_t p_stride, const T* q, int64_t q_stride,
@@ -87,6 +94,8 @@ void reduce_small_planes(Acc<T>* out, const T* p, int64_t p_stride, const T* q, 
   using V = Vec<T>;
   constexpr int64_t w = kLanes<T>;
   const int64_t whole = length / w * w, rest = length - whole;
+  const int64_t safe = kDot && q_stride < p_stride ? overhanging_rows(length, q_stride, count, w)
+                                                   : overhanging_rows(length, p_stride, count, w);
   V row[w];
   for (int64_t first = 0; first < count; first += w) {
     const int64_t rows = count - first < w ? count - first : w;
@@ -102,9 +111,10 @@ void reduce_small_planes(Acc<T>* out, const T* p, int64_t p_stride, const T* q, 
         else row[j] += v;
       }
       if (rest) {
-        const bool last = first + j + 1 == count;  // nothing is known to follow
-        V v = last ? load_first(a + whole, rest) : keep_first(load(a + whole), rest);
-        if constexpr (kDot) v *= last ? load_first(b + whole, rest) : keep_first(load(b + whole), rest);
+        const bool overhang = first + j < safe;
+        V v = overhang ? keep_first(load(a + whole), rest) : load_first(a + whole, rest);
+        if constexpr (kDot)
+          v *= overhang ? keep_first(load(b + whole), rest) : load_first(b + whole, rest);
         odd += v;
       }
       row[j] += odd;
@@ -121,14 +131,15 @@ void affine_small_planes(T* y, const T* x, int64_t x_stride, const Acc<T>* scale
                          const Acc<T>* shift, int64_t length, int64_t count) {
   using V = Vec<T>;
   constexpr int64_t w = kLanes<T>;
-  for (int64_t c = 0; c + 1 < count; ++c) {
+  const int64_t safe = overhanging_rows(length, length, count, w);  // x_stride >= length
+  for (int64_t c = 0; c < safe; ++c) {
     const V a = broadcast<V>(scale[c]), b = broadcast<V>(kShift ? shift[c] : 0);
     for (int64_t i = 0; i < length; i += w) {
       const V v = load(x + c * x_stride + i);
       store<false>(y + c * length + i, kShift ? a * v + b : a * v);
     }
   }
-  if (const int64_t c = count - 1; c >= 0)
+  for (int64_t c = safe; c < count; ++c)
     affine_row_as<kShift, false>(y + c * length, x + c * x_stride, scale[c],
                                  kShift ? shift[c] : 0, length);
 }

@@ -1,0 +1,127 @@
+"""What the tests share: inputs, the float64 oracle, and the tolerance that follows from it."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import eca_fused
+from eca_fused import reference
+
+BACKENDS = [name for name, status in eca_fused.backends().items() if status and name != "reference"]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+LAYOUTS = ["contiguous", "channels_last"]
+MODES = ["zeros", "circular"]
+
+
+def name_of(value: object) -> str | None:
+    """A short test id for what pytest would number."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return None
+
+
+def in_layout(x: Tensor, layout: str) -> Tensor:
+    """x with the channels innermost for channels_last, for any number of spatial dimensions."""
+    if layout == "contiguous":
+        return x.contiguous()
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@dataclass
+class Case:
+    """Arguments of eca() and the gradient of its result."""
+
+    x: Tensor  # (N, C, *spatial)
+    weight: Tensor  # (1 or C, 1, k)
+    dy: Tensor  # (N, C, *spatial)
+    padding_mode: str = "zeros"
+
+
+def make_case(
+    shape: tuple[int, ...],
+    k: int = 3,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    padding_mode: str = "zeros",
+    own_taps: bool = False,
+    taps_dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    rows = shape[1] if own_taps else 1
+    # A mean away from zero gives the gates something to work on.
+    x = torch.randn(shape, generator=g, dtype=torch.float64) + torch.randn(
+        shape[:2] + (1,) * (len(shape) - 2), generator=g, dtype=torch.float64
+    )
+    weight = torch.randn((rows, 1, k), generator=g, dtype=torch.float64)
+    dy = torch.randn(shape, generator=g, dtype=torch.float64)
+    return Case(
+        in_layout(x.to(dtype), layout),
+        weight.to(taps_dtype or dtype),
+        in_layout(dy.to(dtype), layout),
+        padding_mode,
+    )
+
+
+Results = tuple[Tensor, Tensor, Tensor]  # y, dx, dweight
+
+
+def run(function: Callable[[Tensor, Tensor], Tensor], case: Case, dtype: torch.dtype | None = None) -> Results:
+    """y, dx and dweight of a function of x and weight, in another dtype if given."""
+    x = case.x.detach().to(dtype or case.x.dtype).requires_grad_()
+    weight = case.weight.detach().to(dtype or case.weight.dtype).requires_grad_()
+    y = function(x, weight)
+    dx, dweight = torch.autograd.grad(y, (x, weight), case.dy.to(y.dtype))
+    return y.detach(), dx, dweight
+
+
+def plain(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, w: reference.eca(x, w, padding_mode=case.padding_mode)
+
+
+def magnitudes(case: Case) -> Results:
+    """The results with every term of every sum by its absolute value: what errors are relative to.
+
+    A sum that cancels keeps the rounding errors of its terms, however small the sum is.
+    """
+    x, w, g = case.x.double().abs(), case.weight.double().abs(), case.dy.double().abs()
+    spatial = tuple(range(2, x.dim()))
+    mean = x.mean(spatial) if spatial else x  # (N, C)
+    dz = (g * x).sum(spatial) / 4 if spatial else g * x / 4  # a (1 - a) <= 1 / 4
+    _, dm, dw = run(lambda m, t: reference.convolve(m, t, case.padding_mode), Case(mean, w, dz), torch.float64)
+    pixels = max(x[0, 0].numel(), 1) if x.shape[0] and x.shape[1] else 1
+    return x, g + (dm / pixels).reshape(dm.shape + (1,) * len(spatial)), dw
+
+
+def assert_as_accurate(results: Results, case: Case) -> None:
+    """Results are no farther from float64 than plain PyTorch's in the same dtype, plus a floor.
+
+    The floor is what no implementation can avoid, relative to the magnitude of the terms: half a
+    unit in the last place of the result's dtype for its one rounding, and 8 units of the
+    accumulator (sum, mean, taps, sigmoid and product round about once each).
+    """
+    exact = run(plain(case), case, torch.float64)
+    usual = run(plain(case), case)
+    accumulator = torch.float64 if case.x.dtype == torch.float64 else torch.float32
+    for name, got, want, other, scale in zip(
+        ("y", "dx", "dweight"), results, exact, usual, magnitudes(case), strict=True
+    ):
+        dtype = case.weight.dtype if name == "dweight" else case.x.dtype
+        assert got.dtype == dtype, f"{name} has dtype {got.dtype}"
+        assert got.shape == want.shape, f"{name} has shape {tuple(got.shape)}"
+        if got.numel() == 0:
+            continue
+        floor = (torch.finfo(dtype).eps / 2 + 8 * torch.finfo(accumulator).eps) * scale.max()
+        error = (got.double() - want).abs().max()
+        allowed = (other.double() - want).abs().max() + floor
+        assert error <= allowed, f"{name}: error {error:.3g}, plain PyTorch and floor {allowed:.3g}"
+
+
+def grid(**axes: list[object]) -> list[dict[str, object]]:
+    """All combinations of the values of the axes, as keyword arguments."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]

@@ -1,0 +1,179 @@
+"""Gradients: first and second derivatives, which of them are computed, and the ways to ask."""
+
+import pytest
+import torch
+from support import BACKENDS, LAYOUTS, MODES, make_case, plain
+from torch.autograd import gradcheck, gradgradcheck
+
+import eca_fused
+from eca_fused import native
+from eca_fused.functional import ECAFunction
+
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+CASES = [
+    dict(shape=(2, 5, 3, 2), k=3),
+    dict(shape=(2, 5, 3, 2), k=1),
+    dict(shape=(2, 3, 2, 2), k=9),
+    dict(shape=(1, 4, 5), k=5, own_taps=True),
+    dict(shape=(3, 4), k=3),
+    dict(shape=(2, 3, 2, 2, 2), k=3, own_taps=True),
+]
+
+
+def float64(padding_mode="zeros", layout="contiguous", **kwargs):
+    # Circular taps may wrap around once only.
+    if padding_mode == "circular":
+        kwargs["k"] = min(kwargs["k"], 2 * kwargs["shape"][1] + 1)
+    case = make_case(dtype=torch.float64, padding_mode=padding_mode, layout=layout, **kwargs)
+    case.x.requires_grad_()
+    case.weight.requires_grad_()
+    case.dy.requires_grad_()
+    return case
+
+
+def fused(case, backend):
+    return lambda x, w: eca_fused.eca(x, w, padding_mode=case.padding_mode, backend=backend)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("kwargs", CASES)
+def test_first_and_second_derivatives_by_finite_differences(backend, kwargs, padding_mode, layout):
+    case = float64(padding_mode, layout, **kwargs)
+    function = fused(case, backend)
+    assert gradcheck(function, (case.x, case.weight))
+    assert gradgradcheck(function, (case.x, case.weight), (case.dy,))
+
+
+@pytest.mark.parametrize("needs", ["x", "weight"])
+def test_second_derivatives_with_one_input_frozen(backend, needs):
+    case = float64(shape=(2, 5, 3, 2), k=3)
+    frozen = case.weight if needs == "x" else case.x
+    frozen.requires_grad_(False)
+    assert gradgradcheck(fused(case, backend), (case.x, case.weight), (case.dy,))
+
+
+@pytest.mark.parametrize("padding_mode", MODES)
+def test_third_derivatives(backend, padding_mode):
+    case = float64(padding_mode, shape=(2, 4, 2, 2), k=3)
+    dx, dw = torch.autograd.grad(
+        (eca_fused.eca(case.x, case.weight, padding_mode=padding_mode, backend=backend) ** 3).sum(),
+        (case.x, case.weight),
+        create_graph=True,
+    )
+    want_dx, want_dw = torch.autograd.grad(
+        (plain(case)(case.x, case.weight) ** 3).sum(), (case.x, case.weight), create_graph=True
+    )
+    for got, want in ((dx, want_dx), (dw, want_dw)):
+        for order in range(2):
+            torch.testing.assert_close(got, want)
+            if order == 1:
+                break
+            seed = torch.randn_like(got)
+            got = torch.autograd.grad((got * seed).sum().pow(2), case.x, create_graph=True)[0]
+            want = torch.autograd.grad((want * seed).sum().pow(2), case.x, create_graph=True)[0]
+            got = torch.autograd.grad(got.pow(2).sum(), case.weight, retain_graph=True)[0]
+            want = torch.autograd.grad(want.pow(2).sum(), case.weight, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_penalty_in_lower_precision(backend, dtype):
+    case = make_case((2, 8, 6, 6), dtype=dtype)
+
+    def penalty(function, dtype):
+        x = case.x.detach().to(dtype).requires_grad_()
+        w = case.weight.detach().to(dtype).requires_grad_()
+        (dx,) = torch.autograd.grad(function(x, w), x, case.dy.to(dtype), create_graph=True)
+        return torch.autograd.grad(dx.pow(2).sum(), (x, w))
+
+    ours = penalty(fused(case, backend), dtype)
+    exact = penalty(plain(case), torch.float64)
+    usual = penalty(plain(case), dtype)
+    for got, want, other in zip(ours, exact, usual, strict=True):
+        assert got.dtype == dtype
+        allowed = (other.double() - want).abs().max() + torch.finfo(dtype).eps * want.abs().max()
+        assert (got.double() - want).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("needs", [("x",), ("weight",), ("x", "weight")])
+def test_only_needed_gradients_are_computed(backend, needs):
+    asked = []
+
+    class Spy:
+        forward = native.forward
+
+        @staticmethod
+        def backward(*args):
+            asked.append(args[-2:])
+            return native.backward(*args)
+
+    case = make_case((2, 5, 3, 2))
+    x, weight = case.x.requires_grad_("x" in needs), case.weight.requires_grad_("weight" in needs)
+    ECAFunction.apply(x, weight, False, Spy).backward(case.dy)
+    assert asked == [("x" in needs, "weight" in needs)]
+    assert (x.grad is not None) == ("x" in needs)
+    assert (weight.grad is not None) == ("weight" in needs)
+    for name, tensor in (("x", x), ("weight", weight)):
+        if name in needs:
+            other = {"x": case.x, "weight": case.weight}
+            leaves = {k: v.detach().clone().requires_grad_() for k, v in other.items()}
+            plain(case)(leaves["x"], leaves["weight"]).backward(case.dy)
+            torch.testing.assert_close(tensor.grad, leaves[name].grad)
+
+
+def test_no_graph_where_none_is_needed(backend):
+    case = make_case((2, 5, 3, 2))
+    assert eca_fused.eca(case.x, case.weight, backend=backend).grad_fn is None
+    with torch.no_grad():
+        y = eca_fused.eca(case.x.requires_grad_(), case.weight, backend=backend)
+    assert not y.requires_grad
+
+
+def test_backward_twice_and_retain_graph(backend):
+    case = float64(shape=(2, 5, 3, 2), k=3)
+    y = eca_fused.eca(case.x, case.weight, backend=backend)
+    once = torch.autograd.grad(y, case.x, case.dy.detach(), retain_graph=True)[0]
+    assert torch.equal(once, torch.autograd.grad(y, case.x, case.dy.detach())[0])
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, case.x, case.dy.detach())
+
+
+def test_changing_a_saved_tensor_is_noticed(backend):
+    case = make_case((2, 5, 3, 2))
+    weight = case.weight.requires_grad_()
+    y = eca_fused.eca(case.x, weight, backend=backend)
+    case.x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "hessian", "vmap of grad"])
+def test_function_transforms_agree_with_plain_pytorch(backend, transform):
+    case = make_case((3, 4, 2, 2), dtype=torch.float64)
+
+    def derived(function):
+        def loss(x, w):
+            return (function(x, w) ** 2).sum()
+
+        x, w = case.x.detach(), case.weight.detach()
+        f = torch.func
+        return {
+            "grad": lambda: f.grad(loss, (0, 1))(x, w),
+            "vmap": lambda: f.vmap(function, (0, None))(x.unsqueeze(1), w),
+            "jvp": lambda: f.jvp(function, (x, w), (case.dy, torch.ones_like(w)))[1],
+            "hessian": lambda: f.hessian(loss, 1)(x, w),
+            "vmap of grad": lambda: f.vmap(f.grad(loss, 1), (0, None))(x.unsqueeze(1), w),
+        }[transform]()
+
+    torch.testing.assert_close(derived(fused(case, backend)), derived(plain(case)))
+
+
+def test_forward_mode_agrees_with_plain_pytorch(backend):
+    case = make_case((2, 5, 3, 2), dtype=torch.float64)
+    ad = torch.autograd.forward_ad
+    with ad.dual_level():
+        x = ad.make_dual(case.x, case.dy)
+        ours = ad.unpack_dual(fused(case, backend)(x, case.weight)).tangent
+        theirs = ad.unpack_dual(plain(case)(x, case.weight)).tangent
+    torch.testing.assert_close(ours, theirs)

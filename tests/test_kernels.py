@@ -1,0 +1,132 @@
+"""Every backend against float64 plain PyTorch: values and gradients over the whole input space."""
+
+import pytest
+import torch
+from support import (
+    BACKENDS,
+    DTYPES,
+    LAYOUTS,
+    MODES,
+    assert_as_accurate,
+    make_case,
+    name_of,
+    run,
+)
+
+import eca_fused
+
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+# 0 to 3 spatial dimensions; one pixel; planes below, at and above a vector, a row, a tile; channels
+# below and above k; one channel; one sample; sizes that no vector length divides.
+SHAPES = [
+    (2, 8),
+    (3, 1),
+    (2, 9, 5),
+    (1, 1, 1, 1),
+    (2, 70, 1, 1),
+    (3, 6, 2, 2),
+    (2, 33, 7, 7),
+    (2, 5, 16, 16),
+    (1, 3, 31, 33),
+    (2, 130, 3, 5),
+    (2, 4, 3, 4, 5),
+    (1, 2, 70, 71),
+]
+
+
+def check(backend, case):
+    result = run(
+        lambda x, w: eca_fused.eca(x, w, padding_mode=case.padding_mode, backend=backend), case
+    )
+    assert_as_accurate(result, case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+def test_shapes(backend, shape, dtype, layout):
+    check(backend, make_case(shape, dtype=dtype, layout=layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("k", [1, 3, 5, 7, 9, 11, 13])
+@pytest.mark.parametrize("channels", [7, 40])
+def test_taps(backend, channels, k, padding_mode, own_taps, layout):
+    check(
+        backend,
+        make_case(
+            (2, channels, 5, 3), k=k, layout=layout, padding_mode=padding_mode, own_taps=own_taps
+        ),
+    )
+
+
+@pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize(("channels", "k"), [(1, 3), (2, 5), (3, 13), (1, 27)])
+def test_more_taps_than_channels(backend, channels, k, own_taps):
+    check(backend, make_case((2, channels, 4, 4), k=k, own_taps=own_taps))
+
+
+@pytest.mark.parametrize(("channels", "k"), [(1, 3), (2, 5), (6, 13)])
+def test_circular_taps_that_wrap_exactly_once(backend, channels, k):
+    check(backend, make_case((2, channels, 4, 4), k=k, padding_mode="circular"))
+
+
+@pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_float32_taps_with_any_map(backend, dtype, own_taps):
+    case = make_case((2, 12, 6, 6), dtype=dtype, own_taps=own_taps, taps_dtype=torch.float32)
+    check(backend, case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("shape", [(1, 16, 60, 60), (3, 40, 37, 41), (16, 6, 50, 50)], ids=name_of)
+def test_any_number_of_threads(backend, shape, padding_mode, layout, threads):
+    assert torch.get_num_threads() == threads
+    check(backend, make_case(shape, k=5, padding_mode=padding_mode, layout=layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_map_larger_than_the_caches(backend, layout):
+    # 48 MB: beyond the size from which outputs are streamed, with rows that are not whole lines.
+    check(backend, make_case((13, 96, 99, 101), layout=layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_small_planes_larger_than_the_caches(backend, dtype, layout):
+    check(backend, make_case((100, 1700, 9, 11), dtype=dtype, layout=layout))
+
+
+def test_accuracy_of_a_long_sum(backend):
+    # Four million pixels with a mean far from zero: float32 sums without care lose digits here.
+    case = make_case((1, 1, 2048, 2048), k=1)
+    case.x += 10
+    check(backend, case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(4, 64, 14, 14), (2, 8, 120, 120)], ids=name_of)
+def test_bitwise_the_same_on_every_run(backend, shape, dtype, layout):
+    case = make_case(shape, dtype=dtype, layout=layout)
+    first = run(lambda x, w: eca_fused.eca(x, w, backend=backend), case)
+    for _ in range(3):
+        again = run(lambda x, w: eca_fused.eca(x, w, backend=backend), case)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+def test_inference_gives_the_same_bits_as_training(backend, shape, dtype, layout):
+    case = make_case(shape, dtype=dtype, layout=layout)
+    y = run(lambda x, w: eca_fused.eca(x, w, backend=backend), case)[0]
+    with torch.no_grad():
+        assert torch.equal(y, eca_fused.eca(case.x, case.weight, backend=backend))
+        x = case.x.clone(memory_format=torch.preserve_format)
+        assert eca_fused.eca_(x, case.weight, backend=backend) is x
+        assert torch.equal(y, x)

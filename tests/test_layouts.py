@@ -1,0 +1,140 @@
+"""Memory formats and views: what is read in place, what the result's strides are."""
+
+import pytest
+import torch
+from support import BACKENDS, DTYPES, Case, assert_as_accurate, in_layout, make_case, name_of, run
+from torch.profiler import ProfilerActivity, profile
+
+import eca_fused
+from eca_fused.layout import output_strides
+
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def result(case, backend):
+    return run(lambda x, w: eca_fused.eca(x, w, backend=backend), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    ("shape", "memory_format"),
+    [
+        ((2, 6, 5, 4), torch.contiguous_format),
+        ((2, 6, 5, 4), torch.channels_last),
+        ((2, 6, 1, 1), torch.channels_last),
+        ((1, 6, 5, 4), torch.channels_last),
+        ((2, 6, 3, 5, 4), torch.contiguous_format),
+        ((2, 6, 3, 5, 4), torch.channels_last_3d),
+    ],
+)
+def test_result_and_gradient_keep_the_memory_format(backend, shape, memory_format, dtype):
+    case = make_case(shape, dtype=dtype)
+    case.x = case.x.contiguous(memory_format=memory_format)
+    y, dx, _ = result(case, backend)
+    assert y.stride() == case.x.stride()
+    assert dx.stride() == case.x.stride()
+    assert y.is_contiguous(memory_format=memory_format)
+
+
+VIEWS = {
+    "a batch slice": lambda t: t[1:3],
+    "every second sample": lambda t: t[::2],
+    "the first channels": lambda t: t[:, :6],
+    "later channels": lambda t: t[:, 3:10],
+    "later channels of later samples": lambda t: t[2:, 5:],
+    "one sample": lambda t: t[3:4, 2:],
+}
+
+
+def copies(function, *tensors) -> list[str]:
+    """Names of the operators that copy or allocate a whole map while the function runs."""
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        function(*tensors)
+    return [e.name for e in trace.events() if e.name in ("aten::copy_", "aten::clone", "aten::contiguous")]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_with_dense_samples_are_read_in_place(backend, view, layout):
+    whole = make_case((5, 12, 6, 7), layout=layout)
+    x, dy = VIEWS[view](whole.x), VIEWS[view](whole.dy)
+    assert_as_accurate(result(Case(x, whole.weight, dy), backend), Case(x, whole.weight, dy))
+    with torch.no_grad():
+        read = copies(lambda t, w: eca_fused.eca(t, w, backend=backend), x, whole.weight)
+    assert "aten::copy_" not in read
+    y = eca_fused.eca(x, whole.weight, backend=backend)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    assert y.is_contiguous(memory_format=memory_format)
+    assert y.stride() == output_strides(x)
+
+
+OTHERS = {
+    "a spatial slice": lambda t: t[..., 1:5],
+    "every second pixel": lambda t: t[:, :, ::2],
+    "every second channel": lambda t: t[:, ::2],
+    "height and width swapped": lambda t: t.transpose(2, 3),
+    "samples and channels swapped": lambda t: t.transpose(0, 1),
+    "samples innermost": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "expanded samples": lambda t: t[:1].expand(4, -1, -1, -1),
+    "expanded channels": lambda t: t[:, :1].expand(-1, 12, -1, -1),
+    "expanded pixels": lambda t: t[:, :, :1, :1].expand(-1, -1, 6, 7),
+    "one number": lambda t: t[:1, :1, :1, :1].expand(3, 12, 6, 7),
+    "flipped": lambda t: t.flip(3),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("view", OTHERS)
+def test_any_other_view_is_right_too(backend, view, layout):
+    whole = make_case((5, 12, 6, 7), layout=layout)
+    x, dy = OTHERS[view](whole.x), OTHERS[view](whole.dy)
+    case = Case(x, whole.weight, dy)
+    y, dx, dweight = result(case, backend)
+    assert_as_accurate((y, dx, dweight), case)
+    assert y.stride() == output_strides(x)
+    if not torch._debug_has_internal_overlap(x):
+        z = x.clone(memory_format=torch.preserve_format)
+        before = x.clone()
+        with torch.no_grad():
+            assert eca_fused.eca_(x, whole.weight, backend=backend) is x
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+        assert not torch.equal(x, before)
+        assert z.shape == x.shape
+
+
+@pytest.mark.parametrize("x_layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("gradient", ["contiguous", "channels_last", *OTHERS])
+def test_gradients_of_any_layout(backend, gradient, x_layout):
+    case = make_case((5, 12, 6, 7), layout=x_layout)
+    whole = make_case((12, 12, 12, 12), seed=1).dy
+    views = {
+        "a spatial slice": whole[:5, :, 2:8, 1:8],
+        "every second pixel": whole[:5, :, ::2, :7],
+        "every second channel": whole.repeat(1, 2, 1, 1)[:5, ::2, :6, :7],
+        "height and width swapped": whole[:5, :, :7, :6].transpose(2, 3),
+        "samples and channels swapped": whole[:, :5, :6, :7].transpose(0, 1),
+        "samples innermost": whole.permute(1, 2, 3, 0)[..., :6, :7, :5].permute(3, 0, 1, 2),
+        "expanded samples": whole[:1, :, :6, :7].expand(5, -1, -1, -1),
+        "expanded channels": whole[:5, :1, :6, :7].expand(-1, 12, -1, -1),
+        "expanded pixels": whole[:5, :, :1, :1].expand(-1, -1, 6, 7),
+        "one number": whole[:1, :1, :1, :1].expand(5, 12, 6, 7),
+        "flipped": whole[:5, :, :6, :7].flip(3),
+    }
+    case.dy = views[gradient] if gradient in views else in_layout(case.dy, gradient)
+    assert_as_accurate(result(case, backend), case)
+
+
+def test_taps_of_any_layout(backend):
+    case = make_case((2, 8, 5, 5), k=5, own_taps=True)
+    case.weight = torch.randn(5, 1, 8).transpose(0, 2)
+    assert not case.weight.is_contiguous()
+    assert_as_accurate(result(case, backend), case)
+
+
+@pytest.mark.parametrize("offset", range(1, 17, 3))
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_any_alignment(backend, dtype, offset):
+    case = make_case((3, 5, 9, 11), dtype=dtype)
+    buffer = torch.empty(case.x.numel() + offset, dtype=dtype)
+    case.x = buffer[offset:].view(case.x.shape).copy_(case.x)
+    assert_as_accurate(result(case, backend), case)
