@@ -164,12 +164,15 @@ Tensor empty_unused(const Tensor& like) {
   return empty(like, &size, &stride, 1, dtype_code(like));
 }
 
-// x itself where the kernels can read it in this layout, else a dense copy.
-Tensor readable(const Tensor& x, const View& view, Layout layout) {
-  if (view.readable && view.layout == layout) return x;
+Tensor dense_copy(const Tensor& x, Layout layout) {
   Tensor copy = empty_map(x, dense_strides(x, layout));
   torch::stable::copy_(copy, x);
   return copy;
+}
+
+// x itself where the kernels can read it in this layout.
+Tensor readable(const Tensor& x, const View& view, Layout layout) {
+  return view.readable && view.layout == layout ? x : dense_copy(x, layout);
 }
 
 Map map_of(const Tensor& x, const Problem& p) {
@@ -227,10 +230,15 @@ Tensor inference(const Tensor& x, const Tensor& weight, bool circular) {
 void inference_(const Tensor& x, const Tensor& weight, bool circular) {
   const Problem p = problem_of(x, weight, circular);
   const View view = view_of(x, p);
-  const Tensor source = readable(x, view, view.layout);
-  run_inference(p, source, view, source, weight);
+  const bool planes = view.layout == Layout::kPlanes;
+  const int64_t rows = planes ? p.channels : p.pixels, length = planes ? p.pixels : p.channels;
+  const bool apart = (rows <= 1 || view.row_stride >= length) &&
+                     (p.samples <= 1 || view.sample_stride >= (rows - 1) * view.row_stride + length);
+  if (view.readable && apart) return run_inference(p, x, view, x, weight);
+  const Tensor copy = dense_copy(x, view.layout);
+  run_inference(p, copy, view, copy, weight);
   Tensor target = x;
-  if (!view.readable) torch::stable::copy_(target, source);
+  torch::stable::copy_(target, copy);  // refuses where elements of x share memory
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean,

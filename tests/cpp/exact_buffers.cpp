@@ -1,0 +1,147 @@
+// Runs the CPU kernels, in every build that this processor has, on buffers of exactly the size
+// that they may touch, for AddressSanitizer and UndefinedBehaviorSanitizer to watch. Outputs start as
+// NaN and lie between guard values, so an element never written, or one too many, is found too.
+// Values are checked in Python; here the maps are ones, whose gate follows from the taps' sum.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "../../csrc/cpu/cpu.h"
+
+using namespace eca;
+
+namespace {
+
+constexpr int64_t kThreads = 3;
+
+// Splits like a thread pool of kThreads, one range after the other.
+const cpu::ThreadPool pool{
+    kThreads, [](int64_t begin, int64_t end, int64_t grain, cpu::ThreadPool::Body body, void* context) {
+      int64_t step = (end - begin + kThreads - 1) / kThreads;
+      step = step > grain ? step : grain;
+      for (int64_t i = begin; i < end; i += step) body(i, i + step < end ? i + step : end, context);
+    }};
+
+int64_t size_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+// One and NaN in every dtype.
+void put(void* p, Dtype dtype, bool one) {
+  const double d = one ? 1 : NAN;
+  const float f = one ? 1 : NAN;
+  const uint16_t f16 = one ? 0x3c00 : 0x7e00, bf16 = one ? 0x3f80 : 0x7fc0;
+  const void* from = dtype == Dtype::kFloat64   ? (const void*)&d
+                     : dtype == Dtype::kFloat32 ? (const void*)&f
+                     : dtype == Dtype::kFloat16 ? (const void*)&f16
+                                                : (const void*)&bf16;
+  std::memcpy(p, from, size_of(dtype));
+}
+
+double get(const void* p, Dtype dtype) {
+  if (dtype == Dtype::kFloat64) return *(const double*)p;
+  if (dtype == Dtype::kFloat32) return *(const float*)p;
+  const uint16_t bits = *(const uint16_t*)p;
+  if (dtype == Dtype::kBFloat16) {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float f;
+    std::memcpy(&f, &wide, 4);
+    return f;
+  }
+  const double magnitude = bits >> 10 & 31 ? std::ldexp(1024 + (bits & 1023), (bits >> 10 & 31) - 25)
+                                           : std::ldexp(bits & 1023, -24);
+  return (bits >> 10 & 31) == 31 ? NAN : magnitude;
+}
+
+// A map in a buffer that ends with its last element; `gap` elements lie between its rows.
+struct Buffer {
+  Dtype dtype;
+  int64_t samples, rows, length, gap, stride;
+  char* memory;
+
+  Buffer(const Problem& p, int64_t row_gap, bool one)
+      : dtype(p.dtype), samples(p.samples),
+        rows(p.layout == Layout::kPlanes ? p.channels : p.pixels),
+        length(p.layout == Layout::kPlanes ? p.pixels : p.channels), gap(row_gap),
+        stride(rows * (length + gap)) {
+    memory = (char*)std::malloc(elements() * size_of(dtype));
+    for (int64_t i = 0; i < elements(); ++i) put(memory + i * size_of(dtype), dtype, one);
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(memory); }
+  int64_t elements() const { return samples * stride - gap; }
+  Map map() const { return {memory, stride, length + gap}; }
+
+  // Every element of the map has the value, and every other one is still NaN.
+  bool holds(double value) const {
+    bool ok = true;
+    for (int64_t i = 0; i < elements(); ++i) {
+      const double got = get(memory + i * size_of(dtype), dtype);
+      const bool outside = i % (length + gap) >= length;
+      ok = ok && (outside ? std::isnan(got) : std::fabs(got - value) <= 0.01 * std::fabs(value) + 1e-3);
+    }
+    return ok;
+  }
+};
+
+bool run(const cpu::Kernels& kernels, const Problem& p, int64_t gap) {
+  const int64_t C = p.channels, k = p.kernel_size, rows = p.taps_per_channel ? C : 1;
+  // Taps with the centre alone: every gate is sigmoid(1), and no boundary shows in the values.
+  std::vector<float> weight(rows * k, 0.0f), dweight(rows * k, NAN);
+  for (int64_t c = 0; c < rows; ++c) weight[c * k + k / 2] = 1;
+  std::vector<double> mean(p.samples * C, NAN), gate(p.samples * C, NAN);
+  const Buffer x(p, gap, true), dy(p, gap, true), y(p, gap, false), dx(p, gap, false);
+  kernels.forward({p, x.map(), y.map(), weight.data(), mean.data(), gate.data()}, pool);
+  kernels.backward({p, dy.map(), x.map(), dx.map(), weight.data(), mean.data(), gate.data(),
+                    dweight.data()},
+                   pool);
+  const double a = 1 / (1 + std::exp(-1.0));
+  bool ok = y.holds(a) && dx.holds(a + a * (1 - a));
+  for (float d : dweight) ok = ok && !std::isnan(d);
+  // In place, and gradients one by one.
+  kernels.forward({p, x.map(), x.map(), weight.data(), mean.data(), gate.data()}, pool);
+  kernels.backward({p, dy.map(), x.map(), {nullptr, 0, 0}, weight.data(), mean.data(), gate.data(),
+                    dweight.data()},
+                   pool);
+  kernels.backward({p, dy.map(), x.map(), dx.map(), weight.data(), mean.data(), gate.data(), nullptr},
+                   pool);
+  return ok && (gap > 0 || x.holds(a));
+}
+
+}  // namespace
+
+int main() {
+  std::vector<const cpu::Kernels*> builds{&cpu::baseline::kernels};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    builds.push_back(&cpu::avx2::kernels);
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq"))
+    builds.push_back(&cpu::avx512::kernels);
+#endif
+  const int64_t shapes[][3] = {{1, 1, 1},  {2, 1, 3},    {3, 5, 2},    {2, 9, 16},  {2, 40, 49},
+                               {1, 7, 65}, {2, 3, 1000}, {1, 65, 196}, {4, 33, 31}, {1, 2, 40000},
+                               {2, 300, 1}, {1, 4, 511}, {40, 3, 513}};
+  int failures = 0, runs = 0;
+  for (const cpu::Kernels* kernels : builds)
+    for (const auto& s : shapes)
+      for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kFloat16, Dtype::kBFloat16})
+        for (Layout layout : {Layout::kPlanes, Layout::kPixels})
+          for (int64_t k : {1, 3, 7})
+            for (int64_t gap : {0, 5})
+              for (int flags = 0; flags < 4; ++flags) {
+                const bool circular = flags & 1, own = flags & 2;
+                if (circular && k / 2 > s[1]) continue;
+                const Problem p{dtype, layout, s[0], s[1], s[2], Dtype::kFloat32, k, own, circular};
+                ++runs;
+                if (run(*kernels, p, gap)) continue;
+                ++failures;
+                std::printf("FAILED %s dtype %d layout %d N %d C %d S %d k %d gap %d circular %d own %d\n",
+                            kernels->name, int(dtype), int(layout), int(s[0]), int(s[1]), int(s[2]),
+                            int(k), int(gap), circular, own);
+              }
+  std::printf("%d runs on %d builds, %d failures\n", runs, int(builds.size()), failures);
+  return failures != 0;
+}

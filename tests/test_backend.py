@@ -1,0 +1,139 @@
+"""Choice of the backend, and what is said where it is not the expected one."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import eca_fused
+from eca_fused import backend as backend_module
+from eca_fused import native
+
+needs_extension = pytest.mark.skipif(
+    native.missing is not None, reason="needs the compiled extension: run `make build`"
+)
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process."""
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
+    )
+
+
+# A finder that makes `import eca_fused._C` fail, as where it was never built or does not fit.
+WITHOUT_EXTENSION = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "eca_fused._C":
+            raise {error}
+sys.meta_path.insert(0, Finder())
+import warnings, torch, eca_fused
+x, w = torch.randn(2, 4, 3, 3), torch.randn(1, 1, 3)
+"""
+
+
+def test_backends_says_what_is_usable():
+    status = eca_fused.backends()
+    assert list(status) == ["native", "triton", "reference"]
+    assert status["reference"].usable
+    assert all(s.detail for s in status.values())
+    for s in status.values():
+        assert str(s).startswith("usable: " if s else "not usable: ")
+
+
+@needs_extension
+def test_native_names_its_instruction_set():
+    assert any(name in eca_fused.backends()["native"].detail for name in ("avx512", "avx2", "baseline"))
+
+
+@pytest.mark.parametrize("error", ["ImportError('no such file')", "OSError('undefined symbol')"])
+def test_a_missing_or_broken_extension_never_breaks_the_import(error):
+    done = python(
+        WITHOUT_EXTENSION.format(error=error)
+        + """
+status = eca_fused.backends()["native"]
+assert not status.usable
+print(status.detail)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    y = [eca_fused.eca(x, w) for _ in range(3)]
+print(len(seen), seen[0].message)
+assert torch.equal(y[0], eca_fused.reference.eca(x, w))
+try:
+    eca_fused.eca(x, w, backend="native")
+except RuntimeError as e:
+    print(e)
+""",
+    )
+    assert done.returncode == 0, done.stderr
+    status, warning, error_line = done.stdout.splitlines()
+    assert error.split("'")[1] in status
+    assert "pip install" in status
+    assert warning.startswith("1 eca_fused runs in plain PyTorch on cpu, which is slower")
+    assert "backend 'native' cannot be used: the compiled extension" in error_line
+
+
+def test_auto_warns_once_on_a_device_without_kernels(monkeypatch):
+    monkeypatch.setattr(native, "devices", frozenset({"cuda"}))
+    monkeypatch.setattr(native, "missing", None)
+    monkeypatch.setattr(backend_module, "_warned", set())
+    x, w = torch.randn(2, 4, 3, 3), torch.randn(1, 1, 3)
+    with pytest.warns(RuntimeWarning, match="compiled without kernels for cpu") as seen:
+        for _ in range(3):
+            assert torch.equal(eca_fused.eca(x, w), eca_fused.reference.eca(x, w))
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+
+
+@needs_extension
+def test_no_warning_where_the_kernels_run():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        eca_fused.eca(torch.randn(2, 4, 3, 3), torch.randn(1, 1, 3))
+
+
+@needs_extension
+def test_use_backend_sets_and_restores_the_default(monkeypatch):
+    calls = []
+    inference = native.inference
+    monkeypatch.setattr(native, "inference", lambda *a: calls.append(1) or inference(*a))
+    x, w = torch.randn(2, 4, 3, 3), torch.randn(1, 1, 3)
+    eca_fused.eca(x, w)
+    assert len(calls) == 1
+    with eca_fused.use_backend("reference"):
+        eca_fused.eca(x, w)
+        assert len(calls) == 1
+        with eca_fused.use_backend("native"):
+            eca_fused.eca(x, w)
+        assert len(calls) == 2
+        eca_fused.eca(x, w, backend="native")
+        assert len(calls) == 3
+    with pytest.raises(KeyError), eca_fused.use_backend("reference"):
+        raise KeyError
+    eca_fused.eca(x, w)
+    assert len(calls) == 4
+
+
+def test_environment_sets_the_default():
+    code = (
+        "import torch, eca_fused\n"
+        "x, w = torch.randn(2, 4, 3, 3), torch.randn(1, 1, 3)\n"
+        "from eca_fused.backend import select\n"
+        "print(select(x, 'auto'))\n"
+    )
+    assert python(code, ECA_FUSED_BACKEND="reference").stdout.strip() == "None"
+    if native.missing is None:
+        assert "eca_fused.native" in python(code, ECA_FUSED_BACKEND="native").stdout
+    failed = python(code, ECA_FUSED_BACKEND="fast")
+    assert failed.returncode == 1
+    assert "expected ECA_FUSED_BACKEND as one of auto, native, triton, reference, got 'fast'" in failed.stderr
+
+
+def test_importing_the_package_imports_no_optional_one():
+    code = "import sys, eca_fused; print([m for m in ('triton', 'timm', 'torchvision', 'sklearn', 'matplotlib') if m in sys.modules])"
+    assert python(code).stdout.strip() == "[]"

@@ -1,0 +1,212 @@
+"""ECALayer as a module: kernel sizes, state dicts of other implementations, everyday use."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from support import BACKENDS, make_case
+from torch import nn
+
+import eca_fused
+from eca_fused import ECALayer, kernel_size
+
+timm_eca = pytest.importorskip("timm.layers.eca", reason="needs timm: pip install eca-fused[test]")
+
+
+class AuthorsLayer(nn.Module):
+    """The structure of the authors' eca_layer, as its checkpoints have it."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.conv = nn.Conv1d(1, 1, kernel_size=k, padding=(k - 1) // 2, bias=False)
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x):
+        y = self.avg_pool(x)
+        y = self.conv(y.squeeze(-1).transpose(-1, -2)).transpose(-1, -2).unsqueeze(-1)
+        return x * self.sigmoid(y).expand_as(x)
+
+
+@pytest.mark.parametrize(
+    ("channels", "k"), [(1, 3), (16, 3), (64, 3), (128, 5), (256, 5), (512, 5), (1024, 5), (2048, 7)]
+)
+def test_adaptive_kernel_size(channels, k):
+    assert kernel_size(channels) == k
+    assert ECALayer(channels).conv.weight.shape == (1, 1, k)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 24, 64, 100, 960, 4096])
+@pytest.mark.parametrize(("gamma", "beta"), [(2, 1), (1, 1), (3, 0.5), (2, -1)])
+def test_adaptive_kernel_size_is_timms(channels, gamma, beta):
+    theirs = timm_eca.EcaModule(channels, gamma=gamma, beta=beta).conv.weight.shape[-1]
+    assert kernel_size(channels, gamma, beta) == theirs
+
+
+def test_which_argument_gives_the_kernel_size():
+    assert ECALayer().conv.weight.shape[-1] == 3
+    assert ECALayer(kernel_size=9).conv.weight.shape[-1] == 9
+    assert ECALayer(2048, 1).conv.weight.shape[-1] == 1
+    assert ECALayer(2048, gamma=1).conv.weight.shape[-1] == 13
+
+
+OTHERS = {
+    "timm EcaModule": (lambda k: timm_eca.EcaModule(kernel_size=k), "zeros"),
+    "timm CecaModule": (lambda k: timm_eca.CecaModule(kernel_size=k), "circular"),
+    "the authors' eca_layer": (AuthorsLayer, "zeros"),
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("k", [3, 5, 7])
+@pytest.mark.parametrize("name", OTHERS)
+def test_weights_of_other_implementations(name, k, fused):
+    make, padding_mode = OTHERS[name]
+    theirs = make(k)
+    ours = ECALayer(kernel_size=k, padding_mode=padding_mode, fused=fused)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 24, 7, 7)
+    got, want = ours(x), theirs(x)
+    torch.testing.assert_close(got, want)
+    got.sum().backward()
+    want.sum().backward()
+    torch.testing.assert_close(ours.conv.weight.grad, theirs.conv.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_initialisation_is_that_of_the_authors_layer():
+    torch.manual_seed(3)
+    theirs = AuthorsLayer(5)
+    torch.manual_seed(3)
+    assert torch.equal(ECALayer(kernel_size=5).conv.weight, theirs.conv.weight)
+
+
+def test_state_dict_has_the_taps_alone():
+    assert {k: tuple(v.shape) for k, v in ECALayer(256).state_dict().items()} == {
+        "conv.weight": (1, 1, 5)
+    }
+    assert [name for name, _ in ECALayer(256).named_parameters()] == ["conv.weight"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_fused_and_plain_layers_agree(padding_mode, backend):
+    fused = ECALayer(48, padding_mode=padding_mode, backend=backend)
+    plain = ECALayer(48, padding_mode=padding_mode, fused=False)
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 48, 9, 9)
+    torch.testing.assert_close(fused(x), plain(x))
+    # Swapping is an attribute of the layer, too.
+    plain.fused = True
+    assert torch.equal(fused(x), plain(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inplace_inference(backend):
+    layer = ECALayer(48, inplace=True, backend=backend)
+    x = torch.randn(2, 48, 9, 9)
+    want = ECALayer(48, fused=False)
+    want.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        expected = want(x)
+        version = x._version
+        assert layer(x) is x
+    torch.testing.assert_close(x, expected)
+    assert x._version > version
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_keeps_the_dtype_of_x(dtype, fused):
+    layer = ECALayer(16, fused=fused)
+    with torch.autocast("cpu", dtype=dtype):
+        single = layer(torch.randn(2, 16, 5, 5))
+        half = layer(torch.randn(2, 16, 5, 5, dtype=dtype))
+    assert (single.dtype, half.dtype) == (torch.float32, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_under_autocast(backend):
+    def step(fused):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 16, 3), ECALayer(16, fused=fused, backend=backend), nn.Flatten(), nn.Linear(16 * 36, 4)
+        )
+        x = torch.randn(2, 3, 8, 8)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            net(x).float().pow(2).sum().backward()
+        return [p.grad for p in net.parameters()]
+
+    for ours, plain in zip(step(True), step(False), strict=True):
+        # Both round activations to bfloat16, whose unit is 2^-8, a few times over.
+        assert (ours - plain).abs().max() <= 2**-5 * plain.abs().max()
+
+
+def test_taps_in_the_dtype_of_the_model():
+    layer = ECALayer(16, dtype=torch.float64)
+    assert layer.conv.weight.dtype == torch.float64
+    assert layer(torch.randn(2, 16, 5, 5, dtype=torch.float64)).dtype == torch.float64
+    assert layer.half().conv.weight.dtype == torch.float16
+    assert layer(torch.randn(2, 16, 5, 5).half()).dtype == torch.float16
+    assert ECALayer(16, device="meta").conv.weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies(clone):
+    layer = ECALayer(48, padding_mode="circular", backend="auto")
+    other = clone(layer)
+    assert other.conv.weight is not layer.conv.weight
+    x = torch.randn(2, 48, 3, 3)
+    assert torch.equal(layer(x), other(x))
+    assert repr(other) == repr(layer)
+
+
+def test_repr_says_what_the_layer_does():
+    text = repr(ECALayer(256, padding_mode="circular", fused=False))
+    assert "kernel_size=5" in text
+    assert "padding_mode='circular'" in text
+    assert "fused=False" in text
+
+
+def test_hooks_and_freezing_work_as_on_any_module():
+    layer = ECALayer(8)
+    seen = []
+    layer.register_forward_hook(lambda module, args, y: seen.append(y.shape))
+    layer.requires_grad_(False)
+    y = layer(torch.randn(2, 8, 3, 3))
+    assert seen == [y.shape]
+    assert not y.requires_grad
+
+
+def test_meta_tensors():
+    layer = ECALayer(8, device="meta")
+    x = torch.empty(2, 8, 3, 3, device="meta").to(memory_format=torch.channels_last)
+    y = layer(x)
+    assert y.device.type == "meta"
+    assert y.stride() == x.stride()
+
+
+def test_a_layer_in_a_network_learns():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), ECALayer(8), nn.Flatten(), nn.Linear(8 * 36, 2))
+    case = make_case((16, 1, 8, 8))
+    target = (case.x.mean((1, 2, 3)) > case.x.mean()).long()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    before = net[1].conv.weight.detach().clone()
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.cross_entropy(net(case.x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    assert not torch.equal(before, net[1].conv.weight)
+
+
+def test_doctest_of_the_package():
+    import doctest
+
+    assert doctest.testmod(eca_fused).attempted > 0
+    assert doctest.testmod(eca_fused).failed == 0

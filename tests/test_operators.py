@@ -1,0 +1,112 @@
+"""torch.ops.eca_fused.*: registration, fakes, and a first contact with torch.compile."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support import DTYPES, LAYOUTS, make_case, name_of
+
+import eca_fused
+from eca_fused import native
+
+pytestmark = pytest.mark.skipif(
+    native.missing is not None, reason="needs the compiled extension: run `make build`"
+)
+ops = torch.ops.eca_fused
+
+VIEWS = {
+    "whole": lambda t: t,
+    "batch slice": lambda t: t[1:],
+    "channel slice": lambda t: t[:, :5],
+    "spatial slice": lambda t: t[..., 1:3],
+    "transposed": lambda t: t.transpose(-1, -2),
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
+
+def check_operators(x, weight, circular=False):
+    torch.library.opcheck(ops.forward, (x, weight, circular))
+    torch.library.opcheck(ops.inference, (x, weight, circular))
+    _, mean, gate = ops.forward(x, weight, circular)
+    dy = torch.randn_like(x)
+    for needs in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(ops.backward, (dy, x, weight, mean, gate, circular, *needs))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 5), (2, 8, 4, 4), (2, 3, 1, 1), (2, 4, 2, 3, 4)], ids=name_of)
+def test_opcheck_for_every_shape(shape, dtype, layout):
+    case = make_case(shape, dtype=dtype, layout=layout)
+    check_operators(case.x, case.weight)
+
+
+@pytest.mark.parametrize("k", [1, 3, 5, 7, 9])
+@pytest.mark.parametrize("circular", [False, True])
+def test_opcheck_for_taps(k, circular):
+    case = make_case((2, 6, 4, 4), k=k, own_taps=circular)
+    check_operators(case.x, case.weight, circular)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("view", VIEWS)
+def test_opcheck_for_views(view, layout):
+    case = make_case((3, 8, 4, 4), layout=layout)
+    check_operators(VIEWS[view](case.x), case.weight)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("view", ["whole", "batch slice", "channel slice", "spatial slice"])
+def test_opcheck_in_place(view, layout):
+    case = make_case((3, 8, 4, 4), layout=layout)
+    torch.library.opcheck(ops.inference_, (VIEWS[view](case.x).clone(memory_format=torch.preserve_format), case.weight))
+
+
+def test_a_bare_operator_warns_that_it_has_no_gradient():
+    # The operators are the kernels alone; eca() is differentiable.
+    case = make_case((2, 8, 4, 4))
+    y = ops.forward(case.x.requires_grad_(), case.weight)[0]
+    with pytest.warns(UserWarning, match="an autograd kernel was not registered"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiles_without_a_graph_break(layout):
+    case = make_case((2, 8, 6, 6), layout=layout)
+    layer = eca_fused.ECALayer(8)
+    compiled = torch.compile(layer, fullgraph=True)
+    results = []
+    for function in (layer, compiled):
+        x = case.x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        layer.zero_grad()
+        y = function(x)
+        y.backward(case.dy)
+        results.append((y, x.grad, layer.conv.weight.grad.clone()))
+        assert y.stride() == case.x.stride()
+    for ours, want in zip(*results, strict=True):
+        torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.parametrize("capability", ["avx2", "baseline"])
+def test_kernels_for_other_processors(capability):
+    here = native.description.partition("(")[2].partition(")")[0]
+    if {"baseline": 0, "avx2": 1, "avx512": 2}[capability] >= {"baseline": 0, "avx2": 1, "avx512": 2}[here]:
+        pytest.skip(f"needs a processor with more than {capability} to run lesser kernels; has {here}")
+    code = (
+        "import sys, pytest\n"
+        "from eca_fused import native\n"
+        f"assert '({capability})' in native.description, native.description\n"
+        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'test_kernels.py', 'test_values.py']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "ECA_FUSED_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout

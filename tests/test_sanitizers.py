@@ -1,0 +1,31 @@
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on exact-size buffers."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMPILER = os.environ.get("CXX", "g++")
+
+
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler: {COMPILER}")
+def test_exact_buffers(tmp_path):
+    flags = "-std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all".split()
+    flags += ["-Wno-psabi", "-Wno-ignored-attributes"]
+    sources = [ROOT / "tests/cpp/exact_buffers.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    objects = [tmp_path / f"{source.stem}.o" for source in sources]
+
+    def compile_one(source, target):
+        subprocess.run([COMPILER, *flags, "-c", source, "-o", target], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    program = tmp_path / "exact_buffers"
+    subprocess.run([COMPILER, *flags, *objects, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert ", 0 failures" in done.stdout
