@@ -16,8 +16,8 @@ enum class Dtype { kFloat32, kFloat64, kFloat16, kBFloat16 };
 enum class Layout { kPlanes, kPixels };
 
 struct Problem {
-  Dtype dtype;   // of the feature maps
-  Layout layout; // of the feature maps, all of them
+  Dtype dtype;    // of the feature maps
+  Layout layout;  // of the feature maps, all of them
   int64_t samples;
   int64_t channels;
   int64_t pixels;

@@ -17,7 +17,6 @@
 namespace eca {
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
@@ -31,61 +30,87 @@ void check(bool ok, const Parts&... parts) {
   throw std::runtime_error("eca_fused: " + message.str());
 }
 
-std::string shape(const Tensor& t) {
-  std::ostringstream text;
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "(") << t.size(i);
-  return text.str() + ")";
+// The shape as text, made only where a message is.
+struct shape {
+  const Tensor& tensor;
+};
+
+std::ostream& operator<<(std::ostream& out, shape s) {
+  for (int64_t i = 0; i < s.tensor.dim(); ++i) out << (i ? ", " : "(") << s.tensor.size(i);
+  return out << ")";
 }
 
-Dtype dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::Half: return Dtype::kFloat16;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    default: break;
-  }
-  check(false, "expected ", name, " of dtype float32, float64, float16 or bfloat16; convert it with .to()");
-  return Dtype::kFloat32;
-}
-
+// Integers that torch gives to dtypes and devices: comparing them costs a call, where the enums of
+// the stable headers cost one for each of their values.
 int32_t dtype_code(const Tensor& t) {
   int32_t code = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
   return code;
 }
 
+struct Device {
+  int32_t type = 0, index = 0;
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+
+Device device_of(const Tensor& t) {
+  Device device;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
+  return device;
+}
+
+const int32_t kFloat32Code = aoti_torch_dtype_float32(), kFloat64Code = aoti_torch_dtype_float64(),
+              kFloat16Code = aoti_torch_dtype_float16(),
+              kBFloat16Code = aoti_torch_dtype_bfloat16();
+
+Dtype dtype_of(const Tensor& t, const char* name) {
+  const int32_t code = dtype_code(t);
+  if (code == kFloat32Code) return Dtype::kFloat32;
+  if (code == kFloat64Code) return Dtype::kFloat64;
+  if (code == kFloat16Code) return Dtype::kFloat16;
+  check(code == kBFloat16Code, "expected ", name,
+        " of dtype float32, float64, float16 or bfloat16; convert it with .to()");
+  return Dtype::kBFloat16;
+}
+
 // The dtype of mean and gate.
 int32_t accumulator_code(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  return dtype_code(x) == kFloat64Code ? kFloat64Code : kFloat32Code;
 }
 
 Problem problem_of(const Tensor& x, const Tensor& weight, bool circular) {
-  check(x.dim() >= 2 && x.dim() <= 5, "expected x of shape (N, C, *spatial) with 0 to 3 spatial dimensions, got ",
-        shape(x), "; add or merge dimensions with reshape()");
+  check(x.dim() >= 2 && x.dim() <= 5,
+        "expected x of shape (N, C, *spatial) with 0 to 3 spatial dimensions, got ", shape{x},
+        "; add or merge dimensions with reshape()");
   const int64_t C = x.size(1);
   check(weight.dim() == 3 && weight.size(1) == 1 && (weight.size(0) == 1 || weight.size(0) == C),
-        "expected taps of shape (1, 1, k), or (C, 1, k) = (", C, ", 1, k), got ", shape(weight));
+        "expected taps of shape (1, 1, k), or (C, 1, k) = (", C, ", 1, k), got ", shape{weight});
   const int64_t k = weight.size(2);
-  check(k % 2 == 1, "expected an odd number of taps, got k = ", k, "; an even kernel has no center");
-  check(!circular || k / 2 <= C, "circular padding would wrap around more than once: k = ", k, " needs ", k / 2,
-        " channels or more, x has ", C, "; use fewer taps or zero padding");
-  check(weight.device() == x.device(), "expected the taps on the device of x; move them with .to()");
+  check(k % 2 == 1, "expected an odd number of taps, got k = ", k,
+        "; an even kernel has no center");
+  check(!circular || k / 2 <= C, "circular padding would wrap around more than once: k = ", k,
+        " needs ", k / 2, " channels or more, x has ", C, "; use fewer taps or zero padding");
+  check(device_of(weight) == device_of(x),
+        "expected the taps on the device of x; move them with .to()");
   const Dtype dtype = dtype_of(x, "x"), taps_dtype = dtype_of(weight, "taps");
   check(taps_dtype == dtype || taps_dtype == Dtype::kFloat32,
         "expected taps of dtype float32 or of the dtype of x; convert them with .to()");
   int64_t pixels = 1;
   for (int64_t i = 2; i < x.dim(); ++i) pixels *= x.size(i);
-  return {dtype, Layout::kPlanes, x.size(0), C, pixels, taps_dtype, k, weight.size(0) != 1, circular};
+  return {dtype, Layout::kPlanes,     x.size(0), C, pixels, taps_dtype,
+          k,     weight.size(0) != 1, circular};
 }
 
 void check_same(const Tensor& t, const char* name, const Tensor& x, int64_t dims, int32_t dtype) {
   bool same = t.dim() == dims;
   for (int64_t i = 0; same && i < dims; ++i) same = t.size(i) == x.size(i);
-  check(same, "expected ", name, " with the first ", dims, " sizes of x ", shape(x), ", got ", shape(t));
-  check(dtype_code(t) == dtype, "expected ", name, dims == 2 ? " of dtype float32, or float64 for float64 x"
-                                                            : " of the dtype of x", "; convert it with .to()");
-  check(t.device() == x.device(), "expected ", name, " on the device of x; move it with .to()");
+  check(same, "expected ", name, " with the first ", dims, " sizes of x ", shape{x}, ", got ",
+        shape{t});
+  check(dtype_code(t) == dtype, "expected ", name,
+        dims == 2 ? " of dtype float32, or float64 for float64 x" : " of the dtype of x",
+        "; convert it with .to()");
+  check(device_of(t) == device_of(x), "expected ", name, " on the device of x; move it with .to()");
 }
 
 // ---- layouts; layout.py has the same rules, for the strides that fake tensors report ----
@@ -134,12 +159,12 @@ Sizes dense_strides(const Tensor& x, Layout layout) {
   return strides;
 }
 
-Tensor empty(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims, int32_t dtype) {
-  int32_t type = 0, index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+Tensor empty(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dims,
+             int32_t dtype) {
+  const Device device = device_of(like);
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, type, index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle));
   return Tensor(handle);
 }
 
@@ -175,6 +200,11 @@ Tensor readable(const Tensor& x, const View& view, Layout layout) {
   return view.readable && view.layout == layout ? x : dense_copy(x, layout);
 }
 
+// Asking first saves a call through the dispatcher.
+Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 Map map_of(const Tensor& x, const Problem& p) {
   const View view = view_of(x, p);
   return {x.data_ptr(), view.sample_stride, view.row_stride};
@@ -186,7 +216,8 @@ const cpu::ThreadPool& thread_pool() {
   // Per thread, because the number of threads is a setting of the calling thread.
   static thread_local cpu::ThreadPool pool;
   pool.threads = torch::stable::get_num_threads();
-  pool.run = [](int64_t begin, int64_t end, int64_t grain, cpu::ThreadPool::Body body, void* context) {
+  pool.run = [](int64_t begin, int64_t end, int64_t grain, cpu::ThreadPool::Body body,
+                void* context) {
     if (end - begin <= grain || pool.threads == 1) {
       if (begin < end) body(begin, end, context);
       return;
@@ -196,7 +227,8 @@ const cpu::ThreadPool& thread_pool() {
   return pool;
 }
 
-void run_forward(Problem p, const Tensor& x, const View& view, const Tensor& y, const Tensor& weight, void* mean, void* gate) {
+void run_forward(Problem p, const Tensor& x, const View& view, const Tensor& y,
+                 const Tensor& weight, void* mean, void* gate) {
   if (p.samples == 0 || p.channels == 0) return;
   p.layout = view.layout;
   const Forward f{p, map_of(x, p), map_of(y, p), weight.data_ptr(), mean, gate};
@@ -208,14 +240,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   const View view = view_of(x, p);
   const Tensor source = readable(x, view, view.layout);
   Tensor y = empty_output(x, view), mean = empty_channels(x), gate = empty_channels(x);
-  run_forward(p, source, view, y, torch::stable::contiguous(weight), mean.data_ptr(), gate.data_ptr());
+  run_forward(p, source, view, y, as_contiguous(weight), mean.data_ptr(), gate.data_ptr());
   return {y, mean, gate};
 }
 
 // Without mean and gate, which only a gradient needs: two tensors less to create.
-void run_inference(const Problem& p, const Tensor& x, const View& view, const Tensor& y, const Tensor& weight) {
+void run_inference(const Problem& p, const Tensor& x, const View& view, const Tensor& y,
+                   const Tensor& weight) {
   std::vector<double> scratch(2 * p.samples * p.channels);  // room for either dtype
-  run_forward(p, x, view, y, torch::stable::contiguous(weight), scratch.data(),
+  run_forward(p, x, view, y, as_contiguous(weight), scratch.data(),
               scratch.data() + p.samples * p.channels);
 }
 
@@ -232,8 +265,9 @@ void inference_(const Tensor& x, const Tensor& weight, bool circular) {
   const View view = view_of(x, p);
   const bool planes = view.layout == Layout::kPlanes;
   const int64_t rows = planes ? p.channels : p.pixels, length = planes ? p.pixels : p.channels;
-  const bool apart = (rows <= 1 || view.row_stride >= length) &&
-                     (p.samples <= 1 || view.sample_stride >= (rows - 1) * view.row_stride + length);
+  const bool apart =
+      (rows <= 1 || view.row_stride >= length) &&
+      (p.samples <= 1 || view.sample_stride >= (rows - 1) * view.row_stride + length);
   if (view.readable && apart) return run_inference(p, x, view, x, weight);
   const Tensor copy = dense_copy(x, view.layout);
   run_inference(p, copy, view, copy, weight);
@@ -241,8 +275,9 @@ void inference_(const Tensor& x, const Tensor& weight, bool circular) {
   torch::stable::copy_(target, copy);  // refuses where elements of x share memory
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean,
-                                    const Tensor& gate, bool circular, bool need_dx, bool need_dweight) {
+std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                    const Tensor& mean, const Tensor& gate, bool circular,
+                                    bool need_dx, bool need_dweight) {
   Problem p = problem_of(x, weight, circular);
   check_same(dy, "dy", x, x.dim(), dtype_code(x));
   check_same(mean, "mean", x, 2, accumulator_code(x));
@@ -251,17 +286,25 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Ten
   p.layout = view.layout;
   Tensor dx = need_dx ? empty_output(x, view) : empty_unused(x);
   const int64_t k = weight.size(2), weight_strides[] = {k, k, 1};
-  Tensor dweight = need_dweight ? empty(weight, weight.sizes().data(), weight_strides, 3, dtype_code(weight))
-                                : empty_unused(weight);
+  Tensor dweight = need_dweight
+                       ? empty(weight, weight.sizes().data(), weight_strides, 3, dtype_code(weight))
+                       : empty_unused(weight);
   if (p.samples == 0 || p.channels == 0) {
     if (need_dweight) torch::stable::zero_(dweight);
     return {dx, dweight};
   }
-  const Tensor source = readable(x, view, p.layout), gradient = readable(dy, view_of(dy, p), p.layout);
-  const Tensor taps = torch::stable::contiguous(weight), means = torch::stable::contiguous(mean),
-               gates = torch::stable::contiguous(gate);
-  const Backward b{p, map_of(gradient, p), map_of(source, p), need_dx ? map_of(dx, p) : Map{nullptr, 0, 0},
-                   taps.data_ptr(), means.data_ptr(), gates.data_ptr(), need_dweight ? dweight.data_ptr() : nullptr};
+  const Tensor source = readable(x, view, p.layout),
+               gradient = readable(dy, view_of(dy, p), p.layout);
+  const Tensor taps = as_contiguous(weight), means = as_contiguous(mean),
+               gates = as_contiguous(gate);
+  const Backward b{p,
+                   map_of(gradient, p),
+                   map_of(source, p),
+                   need_dx ? map_of(dx, p) : Map{nullptr, 0, 0},
+                   taps.data_ptr(),
+                   means.data_ptr(),
+                   gates.data_ptr(),
+                   need_dweight ? dweight.data_ptr() : nullptr};
   cpu::kernels().backward(b, thread_pool());
   return {dx, dweight};
 }
@@ -270,7 +313,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Ten
 }  // namespace eca
 
 STABLE_TORCH_LIBRARY(eca_fused, m) {
-  m.def("forward(Tensor x, Tensor weight, bool circular=False) -> (Tensor y, Tensor mean, Tensor gate)");
+  m.def(
+      "forward(Tensor x, Tensor weight, bool circular=False) -> (Tensor y, Tensor mean, Tensor "
+      "gate)");
   m.def("inference(Tensor x, Tensor weight, bool circular=False) -> Tensor");
   m.def("inference_(Tensor(a!) x, Tensor weight, bool circular=False) -> ()");
   m.def(

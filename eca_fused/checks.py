@@ -20,8 +20,8 @@ def check_kernel_size(k: int) -> None:
         raise TypeError(f"expected kernel_size as an int, got {k!r}")
     if k < 1 or k % 2 == 0:
         raise ValueError(
-            f"expected an odd kernel_size from 1 up, got {k}: the kernel is centred on its channel, "
-            f"so use {max(k - 1, 1)} or {max(k + 1, 1)}"
+            f"expected an odd kernel_size from 1 up, got {k}: the kernel is centred on its "
+            f"channel, so use {max(k - 1, 1)} or {max(k + 1, 1)}"
         )
 
 
@@ -38,8 +38,8 @@ def check(x: Tensor, weight: Tensor, padding_mode: str) -> None:
             raise TypeError(f"expected {name} as a torch.Tensor, got {type(tensor).__name__}")
     if not 2 <= x.dim() <= 2 + MAX_SPATIAL_DIMS:
         raise ValueError(
-            f"expected x of shape (N, C, *spatial) with 0 to {MAX_SPATIAL_DIMS} spatial dimensions, "
-            f"got {tuple(x.shape)}; add or merge dimensions with reshape()"
+            f"expected x of shape (N, C, *spatial) with 0 to {MAX_SPATIAL_DIMS} spatial "
+            f"dimensions, got {tuple(x.shape)}; add or merge dimensions with reshape()"
         )
     if x.dtype not in DTYPES:
         raise TypeError(
@@ -55,8 +55,8 @@ def check(x: Tensor, weight: Tensor, padding_mode: str) -> None:
     k = weight.shape[2]
     if k % 2 == 0:
         raise ValueError(
-            f"expected an odd number of taps k, got {k} in a weight of shape {tuple(weight.shape)}: "
-            "the kernel is centred on its channel"
+            f"expected an odd number of taps k, got {k} in a weight of shape "
+            f"{tuple(weight.shape)}: the kernel is centred on its channel"
         )
     if weight.dtype not in (torch.float32, x.dtype):
         raise TypeError(
@@ -70,6 +70,6 @@ def check(x: Tensor, weight: Tensor, padding_mode: str) -> None:
         )
     if padding_mode == "circular" and k // 2 > channels:
         raise ValueError(
-            f"circular padding would wrap around more than once: k = {k} needs {k // 2} channels or "
-            f"more, x has {channels}; use fewer taps or padding_mode='zeros'"
+            f"circular padding would wrap around more than once: k = {k} needs {k // 2} channels "
+            f"or more, x has {channels}; use fewer taps or padding_mode='zeros'"
         )

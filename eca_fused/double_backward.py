@@ -1,4 +1,4 @@
-"""Second derivatives of ECA, in differentiable PyTorch operations, so that all higher ones exist."""
+"""Second derivatives of ECA in differentiable PyTorch operations, so that higher ones exist."""
 
 import torch
 from torch import Tensor

@@ -90,9 +90,7 @@ def _in_reference(x: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
     return reference.eca(x, weight, padding_mode=padding_mode)
 
 
-def eca(
-    x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str = "auto"
-) -> Tensor:
+def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str = "auto") -> Tensor:
     """Efficient channel attention, y = sigmoid(conv1d over channels of mean(x)) * x, fused.
 
     Wang et al., "ECA-Net" (CVPR 2020). Sums, taps and gates are in float32 (float64 for float64 x),

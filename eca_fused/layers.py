@@ -56,7 +56,7 @@ class ECALayer(nn.Module):
         device, dtype: of the taps; they may stay in float32 under a half precision x.
 
     Shape:
-        x (N, C, *spatial) with 0 to 3 spatial dimensions, to the same shape, dtype and memory format.
+        x (N, C, *spatial), 0 to 3 spatial dimensions; the same shape, dtype and memory format out.
 
     Raises:
         TypeError: channels or kernel_size is not an int.

@@ -17,7 +17,7 @@ devices: frozenset[str] = frozenset()  # device types that the extension was com
 description = ""
 
 try:
-    from eca_fused import _C
+    import eca_fused._C as _C
 
     _info = _C.build_info()
     devices = frozenset({"cpu", "cuda"} if _info["cuda"] else {"cpu"})

@@ -71,7 +71,9 @@ def make_case(
 Results = tuple[Tensor, Tensor, Tensor]  # y, dx, dweight
 
 
-def run(function: Callable[[Tensor, Tensor], Tensor], case: Case, dtype: torch.dtype | None = None) -> Results:
+def run(
+    function: Callable[[Tensor, Tensor], Tensor], case: Case, dtype: torch.dtype | None = None
+) -> Results:
     """y, dx and dweight of a function of x and weight, in another dtype if given."""
     x = case.x.detach().to(dtype or case.x.dtype).requires_grad_()
     weight = case.weight.detach().to(dtype or case.weight.dtype).requires_grad_()
@@ -93,7 +95,9 @@ def magnitudes(case: Case) -> Results:
     spatial = tuple(range(2, x.dim()))
     mean = x.mean(spatial) if spatial else x  # (N, C)
     dz = (g * x).sum(spatial) / 4 if spatial else g * x / 4  # a (1 - a) <= 1 / 4
-    _, dm, dw = run(lambda m, t: reference.convolve(m, t, case.padding_mode), Case(mean, w, dz), torch.float64)
+    _, dm, dw = run(
+        lambda m, t: reference.convolve(m, t, case.padding_mode), Case(mean, w, dz), torch.float64
+    )
     pixels = max(x[0, 0].numel(), 1) if x.shape[0] and x.shape[1] else 1
     return x, g + (dm / pixels).reshape(dm.shape + (1,) * len(spatial)), dw
 

@@ -18,24 +18,54 @@ def taps(*shape, **kwargs):
 
 
 BAD = {
-    "integer x": (x(dtype=torch.int64), taps(), TypeError, "float32, float64, float16 or bfloat16, got torch.int64; convert"),
+    "integer x": (
+        x(dtype=torch.int64),
+        taps(),
+        TypeError,
+        "float32, float64, float16 or bfloat16, got torch.int64; convert",
+    ),
     "boolean x": (x(dtype=torch.bool), taps(), TypeError, "got torch.bool"),
     "complex x": (x(dtype=torch.complex64), taps(), TypeError, "got torch.complex64"),
     "float8 x": (x(dtype=torch.float8_e5m2), taps(), TypeError, "got torch.float8_e5m2"),
     "one dimension": (x(4), taps(), ValueError, r"\(N, C, \*spatial\).*got \(4,\); add"),
     "no dimension": (torch.tensor(1.0), taps(), ValueError, r"got \(\)"),
-    "four spatial dimensions": (x(1, 4, 1, 1, 1, 1), taps(), ValueError, "0 to 3 spatial dimensions"),
+    "four spatial dimensions": (
+        x(1, 4, 1, 1, 1, 1),
+        taps(),
+        ValueError,
+        "0 to 3 spatial dimensions",
+    ),
     "x is no tensor": ([1.0], taps(), TypeError, "expected x as a torch.Tensor, got list"),
     "taps are no tensor": (x(), [1.0], TypeError, "expected weight as a torch.Tensor, got list"),
     "even k": (x(), taps(1, 1, 4), ValueError, "odd number of taps k, got 4"),
     "no taps": (x(), taps(1, 1, 0), ValueError, "odd number of taps k, got 0"),
-    "taps without dimensions": (x(), taps(3), ValueError, r"\(1, 1, k\), or \(C, 1, k\) = \(4, 1, k\).*got \(3,\)"),
+    "taps without dimensions": (
+        x(),
+        taps(3),
+        ValueError,
+        r"\(1, 1, k\), or \(C, 1, k\) = \(4, 1, k\).*got \(3,\)",
+    ),
     "taps for other channels": (x(), taps(5, 1, 3), ValueError, r"got \(5, 1, 3\)"),
     "taps with inputs": (x(), taps(1, 2, 3), ValueError, r"got \(1, 2, 3\)"),
-    "taps of an unsupported dtype": (x(), taps(dtype=torch.int32), TypeError, "taps of dtype float32 or torch.float32.*got torch.int32; convert"),
+    "taps of an unsupported dtype": (
+        x(),
+        taps(dtype=torch.int32),
+        TypeError,
+        "taps of dtype float32 or torch.float32.*got torch.int32; convert",
+    ),
     "float64 taps for float32 x": (x(), taps(dtype=torch.float64), TypeError, "got torch.float64"),
-    "float16 taps for bfloat16 x": (x(dtype=torch.bfloat16), taps(dtype=torch.float16), TypeError, "float32 or torch.bfloat16"),
-    "taps on another device": (x(), taps(device="meta"), ValueError, "device of x, cpu, got meta; move"),
+    "float16 taps for bfloat16 x": (
+        x(dtype=torch.bfloat16),
+        taps(dtype=torch.float16),
+        TypeError,
+        "float32 or torch.bfloat16",
+    ),
+    "taps on another device": (
+        x(),
+        taps(device="meta"),
+        ValueError,
+        "device of x, cpu, got meta; move",
+    ),
 }
 
 
@@ -54,7 +84,9 @@ def test_bad_input(name, backend, grad):
 
 @pytest.mark.parametrize("backend", NAMES)
 def test_circular_taps_that_wrap_more_than_once(backend):
-    with pytest.raises(ValueError, match="wrap around more than once: k = 11 needs 5 channels or more, x has 4"):
+    with pytest.raises(
+        ValueError, match="wrap around more than once: k = 11 needs 5 channels or more, x has 4"
+    ):
         eca_fused.eca(x(), taps(1, 1, 11), padding_mode="circular", backend=backend)
     with pytest.raises(RuntimeError, match="wrapping around"):
         torch.nn.Conv1d(1, 1, 11, padding=5, padding_mode="circular")(x(2, 1, 4))
@@ -119,7 +151,9 @@ def test_inplace_refuses_where_a_gradient_needs_x(which, backend):
     layer.conv.weight.requires_grad_(which == "the taps")
     data = x()
     map_ = (data.clone().requires_grad_() * 1) if which == "x" else data.clone()
-    with pytest.raises(RuntimeError, match=f"overwrite the x that the gradient of {which} needs.*no_grad"):
+    with pytest.raises(
+        RuntimeError, match=f"overwrite the x that the gradient of {which} needs.*no_grad"
+    ):
         layer(map_)
     assert torch.equal(map_, data)
     with torch.no_grad():
@@ -135,17 +169,21 @@ def test_inplace_on_overlapping_memory(backend):
 
 def test_triton_says_why_it_cannot_be_used():
     assert not eca_fused.backends()["triton"]
-    with pytest.raises(RuntimeError, match="'triton' cannot be used: .*use backend='auto'"):
+    with pytest.raises(RuntimeError, match=r"'triton' cannot be used: .*use backend='auto'"):
         eca_fused.eca(x(), taps(), backend="triton")
 
 
-@pytest.mark.skipif(native.missing is not None, reason="needs the compiled extension: run `make build`")
+@pytest.mark.skipif(
+    native.missing is not None, reason="needs the compiled extension: run `make build`"
+)
 class TestOperators:
     """The operators validate on their own, for callers that skip eca()."""
 
     ops = torch.ops.eca_fused
 
-    @pytest.mark.parametrize("name", [n for n in BAD if "no tensor" not in n and "are no" not in n and "device" not in n])
+    @pytest.mark.parametrize(
+        "name", [n for n in BAD if "no tensor" not in n and "are no" not in n and "device" not in n]
+    )
     def test_bad_input(self, name):
         bad_x, weight, _, _ = BAD[name]
         for op in (self.ops.forward, self.ops.inference, self.ops.inference_):
@@ -159,11 +197,17 @@ class TestOperators:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"dy": x(2, 4, 3, 4)}, r"expected dy with the first 4 sizes of x \(2, 4, 3, 3\), got \(2, 4, 3, 4\)"),
+            (
+                {"dy": x(2, 4, 3, 4)},
+                r"expected dy with the first 4 sizes of x \(2, 4, 3, 3\), got \(2, 4, 3, 4\)",
+            ),
             ({"dy": x(2, 4, 9)}, "expected dy with"),
             ({"dy": x(dtype=torch.float64)}, "expected dy of the dtype of x"),
             ({"mean": x(2, 5)}, r"expected mean with the first 2 sizes of x .*got \(2, 5\)"),
-            ({"gate": x(2, 4, dtype=torch.float16)}, "expected gate of dtype float32, or float64 for"),
+            (
+                {"gate": x(2, 4, dtype=torch.float16)},
+                "expected gate of dtype float32, or float64 for",
+            ),
             ({"weight": taps(1, 1, 2)}, "odd number of taps"),
         ],
     )

@@ -12,12 +12,12 @@ from eca_fused.functional import ECAFunction
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 CASES = [
-    dict(shape=(2, 5, 3, 2), k=3),
-    dict(shape=(2, 5, 3, 2), k=1),
-    dict(shape=(2, 3, 2, 2), k=9),
-    dict(shape=(1, 4, 5), k=5, own_taps=True),
-    dict(shape=(3, 4), k=3),
-    dict(shape=(2, 3, 2, 2, 2), k=3, own_taps=True),
+    {"shape": (2, 5, 3, 2), "k": 3},
+    {"shape": (2, 5, 3, 2), "k": 1},
+    {"shape": (2, 3, 2, 2), "k": 9},
+    {"shape": (1, 4, 5), "k": 5, "own_taps": True},
+    {"shape": (3, 4), "k": 3},
+    {"shape": (2, 3, 2, 2, 2), "k": 3, "own_taps": True},
 ]
 
 

@@ -30,7 +30,8 @@ class AuthorsLayer(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("channels", "k"), [(1, 3), (16, 3), (64, 3), (128, 5), (256, 5), (512, 5), (1024, 5), (2048, 7)]
+    ("channels", "k"),
+    [(1, 3), (16, 3), (64, 3), (128, 5), (256, 5), (512, 5), (1024, 5), (2048, 7)],
 )
 def test_adaptive_kernel_size(channels, k):
     assert kernel_size(channels) == k
@@ -131,7 +132,10 @@ def test_training_under_autocast(backend):
     def step(fused):
         torch.manual_seed(0)
         net = nn.Sequential(
-            nn.Conv2d(3, 16, 3), ECALayer(16, fused=fused, backend=backend), nn.Flatten(), nn.Linear(16 * 36, 4)
+            nn.Conv2d(3, 16, 3),
+            ECALayer(16, fused=fused, backend=backend),
+            nn.Flatten(),
+            nn.Linear(16 * 36, 4),
         )
         x = torch.randn(2, 3, 8, 8)
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -50,7 +50,11 @@ def copies(function, *tensors) -> list[str]:
     """Names of the operators that copy or allocate a whole map while the function runs."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
         function(*tensors)
-    return [e.name for e in trace.events() if e.name in ("aten::copy_", "aten::clone", "aten::contiguous")]
+    return [
+        e.name
+        for e in trace.events()
+        if e.name in ("aten::copy_", "aten::clone", "aten::contiguous")
+    ]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

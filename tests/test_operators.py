@@ -38,7 +38,9 @@ def check_operators(x, weight, circular=False):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 5), (2, 8, 4, 4), (2, 3, 1, 1), (2, 4, 2, 3, 4)], ids=name_of)
+@pytest.mark.parametrize(
+    "shape", [(2, 8), (2, 8, 5), (2, 8, 4, 4), (2, 3, 1, 1), (2, 4, 2, 3, 4)], ids=name_of
+)
 def test_opcheck_for_every_shape(shape, dtype, layout):
     case = make_case(shape, dtype=dtype, layout=layout)
     check_operators(case.x, case.weight)
@@ -62,7 +64,10 @@ def test_opcheck_for_views(view, layout):
 @pytest.mark.parametrize("view", ["whole", "batch slice", "channel slice", "spatial slice"])
 def test_opcheck_in_place(view, layout):
     case = make_case((3, 8, 4, 4), layout=layout)
-    torch.library.opcheck(ops.inference_, (VIEWS[view](case.x).clone(memory_format=torch.preserve_format), case.weight))
+    torch.library.opcheck(
+        ops.inference_,
+        (VIEWS[view](case.x).clone(memory_format=torch.preserve_format), case.weight),
+    )
 
 
 def test_a_bare_operator_warns_that_it_has_no_gradient():
@@ -93,13 +98,15 @@ def test_compiles_without_a_graph_break(layout):
 @pytest.mark.parametrize("capability", ["avx2", "baseline"])
 def test_kernels_for_other_processors(capability):
     here = native.description.partition("(")[2].partition(")")[0]
-    if {"baseline": 0, "avx2": 1, "avx512": 2}[capability] >= {"baseline": 0, "avx2": 1, "avx512": 2}[here]:
-        pytest.skip(f"needs a processor with more than {capability} to run lesser kernels; has {here}")
+    known = ["baseline", "avx2", "avx512"]
+    if known.index(capability) >= known.index(here):
+        pytest.skip(f"needs a processor with more than {capability}; this one has {here}")
     code = (
         "import sys, pytest\n"
         "from eca_fused import native\n"
         f"assert '({capability})' in native.description, native.description\n"
-        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', 'test_kernels.py', 'test_values.py']))"
+        "tests = ['test_kernels.py', 'test_values.py']\n"
+        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *tests]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

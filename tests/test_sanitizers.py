@@ -14,7 +14,7 @@ COMPILER = os.environ.get("CXX", "g++")
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler: {COMPILER}")
 def test_exact_buffers(tmp_path):
-    flags = "-std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all".split()
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     flags += ["-Wno-psabi", "-Wno-ignored-attributes"]
     sources = [ROOT / "tests/cpp/exact_buffers.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
     objects = [tmp_path / f"{source.stem}.o" for source in sources]

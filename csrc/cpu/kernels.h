@@ -57,8 +57,8 @@ T* row_of(const Map& map, int64_t sample, int64_t row) {
 template <class F>
 void parallel(const ThreadPool& pool, int64_t count, int64_t grain, const F& body) {
   pool.run(
-      0, count, grain,
-      [](int64_t begin, int64_t end, void* f) { (*(const F*)f)(begin, end); }, (void*)&body);
+      0, count, grain, [](int64_t begin, int64_t end, void* f) { (*(const F*)f)(begin, end); },
+      (void*)&body);
 }
 
 // Fewer elements than this are not worth a second thread (PyTorch's own limit).
@@ -227,13 +227,16 @@ void walk_planes(const Problem& p, const Taps<A>& taps, int64_t element_size,
 template <bool kDot, class T>
 void reduce_planes(Acc<T>* out, const Map& a, const Map& b, int64_t n, int64_t c, int64_t count,
                    int64_t length) {
-  if (length > 0 && length < kSmallPlane && a.row_stride >= length && (!kDot || b.row_stride >= length)) {
+  if (length > 0 && length < kSmallPlane && a.row_stride >= length &&
+      (!kDot || b.row_stride >= length)) {
     reduce_small_planes<kDot>(out, row_of<T>(a, n, c), a.row_stride,
-                              kDot ? row_of<T>(b, n, c) : (const T*)nullptr, b.row_stride, length, count);
+                              kDot ? row_of<T>(b, n, c) : (const T*)nullptr, b.row_stride, length,
+                              count);
     return;
   }
   for (int64_t i = 0; i < count; ++i)
-    out[i] = reduce_row<kDot>(row_of<T>(a, n, c + i), kDot ? row_of<T>(b, n, c + i) : nullptr, length);
+    out[i] =
+        reduce_row<kDot>(row_of<T>(a, n, c + i), kDot ? row_of<T>(b, n, c + i) : nullptr, length);
 }
 
 // y = scale * x + shift, plane by plane
@@ -248,15 +251,16 @@ void rescale_planes(const Map& y, const Map& x, int64_t n, int64_t c, int64_t co
     for (int64_t i = 0; i < count; i += step) {
       const int64_t rows = min_of(step, count - i);
       T* to = row_of<T>(y, n, c + i);
-      affine_small_planes<kShift>(direct ? to : stage, row_of<T>(x, n, c + i), x.row_stride, scale + i,
-                                  shift + i, length, rows);
+      affine_small_planes<kShift>(direct ? to : stage, row_of<T>(x, n, c + i), x.row_stride,
+                                  scale + i, shift + i, length, rows);
       if (stream) stream_copy(to, stage, rows * length);
       else if (!direct) __builtin_memcpy(to, stage, rows * length * sizeof(T));
     }
     return;
   }
   for (int64_t i = 0; i < count; ++i)
-    affine_row<kShift>(row_of<T>(y, n, c + i), row_of<T>(x, n, c + i), scale[i], shift[i], length, stream);
+    affine_row<kShift>(row_of<T>(y, n, c + i), row_of<T>(x, n, c + i), scale[i], shift[i], length,
+                       stream);
 }
 
 // ---- the walk over pixels ----
@@ -283,9 +287,10 @@ void walk_pixels(const Problem& p, const PixelRows& g, const ThreadPool& pool, c
   const int64_t N = p.samples, C = p.channels, L = g.length;
   const int64_t work = max_of(p.pixels * C, 1);
   // With fewer samples than threads, a sample is split into slabs and the threads meet in between.
-  const int64_t slabs = N >= pool.threads ? 1
-                        : max_of(1, min_of(min_of((pool.threads + N - 1) / max_of(N, 1), work / kGrain),
-                                           g.rows));
+  const int64_t slabs =
+      N >= pool.threads
+          ? 1
+          : max_of(1, min_of(min_of((pool.threads + N - 1) / max_of(N, 1), work / kGrain), g.rows));
   const auto start = [&](int64_t slab) { return g.rows * slab / slabs; };
   const auto sums = [&](int64_t n, int64_t slab, double* total) {
     for (int64_t i = 0; i < L; ++i) total[i] = 0;
@@ -349,8 +354,8 @@ void reduce_pixels(const PixelRows& g, const Map& a, const Map& b, int64_t n, in
   Array<Acc<T>> lane(g.length);
   const auto rows = [&](int64_t i, int64_t count, int64_t length) {
     reduce_rows<kDot>(total, (Acc<T>*)lane, row_of<T>(a, n, i * g.fold), a.row_stride * g.fold,
-                      kDot ? row_of<T>(b, n, i * g.fold) : (T*)nullptr, b.row_stride * g.fold, count,
-                      length);
+                      kDot ? row_of<T>(b, n, i * g.fold) : (T*)nullptr, b.row_stride * g.fold,
+                      count, length);
   };
   rows(first, end - first, g.length);
   if (end == g.rows && g.rest) rows(g.rows, 1, g.rest);

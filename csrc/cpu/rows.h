@@ -58,19 +58,15 @@ void affine_row_as(T* y, const T* x, Acc<T> scale, Acc<T> shift, int64_t length)
   const V a = broadcast<V>(scale), b = broadcast<V>(shift);
   const auto f = [=](V v) { return kShift ? a * v + b : a * v; };
   each_vector<kStream>(y, length, [=](int64_t i, int64_t n) {
-    if (n == kLanes<T>)
-      store<kStream>(y + i, f(load(x + i)));
-    else
-      store_first(y + i, f(load_first(x + i, n)), n);
+    if (n == kLanes<T>) store<kStream>(y + i, f(load(x + i)));
+    else store_first(y + i, f(load_first(x + i, n)), n);
   });
 }
 
 template <bool kShift, class T>
 void affine_row(T* y, const T* x, Acc<T> scale, Acc<T> shift, int64_t length, bool stream) {
-  if (stream)
-    affine_row_as<kShift, true>(y, x, scale, shift, length);
-  else
-    affine_row_as<kShift, false>(y, x, scale, shift, length);
+  if (stream) affine_row_as<kShift, true>(y, x, scale, shift, length);
+  else affine_row_as<kShift, false>(y, x, scale, shift, length);
 }
 
 // ---- planes of less than kSmallPlane elements: many at once ----
@@ -140,8 +136,8 @@ void affine_small_planes(T* y, const T* x, int64_t x_stride, const Acc<T>* scale
     }
   }
   for (int64_t c = safe; c < count; ++c)
-    affine_row_as<kShift, false>(y + c * length, x + c * x_stride, scale[c],
-                                 kShift ? shift[c] : 0, length);
+    affine_row_as<kShift, false>(y + c * length, x + c * x_stride, scale[c], kShift ? shift[c] : 0,
+                                 length);
 }
 
 template <class T>
@@ -211,8 +207,6 @@ void affine_vector_as(T* y, const T* x, const Acc<T>* scale, const Acc<T>* shift
 template <bool kShift, class T>
 void affine_vector(T* y, const T* x, const Acc<T>* scale, const Acc<T>* shift, int64_t length,
                    bool stream) {
-  if (stream)
-    affine_vector_as<kShift, true>(y, x, scale, shift, length);
-  else
-    affine_vector_as<kShift, false>(y, x, scale, shift, length);
+  if (stream) affine_vector_as<kShift, true>(y, x, scale, shift, length);
+  else affine_vector_as<kShift, false>(y, x, scale, shift, length);
 }

@@ -64,7 +64,7 @@ inline f16 to_f16(float f) {
     half = 0x7e00;
   } else if (magnitude >= 65520.0f) {  // rounds to 2^16, which half cannot hold
     half = 0x7c00;
-  } else if (magnitude < 0x1p-14f) {   // subnormal: the addition aligns and rounds
+  } else if (magnitude < 0x1p-14f) {  // subnormal: the addition aligns and rounds
     half = bit_cast<uint32_t>(magnitude + 0.5f) - 0x3f000000;
   } else {
     const uint32_t m = bit_cast<uint32_t>(magnitude);
@@ -126,7 +126,7 @@ inline Vh packed(const bf16*, Vf v) {
 inline Vh packed(const f16*, Vf v) {
 #if defined(ECA_AVX512)
   return bit_cast<Vh>(_mm512_maskz_cvtps_ph(__mmask16(-1), (__m512)v,
-                                             _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(ECA_AVX2)
   return bit_cast<Vh>(_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
@@ -198,12 +198,9 @@ inline void stream_fence() {
 template <class T>
 inline Vec<T> load_first(const T* p, int64_t n) {
 #if defined(ECA_AVX512)
-  if constexpr (sizeof(T) == 8)
-    return (Vd)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
-  else if constexpr (sizeof(T) == 4)
-    return (Vf)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
-  else
-    return unpacked(p, bit_cast<Vh>(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p)));
+  if constexpr (sizeof(T) == 8) return (Vd)_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+  else if constexpr (sizeof(T) == 4) return (Vf)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+  else return unpacked(p, bit_cast<Vh>(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p)));
 #else
   T buffer[kLanes<T>] = {};
   for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
@@ -215,12 +212,10 @@ template <class T>
 inline void store_first(T* p, Vec<T> v, int64_t n) {
   const Bits<T> bits = packed(p, v);
 #if defined(ECA_AVX512)
-  if constexpr (sizeof(T) == 8)
-    _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)bits);
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)bits);
   else if constexpr (sizeof(T) == 4)
     _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)bits);
-  else
-    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), bit_cast<__m256i>(bits));
+  else _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), bit_cast<__m256i>(bits));
 #else
   T buffer[kLanes<T>];
   __builtin_memcpy(buffer, &bits, sizeof bits);
@@ -288,7 +283,7 @@ inline V keep_first(V v, int64_t n) {
 inline Vf exp_nonpositive(Vf x) {
   const Vf floor = broadcast<Vf>(-110.0f);  // exp(-110) rounds to zero in float
   x = x < floor ? floor : x;
-  const float shift = 0x1.8p23f;            // adding it rounds to an integer in the low bits
+  const float shift = 0x1.8p23f;  // adding it rounds to an integer in the low bits
   const Vf shifted = x * 1.44269504f + shift;
   const Vf n = shifted - shift;
   const Vi exponent = (Vi)shifted - bit_cast<int32_t>(shift);

@@ -17,12 +17,13 @@ namespace {
 constexpr int64_t kThreads = 3;
 
 // Splits like a thread pool of kThreads, one range after the other.
-const cpu::ThreadPool pool{
-    kThreads, [](int64_t begin, int64_t end, int64_t grain, cpu::ThreadPool::Body body, void* context) {
-      int64_t step = (end - begin + kThreads - 1) / kThreads;
-      step = step > grain ? step : grain;
-      for (int64_t i = begin; i < end; i += step) body(i, i + step < end ? i + step : end, context);
-    }};
+const cpu::ThreadPool pool{kThreads, [](int64_t begin, int64_t end, int64_t grain,
+                                        cpu::ThreadPool::Body body, void* context) {
+                             int64_t step = (end - begin + kThreads - 1) / kThreads;
+                             step = step > grain ? step : grain;
+                             for (int64_t i = begin; i < end; i += step)
+                               body(i, i + step < end ? i + step : end, context);
+                           }};
 
 int64_t size_of(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
@@ -50,8 +51,9 @@ double get(const void* p, Dtype dtype) {
     std::memcpy(&f, &wide, 4);
     return f;
   }
-  const double magnitude = bits >> 10 & 31 ? std::ldexp(1024 + (bits & 1023), (bits >> 10 & 31) - 25)
-                                           : std::ldexp(bits & 1023, -24);
+  const double magnitude = bits >> 10 & 31
+                               ? std::ldexp(1024 + (bits & 1023), (bits >> 10 & 31) - 25)
+                               : std::ldexp(bits & 1023, -24);
   return (bits >> 10 & 31) == 31 ? NAN : magnitude;
 }
 
@@ -80,7 +82,8 @@ struct Buffer {
     for (int64_t i = 0; i < elements(); ++i) {
       const double got = get(memory + i * size_of(dtype), dtype);
       const bool outside = i % (length + gap) >= length;
-      ok = ok && (outside ? std::isnan(got) : std::fabs(got - value) <= 0.01 * std::fabs(value) + 1e-3);
+      ok = ok &&
+           (outside ? std::isnan(got) : std::fabs(got - value) <= 0.01 * std::fabs(value) + 1e-3);
     }
     return ok;
   }
@@ -94,19 +97,25 @@ bool run(const cpu::Kernels& kernels, const Problem& p, int64_t gap) {
   std::vector<double> mean(p.samples * C, NAN), gate(p.samples * C, NAN);
   const Buffer x(p, gap, true), dy(p, gap, true), y(p, gap, false), dx(p, gap, false);
   kernels.forward({p, x.map(), y.map(), weight.data(), mean.data(), gate.data()}, pool);
-  kernels.backward({p, dy.map(), x.map(), dx.map(), weight.data(), mean.data(), gate.data(),
-                    dweight.data()},
-                   pool);
+  kernels.backward(
+      {p, dy.map(), x.map(), dx.map(), weight.data(), mean.data(), gate.data(), dweight.data()},
+      pool);
   const double a = 1 / (1 + std::exp(-1.0));
   bool ok = y.holds(a) && dx.holds(a + a * (1 - a));
   for (float d : dweight) ok = ok && !std::isnan(d);
   // In place, and gradients one by one.
   kernels.forward({p, x.map(), x.map(), weight.data(), mean.data(), gate.data()}, pool);
-  kernels.backward({p, dy.map(), x.map(), {nullptr, 0, 0}, weight.data(), mean.data(), gate.data(),
+  kernels.backward({p,
+                    dy.map(),
+                    x.map(),
+                    {nullptr, 0, 0},
+                    weight.data(),
+                    mean.data(),
+                    gate.data(),
                     dweight.data()},
                    pool);
-  kernels.backward({p, dy.map(), x.map(), dx.map(), weight.data(), mean.data(), gate.data(), nullptr},
-                   pool);
+  kernels.backward(
+      {p, dy.map(), x.map(), dx.map(), weight.data(), mean.data(), gate.data(), nullptr}, pool);
   return ok && (gap > 0 || x.holds(a));
 }
 
@@ -115,15 +124,16 @@ bool run(const cpu::Kernels& kernels, const Problem& p, int64_t gap) {
 int main() {
   std::vector<const cpu::Kernels*> builds{&cpu::baseline::kernels};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
     builds.push_back(&cpu::avx2::kernels);
   if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     builds.push_back(&cpu::avx512::kernels);
 #endif
-  const int64_t shapes[][3] = {{1, 1, 1},  {2, 1, 3},    {3, 5, 2},    {2, 9, 16},  {2, 40, 49},
-                               {1, 7, 65}, {2, 3, 1000}, {1, 65, 196}, {4, 33, 31}, {1, 2, 40000},
-                               {2, 300, 1}, {1, 4, 511}, {40, 3, 513}};
+  const int64_t shapes[][3] = {{1, 1, 1},   {2, 1, 3},    {3, 5, 2},    {2, 9, 16},  {2, 40, 49},
+                               {1, 7, 65},  {2, 3, 1000}, {1, 65, 196}, {4, 33, 31}, {1, 2, 40000},
+                               {2, 300, 1}, {1, 4, 511},  {40, 3, 513}};
   int failures = 0, runs = 0;
   for (const cpu::Kernels* kernels : builds)
     for (const auto& s : shapes)
@@ -138,9 +148,10 @@ int main() {
                 ++runs;
                 if (run(*kernels, p, gap)) continue;
                 ++failures;
-                std::printf("FAILED %s dtype %d layout %d N %d C %d S %d k %d gap %d circular %d own %d\n",
-                            kernels->name, int(dtype), int(layout), int(s[0]), int(s[1]), int(s[2]),
-                            int(k), int(gap), circular, own);
+                std::printf(
+                    "FAILED %s dtype %d layout %d N %d C %d S %d k %d gap %d circular %d own %d\n",
+                    kernels->name, int(dtype), int(layout), int(s[0]), int(s[1]), int(s[2]), int(k),
+                    int(gap), circular, own);
               }
   std::printf("%d runs on %d builds, %d failures\n", runs, int(builds.size()), failures);
   return failures != 0;
