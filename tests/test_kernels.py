@@ -90,6 +90,22 @@ def test_any_number_of_threads(backend, shape, padding_mode, layout, threads):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 60, 60), (3, 40, 37, 41), (16, 6, 50, 50), (2, 200, 40, 40)], ids=name_of
+)
+def test_in_place_with_any_number_of_threads(
+    backend, shape, own_taps, padding_mode, layout, threads
+):
+    # A thread may not overwrite what another one still has to read.
+    case = make_case(shape, k=5, padding_mode=padding_mode, layout=layout, own_taps=own_taps)
+    y = eca_fused.eca(case.x, case.weight, padding_mode=padding_mode, backend=backend)
+    eca_fused.eca_(case.x, case.weight, padding_mode=padding_mode, backend=backend)
+    torch.testing.assert_close(case.x, y, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_map_larger_than_the_caches(backend, layout):
     # 48 MB: beyond the size from which outputs are streamed, with rows that are not whole lines.
     check(backend, make_case((13, 96, 99, 101), layout=layout))

@@ -171,54 +171,72 @@ void taps_gradient(const Problem& p, const Taps<A>& taps, const A* dz, const A* 
 // ---- the walk over planes ----
 
 // reduce(n, c, count, out) reduces `count` planes from c on. finish(n, c, count, values, filtered)
-// gets these values for a tile, together with their convolution, and rescales the planes.
+// gets these values for a tile, together with their convolution, and rescales the planes, which
+// overwrites what reduce() reads if in_place.
 template <class A, class Reduce, class Finish>
-void walk_planes(const Problem& p, const Taps<A>& taps, int64_t element_size,
+void walk_planes(const Problem& p, const Taps<A>& taps, int64_t element_size, bool in_place,
                  const ThreadPool& pool, const Reduce& reduce, const Finish& finish) {
   const int64_t C = p.channels, r = taps.r, planes = p.samples * C;
   const int64_t plane_bytes = max_of(p.pixels * element_size, 1);
   // A quarter of a core's cache: the tile's planes are still there when they are rescaled. Measured
   // with 1 MB: a half or an eighth costs up to 10 %.
   const int64_t tile = min_of(max_of(core_cache_bytes() / 4 / plane_bytes, 1), C);
-  const int64_t grain = max_of(kGrain / max_of(p.pixels, 1), 1);
-  // Calls f(n, c, count, i) for the planes [begin, end), sample by sample.
-  const auto each_sample = [=](int64_t begin, int64_t end, const auto& f) {
-    for (int64_t n = begin / C; n * C < end; ++n) {
-      const int64_t first = max_of(begin - n * C, 0), last = min_of(end - n * C, C);
-      f(n, first, last);
-    }
-  };
-  // A halo of 2r planes would cost a thread with few planes more than meeting the others in between.
-  const bool together = pool.threads > 1 && planes > grain && planes < 16 * r * pool.threads;
-  Array<A> known(together ? planes : 0);
-  if (together)
-    parallel(pool, planes, grain, [&](int64_t begin, int64_t end) {
-      each_sample(begin, end, [&](int64_t n, int64_t first, int64_t last) {
-        reduce(n, first, last - first, known + (n * C + first));
-      });
-    });
-  const auto values = [&](int64_t n, int64_t c, int64_t count, A* out) {
-    if (together) __builtin_memcpy(out, known + (n * C + c), count * sizeof(A));
-    else reduce(n, c, count, out);
-  };
-  parallel(pool, planes, grain, [&](int64_t begin, int64_t end) {
-    Array<A> row(min_of(end - begin, C) + 2 * r), filtered(tile);
-    each_sample(begin, end, [&](int64_t n, int64_t first, int64_t last) {
-      int64_t u = first - r;  // the next position of the padded row to fill
-      for (int64_t c = first; c < last; c += tile) {
-        const int64_t count = min_of(tile, last - c);
-        while (u < c + count + r) {
-          A* out = row + (u - first + r);
-          const int64_t from = taps.channel(u);
-          const int64_t run = from >= 0 && from == u ? min_of(c + count + r, C) - u : 1;
-          if (from < 0) *out = 0;
-          else values(n, from, run, out);
-          u += run;
-        }
-        taps.filter(filtered, row + (c - first), c, count);
-        finish(n, c, count, row + (c - first + r), filtered);
+  const int64_t work = max_of(planes * p.pixels / kGrain, 1);
+  const int64_t shares = min_of(min_of(pool.threads, work), planes);
+
+  // Calls f(n, first, last) for the channels of each sample that belong to a thread's share.
+  const auto each_share = [&](const auto& f) {
+    parallel(pool, shares, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = planes * begin / shares, to = planes * end / shares; i < to;) {
+        const int64_t n = i / C, last = min_of(to - n * C, C);
+        f(n, i - n * C, last);
+        i = n * C + last;
       }
     });
+  };
+
+  // A share needs the values of r channels on both sides. Reducing these planes again is cheap, but
+  // not where shares are small, nor possible where another thread may have overwritten them: then
+  // the threads first reduce all planes, or those around the borders, and meet.
+  const bool shared = shares > 1 && r > 0;
+  const bool all_first = shared && (planes < 16 * r * shares || (in_place && taps.circular));
+  const bool borders_first = shared && in_place && !all_first;
+  Array<A> known(all_first || borders_first ? planes : 0);
+  if (all_first)
+    each_share([&](int64_t n, int64_t first, int64_t last) {
+      reduce(n, first, last - first, known + (n * C + first));
+    });
+  if (borders_first)
+    each_share([&](int64_t n, int64_t first, int64_t last) {
+      const int64_t before = max_of(first - r, 0), after = min_of(last + r, C);
+      if (before < first) reduce(n, before, first - before, known + (n * C + before));
+      if (last < after) reduce(n, last, after - last, known + (n * C + last));
+    });
+
+  each_share([&](int64_t n, int64_t first, int64_t last) {
+    Array<A> padded(last - first + 2 * r), filtered(tile);
+    A* row = padded;  // row[u - first + r] is the value at position u
+    const auto fill = [&](int64_t u, int64_t end) {
+      while (u < end) {
+        A* out = row + (u - first + r);
+        const int64_t from = taps.channel(u);
+        const bool own = from >= first && from < last;
+        int64_t run = 1;
+        if (from < 0) *out = 0;
+        else if (u >= last && own) *out = row[from - first + r];  // wrapped around
+        else if (all_first || (borders_first && !own)) *out = known[n * C + from];
+        else reduce(n, from, run = u == from ? min_of(end, own ? last : C) - u : 1, out);
+        u += run;
+      }
+    };
+    int64_t filled = first - r;
+    for (int64_t c = first; c < last; c += tile) {
+      const int64_t count = min_of(tile, last - c);
+      fill(filled, c + count + r);
+      filled = c + count + r;
+      taps.filter(filtered, row + (c - first), c, count);
+      finish(n, c, count, row + (c - first + r), filtered);
+    }
     stream_fence();
   });
 }
@@ -381,7 +399,7 @@ void forward_as(const Forward& f, const ThreadPool& pool) {
   const bool stream = streams<T>(p, f.y, f.x);
   if (p.layout == Layout::kPlanes) {
     walk_planes<A>(
-        p, taps, sizeof(T), pool,
+        p, taps, sizeof(T), f.x.data == f.y.data, pool,
         [&](int64_t n, int64_t c, int64_t count, A* out) {
           reduce_planes<false, T>(out, f.x, f.x, n, c, count, S);
           for (int64_t i = 0; i < count; ++i) out[i] /= S;
@@ -422,7 +440,7 @@ void backward_as(const Backward& b, const ThreadPool& pool) {
   const bool stream = b.dx.data && streams<T>(p, b.dx, b.dy);
   if (p.layout == Layout::kPlanes) {
     walk_planes<A>(
-        p, taps, 2 * sizeof(T), pool,
+        p, taps, 2 * sizeof(T), false, pool,
         [&](int64_t n, int64_t c, int64_t count, A* out) {
           reduce_planes<true, T>(out, b.dy, b.x, n, c, count, S);
           const A* a = gate + n * C + c;

@@ -1,0 +1,161 @@
+"""setup.py's choice between a build with and without the CUDA kernels."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SETUP = Path(__file__).parents[1] / "setup.py"
+KERNELS = {"torch_version": "2.15.0", "torch_cuda": "13.2", "has_kernels": True}
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("eca_fused_setup", SETUP)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return path
+
+
+def make_toolkit(home, version=13000):
+    """A folder that looks like a CUDA toolkit; its nvcc tells where it is, as the real one does."""
+    (home / "include").mkdir(parents=True)
+    (home / "include" / "cuda_runtime.h").touch()
+    (home / "include" / "cuda_runtime_api.h").write_text(f"#define CUDART_VERSION  {version}\n")
+    script(home / "bin" / "nvcc", f"echo '#$ TOP={home}/bin/..' >&2\n")
+    return home
+
+
+@pytest.mark.parametrize("request_", [None, "", "1"])
+def test_cuda_where_the_toolkit_fits_torch(build, tmp_path, request_):
+    home = make_toolkit(tmp_path / "cuda")
+    toolkit, reason = build.choose_toolkit(request_, [home], **KERNELS)
+    assert toolkit == (home, (13, 0))
+    assert str(home) in reason
+    assert "13.0" in reason
+
+
+def test_zero_leaves_cuda_out(build, tmp_path):
+    home = make_toolkit(tmp_path / "cuda")
+    assert build.choose_toolkit("0", [home], **KERNELS) == (None, "ECA_FUSED_CUDA=0")
+
+
+def test_first_fitting_toolkit_wins(build, tmp_path):
+    old = make_toolkit(tmp_path / "old", 12080)
+    homes = [tmp_path / "none", old, make_toolkit(tmp_path / "a"), make_toolkit(tmp_path / "b")]
+    toolkit, _ = build.choose_toolkit(None, homes, **KERNELS)
+    assert toolkit.home == tmp_path / "a"
+
+
+def no_kernels(_):
+    return {"has_kernels": False}, [r"this version has no CUDA kernels", r"Unset ECA_FUSED_CUDA"]
+
+
+def cpu_only_torch(folder):
+    homes = [make_toolkit(folder / "cuda")]
+    found = r"torch 2\.15\.0 was built without CUDA"
+    return {"torch_cuda": None, "homes": homes}, [found, r"Install a torch built with CUDA"]
+
+
+def nothing_found(folder):
+    found = rf"no CUDA toolkit \({folder}/a: no include/cuda_runtime\.h"
+    return {"homes": [folder / "a"]}, [found, r"CUDA 13 toolkit", r"nvidia-nvvm==13\.2\.\*"]
+
+
+def headers_without_compiler(folder):
+    home = make_toolkit(folder / "cuda")
+    (home / "bin" / "nvcc").unlink()
+    return {"homes": [home]}, [rf"{home}: no bin/nvcc", r"set CUDA_HOME"]
+
+
+def headers_without_version(folder):
+    home = make_toolkit(folder / "cuda")
+    (home / "include" / "cuda_runtime_api.h").unlink()
+    return {"homes": [home]}, [rf"{home}: no CUDART_VERSION"]
+
+
+def other_major_version(folder):
+    home = make_toolkit(folder / "cuda", 12080)
+    found = rf"built with CUDA 13\.2, but found CUDA 12\.8 in {home}"
+    return {"homes": [home]}, [found, r"Install the CUDA 13 toolkit"]
+
+
+def torch_of_an_older_cuda(folder):
+    home = make_toolkit(folder / "cuda")
+    return {"homes": [home], "torch_cuda": "12.8"}, [r"built with CUDA 12\.8", r"CUDA 12 toolkit"]
+
+
+OBSTACLES = [
+    no_kernels,
+    cpu_only_torch,
+    nothing_found,
+    headers_without_compiler,
+    headers_without_version,
+    other_major_version,
+    torch_of_an_older_cuda,
+]
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_obstacle_means_no_cuda_or_an_error(build, tmp_path, obstacle):
+    changes, patterns = obstacle(tmp_path)
+    arguments = {"homes": [], **KERNELS, **changes}
+    toolkit, reason = build.choose_toolkit(None, **arguments)
+    assert toolkit is None
+    with pytest.raises(SystemExit, match="ECA_FUSED_CUDA=1, but ") as error:
+        build.choose_toolkit("1", **arguments)
+    assert reason in str(error.value)
+    for pattern in patterns:
+        error.match(pattern)
+
+
+@pytest.mark.parametrize("request_", ["yes", "2", "auto"])
+def test_unknown_request(build, request_):
+    with pytest.raises(SystemExit, match=f"to be 0 or 1, got '{request_}'"):
+        build.choose_toolkit(request_, [], **KERNELS)
+
+
+def test_variables_come_before_nvcc_on_path(build, tmp_path):
+    environ = {"CUDA_HOME": "/named/home", "CUDA_PATH": "/named/path"}
+    nvcc = make_toolkit(tmp_path / "cuda") / "bin" / "nvcc"
+    homes = build.candidate_homes(environ, str(nvcc))
+    expected = ["/named/home", "/named/path", tmp_path / "cuda", "/usr/local/cuda"]
+    assert homes[:4] == [Path(p) for p in expected]
+
+
+def test_empty_variables_do_not_count(build):
+    homes = build.candidate_homes({"CUDA_HOME": "", "CUDA_PATH": ""}, None)
+    assert homes[0] == Path("/usr/local/cuda")
+
+
+@pytest.mark.parametrize("kind", ["link", "script"])
+def test_toolkit_behind_a_link_or_a_script(build, tmp_path, kind):
+    real = make_toolkit(tmp_path / "cuda") / "bin" / "nvcc"
+    nvcc = tmp_path / "bin" / "nvcc"
+    if kind == "link":
+        nvcc.parent.mkdir()
+        nvcc.symlink_to(real)
+    else:
+        script(nvcc, f'exec {real} "$@"\n')
+    homes = build.candidate_homes({}, str(nvcc))
+    toolkit, _ = build.choose_toolkit("1", homes[: homes.index(Path("/usr/local/cuda"))], **KERNELS)
+    assert toolkit.home == tmp_path / "cuda"
+
+
+def test_nvcc_that_fails_is_passed_over(build, tmp_path):
+    nvcc = script(tmp_path / "bin" / "nvcc", "exit 1\n")
+    assert build.candidate_homes({}, str(nvcc))[0] == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("version", "newest"), [((12, 6), "9.0+PTX"), ((12, 8), "12.0+PTX"), ((13, 0), "12.0+PTX")]
+)
+def test_architectures_are_those_the_toolkit_knows(build, version, newest):
+    assert build.architectures(version).split(";")[-1] == newest
