@@ -269,10 +269,15 @@ void inference_(const Tensor& x, const Tensor& weight, bool circular) {
       (rows <= 1 || view.row_stride >= length) &&
       (p.samples <= 1 || view.sample_stride >= (rows - 1) * view.row_stride + length);
   if (view.readable && apart) return run_inference(p, x, view, x, weight);
+  for (int64_t i = 0; i < x.dim(); ++i)
+    check(
+        x.size(i) <= 1 || x.stride(i) != 0,
+        "more than one element of x refers to the same memory, as after expand(), so it cannot be "
+        "written in place; clone() it first");
   const Tensor copy = dense_copy(x, view.layout);
   run_inference(p, copy, view, copy, weight);
   Tensor target = x;
-  torch::stable::copy_(target, copy);  // refuses where elements of x share memory
+  torch::stable::copy_(target, copy);
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight,

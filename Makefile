@@ -1,0 +1,48 @@
+# Everything runs in one Python environment: the active one, or else .venv. tools/setup.sh prepares it.
+ENV := $(or $(VIRTUAL_ENV),.venv)
+BIN := $(ENV)/bin
+CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help run test build lint format clean
+.NOTPARALLEL:
+
+help:
+	@echo 'make run      set up, and run the demonstration on two photographs; ARGS="--quick" for options'
+	@echo 'make test     set up, and run the tests; ARGS="-k gradcheck" for options of pytest'
+	@echo 'make build    set up, and compile the extension'
+	@echo 'make lint     set up, and check style and types'
+	@echo 'make format   format the sources'
+	@echo 'make clean    remove what was built, keep the environment'
+	@echo
+	@echo 'They use the active virtual environment, or make .venv; a torch that is there is kept.'
+	@echo 'PYTHON=python3.12   the Python for a new .venv'
+	@echo 'ECA_FUSED_CUDA=0|1  build without, or insist on, the CUDA kernels'
+
+run:
+	@tools/setup.sh demo
+	@'$(BIN)/python' -m eca_fused $(ARGS)
+
+test:
+	@tools/setup.sh demo test
+	@'$(BIN)/python' -m pytest $(ARGS)
+
+build:
+	@tools/setup.sh
+
+lint:
+	@tools/setup.sh demo dev
+	'$(BIN)/ruff' check
+	'$(BIN)/ruff' format --check
+	'$(BIN)/mypy'
+	'$(BIN)/clang-format' --dry-run -Werror $(CPP)
+
+format:
+	@tools/setup.sh dev
+	'$(BIN)/ruff' check --fix
+	'$(BIN)/ruff' format
+	'$(BIN)/clang-format' -i $(CPP)
+
+clean:
+	rm -rf build dist *.egg-info eca_fused/_C*.so '$(ENV)/.eca_fused'
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

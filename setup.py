@@ -1,0 +1,198 @@
+"""Builds eca_fused._C, the compiled kernels. Everything else of the package is in pyproject.toml.
+
+ECA_FUSED_CUDA=1 insists on the CUDA kernels and ECA_FUSED_CUDA=0 leaves them out. Without it they
+are built where there is a CUDA toolkit that fits the torch at hand. A GPU is not needed for either.
+"""
+
+import importlib.util
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from setuptools import setup
+
+if TYPE_CHECKING:
+    from setuptools import Extension
+
+# The stable ABI of torch 2.11: what is built against it also loads in every later torch.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
+
+
+class Toolkit(NamedTuple):
+    home: Path
+    version: tuple[int, int]
+
+
+def candidate_homes(environ: Mapping[str, str], nvcc: str | None) -> list[Path]:
+    """Folders that may hold a CUDA toolkit, best first. `nvcc` is the one on PATH."""
+    homes = [Path(environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
+    if nvcc:
+        homes.append(Path(nvcc).resolve().parent.parent)
+        # Where nvcc is a script that calls the real one, only the real one knows its folder.
+        plan = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+        )
+        homes += [Path(top).resolve() for top in re.findall(r"^#\$ TOP=(.+)$", plan.stderr, re.M)]
+    homes.append(Path("/usr/local/cuda"))
+    if nvidia := importlib.util.find_spec("nvidia"):  # the packages nvidia-cuda-nvcc and others
+        homes += [Path(p) / "cu13" for p in nvidia.submodule_search_locations or ()]
+    return list(dict.fromkeys(homes))
+
+
+def inspect_home(home: Path) -> Toolkit | str:
+    """The toolkit in a folder, or what the folder lacks."""
+    for part in ("include/cuda_runtime.h", "bin/nvcc"):
+        if not (home / part).is_file():
+            return f"no {part}"
+    api = home / "include" / "cuda_runtime_api.h"
+    version = re.search(
+        r"#define\s+CUDART_VERSION\s+(\d+)", api.read_text(errors="replace") if api.exists() else ""
+    )
+    if not version:
+        return "no CUDART_VERSION in include/cuda_runtime_api.h"
+    return Toolkit(home, (int(version[1]) // 1000, int(version[1]) % 1000 // 10))
+
+
+def choose_toolkit(
+    request: str | None,
+    homes: Sequence[Path],
+    torch_version: str,
+    torch_cuda: str | None,
+    has_kernels: bool,
+) -> tuple[Toolkit | None, str]:
+    """The toolkit for the CUDA kernels, or None for a build without them; and the reason.
+
+    request      the value of ECA_FUSED_CUDA: "1", "0", or nothing
+    homes        folders that may hold a toolkit, best first
+    torch_cuda   the CUDA version that torch was built with, None for a torch without CUDA
+    has_kernels  whether there are CUDA sources to build
+    """
+    if request not in (None, "", "0", "1"):
+        raise SystemExit(f"eca_fused: error: expected ECA_FUSED_CUDA to be 0 or 1, got {request!r}")
+    if request == "0":
+        return None, "ECA_FUSED_CUDA=0"
+
+    found = {home: inspect_home(home) for home in homes}
+    toolkits = [t for t in found.values() if isinstance(t, Toolkit)]
+    major = torch_cuda.split(".")[0] if torch_cuda else None
+    fitting = [t for t in toolkits if str(t.version[0]) == major]
+
+    if not has_kernels:
+        reason = "this version has no CUDA kernels"
+        remedy = "Unset ECA_FUSED_CUDA, or set it to 0."
+    elif not torch_cuda:
+        reason = f"torch {torch_version} was built without CUDA"
+        remedy = "Install a torch built with CUDA."
+    elif fitting:
+        home, version = fitting[0]
+        return fitting[0], f"CUDA {dotted(version)} in {home}, torch {torch_version}"
+    elif toolkits:
+        there = ", ".join(f"CUDA {dotted(t.version)} in {t.home}" for t in toolkits)
+        reason = f"torch {torch_version} was built with CUDA {torch_cuda}, but found {there}"
+        remedy = f"Install {toolkit_name(torch_cuda)}, or a torch built with the CUDA found."
+    else:
+        looked = "; ".join(f"{home}: {lack}" for home, lack in found.items()) or "nowhere to look"
+        reason = f"no CUDA toolkit ({looked})"
+        remedy = f"Install {toolkit_name(torch_cuda)}."
+    if request == "1":
+        raise SystemExit(f"eca_fused: error: ECA_FUSED_CUDA=1, but {reason}. {remedy}")
+    return None, reason
+
+
+def dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+def toolkit_name(torch_cuda: str) -> str:
+    """What to install for a torch built with CUDA `torch_cuda`."""
+    major, minor = torch_cuda.split(".")[:2]
+    text = f"the CUDA {major} toolkit and set CUDA_HOME to its folder"
+    if major == "13":
+        parts = ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")
+        packages = " ".join(f"'nvidia-{part}=={major}.{minor}.*'" for part in parts)
+        text += f" (or: pip install {packages})"
+    return text
+
+
+def architectures(version: tuple[int, int]) -> str:
+    """The GPUs that a toolkit can build for, and PTX for later ones."""
+    return "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX" if version >= (12, 8) else "7.5;8.0;8.6;8.9;9.0+PTX"
+
+
+def extension(toolkit: Toolkit | None) -> "Extension":
+    if toolkit:
+        os.environ["CUDA_HOME"] = str(toolkit.home)
+        # Left to itself, torch builds for the GPUs it sees, and fails where it sees none.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(toolkit.version))
+    import pybind11
+
+    logging.disable(logging.WARNING)  # torch warns that it sees no GPU, which a build does not need
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    logging.disable(logging.NOTSET)
+
+    sources = [p for p in sorted(Path("csrc").rglob("*")) if p.suffix in (".cpp", ".cu")]
+    headers = [p for p in sorted(Path("csrc").rglob("*")) if p.suffix in (".h", ".cuh")]
+    if not toolkit:
+        sources = [p for p in sources if "cuda" not in p.parts]
+    # Debug information, which Python's own flags ask for, would be nine tenths of the file.
+    flags = ["-O3", STABLE_ABI]
+    host_flags = ["-g0", "-Wno-psabi", "-Wno-ignored-attributes"]
+    # GCC 12 gives hundreds of these, all false, about its own header of AVX-512 intrinsics.
+    host_flags.append("-Wno-maybe-uninitialized")
+    if toolkit:
+        # USE_CUDA: torch declares its current CUDA stream only under this name.
+        flags += ["-DECA_FUSED_WITH_CUDA", "-DUSE_CUDA"]
+    make = CUDAExtension if toolkit else CppExtension
+    module = make(
+        "eca_fused._C",
+        [str(p) for p in sources],
+        depends=[str(p) for p in headers],
+        include_dirs=[pybind11.get_include()],
+        extra_compile_args={"cxx": flags + host_flags, "nvcc": flags},
+    )
+    if toolkit:
+        # The static runtime needs no libcudart of the same minor version where the package runs.
+        module.libraries = [
+            "cudart_static" if library == "cudart" else library for library in module.libraries
+        ] + ["rt", "dl", "pthread"]
+    return module
+
+
+def main() -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            f"eca_fused: error: the build needs PyTorch, which does not import ({error}). "
+            "Install torch 2.11 or newer, or let pip do it: leave out --no-build-isolation."
+        ) from error
+
+    toolkit, reason = choose_toolkit(
+        os.environ.get("ECA_FUSED_CUDA"),
+        candidate_homes(os.environ, shutil.which("nvcc")),
+        torch.__version__,
+        torch.version.cuda,
+        has_kernels=any(Path("csrc/cuda").rglob("*.cu")),
+    )
+    print(f"eca_fused: {'CPU and CUDA' if toolkit else 'CPU'} kernels ({reason})", flush=True)
+    module = extension(toolkit)
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            # Not pip's temporary folder: the next build then compiles only what changed.
+            self.build_temp = f"build/objects-{sys.implementation.cache_tag}"
+
+    setup(ext_modules=[module], cmdclass={"build_ext": Build})
+
+
+if __name__ == "__main__":
+    main()
