@@ -1,4 +1,4 @@
-"""Makes the README's table, or a picture, from a result file of microbench.py.
+"""Makes the README's tables, and a picture, from a result file of microbench.py.
 
 python benchmarks/report.py benchmarks/results/cpu.json            # Markdown
 python benchmarks/report.py benchmarks/results/cpu.json --plot cpu.png
@@ -54,6 +54,26 @@ def table(result: dict[str, Any]) -> str:
                 f"| {ratio(times, 'copy')} | {ratio(times, 'eager')} "
                 f"| {ratio(times, best_compile(times))} |"
             )
+    return "\n".join([*lines, "", f"Measured on {where(result['machine'])}."])
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Markdown: a row for each dtype, layout and direction, with the range over the layers."""
+    rows = {}
+    for row in result["layers"]:
+        for direction in ("forward", "backward"):
+            times = row[direction]["contenders"]
+            ratios = rows.setdefault((row["dtype"], row["layout"], direction), [])
+            ratios.append(
+                [times[n]["times_ours"]["median"] for n in ("copy", "eager", best_compile(times))]
+            )
+    lines = [
+        "| dtype | layout | direction | copy / ours | eager / ours | torch.compile / ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, ratios in rows.items():
+        cells = [f"{min(r):.2f} to {max(r):.2f}x" for r in zip(*ratios, strict=True)]
+        lines.append(f"| {' | '.join(key + tuple(cells))} |")
     return "\n".join([*lines, "", f"Measured on {where(result['machine'])}."])
 
 
@@ -142,7 +162,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--plot", type=Path, help="picture to write")
     args = parser.parse_args(argv)
     result = json.loads(args.result.read_text())
-    print(table(result), host_table(result), sep="\n\n")
+    print(*(make(result) for make in (summary, host_table, table)), sep="\n\n")
     if args.plot:
         plot(result, args.plot)
     return 0

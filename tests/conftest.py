@@ -11,7 +11,7 @@ def seeded() -> None:
 
 @pytest.fixture(params=[1, 2, 7], ids=lambda n: f"{n}threads")
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Numbers of threads, more than there may be processors, so that every split of the work runs."""
+    """Counts beyond the number of processors too, so that every split of the work runs."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

@@ -1,0 +1,27 @@
+"""`python -m eca_fused`: the main job, and commands beside it.
+
+Without a command, or with options only, the main job runs; it is also there as the command `run`.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# The module of each command has main(argv) -> exit status, and is imported only when it runs.
+COMMANDS = {"run": "eca_fused.demo.command"}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command that the first argument names, or else the main job; its exit status."""
+    name, arguments = "run", list(argv)
+    if arguments and not arguments[0].startswith("-"):
+        name = arguments.pop(0)
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"error: expected a command ({known}) or options, got {name!r}", file=sys.stderr)
+        return 2
+    return int(importlib.import_module(COMMANDS[name]).main(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,149 @@
+"""Times of contenders, interleaved round by round, and their statistics."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Contender", "Spread", "interleave", "ratio"]
+
+SHORTEST_SAMPLE_S = 5e-3  # below this, the clock and the Python loop would show
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and spread of samples."""
+
+    median: float
+    p20: float
+    p80: float
+    samples: int
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Spread":
+        ordered = sorted(values)
+        low, high = (ordered[round(q * (len(ordered) - 1))] for q in (0.2, 0.8))
+        return Spread(statistics.median(ordered), low, high, len(ordered))
+
+
+@dataclass
+class Contender:
+    """One way of computing something.
+
+    Attributes:
+        name: such as "plain".
+        call: runs it once; None where it cannot run here.
+        missing: the reason why it cannot.
+        seconds: of one call, a sample for each round.
+    """
+
+    name: str
+    call: Callable[[], object] | None
+    missing: str = ""
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def spread(self) -> Spread | None:
+        return Spread.of(self.seconds) if self.seconds else None
+
+
+def ratio(slower: Contender, faster: Contender) -> Spread | None:
+    """How many times as fast one contender is as another, round by round."""
+    if not slower.seconds or not faster.seconds:
+        return None
+    return Spread.of([a / b for a, b in zip(slower.seconds, faster.seconds, strict=True)])
+
+
+def timed(call: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Seconds of one call, from `calls` of them: by events on a GPU, by the clock on the CPU."""
+    if device.type == "cuda":
+        event: Any = torch.cuda.Event
+        start, end = event(enable_timing=True), event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / calls
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - began) / calls
+
+
+def interleave(
+    contenders: Sequence[Contender],
+    device: torch.device,
+    *,
+    budget_s: float,
+    rounds: tuple[int, int],
+    multiple: int = 1,
+) -> float | None:
+    """Fill in the contenders' seconds: in every round, each of those that can run has one sample.
+
+    Machines drift, and other programs run: only what was measured side by side can be compared.
+    A round starts with another contender each time, so that none profits from its place. A
+    contender whose first call fails drops out with the reason.
+
+    Args:
+        contenders: those to compare.
+        device: where they run.
+        budget_s: no new round starts after this time, once there are rounds[0].
+        rounds: the least and the largest number of rounds.
+        multiple: calls in a sample are a multiple of this.
+
+    Returns:
+        The share of the machine's processors, 0 to 1, that other programs took during the rounds;
+        None where the system does not tell.
+    """
+    longest = 0.0
+    for contender in contenders:
+        if contender.call is None:
+            continue
+        try:
+            timed(contender.call, multiple, device)  # the first call also allocates and compiles
+            longest = max(longest, timed(contender.call, multiple, device))
+        except Exception as error:
+            contender.call, contender.missing = None, reason(error)
+    running = [contender for contender in contenders if contender.call is not None]
+    if not running:
+        return None
+    calls = multiple * max(1, round(SHORTEST_SAMPLE_S / max(longest, 1e-9) / multiple))
+    taken = processors_taken()
+    began = time.perf_counter()
+    for round_ in range(rounds[1]):
+        if round_ >= rounds[0] and time.perf_counter() - began > budget_s:
+            break
+        first = round_ % len(running)
+        for contender in running[first:] + running[:first]:
+            assert contender.call is not None
+            contender.seconds.append(timed(contender.call, calls, device))
+    elapsed = time.perf_counter() - began
+    after = processors_taken()
+    if taken is None or after is None:
+        return None
+    return min(max((after - taken) / (elapsed * (os.cpu_count() or 1)), 0.0), 1.0)
+
+
+def processors_taken() -> float | None:
+    """Processor seconds that other programs, and other virtual machines, have taken since boot."""
+    try:
+        ticks = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except OSError:
+        return None
+    idle, waiting = ticks[3:5]
+    return (sum(ticks) - idle - waiting) / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def reason(error: Exception) -> str:
+    """The type of an error and what it says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # torch.compile says which backend failed first, and why on the line after.
+    if len(lines) > 1 and lines[0].endswith("raised:"):
+        return lines[1][:200]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200].rstrip(": ")
