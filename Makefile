@@ -1,7 +1,7 @@
 # Everything runs in one Python environment: the active one, or else .venv. tools/setup.sh prepares it.
 ENV := $(or $(VIRTUAL_ENV),.venv)
 BIN := $(ENV)/bin
-CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: help run test build lint format clean
 .NOTPARALLEL:

@@ -36,8 +36,9 @@ struct shape {
 };
 
 std::ostream& operator<<(std::ostream& out, shape s) {
-  for (int64_t i = 0; i < s.tensor.dim(); ++i) out << (i ? ", " : "(") << s.tensor.size(i);
-  return out << ")";
+  out << "(";
+  for (int64_t i = 0; i < s.tensor.dim(); ++i) out << (i ? ", " : "") << s.tensor.size(i);
+  return out << (s.tensor.dim() == 1 ? ",)" : ")");
 }
 
 // Integers that torch gives to dtypes and devices: comparing them costs a call, where the enums of
@@ -127,20 +128,19 @@ struct View {
 View view_of(const Tensor& x, const Problem& p) {
   const auto sizes = x.sizes(), strides = x.strides();
   const int64_t C = p.channels, S = p.pixels;
-  int64_t pixel_stride = 0, run = 0;
+  int64_t pixel_stride = -1, run = 0;
   bool even = true;  // the pixels lie at equal distances, in their order
   for (int64_t i = x.dim(); i-- > 2;) {
     if (sizes[i] == 1) continue;
-    if (run == 0) pixel_stride = strides[i];
+    if (pixel_stride < 0) pixel_stride = strides[i];
     else even = even && strides[i] == run;
     run = strides[i] * sizes[i];
   }
-  const bool channels_inside = strides[1] == 1 && (S == 1 || C > 1);
+  if (pixel_stride < 0) pixel_stride = C;  // one pixel
   const int64_t sample = p.samples == 1 ? C * S : strides[0];
-  if (channels_inside && even && (S == 1 || pixel_stride >= C)) {
-    const int64_t row = S == 1 ? C : pixel_stride;
-    return {true, row == C && sample == C * S, Layout::kPixels, sample, row};
-  }
+  const bool channels_inside = strides[1] == 1 && (S == 1 || C > 1);
+  if (channels_inside && even && pixel_stride >= C)
+    return {true, pixel_stride == C && sample == C * S, Layout::kPixels, sample, pixel_stride};
   if (even && (S == 1 || pixel_stride == 1)) {
     const int64_t row = C == 1 ? S : strides[1];
     return {true, row == S && sample == C * S, Layout::kPlanes, sample, row};
@@ -173,9 +173,9 @@ Tensor empty_map(const Tensor& x, const Sizes& strides) {
 }
 
 // A new tensor for a result that looks like x: the strides of x where x is dense.
-Tensor empty_output(const Tensor& x, const View& view) {
+Tensor empty_output(const Tensor& x, const View& view, const Problem& p) {
   if (view.dense) return empty(x, x.sizes().data(), x.strides().data(), x.dim(), dtype_code(x));
-  return empty_map(x, dense_strides(x, view.layout));
+  return empty_map(x, dense_strides(x, p.pixels == 1 ? Layout::kPlanes : view.layout));
 }
 
 // (samples, channels)
@@ -205,9 +205,15 @@ Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
+// The strides of a tensor that can be read in p.layout. Its own view may be another one: with one
+// pixel or one channel, both fit.
 Map map_of(const Tensor& x, const Problem& p) {
-  const View view = view_of(x, p);
-  return {x.data_ptr(), view.sample_stride, view.row_stride};
+  const auto sizes = x.sizes(), strides = x.strides();
+  const bool planes = p.layout == Layout::kPlanes;
+  int64_t row = planes ? (p.channels == 1 ? p.pixels : strides[1]) : p.channels;
+  for (int64_t i = 2; !planes && i < x.dim(); ++i)
+    if (sizes[i] != 1) row = strides[i];
+  return {x.data_ptr(), p.samples == 1 ? p.channels * p.pixels : strides[0], row};
 }
 
 // ---- the operators ----
@@ -239,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
   const Problem p = problem_of(x, weight, circular);
   const View view = view_of(x, p);
   const Tensor source = readable(x, view, view.layout);
-  Tensor y = empty_output(x, view), mean = empty_channels(x), gate = empty_channels(x);
+  Tensor y = empty_output(x, view, p), mean = empty_channels(x), gate = empty_channels(x);
   run_forward(p, source, view, y, as_contiguous(weight), mean.data_ptr(), gate.data_ptr());
   return {y, mean, gate};
 }
@@ -255,7 +261,7 @@ void run_inference(const Problem& p, const Tensor& x, const View& view, const Te
 Tensor inference(const Tensor& x, const Tensor& weight, bool circular) {
   const Problem p = problem_of(x, weight, circular);
   const View view = view_of(x, p);
-  Tensor y = empty_output(x, view);
+  Tensor y = empty_output(x, view, p);
   run_inference(p, readable(x, view, view.layout), view, y, weight);
   return y;
 }
@@ -263,6 +269,7 @@ Tensor inference(const Tensor& x, const Tensor& weight, bool circular) {
 void inference_(const Tensor& x, const Tensor& weight, bool circular) {
   const Problem p = problem_of(x, weight, circular);
   const View view = view_of(x, p);
+  if (p.samples * p.channels * p.pixels == 0) return;
   const bool planes = view.layout == Layout::kPlanes;
   const int64_t rows = planes ? p.channels : p.pixels, length = planes ? p.pixels : p.channels;
   const bool apart =
@@ -289,7 +296,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Ten
   check_same(gate, "gate", x, 2, accumulator_code(x));
   const View view = view_of(x, p);
   p.layout = view.layout;
-  Tensor dx = need_dx ? empty_output(x, view) : empty_unused(x);
+  Tensor dx = need_dx ? empty_output(x, view, p) : empty_unused(x);
   const int64_t k = weight.size(2), weight_strides[] = {k, k, 1};
   Tensor dweight = need_dweight
                        ? empty(weight, weight.sizes().data(), weight_strides, 3, dtype_code(weight))

@@ -1,6 +1,7 @@
 """Which kernels run: the backends, their choice, and a warning where it is not the expected one."""
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,10 +80,21 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """Warn, the first time that this process has this message."""
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    """Warn, the first time this process has this message, of the line that called eca_fused."""
+    if message in _warned:
+        return
+    _warned.add(message)
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "eca_fused",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+# torch.compile cannot trace a warning: with this mark it calls the function while it traces.
+warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def select(x: Tensor, backend: str) -> ModuleType | None:

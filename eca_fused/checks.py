@@ -36,6 +36,10 @@ def check(x: Tensor, weight: Tensor, padding_mode: str) -> None:
     for name, tensor in (("x", x), ("weight", weight)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"expected {name} as a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"expected {name} as a dense tensor, got layout {tensor.layout}; use to_dense()"
+            )
     if not 2 <= x.dim() <= 2 + MAX_SPATIAL_DIMS:
         raise ValueError(
             f"expected x of shape (N, C, *spatial) with 0 to {MAX_SPATIAL_DIMS} spatial "
@@ -50,17 +54,18 @@ def check(x: Tensor, weight: Tensor, padding_mode: str) -> None:
     if weight.dim() != 3 or weight.shape[1] != 1 or weight.shape[0] not in (1, channels):
         raise ValueError(
             f"expected taps of shape (1, 1, k), or (C, 1, k) = ({channels}, 1, k) for taps of each "
-            f"channel's own, got {tuple(weight.shape)}"
+            f"channel's own, got {tuple(weight.shape)}; bring them to one of these with reshape()"
         )
     k = weight.shape[2]
     if k % 2 == 0:
         raise ValueError(
             f"expected an odd number of taps k, got {k} in a weight of shape "
-            f"{tuple(weight.shape)}: the kernel is centred on its channel"
+            f"{tuple(weight.shape)}: the kernel is centred on its channel; use {k + 1}"
         )
     if weight.dtype not in (torch.float32, x.dtype):
+        own = "" if x.dtype == torch.float32 else f" or {x.dtype}, the dtype of x"
         raise TypeError(
-            f"expected taps of dtype float32 or {x.dtype} (the dtype of x), got {weight.dtype}; "
+            f"expected taps of dtype torch.float32{own}, got {weight.dtype}; "
             "convert them, for example with layer.to(x.dtype)"
         )
     if weight.device != x.device:

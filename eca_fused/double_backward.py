@@ -5,7 +5,7 @@ from torch import Tensor
 
 from eca_fused.reference import convolve, padded
 
-__all__ = ["double_backward"]
+__all__ = ["double_backward", "plain_backward"]
 
 
 def _transposed(values: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
@@ -26,6 +26,33 @@ def _taps(values: Tensor, inputs: Tensor, weight: Tensor, padding_mode: str) -> 
     windows = padded(inputs, k // 2, padding_mode).unfold(1, k, 1)  # (N, C, k)
     per_channel = (values.unsqueeze(-1) * windows).sum(0)
     return (per_channel if weight.shape[0] > 1 else per_channel.sum(0)).reshape(weight.shape)
+
+
+def plain_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, *, padding_mode: str
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ECA for x and weight, in differentiable operations on whole tensors.
+
+    Args:
+        dy, x: (N, C, *spatial).
+        weight: (1 or C, 1, k).
+        padding_mode: "zeros" or "circular".
+
+    Returns:
+        Gradients for x and weight, in their shapes and dtypes.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    g, v, w = dy.to(dtype), x.to(dtype), weight.to(dtype)
+    spatial = tuple(range(2, x.dim()))
+    mean = v.mean(spatial) if spatial else v  # (N, C)
+    a = torch.sigmoid(convolve(mean, w, padding_mode))
+    da = (g * v).sum(spatial) if spatial else g * v
+    dz = da * a * (1 - a)
+    pixels = x[0, 0].numel() if x.shape[0] and x.shape[1] else 1
+    dm = _transposed(dz, w, padding_mode) / pixels
+    ones = (1,) * len(spatial)
+    dx = a.reshape(a.shape + ones) * g + dm.reshape(dm.shape + ones)
+    return dx.to(x.dtype), _taps(dz, mean, w, padding_mode).to(weight.dtype)
 
 
 def double_backward(

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from eca_fused import reference
 from eca_fused.backend import select, warn_once
 from eca_fused.checks import PADDING_MODES, check, check_padding_mode
-from eca_fused.double_backward import double_backward
+from eca_fused.double_backward import double_backward, plain_backward
 
 __all__ = ["ECAFunction", "eca", "eca_"]
 
@@ -36,6 +36,10 @@ class ECAFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, gate = ctx.saved_tensors
         need_dx, need_dweight = ctx.needs_input_grad[:2]
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy):
+            # Under is_grads_batched=True, a function inside this one would not be recorded.
+            mode = "circular" if ctx.circular else "zeros"
+            return *plain_backward(dy, x, weight, padding_mode=mode), None, None
         # Gradients of these gradients are asked for only under create_graph=True.
         run = _ECABackward.apply if torch.is_grad_enabled() else ctx.kernels.backward
         extra = (ctx.kernels,) if torch.is_grad_enabled() else ()
@@ -154,6 +158,11 @@ def eca_(
         raise RuntimeError(
             f"in-place ECA would overwrite the x that the gradient of {what} needs; "
             "use inplace=False, or torch.no_grad() for inference"
+        )
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "x was made in inference mode and cannot be written in place outside of it; "
+            "call this in torch.inference_mode(), or on x.clone()"
         )
     if kernels is None or _transformed():
         gate = reference.gate(x, weight, padding_mode)

@@ -32,9 +32,12 @@ def kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> int:
     if isinstance(channels, bool) or not isinstance(channels, int):
         raise TypeError(f"expected channels as an int, got {channels!r}")
     if channels < 1:
-        raise ValueError(f"expected channels from 1 up, got {channels}")
-    if gamma == 0:
-        raise ValueError("expected gamma other than zero")
+        raise ValueError(f"expected channels from 1 up, got {channels}; give the C of x")
+    if not (math.isfinite(gamma) and math.isfinite(beta)) or gamma == 0:
+        raise ValueError(
+            f"expected finite gamma and beta, gamma other than zero, got {gamma} and {beta}; "
+            "the paper has 2 and 1"
+        )
     t = int(abs(math.log2(channels) + beta) / gamma)
     return max(t if t % 2 else t + 1, 3)
 

@@ -30,22 +30,24 @@ def output_strides(x: Tensor) -> tuple[int, ...]:
     shape, strides = tuple(x.shape), x.stride()
     n, c = shape[:2]
     pixels = math.prod(shape[2:])
-    pixel_stride = run = 0
+    pixel_stride, run = None, 0
     even = True  # the pixels lie at equal distances, in their order
     for size, stride in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True):
         if size == 1:
             continue
-        if run == 0:
+        if pixel_stride is None:
             pixel_stride = stride
         else:
             even = even and stride == run
         run = stride * size
-    channels_inside = strides[1] == 1 and (pixels == 1 or c > 1)
+    if pixel_stride is None:
+        pixel_stride = c  # one pixel
     packed = n == 1 or strides[0] == c * pixels
-    if channels_inside and even and (pixels == 1 or pixel_stride >= c):
-        if packed and (pixels == 1 or pixel_stride == c):
-            return strides
-        return dense_strides(shape, True)
-    if even and (pixels == 1 or pixel_stride == 1) and packed and (c == 1 or strides[1] == pixels):
-        return strides
-    return dense_strides(shape, channels_inside and pixels > 1)
+    channels_inside = strides[1] == 1 and (pixels == 1 or c > 1)
+    if channels_inside and even and pixel_stride >= c:
+        dense = packed and pixel_stride == c
+        return strides if dense else dense_strides(shape, pixels != 1)
+    if even and (pixels == 1 or pixel_stride == 1):
+        dense = packed and (c == 1 or strides[1] == pixels)
+        return strides if dense else dense_strides(shape, False)
+    return dense_strides(shape, channels_inside)

@@ -22,17 +22,18 @@ try:
     _info = _C.build_info()
     devices = frozenset({"cpu", "cuda"} if _info["cuda"] else {"cpu"})
     description = f"CPU ({_info['cpu_capability']})" + (" and CUDA" if _info["cuda"] else "")
-except Exception as error:  # a broken build may fail in any way, and must not break the import
-    missing = (
-        f"the compiled extension could not be loaded ({type(error).__name__}: {error}); "
-        "build it with `pip install .` in the source folder"
-    )
-
-if missing is None:
     forward = torch.ops.eca_fused.forward.default
     backward = torch.ops.eca_fused.backward.default
     inference = torch.ops.eca_fused.inference.default
     inference_ = torch.ops.eca_fused.inference_.default
+except Exception as error:  # a broken build may fail in any way, and must not break the import
+    devices = frozenset()
+    missing = (
+        f"the compiled extension could not be loaded, or is another version's "
+        f"({type(error).__name__}: {error}); build it with `pip install .` in the source folder"
+    )
+
+if missing is None:
 
     def _mode(circular: bool) -> str:
         return "circular" if circular else "zeros"

@@ -80,6 +80,42 @@ except RuntimeError as e:
     assert "backend 'native' cannot be used: the compiled extension" in error_line
 
 
+def test_an_extension_of_another_version_never_breaks_the_import():
+    done = python(
+        """
+import sys, types
+stale = types.ModuleType("eca_fused._C")
+stale.build_info = lambda: {"cpu_capability": "avx2", "cuda": False}
+sys.modules["eca_fused._C"] = stale
+import eca_fused, torch
+print(eca_fused.backends()["native"])
+eca_fused.eca(torch.ones(1, 1), torch.ones(1, 1, 1))
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not usable: the compiled extension could not be loaded, or is another" in done.stdout
+
+
+@needs_extension
+def test_an_unknown_instruction_set_is_an_error_that_lists_them():
+    code = "import eca_fused; print(eca_fused.backends()['native'])"
+    done = python(code, ECA_FUSED_CPU_CAPABILITY="AVX2")
+    assert "one of baseline, avx2, avx512, got 'AVX2'" in done.stdout
+    assert "usable: CPU" in python(code, ECA_FUSED_CPU_CAPABILITY="").stdout
+
+
+def test_a_fallback_compiles_and_warns(monkeypatch):
+    monkeypatch.setattr(native, "devices", frozenset())
+    monkeypatch.setattr(backend_module, "_warned", set())
+    layer = eca_fused.ECALayer(8)
+    x = torch.randn(2, 8, 3, 3)
+    torch._dynamo.reset()
+    with pytest.warns(RuntimeWarning, match="eca_fused runs in plain PyTorch on cpu"):
+        y = torch.compile(layer, fullgraph=True, backend="eager")(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(y, eca_fused.reference.eca(x, layer.conv.weight))
+
+
 def test_auto_warns_once_on_a_device_without_kernels(monkeypatch):
     monkeypatch.setattr(native, "devices", frozenset({"cuda"}))
     monkeypatch.setattr(native, "missing", None)

@@ -51,15 +51,22 @@ BAD = {
         x(),
         taps(dtype=torch.int32),
         TypeError,
-        "taps of dtype float32 or torch.float32.*got torch.int32; convert",
+        "taps of dtype torch.float32, got torch.int32; convert",
     ),
     "float64 taps for float32 x": (x(), taps(dtype=torch.float64), TypeError, "got torch.float64"),
     "float16 taps for bfloat16 x": (
         x(dtype=torch.bfloat16),
         taps(dtype=torch.float16),
         TypeError,
-        "float32 or torch.bfloat16",
+        "torch.float32 or torch.bfloat16, the dtype of x, got torch.float16",
     ),
+    "sparse x": (
+        x(4, 4).to_sparse(),
+        taps(),
+        TypeError,
+        "expected x as a dense tensor, got layout torch.sparse_coo; use to_dense",
+    ),
+    "sparse taps": (x(), taps().to_sparse(), TypeError, "expected weight as a dense tensor"),
     "taps on another device": (
         x(),
         taps(device="meta"),
@@ -140,7 +147,7 @@ def test_channels_that_are_no_int(channels):
 
 
 def test_gamma_of_zero():
-    with pytest.raises(ValueError, match="gamma other than zero"):
+    with pytest.raises(ValueError, match="gamma other than zero, got 0"):
         eca_fused.ECALayer(64, gamma=0)
 
 
@@ -158,6 +165,22 @@ def test_inplace_refuses_where_a_gradient_needs_x(which, backend):
     assert torch.equal(map_, data)
     with torch.no_grad():
         assert not torch.equal(layer(map_), data)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_inplace_refuses_a_tensor_of_inference_mode_outside_of_it(backend):
+    with torch.inference_mode():
+        inference_tensor = x()
+        eca_fused.eca_(inference_tensor, taps(), backend=backend)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="inference mode"):
+        eca_fused.eca_(inference_tensor, taps(), backend=backend)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_inplace_on_nothing(backend):
+    nothing = torch.randn(0, 4, 1).expand(0, 4, 3)
+    with torch.no_grad():
+        assert eca_fused.eca_(nothing, taps(), backend=backend) is nothing
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -182,7 +205,15 @@ class TestOperators:
     ops = torch.ops.eca_fused
 
     @pytest.mark.parametrize(
-        "name", [n for n in BAD if "no tensor" not in n and "are no" not in n and "device" not in n]
+        "name",
+        [
+            n
+            for n in BAD
+            if "sparse" not in n
+            and "no tensor" not in n
+            and "are no" not in n
+            and "device" not in n
+        ],
     )
     def test_bad_input(self, name):
         bad_x, weight, _, _ = BAD[name]

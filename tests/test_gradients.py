@@ -7,6 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import eca_fused
 from eca_fused import native
+from eca_fused.double_backward import plain_backward
 from eca_fused.functional import ECAFunction
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
@@ -177,3 +178,34 @@ def test_forward_mode_agrees_with_plain_pytorch(backend):
         ours = ad.unpack_dual(fused(case, backend)(x, case.weight)).tangent
         theirs = ad.unpack_dual(plain(case)(x, case.weight)).tangent
     torch.testing.assert_close(ours, theirs)
+
+
+def test_batched_gradients_keep_their_graph(backend):
+    case = float64(shape=(2, 4, 2, 2), k=3)
+    seeds = torch.randn(3, *case.x.shape, dtype=torch.float64)
+
+    def derived(function):
+        batched = torch.autograd.grad(
+            function(case.x, case.weight),
+            (case.x, case.weight),
+            seeds,
+            is_grads_batched=True,
+            create_graph=True,
+        )
+        assert all(g.requires_grad for g in batched)
+        loss = sum(g.pow(2).sum() for g in batched)
+        return (*batched, *torch.autograd.grad(loss, (case.x, case.weight)))
+
+    for ours, want in zip(derived(fused(case, backend)), derived(plain(case)), strict=True):
+        torch.testing.assert_close(ours, want)
+
+
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
+def test_the_plain_backward_is_that_of_the_definition(backend, own_taps, padding_mode):
+    case = float64(padding_mode, shape=(2, 5, 3, 2), k=3, own_taps=own_taps)
+    y = plain(case)(case.x, case.weight)
+    want = torch.autograd.grad(y, (case.x, case.weight), case.dy)
+    ours = plain_backward(case.dy, case.x, case.weight, padding_mode=padding_mode)
+    for got, expected in zip(ours, want, strict=True):
+        torch.testing.assert_close(got, expected)

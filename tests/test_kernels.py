@@ -83,17 +83,20 @@ def test_float32_taps_with_any_map(backend, dtype, own_taps):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("padding_mode", MODES)
-@pytest.mark.parametrize("shape", [(1, 16, 60, 60), (3, 40, 37, 41), (16, 6, 50, 50)], ids=name_of)
-def test_any_number_of_threads(backend, shape, padding_mode, layout, threads):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 128, 128), (3, 40, 37, 41), (16, 6, 50, 50), (8, 64, 40, 40)], ids=name_of
+)
+def test_any_number_of_threads(backend, shape, dtype, padding_mode, layout, threads):
     assert torch.get_num_threads() == threads
-    check(backend, make_case(shape, k=5, padding_mode=padding_mode, layout=layout))
+    check(backend, make_case(shape, 5, dtype, layout, padding_mode))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("padding_mode", MODES)
 @pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize(
-    "shape", [(1, 16, 60, 60), (3, 40, 37, 41), (16, 6, 50, 50), (2, 200, 40, 40)], ids=name_of
+    "shape", [(1, 16, 128, 128), (3, 40, 37, 41), (16, 6, 50, 50), (2, 200, 40, 40)], ids=name_of
 )
 def test_in_place_with_any_number_of_threads(
     backend, shape, own_taps, padding_mode, layout, threads

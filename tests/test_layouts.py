@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from support import BACKENDS, DTYPES, Case, assert_as_accurate, in_layout, make_case, name_of, run
+from support import (
+    BACKENDS,
+    DTYPES,
+    Case,
+    assert_as_accurate,
+    in_layout,
+    make_case,
+    name_of,
+    plain,
+    run,
+)
 from torch.profiler import ProfilerActivity, profile
 
 import eca_fused
@@ -63,9 +73,14 @@ def test_views_with_dense_samples_are_read_in_place(backend, view, layout):
     whole = make_case((5, 12, 6, 7), layout=layout)
     x, dy = VIEWS[view](whole.x), VIEWS[view](whole.dy)
     assert_as_accurate(result(Case(x, whole.weight, dy), backend), Case(x, whole.weight, dy))
-    with torch.no_grad():
-        read = copies(lambda t, w: eca_fused.eca(t, w, backend=backend), x, whole.weight)
-    assert "aten::copy_" not in read
+    weight = whole.weight.clone().requires_grad_()
+
+    def forward_and_backward(x, dy):
+        x = x.detach().requires_grad_()
+        torch.autograd.grad(eca_fused.eca(x, weight, backend=backend), (x, weight), dy)
+
+    assert "aten::copy_" not in copies(forward_and_backward, x, dy)
+    assert "aten::copy_" in copies(forward_and_backward, x[..., 1:5], dy[..., 1:5])
     y = eca_fused.eca(x, whole.weight, backend=backend)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     assert y.is_contiguous(memory_format=memory_format)
@@ -104,6 +119,47 @@ def test_any_other_view_is_right_too(backend, view, layout):
         torch.testing.assert_close(x, y, rtol=0, atol=0)
         assert not torch.equal(x, before)
         assert z.shape == x.shape
+
+
+SMALL = {
+    "one pixel of a map": lambda: torch.randn(4, 12, 7, 7)[:, :, 0, 0],
+    "one pixel, its dimensions kept": lambda: torch.randn(4, 12, 7, 7)[:, :, 2:3, 2:3],
+    "one pixel of a channels_last map": lambda: torch.randn(4, 7, 7, 12).movedim(3, 1)[:, :, 2, 2],
+    "every second of the channels alone": lambda: torch.randn(3, 24)[:, ::2],
+    "channels alone, transposed": lambda: torch.randn(12, 5).t(),
+    "the first channels of 1x1 maps": lambda: torch.randn(3, 24, 1, 1)[:, :12],
+    "a line of expanded pixels": lambda: torch.randn(2, 12, 5)[..., None].expand(2, 12, 5, 6),
+    "expanded lines": lambda: torch.randn(2, 12, 1, 6).expand(2, 12, 5, 6),
+    "one channel of expanded pixels": lambda: torch.randn(2, 1, 40, 1).expand(2, 1, 40, 9),
+    "a volume with an expanded depth": lambda: torch.randn(2, 4, 1, 3, 5).expand(2, 4, 6, 3, 5),
+}
+
+
+@pytest.mark.parametrize("view", SMALL)
+def test_few_pixels_and_partly_expanded_ones(backend, view):
+    x, dy = SMALL[view](), SMALL[view]()
+    case = Case(x, torch.randn(1, 1, 3), dy)
+    y, dx, dweight = result(case, backend)
+    assert_as_accurate((y, dx, dweight), case)
+    assert y.stride() == dx.stride() == output_strides(x)
+    for other in (torch.randn(x.shape), in_layout(torch.randn(x.shape), "channels_last")):
+        for mixed in (Case(other, case.weight, dy), Case(x, case.weight, other)):
+            assert_as_accurate(result(mixed, backend), mixed)
+
+
+def test_the_gradient_of_a_sum_over_one_dimension(backend):
+    # autograd expands it along that dimension alone.
+    case = make_case((2, 4, 5, 6))
+    factor = torch.randn(2, 4, 5)
+
+    def gradients(function):
+        x, w = case.x.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        (function(x, w).sum(3) * factor).sum().backward()
+        return x.grad, w.grad
+
+    ours = gradients(lambda x, w: eca_fused.eca(x, w, backend=backend))
+    for got, want in zip(ours, gradients(plain(case)), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("x_layout", ["contiguous", "channels_last"])

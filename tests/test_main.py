@@ -173,6 +173,13 @@ def test_check_passes(tmp_path: Path, dtype: torch.dtype, channels_last: bool) -
     assert png_size(found["pictures"]["gates"]) == (1920, 1024)
 
 
+def test_a_batch_of_one(tmp_path: Path) -> None:
+    found = run(settings(tmp_path, batch=1), io.StringIO())
+    assert found["check"]["passed"], found["check"]["failures"]
+    assert [t["photograph"] for t in found["check"]["top5"]] == ["china"]
+    assert png_size(found["pictures"]["gates"]) == (1920, 1024)
+
+
 @needs_native
 @pytest.mark.parametrize(
     "change",

@@ -82,3 +82,18 @@ def test_no_channels(backend):
     assert y.shape == x.shape
     assert x.grad.shape == x.shape
     assert torch.equal(weight.grad, torch.zeros(1, 1, 3))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("tap", [0, 2, 4])
+def test_taps_that_are_not_finite(backend, tap, value, padding_mode, own_taps, layout):
+    case = make_case(
+        (2, 20, 5, 7), k=5, padding_mode=padding_mode, own_taps=own_taps, layout=layout
+    )
+    case.weight[-1, 0, tap] = value
+    for ours, theirs in both(case, backend):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours.isposinf(), theirs.isposinf())

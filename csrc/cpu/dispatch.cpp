@@ -2,7 +2,8 @@
 #include <unistd.h>
 
 #include <cstdlib>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "cpu.h"
 
@@ -11,15 +12,18 @@ namespace eca::cpu {
 const Kernels& kernels() {
   static const Kernels& best = []() -> const Kernels& {
 #if defined(__x86_64__) && defined(__GNUC__)
-    const char* wish = std::getenv("ECA_FUSED_CPU_CAPABILITY");
-    const auto allows = [&](const char* name) { return !wish || std::strcmp(wish, name) == 0; };
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                          __builtin_cpu_supports("f16c");
+    const char* variable = std::getenv("ECA_FUSED_CPU_CAPABILITY");
+    const std::string wish = variable && *variable ? variable : "avx512";
+    if (wish != "avx512" && wish != "avx2" && wish != "baseline")
+      throw std::runtime_error(
+          "expected ECA_FUSED_CPU_CAPABILITY as one of baseline, avx2, avx512, got '" + wish + "'");
+    // Every processor with AVX2 converts half precision (F16C) too, which not every compiler can ask.
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 =
-        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (has_avx2 && has_avx512 && allows("avx512")) return avx512::kernels;
-    if (has_avx2 && (allows("avx2") || allows("avx512"))) return avx2::kernels;
+    if (has_avx512 && wish == "avx512") return avx512::kernels;
+    if (has_avx2 && wish != "baseline") return avx2::kernels;
 #endif
     return baseline::kernels;
   }();

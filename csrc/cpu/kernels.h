@@ -73,17 +73,28 @@ struct Taps {
   Array<A> weight;  // (1 or channels, k)
 
   Taps(const Problem& p, const void* source, bool transposed)
-      : k(p.kernel_size), r(k / 2), channels(p.channels), per_channel(p.taps_per_channel),
+      : k(p.kernel_size), r(k / 2), channels(p.channels),
+        // An infinite tap must not meet the padding's zeros, which the transpose does not have.
+        per_channel(p.taps_per_channel || (transposed && !p.circular && !finite(p, source))),
         circular(p.circular), weight((per_channel ? channels : 1) * k) {
     visit(p.taps_dtype, [&](auto* type) {
       const auto* w = (decltype(type))source;
       for (int64_t c = 0; c < (per_channel ? channels : 1); ++c)
         for (int64_t j = 0; j < k; ++j) {
           const int64_t from = per_channel && transposed ? channel(c + j - r) : c;
-          const int64_t tap = transposed ? k - 1 - j : j;
-          weight[c * k + j] = from < 0 ? A(0) : A(to_acc(w[from * k + tap]));
+          const int64_t row = p.taps_per_channel ? from : 0, tap = transposed ? k - 1 - j : j;
+          weight[c * k + j] = from < 0 ? A(0) : A(to_acc(w[row * k + tap]));
         }
     });
+  }
+
+  static bool finite(const Problem& p, const void* source) {
+    bool all = true;
+    visit(p.taps_dtype, [&](auto* type) {
+      const auto* w = (decltype(type))source;
+      for (int64_t j = 0; j < p.kernel_size; ++j) all = all && to_acc(w[j]) - to_acc(w[j]) == 0;
+    });
+    return all;
   }
 
   // The channel at position u, which may lie up to r outside; -1 where the padding is zero.
@@ -141,18 +152,18 @@ template <class A>
 void taps_gradient(const Problem& p, const Taps<A>& taps, const A* dz, const A* mean, void* dweight,
                    const ThreadPool& pool) {
   const int64_t N = p.samples, C = p.channels, k = taps.k, length = C + 2 * taps.r;
-  const int64_t rows = taps.per_channel ? C : 1;
+  const int64_t rows = p.taps_per_channel ? C : 1;
   Array<A> padded(N * length);
-  Array<double> total(rows * k), partial(taps.per_channel ? 0 : N * k);
+  Array<double> total(rows * k), partial(p.taps_per_channel ? 0 : N * k);
   parallel(pool, N, max_of(kGrain / (C * k), 1), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       A* row = padded + n * length;
       pad(row, mean + n * C, taps);
-      for (int64_t j = 0; j < k && !taps.per_channel; ++j)
+      for (int64_t j = 0; j < k && !p.taps_per_channel; ++j)
         partial[n * k + j] = reduce_row<true>(dz + n * C, row + j, C);
     }
   });
-  if (taps.per_channel)
+  if (p.taps_per_channel)
     parallel(pool, C, max_of(kGrain / (N * k), 1), [&](int64_t begin, int64_t end) {
       for (int64_t n = 0; n < N; ++n)
         for (int64_t c = begin; c < end; ++c)
@@ -187,11 +198,13 @@ void walk_planes(const Problem& p, const Taps<A>& taps, int64_t element_size, bo
   // Calls f(n, first, last) for the channels of each sample that belong to a thread's share.
   const auto each_share = [&](const auto& f) {
     parallel(pool, shares, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = planes * begin / shares, to = planes * end / shares; i < to;) {
-        const int64_t n = i / C, last = min_of(to - n * C, C);
-        f(n, i - n * C, last);
-        i = n * C + last;
-      }
+      // Share by share, because two such loops may give a thread different numbers of them.
+      for (int64_t share = begin; share < end; ++share)
+        for (int64_t i = planes * share / shares, to = planes * (share + 1) / shares; i < to;) {
+          const int64_t n = i / C, last = min_of(to - n * C, C);
+          f(n, i - n * C, last);
+          i = n * C + last;
+        }
     });
   };
 

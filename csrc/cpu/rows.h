@@ -1,9 +1,24 @@
 // The only loops over feature maps: reductions and rescaling of rows of consecutive elements.
 // Included once per instruction set, after simd.h, inside its namespace.
 
-// Elements between two additions into a double total: float lanes add up so few values that the
-// error does not grow with the size of the map.
-constexpr int64_t kBlock = 4096;
+// Elements between two additions into the total: the lanes add up so few values that the error does
+// not grow with the size of the map.
+constexpr int64_t kBlock = 1024;
+
+// A sum that keeps the rounding error of each addition (Neumaier's), for float64 maps, whose lanes
+// are no narrower than the total.
+struct Total {
+  double sum = 0, error = 0;
+
+  void add(double value) {
+    const double next = sum + value;
+    const bool larger = (sum < 0 ? -sum : sum) >= (value < 0 ? -value : value);
+    error += larger ? (sum - next) + value : (value - next) + sum;
+    sum = next;
+  }
+  // Infinity leaves NaN in the error.
+  double value() const { return error == error ? sum + error : sum; }
+};
 
 // sum of p[i] (kDot = false, q unused) or of p[i] * q[i]
 template <bool kDot, class T>
@@ -14,7 +29,7 @@ double reduce_row(const T* p, const T* q, int64_t n) {
     if constexpr (kDot) return load(p + i) * load(q + i);
     return load(p + i);
   };
-  double total = 0;
+  Total total;
   int64_t i = 0;
   while (i + w <= n) {
     const int64_t end = i + kBlock < n ? i + kBlock : n;
@@ -26,14 +41,14 @@ double reduce_row(const T* p, const T* q, int64_t n) {
       s3 += term(i + 3 * w);
     }
     for (; i + w <= end; i += w) s0 += term(i);
-    total += sum((s0 + s1) + (s2 + s3));
+    total.add(sum((s0 + s1) + (s2 + s3)));
   }
   if (i < n) {
     V rest = load_first(p + i, n - i);
     if constexpr (kDot) rest *= load_first(q + i, n - i);
-    total += sum(rest);
+    total.add(sum(rest));
   }
-  return total;
+  return total.value();
 }
 
 // Calls f(i, n) for consecutive pieces of [0, length): n = w for whole vectors, less at the ends.
@@ -156,7 +171,7 @@ void reduce_rows(double* total, Acc<T>* lane, const T* p, int64_t p_stride, cons
                  int64_t q_stride, int64_t rows, int64_t length) {
   using V = Vec<T>;
   constexpr int64_t w = kLanes<T>;
-  constexpr int64_t kRows = 256;  // of float additions between two into the double total
+  constexpr int64_t kRows = 64;  // of float additions between two into the double total
   for (int64_t block = 0; block < rows; block += kRows) {
     const int64_t end = block + kRows < rows ? block + kRows : rows;
     for (int64_t i = 0; i < length; ++i) lane[i] = 0;

@@ -308,7 +308,7 @@ inline Vf sigmoid(Vf z) {
   const Vf negative = z < 0.0f ? z : -z;
   const Vf e = exp_nonpositive(negative);
   const Vf s = 1.0f / (1.0f + e);
-  const Vf gate = z < 0.0f ? e * s : s;
+  const Vf gate = z < 0.0f ? e / (1.0f + e) : s;
   return z == z ? gate : z;
 }
 inline Vd sigmoid(Vd z) {

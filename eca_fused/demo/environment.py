@@ -50,7 +50,11 @@ def fused_kernels(device: torch.device, dtype: torch.dtype) -> str:
     """What the fused ECA runs on."""
     kernels = select(torch.empty(1, 1, device=device, dtype=dtype), "auto")
     if kernels is None:
-        return f"plain PyTorch, as there are no kernels for {device.type} here"
+        chosen = os.environ.get("ECA_FUSED_BACKEND", "auto")
+        why = f"there are no kernels for {device.type} here"
+        if chosen != "auto":
+            why = f"ECA_FUSED_BACKEND={chosen}"
+        return f"plain PyTorch, as {why}"
     return f"kernels of {kernels.__name__}, {getattr(kernels, 'description', '')}".rstrip(", ")
 
 

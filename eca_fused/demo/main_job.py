@@ -1,7 +1,7 @@
 """The main job: the order of its steps, and its result."""
 
 import contextlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,9 +57,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Scene:
-    """The network in both forms, with the same weights, and its input x (N, 3, H, W)."""
+    """The network in both forms, with the same weights, and its input.
+
+    Attributes:
+        samples: the photographs.
+        images: (2, 3, H, W), each photograph once.
+        plain, fused: the network with its ECA in either form.
+        x: (N, 3, H, W), the batch in which they alternate.
+    """
 
     samples: list[Photograph]
+    images: Tensor
     plain: ResNet
     fused: ResNet
     x: Tensor
@@ -71,7 +79,7 @@ def prepare(settings: Settings) -> Scene:
     images = photographs.preprocess(samples, settings.size)
     plain = settings.place(network.build(images, SEED))
     x = settings.place(photographs.fill_batch(images, settings.batch))
-    return Scene(samples, plain, network.fused_copy(plain), x)
+    return Scene(samples, settings.place(images), plain, network.fused_copy(plain), x)
 
 
 def run(settings: Settings, out: TextIO) -> dict[str, Any]:
@@ -128,9 +136,9 @@ def malloc_text(found: dict[str, Any]) -> str:
     text += f"fresh memory, malloc: {found['malloc']}."
     if found["malloc"] == "default":
         text += (
-            "\nWith it, results of tens of MB and more cost page faults, in every column alike;"
-            "\nMALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776 in the environment recycles"
-            "\nthe heap instead."
+            " With it, results of tens of MB and more cost page faults, in every column alike; "
+            "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776 in the environment recycles "
+            "the heap instead."
         )
     return text
 
@@ -139,14 +147,15 @@ def draw(settings: Settings, scene: Scene, cases: list[Case], where: str) -> dic
     """Write the pictures; their paths by name."""
     from eca_fused.demo.pictures import draw_gates, draw_times
 
-    title = f"({settings.device.type.upper()}, {settings.input})"
+    device = settings.device.type.upper()
+    once = replace(settings, batch=len(scene.samples))
     paths = {"gates": settings.output / "gates.png"}
     draw_gates(
         paths["gates"],
         scene.samples,
-        network.gates(scene.fused, scene.x[: len(scene.samples)]),
+        network.gates(scene.fused, scene.images),
         settings.size,
-        f"ECA-ResNet-50: gates of the last fused ECA layer of each stage {title}",
+        f"ECA-ResNet-50: gates of the last fused ECA layer of each stage ({device}, {once.input})",
         f"Random weights (seed {SEED}), batch norms adapted to the photographs. {where}.",
     )
     if cases:
@@ -154,7 +163,7 @@ def draw(settings: Settings, scene: Scene, cases: list[Case], where: str) -> dic
         draw_times(
             paths["times"],
             cases,
-            f"ECA-ResNet-50: times {title}",
+            f"ECA-ResNet-50: times ({device}, {settings.input})",
             "Bars: medians of interleaved rounds, with p20 and p80. Numbers: times as fast as "
             f"plain PyTorch, median over rounds.\n{where}.",
         )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from textwrap import fill
 from typing import Any, TextIO
 
 from eca_fused.demo.comparison import Check, Comparison
@@ -21,6 +22,7 @@ RULE = (
 )
 
 
+WIDTH = 98  # of the text, in characters
 NOTICEABLE = 0.1  # share of the processors
 
 
@@ -79,7 +81,7 @@ def timing_text(cases: Sequence[Case], where: str, stream: TextIO) -> str:
         for case in layers
     ]
     head = ["ECA layers, ms", "copy", "plain", "compiled", "fused", "vs plain", "vs comp.", "GB/s"]
-    lines = [bold("Times", stream), where, "", table(head, rows, stream), ""]
+    lines = [bold("Times", stream), fill(where, WIDTH), "", table(head, rows, stream), ""]
 
     both = "fused, compiled"
     rows = [
@@ -111,8 +113,8 @@ def disturbance(cases: Sequence[Case]) -> list[str]:
     if others < NOTICEABLE:
         return []
     return [
-        f"Other programs took up to {100 * others:.0f} % of the processors during the rounds: "
-        "ratios hold roughly, times do not."
+        f"Other programs took up to {100 * others:.0f} % of the processors during the rounds:",
+        "neither times nor ratios can be relied on.",
     ]
 
 
@@ -129,7 +131,8 @@ def missing_text(cases: Sequence[Case]) -> list[str]:
             if contender.missing:
                 what = reasons.setdefault((name, contender.missing), [])
                 what.append(f"{case.place} {case.pass_}")
-    return [f"Not timed: {name}, {', '.join(w)}: {why}" for (name, why), w in reasons.items()]
+    lines = [f"Not timed: {name}, {', '.join(w)}: {why}" for (name, why), w in reasons.items()]
+    return [fill(line, WIDTH, subsequent_indent="  ") for line in lines]
 
 
 def check_document(check: Check) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""Random views: sizes, strides, dtypes, taps and paddings nobody thought of, from fixed seeds."""
+
+import random
+
+import pytest
+import torch
+from support import BACKENDS, Case, assert_as_accurate, run
+
+import eca_fused
+from eca_fused.layout import output_strides
+
+
+def random_view(rng: random.Random, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of this shape out of a larger one: permuted, sliced, expanded, oddly strided."""
+    dims = list(range(len(shape)))
+    order = {
+        "contiguous": dims,
+        "channels inside": [0, *dims[2:], 1],
+        "any": rng.sample(dims, len(dims)),
+    }[rng.choice(["contiguous", "contiguous", "channels inside", "channels inside", "any"])]
+    whole, slices = [], []
+    for size in shape:
+        if rng.random() < 0.15:
+            whole.append(1)
+            slices.append(slice(0, 1))
+            continue
+        start, step, more = rng.choice([0, 0, 1]), rng.choice([1, 1, 1, 2]), rng.choice([0, 0, 2])
+        whole.append(start + size * step + more)
+        slices.append(slice(start, start + size * step, step))
+    buffer = torch.randn([whole[d] for d in order]).to(dtype)
+    view = buffer.permute([order.index(d) for d in dims])[tuple(slices)].expand(shape)
+    if rng.random() < 0.3:  # strides of dimensions of one element mean nothing
+        strides = [
+            rng.choice([0, 1, 7, 100]) if size == 1 else stride
+            for size, stride in zip(shape, view.stride(), strict=True)
+        ]
+        view = view.as_strided(shape, strides)
+    return view
+
+
+def random_case(seed: int) -> Case:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    shape = [rng.choice([1, 1, 2, 3, 5, 17]) for _ in range(rng.randint(2, 5))]
+    shape[1] = rng.choice([1, 2, 3, 8, 40])
+    dtype = rng.choice([torch.float64, torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    padding_mode = rng.choice(["zeros", "circular"])
+    k = rng.choice([1, 3, 5, 7, 9])
+    if padding_mode == "circular":
+        k = min(k, 2 * shape[1] + 1)
+    rows = rng.choice([1, shape[1]])
+    weight = (
+        torch.randn(k, 1, rows).transpose(0, 2) if rng.random() < 0.3 else torch.randn(rows, 1, k)
+    )
+    return Case(
+        random_view(rng, shape, dtype),
+        weight.to(rng.choice([dtype, torch.float32])),
+        random_view(rng, shape, dtype),
+        padding_mode,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("start", range(0, 600, 60))
+def test_random_views(start, backend):
+    for seed in range(start, start + 60):
+        case = random_case(seed)
+        what = f"seed {seed}: x {tuple(case.x.shape)} {case.x.stride()}, dy {case.dy.stride()}"
+
+        def fused(x, w, mode=case.padding_mode):
+            return eca_fused.eca(x, w, padding_mode=mode, backend=backend)
+
+        results = run(fused, case)
+        try:
+            assert_as_accurate(results, case)
+        except AssertionError as error:
+            raise AssertionError(what) from error
+        assert results[0].stride() == results[1].stride() == output_strides(case.x), what
+        if torch._debug_has_internal_overlap(case.x) == 0:
+            rest = case.x._base.clone() if case.x._base is not None else None
+            with torch.no_grad():
+                eca_fused.eca_(case.x, case.weight, padding_mode=case.padding_mode, backend=backend)
+            torch.testing.assert_close(case.x, results[0], rtol=1e-2, atol=1e-6, msg=what)
+            if rest is not None:  # nothing beside the view was touched
+                changed = torch.zeros_like(rest, dtype=torch.bool)
+                offset = case.x.storage_offset()
+                changed.as_strided(case.x.shape, case.x.stride(), offset).fill_(True)
+                same = (case.x._base == rest) | case.x._base.isnan()
+                assert bool((same | changed).all()), what
