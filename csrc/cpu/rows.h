@@ -3,7 +3,7 @@
 
 // Elements between two additions into the total: the lanes add up so few values that the error does
 // not grow with the size of the map.
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 2048;
 
 // A sum that keeps the rounding error of each addition (Neumaier's), for float64 maps, whose lanes
 // are no narrower than the total.
