@@ -98,7 +98,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    groups = sorted({(row["dtype"], row["layout"]) for row in result["layers"]})
+    groups = list(dict.fromkeys((row["dtype"], row["layout"]) for row in result["layers"]))
     colors = {"copy": "#999999", "native": "#0072b2", "eager": "#e69f00", "compile": "#009e73"}
     labels = {
         "copy": "copy of x",
@@ -152,7 +152,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         ha="center",
         fontsize=8,
     )
-    figure.tight_layout(rect=(0, 0.03, 1, 0.94))
+    height = figure.get_figheight()
+    figure.tight_layout(rect=(0, 0.25 / height, 1, 1 - 0.35 / height))
     figure.savefig(path, dpi=150)
 
 
