@@ -58,6 +58,7 @@ def machine() -> dict[str, Any]:
         "malloc": "recycled" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "default",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
         "eca_fused": eca_fused.__version__,
         "commit": command("git", "describe", "--always", "--dirty", "--abbrev=12"),
         "date": time.strftime("%Y-%m-%d"),

@@ -30,7 +30,8 @@ def ratio(times: Times, name: str) -> str:
 
 def where(machine: dict[str, Any]) -> str:
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['kernels']}, "
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['kernels']}, "
         f"torch {machine['torch']}, malloc {machine['malloc']}, "
         f"commit {machine['commit']}, {machine['date']}"
     )
@@ -64,16 +65,17 @@ def summary(result: dict[str, Any]) -> str:
         for direction in ("forward", "backward"):
             times = row[direction]["contenders"]
             ratios = rows.setdefault((row["dtype"], row["layout"], direction), [])
-            ratios.append(
-                [times[n]["times_ours"]["median"] for n in ("copy", "eager", best_compile(times))]
-            )
+            names = ["copy", "eager", best_compile(times), "native in place"]
+            ratios.append([times[n]["times_ours"]["median"] for n in names if n in times])
     lines = [
-        "| dtype | layout | direction | copy / ours | eager / ours | torch.compile / ours |",
-        "|---|---|---|---|---|---|",
+        "| dtype | layout | direction "
+        "| copy / ours | eager / ours | torch.compile / ours | in place / ours |",
+        "|---|---|---|---|---|---|---|",
     ]
     for key, ratios in rows.items():
         cells = [f"{min(r):.2f} to {max(r):.2f}x" for r in zip(*ratios, strict=True)]
-        lines.append(f"| {' | '.join(key + tuple(cells))} |")
+        cells += ["-"] * (4 - len(cells))
+        lines.append(f"| {' | '.join([*key, *cells])} |")
     return "\n".join([*lines, "", f"Measured on {where(result['machine'])}."])
 
 

@@ -10,7 +10,11 @@ PYBIND11_MODULE(_C, m) {
       [] {
         pybind11::dict info;
         info["cpu_capability"] = eca::cpu::kernels().name;
+#if defined(ECA_FUSED_WITH_CUDA)
+        info["cuda"] = true;
+#else
         info["cuda"] = false;
+#endif
         return info;
       },
       "Instruction set of the CPU kernels in use, and whether CUDA kernels were compiled.");

@@ -107,7 +107,9 @@ def select(x: Tensor, backend: str) -> ModuleType | None:
         RuntimeError: the backend was asked for by name and cannot run for x; says why.
     """
     global _default
+    source = "the argument"
     if backend == "auto":
+        source = "use_backend() or ECA_FUSED_BACKEND"
         if _default is None:
             name = os.environ.get("ECA_FUSED_BACKEND", "auto")
             _default = check_backend(name, "ECA_FUSED_BACKEND")
@@ -126,4 +128,7 @@ def select(x: Tensor, backend: str) -> ModuleType | None:
     if backend == "auto":
         warn_once(f"eca_fused runs in plain PyTorch on {kind}, which is slower: {reason}")
         return None
-    raise RuntimeError(f"backend {backend!r} cannot be used: {reason}; use backend='auto'")
+    raise RuntimeError(
+        f"backend {backend!r}, which {source} asked for, cannot be used: {reason}; "
+        "let it be 'auto', which takes the best that works"
+    )

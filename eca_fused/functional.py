@@ -38,6 +38,7 @@ class ECAFunction(torch.autograd.Function):
         need_dx, need_dweight = ctx.needs_input_grad[:2]
         if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy):
             # Under is_grads_batched=True, a function inside this one would not be recorded.
+            warn_once("eca_fused computes gradients with is_grads_batched in plain PyTorch: slower")
             mode = "circular" if ctx.circular else "zeros"
             return *plain_backward(dy, x, weight, padding_mode=mode), None, None
         # Gradients of these gradients are asked for only under create_graph=True.
@@ -100,6 +101,9 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str 
     Wang et al., "ECA-Net" (CVPR 2020). Sums, taps and gates are in float32 (float64 for float64 x),
     and y is rounded once. Slices of a batch or of the channels are read in place, as is
     channels_last; anything else that is not contiguous is copied first.
+
+    Differentiable any number of times; gradients of gradients are computed in plain PyTorch, as is
+    everything inside torch.func's transforms and forward-mode AD.
 
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.

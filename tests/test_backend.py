@@ -77,7 +77,7 @@ except RuntimeError as e:
     assert error.split("'")[1] in status
     assert "pip install" in status
     assert warning.startswith("1 eca_fused runs in plain PyTorch on cpu, which is slower")
-    assert "backend 'native' cannot be used: the compiled extension" in error_line
+    assert "'native', which the argument asked for, cannot be used: the compiled" in error_line
 
 
 def test_an_extension_of_another_version_never_breaks_the_import():

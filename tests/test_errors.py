@@ -190,9 +190,16 @@ def test_inplace_on_overlapping_memory(backend):
         eca_fused.eca_(overlapping, taps(), backend=backend)
 
 
+def test_the_default_is_blamed_where_it_is_to_blame():
+    with eca_fused.use_backend("triton"), pytest.raises(RuntimeError, match="ECA_FUSED_BACKEND"):
+        eca_fused.eca(x(), taps())
+
+
 def test_triton_says_why_it_cannot_be_used():
     assert not eca_fused.backends()["triton"]
-    with pytest.raises(RuntimeError, match=r"'triton' cannot be used: .*use backend='auto'"):
+    with pytest.raises(
+        RuntimeError, match=r"'triton', which the argument asked for, cannot be used: .*let it"
+    ):
         eca_fused.eca(x(), taps(), backend="triton")
 
 

@@ -26,7 +26,7 @@ from eca_fused.demo.measure import Contender, Spread, interleave, ratio
 CPU = torch.device("cpu")
 
 needs_native = pytest.mark.skipif(
-    native.missing is not None, reason=f"breaks the compiled kernels: {native.missing}"
+    native.missing is not None, reason="needs the compiled extension: run `make build`"
 )
 
 

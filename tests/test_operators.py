@@ -66,7 +66,7 @@ def test_opcheck_in_place(view, layout):
     case = make_case((3, 8, 4, 4), layout=layout)
     torch.library.opcheck(
         ops.inference_,
-        (VIEWS[view](case.x).clone(memory_format=torch.preserve_format), case.weight),
+        (VIEWS[view](case.x.clone(memory_format=torch.preserve_format)), case.weight),
     )
 
 

@@ -33,7 +33,7 @@ explain_failure() {
   elif [ -n "$compiler" ]; then
     die "the extension does not compile; the first errors are:
 $compiler"
-  elif grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeoutError|ProxyError|Could not resolve' "$log"; then
+  elif grep -qE 'NewConnectionError|NameResolutionError|ConnectTimeoutError|ReadTimeoutError|ProxyError|Could not resolve|Temporary failure in name resolution' "$log"; then
     die "no network: the package index cannot be reached (above). Connect this machine, or set" \
       "PIP_INDEX_URL or PIP_PROXY to a mirror or proxy that it can reach, and run this again."
   elif grep -qE 'CERTIFICATE_VERIFY_FAILED|SSLError' "$log"; then
@@ -124,6 +124,7 @@ keep_torch() {
 # ---- the steps ----
 
 make_environment() {
+  [ ! -d .venv ] || say "Replacing .venv, which has no Python 3.10 or newer that runs"
   find_python
   need_compiler
   need_python_parts "$python"
@@ -163,6 +164,12 @@ compile() {
   step "Compiling the extension (about a minute)" \
     pip install -v --no-deps --no-build-isolation --editable .
   sed -n 's/^ *eca_fused: /    /p' "$log" | tail -n 1
+  "$env/bin/python" - <<'END' || die "the extension was compiled but cannot be used; the reason is above."
+import sys
+from eca_fused import backends
+native = backends()["native"]
+sys.exit(None if native else native.detail)
+END
 }
 
 has() { "$env/bin/python" -c "import importlib.util as u, sys; sys.exit(not u.find_spec('$1'))"; }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import eca_fused
+from eca_fused import native
 from eca_fused.backend import select
 
 __all__ = ["describe", "fused_kernels", "summary"]
@@ -51,7 +52,7 @@ def fused_kernels(device: torch.device, dtype: torch.dtype) -> str:
     kernels = select(torch.empty(1, 1, device=device, dtype=dtype), "auto")
     if kernels is None:
         chosen = os.environ.get("ECA_FUSED_BACKEND", "auto")
-        why = f"there are no kernels for {device.type} here"
+        why = native.missing or f"there are no kernels for {device.type} here"
         if chosen != "auto":
             why = f"ECA_FUSED_BACKEND={chosen}"
         return f"plain PyTorch, as {why}"

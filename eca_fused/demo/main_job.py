@@ -122,6 +122,8 @@ def introduction(settings: Settings, found: dict[str, Any]) -> str:
         f"On: {environment.summary(found)}",
         f"Fused ECA: {found['fused']}",
     ]
+    if found["fused"].startswith("plain PyTorch"):
+        lines.append("So below, fused is plain PyTorch too: nothing of this package's kernels runs")
     if found["device"] == "cuda" and settings.dtype == torch.float32:
         used = "with" if found["tf32_convolutions"] else "without"
         lines.append(f"Convolutions {used} TF32, in the plain and in the fused network alike")
