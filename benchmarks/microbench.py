@@ -7,8 +7,8 @@
 Every contender is checked against the plain form before it is timed; a wrong one is reported and
 makes the exit status 1. GB/s counts the ideal bytes: x read and y written once forward, dy and x
 read and dx written once backward, whatever a contender really moves. Outputs are fresh, but for
-ours in place. "eager" is eca_fused.reference.eca() for the layers and timm's EcaModule for the small
-call; torch.compile is in its default mode.
+ours in place. "eager" is eca_fused.reference.eca() for the layers and timm's EcaModule for the
+small call; torch.compile is in its default mode.
 """
 
 import argparse

@@ -93,6 +93,39 @@ def host_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# What the kernels were written to reach on a CPU: direction, contender, its time in units of ours.
+GOALS = [
+    ("forward", "copy", 1 / 1.15),
+    ("forward", "eager", 1.5),
+    ("forward", "compile", 1.6),
+    ("backward", "eager", 3.7),
+    ("backward", "compile", 1.6),
+]
+
+
+def goals(result: dict[str, Any]) -> str:
+    """Markdown: on how many of the layers each goal was reached."""
+    lines = ["| goal | reached on | least | most |", "|---|---|---|---|"]
+    for direction, contender, goal in GOALS:
+        ratios = []
+        for row in result["layers"]:
+            times = row[direction]["contenders"]
+            name = best_compile(times) if contender == "compile" else contender
+            ratios.append(times[name]["times_ours"]["median"])
+        reached = sum(r >= goal for r in ratios)
+        lines.append(
+            f"| {direction}: {contender} / ours at least {goal:.2f}x | {reached} of {len(ratios)} "
+            f"layers | {min(ratios):.2f}x | {max(ratios):.2f}x |"
+        )
+    for direction in ("forward", "forward and backward"):
+        share = 1 / result["host"][direction]["eager"]["times_ours"]["median"]
+        lines.append(
+            f"| small call, {direction}: ours / eager at most 0.25 "
+            f"| {'reached' if share <= 0.25 else 'missed'} | {share:.2f} | {share:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     """Bars of every contender's time in units of ours, with the spread from p20 to p80."""
     import matplotlib
@@ -165,7 +198,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--plot", type=Path, help="picture to write")
     args = parser.parse_args(argv)
     result = json.loads(args.result.read_text())
-    print(*(make(result) for make in (summary, host_table, table)), sep="\n\n")
+    print(*(make(result) for make in (summary, host_table, goals, table)), sep="\n\n")
     if args.plot:
         plot(result, args.plot)
     return 0

@@ -32,10 +32,29 @@ def test_there_are_results():
 def test_the_readme_shows_the_figures_of_the_result_files(path):
     result = json.loads(path.read_text())
     readme = (ROOT / "README.md").read_text()
-    for text in report.summary(result), report.host_table(result):
+    for text in report.summary(result), report.host_table(result), report.goals(result):
         for line in text.splitlines():
             assert line in readme
     assert {"cpu", "threads", "torch", "commit", "malloc"} <= result["machine"].keys()
+
+
+def test_goals_count_the_layers_that_reach_them():
+    def times(**ratios):
+        return {
+            name: {"ms": {"median": 1}, "times_ours": {"median": r}} for name, r in ratios.items()
+        }
+
+    layer = {
+        "forward": {"contenders": times(copy=0.9, eager=1.4, compile_a=1.7, compile_b=1.9)},
+        "backward": {"contenders": times(eager=3.8, compile_a=1.5)},
+    }
+    host = {d: times(eager=5.0) for d in ("forward", "forward and backward")}
+    lines = report.goals({"layers": [layer, layer], "host": host}).splitlines()
+    assert [line.split("|")[2].strip() for line in lines[2:]] == [
+        "2 of 2 layers", "0 of 2 layers", "2 of 2 layers", "2 of 2 layers", "0 of 2 layers",
+        "reached", "reached",
+    ]  # fmt: skip
+    assert "0.20" in lines[-1]
 
 
 def test_steps_are_interleaved_and_the_first_rounds_do_not_count():
