@@ -15,7 +15,6 @@
 
 namespace eca::cpu::avx2 {
 #include "simd.h"
-#include "rows.h"
 #include "kernels.h"
 const Kernels kernels{"avx2", forward, backward};
 }  // namespace eca::cpu::avx2

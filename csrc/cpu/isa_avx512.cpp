@@ -17,7 +17,6 @@
 
 namespace eca::cpu::avx512 {
 #include "simd.h"
-#include "rows.h"
 #include "kernels.h"
 const Kernels kernels{"avx512", forward, backward};
 }  // namespace eca::cpu::avx512

@@ -5,7 +5,6 @@
 
 namespace eca::cpu::baseline {
 #include "simd.h"
-#include "rows.h"
 #include "kernels.h"
 const Kernels kernels{"baseline", forward, backward};
 }  // namespace eca::cpu::baseline

@@ -1,5 +1,5 @@
 // The only loops over feature maps: reductions and rescaling of rows of consecutive elements.
-// Included once per instruction set, after simd.h, inside its namespace.
+// Included once per instruction set by kernels.h, inside its namespace.
 
 // Elements between two additions into the total: the lanes add up so few values that the error does
 // not grow with the size of the map.
