@@ -2,18 +2,17 @@
 
 import os
 import platform
-import re
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 import eca_fused
+from eca_fused.demo.environment import commit, cpu_model
+from eca_fused.demo.measure import Spread
 
 # glibc gives a fresh large output new pages each time, whose faults cost more than the arithmetic.
 # With these settings it recycles its heap instead, as a training run with steady shapes would want.
@@ -33,25 +32,11 @@ def restart_with_malloc(setting: str) -> None:
     os.execve(sys.executable, [sys.executable, *sys.argv], env)
 
 
-def command(*args: str) -> str:
-    """Standard output of a command, or an empty string where it fails."""
-    try:
-        done = subprocess.run(args, capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
 def machine() -> dict[str, Any]:
     """What a result depends on, for the result file."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = re.findall(r"model name\s*: (.*)", info.read_text())
-        cpu = names[0] if names else cpu
     return {
         "device": "cpu",
-        "cpu": cpu,
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "kernels": eca_fused.backends()["native"].detail,
@@ -60,23 +45,13 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "eca_fused": eca_fused.__version__,
-        "commit": command("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def quantile(values: list[float], q: float) -> float:
-    ordered = sorted(values)
-    return ordered[round(q * (len(ordered) - 1))]
-
-
 def statistics_of(values: list[float]) -> dict[str, float]:
-    return {
-        "median": statistics.median(values),
-        "p20": quantile(values, 0.2),
-        "p80": quantile(values, 0.8),
-        "samples": len(values),
-    }
+    return asdict(Spread.of(values))
 
 
 Step = Callable[[], Any]

@@ -4,11 +4,16 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
 import eca_fused
-from eca_fused import reference
+from eca_fused import native, reference
+
+needs_extension = pytest.mark.skipif(
+    native.missing is not None, reason="needs the compiled extension: run `make build`"
+)
 
 BACKENDS = [name for name, status in eca_fused.backends().items() if status and name != "reference"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]

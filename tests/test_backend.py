@@ -7,14 +7,11 @@ import warnings
 
 import pytest
 import torch
+from support import needs_extension
 
 import eca_fused
 from eca_fused import backend as backend_module
 from eca_fused import native
-
-needs_extension = pytest.mark.skipif(
-    native.missing is not None, reason="needs the compiled extension: run `make build`"
-)
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:

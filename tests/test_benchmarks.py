@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import needs_extension
 
 import eca_fused
-from eca_fused import native
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -18,10 +18,6 @@ import microbench  # noqa: E402
 import report  # noqa: E402
 
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-
-needs_extension = pytest.mark.skipif(
-    native.missing is not None, reason="needs the compiled extension: run `make build`"
-)
 
 
 def test_there_are_results():

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support import needs_extension
 
 import eca_fused
-from eca_fused import native
 
 NAMES = [name for name, status in eca_fused.backends().items() if status] + ["auto"]
 
@@ -203,9 +203,7 @@ def test_triton_says_why_it_cannot_be_used():
         eca_fused.eca(x(), taps(), backend="triton")
 
 
-@pytest.mark.skipif(
-    native.missing is not None, reason="needs the compiled extension: run `make build`"
-)
+@needs_extension
 class TestOperators:
     """The operators validate on their own, for callers that skip eca()."""
 

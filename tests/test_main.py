@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import needs_extension
 from torch import Tensor
 
 import eca_fused
@@ -24,10 +25,6 @@ from eca_fused.demo.main_job import Settings, run
 from eca_fused.demo.measure import Contender, Spread, interleave, ratio
 
 CPU = torch.device("cpu")
-
-needs_native = pytest.mark.skipif(
-    native.missing is not None, reason="needs the compiled extension: run `make build`"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +177,7 @@ def test_a_batch_of_one(tmp_path: Path) -> None:
     assert png_size(found["pictures"]["gates"]) == (1920, 1024)
 
 
-@needs_native
+@needs_extension
 @pytest.mark.parametrize(
     "change",
     [
@@ -204,7 +201,7 @@ def test_check_finds_a_wrong_forward(
     assert not Check(layers, stages, top5).passed
 
 
-@needs_native
+@needs_extension
 @pytest.mark.parametrize("wrong", ["dx", "dw"])
 def test_check_finds_a_wrong_backward(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
     backward = native.backward
@@ -220,7 +217,7 @@ def test_check_finds_a_wrong_backward(monkeypatch: pytest.MonkeyPatch, wrong: st
     assert {c.quantity for c in found if not c.passed} == {wrong}
 
 
-@needs_native
+@needs_extension
 def test_check_finds_a_fault_between_the_layers_that_are_timed() -> None:
     plain = network.build(images(), 0)
     fused = network.fused_copy(plain)
@@ -232,7 +229,7 @@ def test_check_finds_a_fault_between_the_layers_that_are_timed() -> None:
     assert [c.place for c in stages if not c.passed] == ["stage 3", "stage 4", "logits"]
 
 
-@needs_native
+@needs_extension
 def test_a_failing_check_is_exit_status_1_and_says_where(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

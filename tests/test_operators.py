@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DTYPES, LAYOUTS, make_case, name_of
+from support import DTYPES, LAYOUTS, make_case, name_of, needs_extension
 
 import eca_fused
 from eca_fused import native
 
-pytestmark = pytest.mark.skipif(
-    native.missing is not None, reason="needs the compiled extension: run `make build`"
-)
+pytestmark = needs_extension
 ops = torch.ops.eca_fused
 
 VIEWS = {

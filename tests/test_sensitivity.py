@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from support import Case, assert_as_accurate, make_case, run
+from support import Case, assert_as_accurate, make_case, needs_extension, run
 
 from eca_fused import native
 from eca_fused.functional import ECAFunction
 
-pytestmark = pytest.mark.skipif(
-    native.missing is not None, reason="needs the compiled extension: run `make build`"
-)
+pytestmark = needs_extension
 
 
 class Broken:

@@ -16,8 +16,8 @@ struct PixelRows {
 };
 
 // reduce(n, row, end, total) adds the rows into total; rescale(n, row, end, scale, shift) writes
-// them; both include the rest if end is the last row. settle(n, sums, filter, scale, shift) turns
-// the sums of the channels into what rescale needs for one pixel.
+// them; both include the rest if end is the last row. settle(n, sums, scale, shift) turns the
+// sums of the channels into what rescale needs for one pixel.
 template <class A, class Reduce, class Settle, class Rescale>
 void walk_pixels(const Problem& p, const PixelRows& g, const ThreadPool& pool, const Reduce& reduce,
                  const Settle& settle, const Rescale& rescale) {
