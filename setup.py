@@ -148,7 +148,9 @@ def extension(toolkit: Toolkit | None) -> "Extension":
     host_flags.append("-Wno-maybe-uninitialized")
     if toolkit:
         # USE_CUDA: torch declares its current CUDA stream only under this name.
+        architectures_built = os.environ["TORCH_CUDA_ARCH_LIST"]
         flags += ["-DECA_FUSED_WITH_CUDA", "-DUSE_CUDA"]
+        flags.append(f'-DECA_FUSED_CUDA_ARCHITECTURES="{architectures_built}"')
     make = CUDAExtension if toolkit else CppExtension
     module = make(
         "eca_fused._C",

@@ -1,21 +1,102 @@
 // The Python module eca_fused._C: importing it registers the operators of ops.cpp.
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "cpu/cpu.h"
+#include "gpu.h"
+#include "plan.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace {
+
+#if defined(ECA_FUSED_WITH_CUDA)
+constexpr bool kCuda = true;
+constexpr const char* kArchitectures = ECA_FUSED_CUDA_ARCHITECTURES;
+#else
+constexpr bool kCuda = false;
+constexpr const char* kArchitectures = "";
+#endif
+
+py::dict build_info() {
+  return py::dict("cpu_capability"_a = eca::cpu::kernels().name, "cuda"_a = kCuda,
+                  "cuda_architectures"_a = kArchitectures);
+}
+
+py::dict to_dict(const eca::Gpu& gpu) {
+  return py::dict("capability"_a = gpu.capability, "multiprocessors"_a = gpu.multiprocessors,
+                  "shared_per_block"_a = gpu.shared_per_block,
+                  "shared_per_multiprocessor"_a = gpu.shared_per_multiprocessor, "l2"_a = gpu.l2,
+                  "threads_per_multiprocessor"_a = gpu.threads_per_multiprocessor,
+                  "largest_cluster"_a = gpu.largest_cluster);
+}
+
+py::dict gpu_by_name(const std::string& name) { return to_dict(eca::gpu_by_name(name)); }
+
+py::dict gpu_of_device(int32_t index) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  return to_dict(eca::gpu::description(index));
+#else
+  throw std::runtime_error("the extension was compiled without CUDA kernels; no GPU " +
+                           std::to_string(index));
+#endif
+}
+
+eca::Dtype dtype_by_name(const std::string& name) {
+  if (name == "float32") return eca::Dtype::kFloat32;
+  if (name == "float64") return eca::Dtype::kFloat64;
+  if (name == "float16") return eca::Dtype::kFloat16;
+  if (name == "bfloat16") return eca::Dtype::kBFloat16;
+  throw std::invalid_argument("expected a dtype as float32, float64, float16 or bfloat16, got " +
+                              name);
+}
+
+py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64_t samples,
+              int64_t channels, int64_t pixels, int64_t kernel_size, bool own_taps, bool circular,
+              bool aligned, bool in_place, const py::dict& g) {
+  eca::Problem p{};
+  p.dtype = p.taps_dtype = dtype_by_name(dtype);
+  p.layout = channels_last ? eca::Layout::kPixels : eca::Layout::kPlanes;
+  p.samples = samples, p.channels = channels, p.pixels = pixels;
+  p.kernel_size = kernel_size, p.taps_per_channel = own_taps, p.circular = circular;
+  eca::Gpu gpu{};
+  gpu.capability = g["capability"].cast<int32_t>();
+  gpu.multiprocessors = g["multiprocessors"].cast<int32_t>();
+  gpu.shared_per_block = g["shared_per_block"].cast<int64_t>();
+  gpu.shared_per_multiprocessor = g["shared_per_multiprocessor"].cast<int64_t>();
+  gpu.l2 = g["l2"].cast<int64_t>();
+  gpu.threads_per_multiprocessor = g["threads_per_multiprocessor"].cast<int32_t>();
+  gpu.largest_cluster = g["largest_cluster"].cast<int32_t>();
+  eca::Access access = eca::dense_access(p);
+  access.aligned = access.aligned && aligned;
+  access.in_place = in_place;
+  const eca::Plan plan =
+      eca::make_plan(p, backward ? eca::Pass::kBackward : eca::Pass::kForward, access, gpu);
+  const eca::Tiling& t = plan.tiling;
+  const char* exchanges[] = {"none", "cluster", "global"};
+  return py::dict("strategy"_a = std::string(1, plan.strategy),
+                  "exchange"_a = exchanges[int(t.exchange)], "vectors"_a = t.vectors,
+                  "tile"_a = t.tile, "halo"_a = t.halo, "tiles"_a = t.tiles, "group"_a = t.group,
+                  "chunk"_a = t.chunk, "parts"_a = t.parts, "threads"_a = t.threads,
+                  "blocks"_a = plan.blocks, "launches"_a = plan.launches,
+                  "shared_bytes"_a = plan.shared_bytes, "occupancy"_a = plan.occupancy,
+                  "workspace_bytes"_a = plan.workspace, "map_bytes"_a = plan.map_bytes,
+                  "dram_bytes"_a = plan.dram_bytes, "l2_bytes"_a = plan.l2_bytes);
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of eca_fused; the operators are torch.ops.eca_fused.*.";
-  m.def(
-      "build_info",
-      [] {
-        pybind11::dict info;
-        info["cpu_capability"] = eca::cpu::kernels().name;
-#if defined(ECA_FUSED_WITH_CUDA)
-        info["cuda"] = true;
-#else
-        info["cuda"] = false;
-#endif
-        return info;
-      },
-      "Instruction set of the CPU kernels in use, and whether CUDA kernels were compiled.");
+  m.def("build_info", &build_info,
+        "Instruction set of the CPU kernels in use, whether CUDA kernels were compiled, and for "
+        "which compute capabilities.");
+  m.def("gpu_by_name", &gpu_by_name, "The limits of a GPU such as sm_90:132.");
+  m.def("gpu_of_device", &gpu_of_device, "The limits of a CUDA device of this machine.");
+  m.def("plan", &plan, py::kw_only(), "backward"_a, "dtype"_a, "channels_last"_a, "samples"_a,
+        "channels"_a, "pixels"_a, "kernel_size"_a, "own_taps"_a, "circular"_a, "aligned"_a,
+        "in_place"_a, "gpu"_a, "How the CUDA kernels run a problem on a GPU, and what that moves.");
 }

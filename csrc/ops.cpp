@@ -13,6 +13,7 @@
 
 #include "cpu/cpu.h"
 #include "eca.h"
+#include "gpu.h"
 
 namespace eca {
 namespace {
@@ -61,6 +62,7 @@ Device device_of(const Tensor& t) {
   return device;
 }
 
+const int32_t kCudaType = aoti_torch_device_type_cuda();
 const int32_t kFloat32Code = aoti_torch_dtype_float32(), kFloat64Code = aoti_torch_dtype_float64(),
               kFloat16Code = aoti_torch_dtype_float16(),
               kBFloat16Code = aoti_torch_dtype_bfloat16();
@@ -233,12 +235,26 @@ const cpu::ThreadPool& thread_pool() {
   return pool;
 }
 
+// The kernels for the device. On CUDA, mean and gate may be null.
+void run_kernels(const Forward& f, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return gpu::forward(f, device.index);
+#endif
+  cpu::kernels().forward(f, thread_pool());
+}
+
+void run_kernels(const Backward& b, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return gpu::backward(b, device.index);
+#endif
+  cpu::kernels().backward(b, thread_pool());
+}
+
 void run_forward(Problem p, const Tensor& x, const View& view, const Tensor& y,
                  const Tensor& weight, void* mean, void* gate) {
   if (p.samples == 0 || p.channels == 0) return;
   p.layout = view.layout;
-  const Forward f{p, map_of(x, p), map_of(y, p), weight.data_ptr(), mean, gate};
-  cpu::kernels().forward(f, thread_pool());
+  run_kernels(Forward{p, map_of(x, p), map_of(y, p), weight.data_ptr(), mean, gate}, device_of(x));
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, bool circular) {
@@ -253,6 +269,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
 // Without mean and gate, which only a gradient needs: two tensors less to create.
 void run_inference(const Problem& p, const Tensor& x, const View& view, const Tensor& y,
                    const Tensor& weight) {
+  if (device_of(x).type == kCudaType)
+    return run_forward(p, x, view, y, as_contiguous(weight), nullptr, nullptr);
   std::vector<double> scratch(2 * p.samples * p.channels);  // room for either dtype
   run_forward(p, x, view, y, as_contiguous(weight), scratch.data(),
               scratch.data() + p.samples * p.channels);
@@ -317,7 +335,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Ten
                    means.data_ptr(),
                    gates.data_ptr(),
                    need_dweight ? dweight.data_ptr() : nullptr};
-  cpu::kernels().backward(b, thread_pool());
+  run_kernels(b, device_of(x));
   return {dx, dweight};
 }
 
@@ -335,9 +353,16 @@ STABLE_TORCH_LIBRARY(eca_fused, m) {
       "bool need_dx=True, bool need_dweight=True) -> (Tensor dx, Tensor dweight)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) {
+template <class Library>
+static void implement(Library& m) {
   m.impl("forward", TORCH_BOX(&eca::forward));
   m.impl("inference", TORCH_BOX(&eca::inference));
   m.impl("inference_", TORCH_BOX(&eca::inference_));
   m.impl("backward", TORCH_BOX(&eca::backward));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) { implement(m); }
+
+#if defined(ECA_FUSED_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(eca_fused, CUDA, m) { implement(m); }
+#endif

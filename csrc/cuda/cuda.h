@@ -1,0 +1,34 @@
+// The contract on CUDA: asynchronous, on a stream of the current device.
+#pragma once
+
+#include <cstdint>
+
+#include "../plan.h"
+
+namespace eca::cuda {
+
+// A cudaStream_t.
+using StreamHandle = void*;
+
+// The current device.
+Gpu current_gpu();
+
+// What a call needs beside its tensors.
+struct Memory {
+  void* workspace;     // Plan::workspace bytes, from an address that is a multiple of 16
+  uint32_t* counters;  // Plan::counters words of zeros, which no other stream uses meanwhile
+  StreamHandle stream;
+};
+
+// mean and gate may be null, where nothing needs them. Throws std::runtime_error.
+void forward(const Forward& f, const Plan& plan, const Memory& memory);
+void backward(const Backward& b, const Plan& plan, const Memory& memory);
+
+// How a call's maps lie, for make_plan().
+Access access_of(const Forward& f);
+Access access_of(const Backward& b);
+
+bool is_capturing(StreamHandle stream);  // into a CUDA graph
+void set_to_zero(void* memory, int64_t bytes, StreamHandle stream);
+
+}  // namespace eca::cuda

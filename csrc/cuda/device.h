@@ -1,0 +1,346 @@
+// Everything that only a GPU has: coordinates, barriers, shuffles, shared memory, bulk copies,
+// atomics, launches. The one file with intrinsics and inline PTX; kernels are plain C++ over it.
+// tests/simt/simt.h offers the same on the host, where the kernels run under sanitizers.
+#pragma once
+
+#if defined(ECA_HOST_SIMT)
+#include "simt.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace eca::cuda {
+
+// ---- numbers ----
+
+using half = __half;
+using bfloat16 = __nv_bfloat16;
+
+// Sums, taps and gates.
+template <class T>
+using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(half x) { return __half2float(x); }
+__device__ inline float widen(bfloat16 x) { return __bfloat162float(x); }
+
+// Rounds to nearest even.
+template <class T>
+__device__ inline T narrow(Accumulator<T> x) {
+  if constexpr (std::is_same_v<T, half>) return __float2half_rn(x);
+  else if constexpr (std::is_same_v<T, bfloat16>) return __float2bfloat16_rn(x);
+  else return x;
+}
+
+__device__ inline float exponential(float x) { return expf(x); }
+__device__ inline double exponential(double x) { return exp(x); }
+
+// V consecutive elements, moved by one instruction.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Vector {
+  T element[V];
+};
+
+// The integer that the hardware moves in one instruction for a vector.
+template <int kBytes>
+using Word = std::conditional_t<
+    kBytes == 16, uint4,
+    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t> > >;
+
+// ---- coordinates ----
+
+__device__ inline int thread_index() { return int(threadIdx.x); }
+__device__ inline int thread_count() { return int(blockDim.x); }
+__device__ inline int64_t block_index() { return int64_t(blockIdx.x); }
+__device__ inline int64_t block_count() { return int64_t(gridDim.x); }
+
+// ---- barriers and exchange within a block ----
+
+__device__ inline void block_barrier() { __syncthreads(); }
+
+// The value of the lane whose index in the warp is this one's, xor `mask`. By all lanes of a warp.
+template <class A>
+__device__ inline A shuffle_xor(A value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// ---- global memory ----
+
+// `from` is a multiple of the vector's size.
+template <int V, class T>
+__device__ inline Vector<T, V> load(const T* from) {
+  using W = Word<sizeof(T) * V>;
+  const W word = *reinterpret_cast<const W*>(from);
+  Vector<T, V> v;
+  std::memcpy(&v, &word, sizeof v);
+  return v;
+}
+
+template <int V, class T>
+__device__ inline void store(T* to, const Vector<T, V>& v) {
+  using W = Word<sizeof(T) * V>;
+  W word;
+  std::memcpy(&word, &v, sizeof v);
+  *reinterpret_cast<W*>(to) = word;
+}
+
+// What another block of this launch has written, after the atomic that says so.
+template <class A>
+__device__ inline A load_from_other_block(const A* from) {
+  return __ldcg(from);
+}
+
+// Adds and returns the value before. Everything that this thread wrote or saw written before is
+// seen by whoever reads the new value with fetch_add() or load_acquire().
+__device__ inline uint32_t fetch_add(uint32_t* counter, uint32_t value) {
+  __threadfence();
+  const uint32_t before = atomicAdd(counter, value);
+  __threadfence();
+  return before;
+}
+
+__device__ inline uint32_t load_acquire(const uint32_t* counter) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  __threadfence();
+  return value;
+}
+
+// In a loop that waits for another block.
+__device__ inline void pause() { __nanosleep(64); }
+
+// ---- shared memory ----
+
+// An array in shared memory.
+template <class T>
+class Shared {
+ public:
+  __device__ Shared(T* data, int /* count: for the host's checks */) : data_(data) {}
+
+  __device__ T get(int i) const { return data_[i]; }
+  __device__ void set(int i, T value) const { data_[i] = value; }
+
+  // i is a multiple of V, and the array starts at a multiple of the vector's size.
+  template <int V>
+  __device__ Vector<T, V> load(int i) const {
+    return cuda::load<V>(data_ + i);
+  }
+
+  // From the array at the same place of another block of the cluster.
+  __device__ T get_from_rank(int rank, int i) const {
+    T value{};
+#if __CUDA_ARCH__ >= 900
+    const uint32_t mine = uint32_t(__cvta_generic_to_shared(data_ + i));
+    uint32_t theirs;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(mine), "r"(rank));
+    if constexpr (sizeof(T) == 8)
+      asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(value) : "r"(theirs) : "memory");
+    else asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(theirs) : "memory");
+#endif
+    return value;
+  }
+
+  __device__ T* data() const { return data_; }  // for Copies
+
+ private:
+  T* data_;
+};
+
+// The block's dynamic shared memory, from a byte on that suits T.
+template <class T>
+__device__ inline Shared<T> shared_array(int first_byte, int count) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return Shared<T>(reinterpret_cast<T*>(memory + first_byte), count);
+}
+
+// ---- clusters, from compute capability 9.0 on ----
+
+__device__ inline int cluster_rank() {
+  uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return int(rank);
+}
+
+// A barrier of all threads of a cluster, in two halves: what was written before the one is seen
+// after the other.
+__device__ inline void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ inline void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// ---- copies from global to shared memory ----
+
+// All copies of a block into its shared memory, and one wait for them. Every method is called by
+// all threads of the block. The bulk of each copy is asynchronous: by the copy engine from compute
+// capability 9.0 on, 16 bytes a thread before, and through registers on 7.5.
+class Copies {
+ public:
+  static constexpr int kAlignment = 16;  // bytes
+
+  // `barrier` is 8 bytes of shared memory, for these copies alone.
+  __device__ explicit Copies(Shared<uint64_t> barrier)
+      : barrier_(uint32_t(__cvta_generic_to_shared(barrier.data()))) {
+#if __CUDA_ARCH__ >= 900
+    if (thread_index() == 0) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier_) : "memory");
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+#endif
+  }
+
+  // Copies `count` elements to to[at]. Fast where source and target have the same place within
+  // kAlignment bytes, and right in any case.
+  template <class T>
+  __device__ void copy(Shared<T> to, int at, const T* from, int count) {
+    constexpr int kLine = kAlignment / int(sizeof(T));
+    T* target = to.data() + at;
+    const uint32_t shared = uint32_t(__cvta_generic_to_shared(target));
+    const uint32_t place = uint32_t(reinterpret_cast<uintptr_t>(from)) % kAlignment;
+    int head = count, body = 0;
+    if (shared % kAlignment == place) {
+      head = min(count, int((kAlignment - place) % kAlignment / sizeof(T)));
+      body = (count - head) / kLine * kLine;
+    }
+    if (body > 0) copy_lines(shared + head * int(sizeof(T)), from + head, body * int(sizeof(T)));
+    for (int i = thread_index(); i < count - body; i += thread_count()) {
+      const int e = i < head ? i : i + body;
+      target[e] = from[e];
+    }
+  }
+
+  // Copies `rows` rows of `count` elements, `stride` apart, to to[at], to[at + pitch] and so on.
+  // All of these places, and the rows' bytes, are multiples of kAlignment bytes.
+  template <class T>
+  __device__ void copy_rows(Shared<T> to, int at, int pitch, const T* from, int64_t stride,
+                            int rows, int count) {
+    constexpr int kLine = kAlignment / int(sizeof(T));
+    const int lines = count / kLine;
+    for (int i = thread_index(); i < rows * lines; i += thread_count()) {
+      const int row = i / lines, element = i % lines * kLine;
+      copy_line(uint32_t(__cvta_generic_to_shared(to.data() + at + row * pitch + element)),
+                from + row * stride + element);
+    }
+  }
+
+  // Everything that was copied is there, for all threads.
+  __device__ void wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+#if __CUDA_ARCH__ >= 900
+    if (thread_index() == 0)
+      asm volatile(
+          "{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(barrier_)
+          : "memory");
+    block_barrier();
+    uint32_t done = 0;
+    while (!done)
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;"
+          "  selp.u32 %0, 1, 0, p; }"
+          : "=r"(done)
+          : "r"(barrier_)
+          : "memory");
+#else
+    block_barrier();
+#endif
+  }
+
+ private:
+  // `bytes` is a multiple of 16, and so are both places.
+  __device__ void copy_lines(uint32_t to, const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    if (thread_index() != 0) return;
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier_),
+                 "r"(bytes)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(to),
+        "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier_)
+        : "memory");
+#else
+    const auto* source = static_cast<const unsigned char*>(from);
+    for (int i = thread_index() * 16; i < bytes; i += thread_count() * 16)
+      copy_line(to + i, source + i);
+#endif
+  }
+
+  __device__ void copy_line(uint32_t to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to),
+                 "l"(__cvta_generic_to_global(from))
+                 : "memory");
+#else
+    const uint4 line = *static_cast<const uint4*>(from);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(line.x), "r"(line.y),
+                 "r"(line.z), "r"(line.w)
+                 : "memory");
+#endif
+  }
+
+  uint32_t barrier_;
+};
+
+// ---- launches, on the host ----
+
+using Stream = cudaStream_t;
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("eca_fused: ") + what + ": " + cudaGetErrorString(status));
+}
+
+inline void fill_with_zeros(void* memory, size_t bytes, Stream stream) {
+  check(cudaMemsetAsync(memory, 0, bytes, stream), "zeroing the workspace failed");
+}
+
+struct Launch {
+  int64_t blocks;
+  int threads;           // in a block
+  int cluster;           // blocks in a cluster, 1 for none
+  int64_t shared_bytes;  // dynamic shared memory of a block
+  Stream stream;
+};
+
+template <class... Parameters, class... Arguments>
+void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  if (how.shared_bytes > 48 << 10)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(how.shared_bytes)),
+          "the GPU does not have the planned shared memory");
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(how.blocks));
+  config.blockDim = dim3(unsigned(how.threads));
+  config.dynamicSmemBytes = size_t(how.shared_bytes);
+  config.stream = how.stream;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = unsigned(how.cluster);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = how.cluster > 1 ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "a kernel did not start");
+}
+
+}  // namespace eca::cuda
+
+#endif

@@ -1,0 +1,28 @@
+// What is done to an element besides its sum and its gate. The kernels are templates over this, so
+// that an operation fused with the rescaling is another type here and not another kernel.
+#pragma once
+
+#include "device.h"
+
+namespace eca::cuda {
+
+// y = gate * x
+struct Rescale {
+  // V elements of y, at `offset` in its memory, from those of x and their gates.
+  template <class T, int V>
+  __device__ Vector<T, V> forward(const Vector<T, V>& x, const Vector<Accumulator<T>, V>& gate,
+                                  int64_t /* offset */) const {
+    Vector<T, V> y;
+#pragma unroll
+    for (int i = 0; i < V; ++i) y.element[i] = narrow<T>(gate.element[i] * widen(x.element[i]));
+    return y;
+  }
+
+  // An element of the gradient that reaches gate * x, from that of y.
+  template <class T>
+  __device__ Accumulator<T> gradient(T dy) const {
+    return widen(dy);
+  }
+};
+
+}  // namespace eca::cuda

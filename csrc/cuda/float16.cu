@@ -1,0 +1,9 @@
+// The kernels for float16 maps.
+#include "launch.h"
+
+namespace eca::cuda {
+
+template void run_forward<half>(Forward, const Plan&, const Memory&);
+template void run_backward<half>(const Backward&, const Plan&, const Memory&);
+
+}  // namespace eca::cuda

@@ -1,0 +1,131 @@
+// From sums to gates, and from the gradients of gates to those of means and taps: a few thousand
+// numbers, where the maps have millions.
+#pragma once
+
+#include "call.h"
+
+namespace eca::cuda {
+
+template <class A>
+__device__ inline A sigmoid(A z) {
+  return A(1) / (A(1) + exponential(-z));
+}
+
+// A window on the channels of a map: `count` of them around `own`, at whose ends are pads.
+// Number i of it is channel begin - pad + i.
+struct Window {
+  int64_t channels, begin;
+  int own, pad;
+  bool circular;
+
+  __device__ int count() const { return own + 2 * pad; }
+
+  // The channel of number i, or -1 where there is none.
+  __device__ int64_t channel(int i) const {
+    const int64_t c = begin - pad + i;
+    if (c >= 0 && c < channels) return c;
+    if (!circular) return -1;
+    return c < 0 ? c + channels : c - channels;
+  }
+};
+
+// z of the tile's channel c: its taps over the means, a window of them.
+template <class T, class A>
+__device__ inline A convolve(const Window& w, const Taps<T>& taps, Shared<A> means, int c) {
+  const int64_t radius = taps.size() / 2, shift = c + w.pad - radius;  // window number of tap 0
+  const int64_t first = max(int64_t(0), -shift);
+  const int64_t last = min(taps.size(), int64_t(w.count()) - shift);
+  A z = 0;
+  for (int64_t j = first; j < last; ++j) z += taps.get(w.begin + c, j) * means.get(int(shift + j));
+  return z;
+}
+
+// The gradient of the mean of the tile's channel c, from a window of dz: the transpose of the above.
+template <class T, class A>
+__device__ inline A convolve_transposed(const Window& w, const Taps<T>& taps, Shared<A> dz, int c) {
+  const int64_t radius = taps.size() / 2, shift = c + w.pad + radius;  // window number of tap 0
+  const int64_t first = max(int64_t(0), shift - w.count() + 1);
+  const int64_t last = min(taps.size(), shift + 1);
+  A dm = 0;
+  for (int64_t j = first; j < last; ++j) {
+    const int64_t channel = w.channel(int(shift - j));
+    if (channel >= 0) dm += taps.get(channel, j) * dz.get(int(shift - j));
+  }
+  return dm;
+}
+
+// The mean that tap j of channel c is multiplied with, 0 beyond the ends.
+template <class A>
+__device__ inline A mean_under_tap(const Problem& p, const A* means, int64_t c, int64_t j) {
+  const int64_t from = c + j - p.kernel_size / 2;
+  if (from >= 0 && from < p.channels) return value_at(means + from);
+  if (!p.circular) return 0;
+  return value_at(means + (from < 0 ? from + p.channels : from - p.channels));
+}
+
+template <class A>
+__device__ inline A warp_sum(A value) {
+  for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+  return value;
+}
+
+// True in all threads of the last of `count` blocks that come here; it sees what the others wrote.
+inline __device__ bool last_to_arrive(uint32_t* counter, int64_t count, Shared<uint32_t> flag) {
+  block_barrier();
+  if (thread_index() == 0) {
+    const bool last = fetch_add(counter, 1) == uint32_t(count - 1);
+    if (last) put(counter, 0u);
+    flag.set(0, last);
+  }
+  block_barrier();
+  return flag.get(0) != 0;
+}
+
+// A block's contribution to dweight, from dz of `own` channels of a sample, dz_of(c) from `begin`
+// on. What the blocks contribute is added by the last of them, in the order of the blocks' numbers
+// and not of their arrival: every run gives the same bits.
+//   shared taps   each block sums over its channels; the last of all adds the blocks
+//   own taps      the last block of a tile of channels sums over the samples
+// `dz_map` (samples, channels) and `partials` (k, blocks) are memory to work in. By all threads.
+template <class T, class A, class DzOf>
+__device__ void add_dweight(const Problem& p, const Workspace& work, const A* mean, void* dweight,
+                            int64_t sample, int64_t tile, int64_t tiles, int64_t begin, int own,
+                            Shared<uint32_t> flag, DzOf dz_of) {
+  const int lane = thread_index() % 32, warp = thread_index() / 32, warps = thread_count() / 32;
+  const int64_t k = p.kernel_size;
+  if (p.taps_per_channel) {
+    A* const dz_map = static_cast<A*>(work.dz);  // (samples, channels)
+    for (int c = thread_index(); c < own; c += thread_count())
+      put(dz_map + sample * p.channels + begin + c, dz_of(c));
+    if (!last_to_arrive(work.counters.dweight(tile), p.samples, flag)) return;
+    for (int64_t i = thread_index(); i < own * k; i += thread_count()) {
+      const int64_t c = begin + i / k, j = i % k;
+      A sum = 0;
+      for (int64_t n = 0; n < p.samples; ++n)
+        sum += load_from_other_block(dz_map + n * p.channels + c) *
+               mean_under_tap(p, mean + n * p.channels, c, j);
+      store_dweight<T>(p, dweight, begin * k + i, sum);
+    }
+    return;
+  }
+  const int64_t blocks = p.samples * tiles;
+  A* const partials = static_cast<A*>(work.dweight);  // (k, blocks)
+  for (int64_t j = warp; j < k; j += warps) {
+    A sum = 0;
+    for (int c = lane; c < own; c += 32)
+      sum += dz_of(c) * mean_under_tap(p, mean + sample * p.channels, begin + c, j);
+    sum = warp_sum(sum);
+    if (lane == 0) put(partials + j * blocks + sample * tiles + tile, sum);
+  }
+  if (!last_to_arrive(work.counters.dweight(0), blocks, flag)) return;
+  for (int64_t j = warp; j < k; j += warps) {
+    A sum = 0;
+#pragma unroll 8
+    for (int64_t b = lane; b < blocks; b += 32)
+      sum += load_from_other_block(partials + j * blocks + b);
+    sum = warp_sum(sum);
+    if (lane == 0) store_dweight<T>(p, dweight, j, sum);
+  }
+}
+
+}  // namespace eca::cuda

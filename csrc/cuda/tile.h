@@ -1,0 +1,332 @@
+// What a block holds on chip of one sample, in either layout: copied in, summed per channel, and
+// read again for the result.
+//
+// A group of blocks holds `held` channels: a tile and its halo, numbered from 0 on. Where they lie
+// outside the map they are absent (padding with zeros) or wrap around (circular).
+#pragma once
+
+#include "gates.h"
+
+namespace eca::cuda {
+
+constexpr int kUnroll = 4;  // vectors that a thread asks for before it uses the first
+
+// Which channels a group holds.
+struct HeldChannels {
+  int64_t channels;  // of the map
+  int64_t begin;     // channel of the tile's first
+  int own;           // channels of the tile: those whose result the group stores
+  int halo, held;
+  int first, last;  // the present ones are those from first up to last
+
+  __device__ HeldChannels(const Problem& p, const Tiling& t, int64_t tile)
+      : channels(p.channels), begin(tile * t.tile),
+        own(int(min(int64_t(t.tile), p.channels - begin))), halo(t.halo), held(own + 2 * t.halo) {
+    first = p.circular ? 0 : int(max(int64_t(0), halo - begin));
+    last = p.circular ? held : int(min(int64_t(held), channels - begin + halo));
+  }
+
+  // Channel of a present one.
+  __device__ int64_t channel(int h) const {
+    const int64_t c = begin - halo + h;
+    return c < 0 ? c + channels : c < channels ? c : c - channels;
+  }
+
+  // Number of the held one at place i of a window on the channels, which does not reach beyond the
+  // halo; -1 where there is none. A tile of all channels has no halo, and its window wraps around.
+  __device__ int at(const Window& window, int i) const {
+    const int64_t c = window.channel(i);
+    if (c < 0) return -1;
+    return halo == 0 ? int(c - begin) : i - window.pad + halo;
+  }
+
+  // The end of the run of present ones from h on whose channels follow one another.
+  __device__ int run_end(int h) const { return int(min(int64_t(last), h + channels - channel(h))); }
+};
+
+template <class T>
+__device__ inline const T* sample_of(const Map& map, int64_t sample) {
+  return static_cast<const T*>(map.data) + sample * map.sample_stride;
+}
+
+// An address's place within the lines of Copies, in elements.
+template <class T>
+__device__ inline int place_in_line(const T* address) {
+  return int(reinterpret_cast<uintptr_t>(address) % Copies::kAlignment / sizeof(T));
+}
+
+template <class T>
+constexpr int kVector = 16 / int(sizeof(T));
+
+// Steps from begin to end, `stride` apart: fetch(step) reads, use(what was read, step) adds it up.
+// A thread asks for kUnroll vectors before it uses the first.
+template <class Fetch, class Use>
+__device__ inline void walk(int begin, int end, int stride, Fetch fetch, Use use) {
+  for (int step = begin; step < end; step += kUnroll * stride) {
+    decltype(fetch(0)) read[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (step + u * stride < end) read[u] = fetch(step + u * stride);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (step + u * stride < end) use(read[u], step + u * stride);
+  }
+}
+
+// The steps that the sums of a channel take: the elements of a plane, or the rows of a column.
+template <class T>
+struct OnChipLine {
+  Shared<T> data;
+  int base, stride;
+
+  template <int V>
+  __device__ Vector<T, V> load(int step) const {
+    return data.template load<V>(base + step * stride);
+  }
+};
+
+template <class T>
+struct GlobalLine {
+  const T* base;
+  int64_t stride;
+
+  template <int V>
+  __device__ Vector<T, V> load(int step) const {
+    return cuda::load<V>(base + step * stride);
+  }
+};
+
+// Planes: the held planes are one run of elements, of which each block of the group has a share.
+template <class T>
+class Planes {
+ public:
+  using A = Accumulator<T>;
+
+  __device__ Planes(const Problem& p, const Tiling& t, const HeldChannels& c, int rank)
+      : c_(c), pixels_(int(p.pixels)), lanes_(t.lanes),
+        begin_(min(c.first * pixels_ + rank * t.share, c.last * pixels_)),
+        end_(min(begin_ + t.share, c.last * pixels_)) {}
+
+  // An element's address in a map; `i` counts all elements that the group holds.
+  __device__ const T* address(const Map& map, int64_t sample, int i) const {
+    const int h = i / pixels_;
+    return sample_of<T>(map, sample) + c_.channel(h) * map.row_stride + (i - h * pixels_);
+  }
+
+  // Where within a line the block's part of a map begins; its copy on chip begins there too.
+  __device__ int place(const Map& map, int64_t sample) const {
+    return begin_ < end_ ? place_in_line(address(map, sample, begin_)) : 0;
+  }
+
+  __device__ int on_chip(int i, int place) const { return place + i - begin_; }
+
+  __device__ void copy(Copies& copies, const Map& map, int64_t sample, Shared<T> to,
+                       int place) const {
+    for (int i = begin_; i < end_;) {
+      const int end = min(end_, c_.run_end(i / pixels_) * pixels_);
+      copies.copy(to, on_chip(i, place), address(map, sample, i), end - i);
+      i = end;
+    }
+  }
+
+  // The steps of held channel h.
+  __device__ OnChipLine<T> on_chip_line(Shared<T> data, int place, int) const {
+    return {data, place - begin_, 1};
+  }
+
+  __device__ GlobalLine<T> global_line(const Map& map, int64_t sample, int h) const {
+    return {sample_of<T>(map, sample) + c_.channel(h) * map.row_stride - h * pixels_, 1};
+  }
+
+  // What this block's share adds to the sum of each held channel, into `sums`. For V elements a
+  // step, line(h) gives what to read, and terms(h, vector, step) what to add.
+  template <int V, class Line, class Terms>
+  __device__ void sum(Shared<A> sums, Shared<A> scratch, Line line, Terms terms) const {
+    const int first = begin_ / pixels_;
+    const int planes = begin_ < end_ ? (end_ + pixels_ - 1) / pixels_ - first : 0;
+    const int teams = thread_count() / lanes_, lane = thread_index() % lanes_;
+    const int warps = max(1, lanes_ / 32);  // in a team
+    for (int base = 0; base < planes; base += teams) {
+      const int plane = base + thread_index() / lanes_;
+      A sum = 0;
+      if (plane < planes) {
+        const int h = first + plane;
+        const auto source = line(h);
+        walk(
+            max(begin_, h * pixels_) + lane * V, min(end_, (h + 1) * pixels_), lanes_ * V,
+            [&](int step) { return source.template load<V>(step); },
+            [&](const Vector<T, V>& v, int step) {
+              const Vector<A, V> more = terms(h, v, step);
+#pragma unroll
+              for (int e = 0; e < V; ++e) sum += more.element[e];
+            });
+      }
+      for (int mask = min(lanes_, 32) / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+      if (plane < planes && lane % 32 == 0) scratch.set(plane * warps + lane / 32, sum);
+    }
+    block_barrier();
+    for (int h = thread_index(); h < c_.held; h += thread_count()) {
+      A sum = 0;
+      if (h >= first && h < first + planes)
+        for (int w = 0; w < warps; ++w) sum += scratch.get((h - first) * warps + w);
+      sums.set(h, sum);
+    }
+  }
+
+  // What this block holds of the tile itself, in vectors where it lies alike on chip and in `to`.
+  // prepare(channels) makes what body needs of the channels, counted from the tile's first, of V
+  // elements; body(prepared, i, offset) handles them, which lie from `offset` on in `to`.
+  template <class Prepare, class Body>
+  __device__ void for_each(const Tiling&, const Map& to, int64_t sample, int place, Prepare prepare,
+                           Body body) const {
+    constexpr int V = kVector<T>;
+    const int begin = max(begin_, c_.halo * pixels_);
+    const int count = min(end_, (c_.halo + c_.own) * pixels_) - begin;
+    if (count <= 0) return;
+    const int64_t offset =
+        sample * to.sample_stride + c_.begin * to.row_stride + (begin - c_.halo * pixels_);
+    const int there = place_in_line(static_cast<const T*>(to.data) + offset);
+    const bool alike = on_chip(begin, place) % V == there;
+    const int head = alike ? min(count, (V - there) % V) : count;
+    const int body_count = (count - head) / V * V;
+    for (int e = head + thread_index() * V; e < head + body_count; e += thread_count() * V)
+      body(prepare(channels_from<V>(begin + e)), begin + e, offset + e);
+    for (int e = thread_index(); e < count - body_count; e += thread_count()) {
+      const int single = e < head ? e : e + body_count;
+      body(prepare(channels_from<1>(begin + single)), begin + single, offset + single);
+    }
+  }
+
+ private:
+  // The channels, counted from the tile's first, of V elements.
+  template <int V>
+  __device__ Vector<int, V> channels_from(int i) const {
+    Vector<int, V> channels;
+    int c = i / pixels_ - c_.halo, pixel = i % pixels_;
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      channels.element[e] = c;
+      if (++pixel == pixels_) pixel = 0, ++c;
+    }
+    return channels;
+  }
+
+  HeldChannels c_;
+  int pixels_, lanes_;
+  int begin_, end_;  // this block's elements, of all that the group holds
+};
+
+// Columns of vectors in rows of channels: a thread keeps to one, or to every column_count-th, and
+// takes every row_count-th row. Threads that are left over have no column.
+struct ColumnLanes {
+  int columns, column_count, row_count, column, row;
+
+  __device__ explicit ColumnLanes(int columns)
+      : columns(columns), column_count(min(columns, thread_count())),
+        row_count(thread_count() / column_count), column(thread_index() % column_count),
+        row(thread_index() / column_count) {
+    if (row >= row_count) column = columns;
+  }
+};
+
+// Pixels: each block of the group has a share of the rows, `held` elements of each.
+template <class T>
+class Pixels {
+ public:
+  using A = Accumulator<T>;
+
+  __device__ Pixels(const Problem& p, const Tiling& t, const HeldChannels& c, int rank)
+      : c_(c), vectors_(t.vectors), begin_(int(min(int64_t(rank) * t.share, p.pixels))),
+        end_(int(min(int64_t(begin_ + t.share), p.pixels))) {}
+
+  __device__ const T* address(const Map& map, int64_t sample, int i) const {
+    const int row = i / c_.held;
+    return sample_of<T>(map, sample) + row * map.row_stride + c_.channel(i - row * c_.held);
+  }
+
+  __device__ int place(const Map& map, int64_t sample) const {
+    return vectors_ || begin_ == end_ ? 0 : place_in_line(address(map, sample, begin_ * c_.held));
+  }
+
+  __device__ int on_chip(int i, int place) const { return place + i - begin_ * c_.held; }
+
+  __device__ void copy(Copies& copies, const Map& map, int64_t sample, Shared<T> to,
+                       int place) const {
+    if (begin_ == end_) return;
+    const int rows = end_ - begin_;
+    const bool one_run = c_.own == c_.channels && (rows == 1 || map.row_stride == c_.channels);
+    if (one_run)
+      return copies.copy(to, place, address(map, sample, begin_ * c_.held), rows * c_.held);
+    for (int h = c_.first; h < c_.last;) {
+      const int end = c_.run_end(h);
+      copies.copy_rows(to, h, c_.held, address(map, sample, begin_ * c_.held + h), map.row_stride,
+                       rows, end - h);
+      h = end;
+    }
+  }
+
+  __device__ OnChipLine<T> on_chip_line(Shared<T> data, int place, int h) const {
+    return {data, place - begin_ * c_.held + h, c_.held};
+  }
+
+  __device__ GlobalLine<T> global_line(const Map& map, int64_t sample, int h) const {
+    return {sample_of<T>(map, sample) + c_.channel(h), map.row_stride};
+  }
+
+  template <int V, class Line, class Terms>
+  __device__ void sum(Shared<A> sums, Shared<A> scratch, Line line, Terms terms) const {
+    const int present = c_.last - c_.first;
+    const ColumnLanes lanes(present / V);
+    for (int column = lanes.column; column < lanes.columns; column += lanes.column_count) {
+      const int h = c_.first + column * V;
+      const auto source = line(h);
+      Vector<A, V> sum{};
+      walk(
+          begin_ + lanes.row, end_, lanes.row_count,
+          [&](int step) { return source.template load<V>(step); },
+          [&](const Vector<T, V>& v, int step) {
+            const Vector<A, V> more = terms(h, v, step);
+#pragma unroll
+            for (int e = 0; e < V; ++e) sum.element[e] += more.element[e];
+          });
+#pragma unroll
+      for (int e = 0; e < V; ++e) scratch.set(lanes.row * present + column * V + e, sum.element[e]);
+    }
+    block_barrier();
+    for (int h = thread_index(); h < c_.held; h += thread_count()) {
+      A sum = 0;
+      if (h >= c_.first && h < c_.last)
+        for (int row = 0; row < lanes.row_count; ++row)
+          sum += scratch.get(row * present + h - c_.first);
+      sums.set(h, sum);
+    }
+  }
+
+  template <class Prepare, class Body>
+  __device__ void for_each(const Tiling& t, const Map& to, int64_t sample, int /* place */,
+                           Prepare prepare, Body body) const {
+    if (t.vectors) each<kVector<T>>(to, sample, prepare, body);
+    else each<1>(to, sample, prepare, body);
+  }
+
+ private:
+  template <int V, class Prepare, class Body>
+  __device__ void each(const Map& to, int64_t sample, Prepare prepare, Body body) const {
+    const ColumnLanes lanes(c_.own / V);
+    for (int column = lanes.column; column < lanes.columns; column += lanes.column_count) {
+      Vector<int, V> channels;
+#pragma unroll
+      for (int e = 0; e < V; ++e) channels.element[e] = column * V + e;
+      const auto prepared = prepare(channels);
+      const int64_t offset = sample * to.sample_stride + c_.begin + column * V;
+      for (int row = begin_ + lanes.row; row < end_; row += lanes.row_count)
+        body(prepared, row * c_.held + c_.halo + column * V, offset + row * to.row_stride);
+    }
+  }
+
+  HeldChannels c_;
+  bool vectors_;
+  int begin_, end_;  // this block's rows
+};
+
+}  // namespace eca::cuda

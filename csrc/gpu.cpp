@@ -1,0 +1,142 @@
+#if defined(ECA_FUSED_WITH_CUDA)
+
+#include "gpu.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "cuda/cuda.h"
+
+namespace eca::gpu {
+namespace {
+
+using torch::stable::Tensor;
+
+Tensor bytes_on(int32_t device, int64_t bytes) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
+                               aoti_torch_device_type_cuda(), device, &handle));
+  return Tensor(handle);
+}
+
+cuda::StreamHandle current_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+// ---- counters: zeros at which blocks meet, and which they leave zero ----
+
+// Launches on one stream run one after the other and can share counters. A captured graph may be
+// replayed on any stream, beside anything: it gets counters of its own, and a step that zeroes them.
+uint32_t* counters(int32_t device, cuda::StreamHandle stream, int64_t words, Tensor* keep) {
+  constexpr int64_t kFewest = 1024;
+  if (words == 0) return nullptr;
+  const auto zeros = [&](int64_t count) {
+    Tensor memory = bytes_on(device, 4 * count);
+    cuda::set_to_zero(memory.data_ptr(), 4 * count, stream);
+    return memory;
+  };
+  if (cuda::is_capturing(stream)) {
+    *keep = zeros(words);
+    return static_cast<uint32_t*>(keep->data_ptr());
+  }
+  struct Cached {
+    int64_t words = 0;
+    std::vector<Tensor> memory;  // one, when there is any
+  };
+  // Never destroyed: at exit the CUDA context may be gone before it.
+  static auto& cache = *new std::map<std::pair<int32_t, cuda::StreamHandle>, Cached>;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  Cached& cached = cache[{device, stream}];
+  if (cached.words < words) {
+    cached.words = words < kFewest ? kFewest : words;
+    cached.memory.assign(1, zeros(cached.words));
+  }
+  return static_cast<uint32_t*>(cached.memory[0].data_ptr());
+}
+
+// ---- plans ----
+
+struct Key {
+  Problem problem;
+  Pass pass;
+  Access access;
+  int32_t device;
+
+  bool operator==(const Key& o) const {
+    const Problem &a = problem, &b = o.problem;
+    return a.dtype == b.dtype && a.layout == b.layout && a.samples == b.samples &&
+           a.channels == b.channels && a.pixels == b.pixels && a.taps_dtype == b.taps_dtype &&
+           a.kernel_size == b.kernel_size && a.taps_per_channel == b.taps_per_channel &&
+           a.circular == b.circular && pass == o.pass && access.aligned == o.access.aligned &&
+           access.dense == o.access.dense && access.in_place == o.access.in_place &&
+           device == o.device;
+  }
+};
+
+// A network's layers come again in every step; a plan takes longer to make than to find.
+const Plan& plan_for(const Problem& problem, Pass pass, const Access& access, int32_t device) {
+  constexpr size_t kMost = 64;
+  static thread_local std::vector<std::pair<Key, Plan>> known;
+  static thread_local size_t next = 0;
+  const Key key{problem, pass, access, device};
+  for (const auto& [k, plan] : known)
+    if (k == key) return plan;
+  std::pair<Key, Plan> made{key, make_plan(problem, pass, access, description(device))};
+  if (known.size() < kMost) {
+    known.push_back(made);
+    return known.back().second;
+  }
+  known[next] = made;
+  const Plan& plan = known[next].second;
+  next = (next + 1) % kMost;
+  return plan;
+}
+
+template <class Call, class Run>
+void run(const Call& call, Pass pass, int32_t device, Run kernels) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Plan& plan = plan_for(call.problem, pass, cuda::access_of(call), device);
+  const cuda::StreamHandle stream = current_stream(device);
+  Tensor keep_counters, keep_workspace;
+  cuda::Memory memory{nullptr, nullptr, stream};
+  memory.counters = counters(device, stream, plan.counters, &keep_counters);
+  if (plan.workspace > 0) {
+    keep_workspace = bytes_on(device, plan.workspace);
+    memory.workspace = keep_workspace.data_ptr();
+  }
+  kernels(call, plan, memory);
+}
+
+}  // namespace
+
+const Gpu& description(int32_t device) {
+  static auto& known = *new std::map<int32_t, Gpu>;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  return known[device] = cuda::current_gpu();
+}
+
+void forward(const Forward& f, int32_t device) { run(f, Pass::kForward, device, cuda::forward); }
+
+void backward(const Backward& b, int32_t device) {
+  run(b, Pass::kBackward, device, cuda::backward);
+}
+
+}  // namespace eca::gpu
+
+#endif

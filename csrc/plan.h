@@ -1,0 +1,119 @@
+// Which kernel for which problem and GPU, and what it moves: pure C++, so that a plan can be made,
+// printed and tested on any machine.
+//
+// Strategies, by what a block keeps on chip between the sums and the rescaling:
+//   A  planes: the planes of a tile of channels and of its halo, one block each
+//   B  planes: the same, split over a group of blocks that exchange their sums
+//   D  pixels: the pixels of a tile of channels, split over a group likewise
+//   C  nothing: two passes over a few samples at a time, the second out of the L2 cache
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "eca.h"
+
+namespace eca {
+
+struct Gpu {
+  int32_t capability;  // compute capability, 90 for 9.0
+  int32_t multiprocessors;
+  int64_t shared_per_block;           // bytes, the most that a block can ask for
+  int64_t shared_per_multiprocessor;  // bytes
+  int64_t l2;                         // bytes
+  int32_t threads_per_multiprocessor;
+  int32_t largest_cluster;  // blocks, 1 without clusters
+};
+
+// A GPU by compute capability and number of multiprocessors, "sm_90:132" or "sm_90" for the usual
+// number. Throws std::invalid_argument.
+Gpu gpu_by_name(const std::string& name);
+
+// Threads of a block, and registers of a thread of strategies A, B and D: fewer spill.
+constexpr int32_t kMostThreads = 256, kForwardRegisters = 64, kBackwardRegisters = 80;
+
+// How a group's blocks tell each other their sums.
+enum class Exchange : int32_t { kNone, kCluster, kGlobal };
+
+// What the kernels need to know of a plan.
+struct Tiling {
+  // Strategies A, B and D. "Held" is what a group has on chip: the tile and its halo.
+  Exchange exchange;
+  bool vectors;   // rows begin at multiples of 16 bytes
+  bool stage_x;   // backward: x is kept on chip too, for lack of aligned rows
+  int32_t tile;   // channels that a group stores
+  int32_t halo;   // channels held on either side of them, 0 where a tile is all channels
+  int32_t held;   // tile + 2 * halo
+  int32_t pad;    // channels on either side whose sums the gates need
+  int32_t group;  // blocks
+  int32_t share;  // of a block: elements (planes) or pixels (pixels) of what is held
+  int32_t lanes;  // planes: threads that sum one plane, a power of two
+  int64_t tiles;  // in a sample
+
+  // Strategy C
+  int64_t chunk;  // samples in one pair of passes
+  int32_t parts;  // of a plane, or of the pixels of a sample, summed by different blocks
+
+  int32_t threads;  // in a block
+};
+
+struct Plan {
+  char strategy;  // 'A' to 'D'
+  Tiling tiling;
+  int64_t blocks;  // of one launch
+  int64_t launches;
+  int64_t shared_bytes;  // of a block
+  int32_t occupancy;     // blocks on a multiprocessor
+  int64_t counters;      // words of zeros that blocks meet at; the kernels leave them zero
+  int64_t workspace;     // bytes
+  // Modelled:
+  int64_t map_bytes;   // of the feature maps alone, each read or written once
+  int64_t dram_bytes;  // read and written, each byte of a launch once
+  int64_t l2_bytes;    // asked for, halos and second passes included
+};
+
+// What the addresses of a call's maps allow.
+struct Access {
+  bool aligned;   // every row of every map begins and ends at a multiple of 16 bytes
+  bool dense;     // the rows of a sample follow one another without a gap, in every map
+  bool in_place;  // the result is written over what is read
+};
+
+// The access that contiguous memory gives.
+Access dense_access(const Problem& problem);
+
+enum class Pass { kForward, kBackward };
+
+// Sizes to use instead of the planner's choice, for tests and for tuning.
+struct Wish {
+  bool two_passes;  // strategy C, and nothing else counts
+  int32_t tile, group, threads;
+};
+
+// Throws std::invalid_argument where the kernels cannot run as wished.
+Plan make_plan(const Problem& problem, Pass pass, const Access& access, const Gpu& gpu,
+               const Wish* wish = nullptr);
+
+// Where things lie in a block's shared memory, in bytes from its beginning. The kernels and the
+// planner have this in common.
+struct SharedLayout {
+  int32_t barrier, flag, sums, padded, gate, shift, scratch, held, staged, end;
+};
+
+SharedLayout shared_layout(const Problem& problem, Pass pass, const Tiling& tiling);
+
+// Where things lie in a call's workspace, in bytes from its beginning.
+struct WorkspaceLayout {
+  int64_t sums, dz, shift, dweight, mean, gate, end;
+};
+
+WorkspaceLayout workspace_layout(const Problem& problem, Pass pass, const Plan& plan);
+
+inline int32_t size_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+// Bytes of a sum, a mean or a gate.
+inline int32_t accumulator_size(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
+
+}  // namespace eca

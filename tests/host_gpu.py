@@ -1,0 +1,264 @@
+"""Runs the CUDA kernels' own source on the CPU: builds tests/simt and talks to its runner."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+COMPILER = os.environ.get("CXX", "g++")
+missing = None if shutil.which(COMPILER) else f"needs a C++ compiler: {COMPILER}"
+
+SANITIZED = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+FAST = "-O2"
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # as in csrc/eca.h
+
+# As in csrc/plan.h; a test makes a GPU of its own to have a plan that needs one.
+H200 = {
+    "capability": 90,
+    "multiprocessors": 132,
+    "shared_per_block": 227 << 10,
+    "shared_per_multiprocessor": 228 << 10,
+    "l2": 50 << 20,
+    "threads_per_multiprocessor": 2048,
+    "largest_cluster": 8,
+}
+A100 = H200 | {"capability": 80, "multiprocessors": 108, "largest_cluster": 1}
+
+
+class Fault(Exception):
+    """The kernels did what a GPU would not forgive; the message says what."""
+
+
+@dataclass
+class Wish:
+    """Sizes to use instead of the planner's choice, as in csrc/plan.h."""
+
+    tile: int = 0
+    group: int = 1
+    threads: int = 64
+    two_passes: bool = False
+
+
+@dataclass
+class Outcome:
+    """What a call returned, its plan, and the memory traffic of each launch if it was counted."""
+
+    tensors: tuple[Tensor, ...]
+    plan: dict[str, Any]
+    traffic: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class View:
+    """A tensor as the kernels see it, in csrc/eca.h's terms: strides and offset in elements."""
+
+    memory: Tensor  # what the buffer holds
+    offset: int
+    sample_stride: int
+    row_stride: int
+
+    def fields(self) -> tuple[int, ...]:
+        return self.memory.numel(), self.offset, self.sample_stride, self.row_stride
+
+
+def view(x: Tensor, channels_last: bool) -> View:
+    """x (N, C, S) where it lies in its storage, from the storage's beginning to x's last element."""
+    n, c, s = x.shape
+    row = x.stride(2) if channels_last else x.stride(1)
+    end = x.storage_offset() + 1 + sum((d - 1) * t for d, t in zip(x.shape, x.stride(), strict=True))
+    whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())  # type: ignore[call-overload]
+    return View(whole[: end if x.numel() else 0], x.storage_offset(), x.stride(0), row)
+
+
+def like(x: Tensor, channels_last: bool) -> View:
+    """A dense result of the shape and layout of x (N, C, S)."""
+    n, c, s = x.shape
+    return View(torch.empty(n * c * s, dtype=x.dtype), 0, c * s, c if channels_last else s)
+
+
+def in_shape(memory: Tensor, v: View, x: Tensor, channels_last: bool) -> Tensor:
+    """The map in memory, as (N, C, S)."""
+    pixel, channel = (v.row_stride, 1) if channels_last else (1, v.row_stride)
+    return memory.as_strided(x.shape, (v.sample_stride, channel, pixel), v.offset)
+
+
+def raw(t: Tensor) -> bytes:
+    return bytes(t.contiguous().view(torch.uint8).numpy().data) if t.numel() else b""
+
+
+class HostGpu:
+    """A process with the kernels, started again after a fault."""
+
+    def __init__(self, folder: Path, flags: str, sources: Path = ROOT) -> None:
+        self.folder, self.flags, self.sources = folder, flags, sources
+        self.process: subprocess.Popen[bytes] | None = None
+        self.build()
+
+    def build(self) -> None:
+        common = ["-std=c++17", "-DECA_HOST_SIMT", f"-I{self.sources / 'tests/simt'}"]
+        common += [*self.flags.split(), "-Wno-unknown-pragmas"]
+        names = ["float32.cu", "float64.cu", "float16.cu", "bfloat16.cu", "cuda.cu"]
+        sources = [self.sources / "csrc/cuda" / name for name in names]
+        sources += [self.sources / "csrc/plan.cpp"]
+        sources += [self.sources / "tests/simt" / name for name in ("runtime.cpp", "runner.cpp")]
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+        def compile_one(source: Path) -> Path:
+            target = self.folder / f"{source.stem}.o"
+            command = [COMPILER, *common, "-x", "c++", "-c", str(source), "-o", str(target)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-5000:]
+            return target
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, sources))
+        self.program = self.folder / "runner"
+        subprocess.run([COMPILER, *common, *map(str, objects), "-o", self.program], check=True)
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.stdin.close()  # type: ignore[union-attr]
+            self.process.wait()
+            self.process.stdout.close()  # type: ignore[union-attr]
+            self.process = None
+
+    def _call(self, request: bytes) -> None:
+        if self.process is None:
+            self.errors = open(self.folder / "stderr", "w+b")  # noqa: SIM115
+            self.process = subprocess.Popen(
+                [self.program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors
+            )
+        try:
+            self.process.stdin.write(request)  # type: ignore[union-attr]
+            self.process.stdin.flush()  # type: ignore[union-attr]
+        except BrokenPipeError:
+            self._fail()
+
+    def _fail(self) -> None:
+        process, self.process = self.process, None
+        assert process is not None
+        status = process.wait()
+        self.errors.seek(0)
+        text = self.errors.read().decode(errors="replace")
+        raise Fault(f"exit status {status}: {text[:3000]}")
+
+    def _read(self, count: int) -> bytes:
+        data = self.process.stdout.read(count)  # type: ignore[union-attr]
+        if len(data) < count:
+            self._fail()
+        return data
+
+    def _text(self) -> str:
+        (length,) = struct.unpack("q", self._read(8))
+        return self._read(length).decode()
+
+    def _tensor(self, like: Tensor) -> Tensor:
+        data = bytearray(self._read(like.numel() * like.element_size()))
+        return torch.frombuffer(data, dtype=like.dtype) if data else like.new_empty(0)
+
+    def _send(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        circular: bool,
+        channels_last: bool,
+        maps: list[View],
+        small: bytes,
+        *,
+        backward: bool,
+        wants: tuple[bool, bool, bool, bool],
+        gpu: dict[str, int],
+        wish: Wish | None,
+        seed: int,
+        resident: int,
+        count: bool,
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        n, c, s = x.shape
+        w = wish or Wish()
+        numbers = [
+            backward, DTYPES.index(x.dtype), channels_last, n, c, s, DTYPES.index(weight.dtype),
+            weight.shape[2], weight.shape[0] != 1, circular, *wants, seed, resident, count,
+            *gpu.values(), wish is not None, w.two_passes, w.tile, w.group, w.threads,
+        ]  # fmt: skip
+        for v in maps:
+            numbers += v.fields()
+        self._call(
+            struct.pack(f"{len(numbers)}q", *map(int, numbers))
+            + raw(maps[0].memory)
+            + raw(weight)
+            + small
+        )
+        status = self._text()
+        if status != "ok":
+            raise ValueError(status)
+        return json.loads(self._text()), json.loads(self._text())
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        circular: bool = False,
+        channels_last: bool = False,
+        in_place: bool = False,
+        want_mean: bool = True,
+        gpu: dict[str, int] = H200,
+        wish: Wish | None = None,
+        seed: int = 1,
+        resident: int = 2,
+        count: bool = False,
+    ) -> Outcome:
+        """y (N, C, S), mean and gate (N, C) of x (N, C, S) and weight (1 or C, 1, k)."""
+        v, out, none = view(x, channels_last), like(x, channels_last), View(x[:0], 0, 0, 0)
+        if in_place:
+            out = v
+        plan, traffic = self._send(
+            x, weight, circular, channels_last, [v, out, none, none], b"", backward=False,
+            wants=(in_place, want_mean, False, False), gpu=gpu, wish=wish, seed=seed,
+            resident=resident, count=count,
+        )  # fmt: skip
+        y = in_shape(self._tensor(out.memory), out, x, channels_last)
+        small = torch.empty(
+            x.shape[:2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
+        )
+        mean, gate = (self._tensor(small).reshape(small.shape) for _ in range(2))
+        return Outcome((y, mean, gate), plan, traffic)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        gate: Tensor,
+        *,
+        circular: bool = False,
+        channels_last: bool = False,
+        want_dx: bool = True,
+        want_dweight: bool = True,
+        gpu: dict[str, int] = H200,
+        wish: Wish | None = None,
+        seed: int = 1,
+        resident: int = 2,
+        count: bool = False,
+    ) -> Outcome:
+        """dx (N, C, S) and dweight (1 or C, 1, k)."""
+        v, g, out = view(x, channels_last), view(dy, channels_last), like(x, channels_last)
+        none = View(x[:0], 0, 0, 0)
+        plan, traffic = self._send(
+            x, weight, circular, channels_last, [v, none, g, out],
+            raw(mean) + raw(gate) + raw(g.memory), backward=True,
+            wants=(False, False, want_dx, want_dweight), gpu=gpu, wish=wish, seed=seed,
+            resident=resident, count=count,
+        )  # fmt: skip
+        dx = in_shape(self._tensor(out.memory), out, x, channels_last)
+        return Outcome((dx, self._tensor(weight).reshape(weight.shape)), plan, traffic)

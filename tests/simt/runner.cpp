@@ -1,0 +1,239 @@
+// Runs the CUDA kernels on the host, one call after the other, for tests/host_gpu.py: a request on
+// stdin, the results on stdout. Every buffer has exactly the size that the kernels may touch, and
+// what they write starts as NaN.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+#include "../../csrc/cuda/cuda.h"
+#include "runtime.h"
+
+using namespace eca;
+
+namespace {
+
+// A map of the request: `elements` of memory, of which the first `offset` are not the map's.
+struct MapRequest {
+  int64_t elements, offset, sample_stride, row_stride;
+};
+
+// The fields of tests/host_gpu.py's request, in its order.
+struct Request {
+  int64_t backward, dtype, layout, samples, channels, pixels, taps_dtype, kernel_size, own_taps,
+      circular;
+  int64_t in_place, want_mean, want_dx, want_dweight;
+  int64_t seed, resident, count;
+  int64_t capability, multiprocessors, shared_per_block, shared_per_multiprocessor, l2,
+      threads_per_multiprocessor, largest_cluster;
+  int64_t wish, two_passes, tile, group, threads;
+  MapRequest x, y, dy, dx;  // y is y or, backward, unused
+};
+
+void read_all(void* to, size_t bytes) {
+  if (bytes > 0 && std::fread(to, 1, bytes, stdin) != bytes) std::exit(0);  // the end of requests
+}
+
+void write_all(const void* from, size_t bytes) {
+  if (bytes > 0) std::fwrite(from, 1, bytes, stdout);
+}
+
+void write_text(const std::string& text) {
+  const int64_t bytes = int64_t(text.size());
+  write_all(&bytes, sizeof bytes);
+  write_all(text.data(), text.size());
+}
+
+// Memory of exactly this size, poisoned.
+class Buffer {
+ public:
+  Buffer(const char* name, int64_t bytes, int64_t before = 0)
+      : bytes_(bytes), before_(before), data_(static_cast<char*>(std::malloc(size_t(bytes)))) {
+    std::memset(data_, 0xff, size_t(bytes));
+    simt::register_buffer(name, data_, size_t(bytes));
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() {
+    guard(false);
+    std::free(data_);
+  }
+
+  void read() { read_all(data_, size_t(bytes_)); }
+  void write() const { write_all(data_, size_t(bytes_)); }
+  void clear() { std::memset(data_, 0, size_t(bytes_)); }
+  bool is_clear() const {
+    for (int64_t i = 0; i < bytes_; ++i)
+      if (data_[i] != 0) return false;
+    return true;
+  }
+
+  // The bytes before the map must not be touched while kernels run.
+  void guard(bool on) {
+#if defined(__SANITIZE_ADDRESS__)
+    if (on) ASAN_POISON_MEMORY_REGION(data_, before_);
+    else ASAN_UNPOISON_MEMORY_REGION(data_, before_);
+#else
+    (void)on;
+#endif
+  }
+
+  char* data() const { return data_; }
+
+ private:
+  int64_t bytes_, before_;
+  char* data_;
+};
+
+struct MapBuffer {
+  Buffer memory;
+  Map map;
+
+  MapBuffer(const char* name, const MapRequest& r, int64_t size)
+      : memory(name, r.elements * size, r.offset * size),
+        map{memory.data() + r.offset * size, r.sample_stride, r.row_stride} {}
+};
+
+std::string describe(const Plan& plan) {
+  const Tiling& t = plan.tiling;
+  const char* exchanges[] = {"none", "cluster", "global"};
+  return "{\"strategy\": \"" + std::string(1, plan.strategy) + "\", \"exchange\": \"" +
+         exchanges[int(t.exchange)] + "\", \"tile\": " + std::to_string(t.tile) +
+         ", \"halo\": " + std::to_string(t.halo) + ", \"group\": " + std::to_string(t.group) +
+         ", \"vectors\": " + (t.vectors ? "true" : "false") +
+         ", \"blocks\": " + std::to_string(plan.blocks) +
+         ", \"launches\": " + std::to_string(plan.launches) +
+         ", \"chunk\": " + std::to_string(t.chunk) + ", \"parts\": " + std::to_string(t.parts) +
+         ", \"map_bytes\": " + std::to_string(plan.map_bytes) +
+         ", \"dram_bytes\": " + std::to_string(plan.dram_bytes) + "}";
+}
+
+const char* name_of(simt::Direction direction) {
+  return direction == simt::Direction::kLoad    ? "load"
+         : direction == simt::Direction::kStore ? "store"
+                                                : "bulk";
+}
+
+std::string describe(const std::vector<simt::LaunchTraffic>& launches) {
+  std::string text = "[";
+  for (const auto& launch : launches) {
+    text += text.size() > 1 ? ", {\"sites\": [" : "{\"sites\": [";
+    bool first = true;
+    for (const auto& s : launch.sites) {
+      text += std::string(first ? "" : ", ") + "{\"file\": \"" + s.file +
+              "\", \"line\": " + std::to_string(s.line) + ", \"direction\": \"" +
+              name_of(s.direction) + "\", \"bytes\": " + std::to_string(s.bytes) +
+              ", \"sectors\": " + std::to_string(s.sectors) + "}";
+      first = false;
+    }
+    text += "], \"buffers\": {";
+    first = true;
+    for (const auto& b : launch.buffers) {
+      text += std::string(first ? "" : ", ") + "\"" + b.name + "\": [" +
+              std::to_string(b.sectors_read) + ", " + std::to_string(b.sectors_written) + "]";
+      first = false;
+    }
+    text += "}}";
+  }
+  return text + "]";
+}
+
+bool answer_one() {
+  Request r;
+  read_all(&r, sizeof r);
+  Problem p{Dtype(r.dtype),      Layout(r.layout), r.samples,       r.channels,     r.pixels,
+            Dtype(r.taps_dtype), r.kernel_size,    r.own_taps != 0, r.circular != 0};
+  const int64_t size = size_of(p.dtype), taps_size = size_of(p.taps_dtype);
+  const int64_t taps = (r.own_taps ? p.channels : 1) * p.kernel_size;
+  const int64_t small = p.samples * p.channels * accumulator_size(p.dtype);
+  const Gpu gpu{int32_t(r.capability),
+                int32_t(r.multiprocessors),
+                r.shared_per_block,
+                r.shared_per_multiprocessor,
+                r.l2,
+                int32_t(r.threads_per_multiprocessor),
+                int32_t(r.largest_cluster)};
+  const Wish wish{r.two_passes != 0, int32_t(r.tile), int32_t(r.group), int32_t(r.threads)};
+
+  simt::settings.seed = uint64_t(r.seed);
+  simt::settings.resident = int(r.resident);
+  simt::settings.count = r.count != 0;
+  simt::settings.shared_limit = r.shared_per_block;
+  simt::forget_buffers();
+  simt::reset_traffic();
+
+  MapBuffer x("x", r.x, size);
+  Buffer weight("weight", taps * taps_size), mean("mean", small), gate("gate", small);
+  x.memory.read();
+  weight.read();
+  std::string plan_text;
+  const auto run = [&](const auto& call, Pass pass, auto kernels, std::vector<Buffer*> guarded) {
+    const Plan plan = make_plan(p, pass, cuda::access_of(call), gpu, r.wish ? &wish : nullptr);
+    plan_text = describe(plan);
+    Buffer workspace("workspace", plan.workspace), counters("counters", 4 * plan.counters);
+    counters.clear();
+    for (Buffer* b : guarded) b->guard(true);
+    kernels(call, plan,
+            cuda::Memory{workspace.data(), reinterpret_cast<uint32_t*>(counters.data()), nullptr});
+    for (Buffer* b : guarded) b->guard(false);
+    if (!counters.is_clear()) throw std::runtime_error("a counter was not left zero");
+  };
+  const auto report = [&] {
+    write_text("ok");
+    write_text(plan_text);
+    write_text(describe(simt::traffic()));
+  };
+  try {
+    if (!r.backward) {
+      const std::unique_ptr<MapBuffer> y(r.in_place ? nullptr : new MapBuffer("y", r.y, size));
+      const Map target = r.in_place ? x.map : y->map;
+      const Forward f{p,
+                      x.map,
+                      target,
+                      weight.data(),
+                      r.want_mean ? mean.data() : nullptr,
+                      r.want_mean ? gate.data() : nullptr};
+      Buffer* const out = r.in_place ? &x.memory : &y->memory;
+      run(f, Pass::kForward, cuda::forward, {&x.memory, out});
+      report();
+      out->write();
+      mean.write();
+      gate.write();
+    } else {
+      mean.read();
+      gate.read();
+      MapBuffer dy("dy", r.dy, size), dx("dx", r.dx, size);
+      dy.memory.read();
+      Buffer dweight("dweight", taps * taps_size);
+      const Backward b{p,
+                       dy.map,
+                       x.map,
+                       r.want_dx ? dx.map : Map{nullptr, 0, 0},
+                       weight.data(),
+                       mean.data(),
+                       gate.data(),
+                       r.want_dweight ? dweight.data() : nullptr};
+      run(b, Pass::kBackward, cuda::backward, {&x.memory, &dy.memory, &dx.memory});
+      report();
+      dx.memory.write();
+      dweight.write();
+    }
+  } catch (const std::exception& error) {
+    write_text(std::string("error: ") + error.what());
+  }
+  std::fflush(stdout);
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  while (answer_one()) {
+  }
+}
