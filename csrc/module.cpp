@@ -1,8 +1,11 @@
 // The Python module eca_fused._C: importing it registers the operators of ops.cpp.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cpu/cpu.h"
 #include "gpu.h"
@@ -54,9 +57,29 @@ eca::Dtype dtype_by_name(const std::string& name) {
                               name);
 }
 
+// (tile, group, threads, two_passes)
+using Sizes = std::tuple<int32_t, int32_t, int32_t, bool>;
+
+eca::Wish to_wish(const Sizes& sizes) {
+  const auto [tile, group, threads, two_passes] = sizes;
+  return {two_passes, tile, group, threads};
+}
+
+void wish(std::optional<int32_t> tile, int32_t group, int32_t threads, bool two_passes) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (!tile && !two_passes) return eca::gpu::set_wish(nullptr);
+  const eca::Wish wish = to_wish({tile.value_or(0), group, threads, two_passes});
+  eca::gpu::set_wish(&wish);
+#else
+  if (tile || two_passes)
+    throw std::runtime_error(
+        "the extension was compiled without CUDA kernels, so none can be tuned");
+#endif
+}
+
 py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64_t samples,
               int64_t channels, int64_t pixels, int64_t kernel_size, bool own_taps, bool circular,
-              bool aligned, bool in_place, const py::dict& g) {
+              bool aligned, bool in_place, const py::dict& g, const std::optional<Sizes>& sizes) {
   eca::Problem p{};
   p.dtype = p.taps_dtype = dtype_by_name(dtype);
   p.layout = channels_last ? eca::Layout::kPixels : eca::Layout::kPlanes;
@@ -73,8 +96,9 @@ py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64
   eca::Access access = eca::dense_access(p);
   access.aligned = access.aligned && aligned;
   access.in_place = in_place;
-  const eca::Plan plan =
-      eca::make_plan(p, backward ? eca::Pass::kBackward : eca::Pass::kForward, access, gpu);
+  const eca::Wish wish = to_wish(sizes.value_or(Sizes{}));
+  const eca::Plan plan = eca::make_plan(p, backward ? eca::Pass::kBackward : eca::Pass::kForward,
+                                        access, gpu, sizes ? &wish : nullptr);
   const eca::Tiling& t = plan.tiling;
   const char* exchanges[] = {"none", "cluster", "global"};
   return py::dict("strategy"_a = std::string(1, plan.strategy),
@@ -98,5 +122,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("gpu_of_device", &gpu_of_device, "The limits of a CUDA device of this machine.");
   m.def("plan", &plan, py::kw_only(), "backward"_a, "dtype"_a, "channels_last"_a, "samples"_a,
         "channels"_a, "pixels"_a, "kernel_size"_a, "own_taps"_a, "circular"_a, "aligned"_a,
-        "in_place"_a, "gpu"_a, "How the CUDA kernels run a problem on a GPU, and what that moves.");
+        "in_place"_a, "gpu"_a, "wish"_a = py::none(),
+        "How the CUDA kernels run a problem on a GPU, and what that moves; with a wish (tile, "
+        "group, threads, two_passes), how they would run it so.");
+  m.def("wish", &wish, "tile"_a, "group"_a = 1, "threads"_a = eca::kMostThreads,
+        "two_passes"_a = false,
+        "For tuning and tests alone: every later call of the CUDA kernels in this process uses "
+        "these sizes instead of the planner's choice, until wish(None).");
 }
