@@ -1,9 +1,56 @@
 """The compiled module, csrc/module.cpp."""
 
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 class BuildInfo(TypedDict):
     cpu_capability: str
     cuda: bool
+    cuda_architectures: str  # compute capabilities, as in TORCH_CUDA_ARCH_LIST; "" without CUDA
+
+class Gpu(TypedDict):
+    capability: int  # 90 for 9.0
+    multiprocessors: int
+    shared_per_block: int  # bytes, the most that a block can ask for
+    shared_per_multiprocessor: int  # bytes
+    l2: int  # bytes
+    threads_per_multiprocessor: int
+    largest_cluster: int  # blocks, 1 without clusters
+
+class PlanEntries(TypedDict):
+    strategy: Literal["A", "B", "C", "D"]
+    exchange: Literal["none", "cluster", "global"]
+    vectors: bool
+    tile: int
+    halo: int
+    tiles: int
+    group: int
+    chunk: int
+    parts: int
+    threads: int
+    blocks: int
+    launches: int
+    shared_bytes: int
+    occupancy: int
+    workspace_bytes: int
+    map_bytes: int
+    dram_bytes: int
+    l2_bytes: int
 
 def build_info() -> BuildInfo: ...
+def gpu_by_name(name: str) -> Gpu: ...
+def gpu_of_device(index: int) -> Gpu: ...
+def plan(
+    *,
+    backward: bool,
+    dtype: str,
+    channels_last: bool,
+    samples: int,
+    channels: int,
+    pixels: int,
+    kernel_size: int,
+    own_taps: bool,
+    circular: bool,
+    aligned: bool,
+    in_place: bool,
+    gpu: Gpu,
+) -> PlanEntries: ...

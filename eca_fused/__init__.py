@@ -11,16 +11,19 @@ from eca_fused._version import __version__
 from eca_fused.backend import Backend, backends, use_backend
 from eca_fused.functional import ECAFunction, eca, eca_
 from eca_fused.layers import ECALayer, kernel_size
+from eca_fused.planning import Plan, plan
 
 __all__ = [
     "Backend",
     "ECAFunction",
     "ECALayer",
+    "Plan",
     "__version__",
     "backends",
     "eca",
     "eca_",
     "kernel_size",
+    "plan",
     "reference",
     "use_backend",
 ]
