@@ -53,4 +53,8 @@ def plan(
     aligned: bool,
     in_place: bool,
     gpu: Gpu,
+    wish: tuple[int, int, int, bool] | None = None,  # tile, group, threads, two_passes
 ) -> PlanEntries: ...
+def wish(
+    tile: int | None = None, group: int = 1, threads: int = 256, two_passes: bool = False
+) -> None: ...
