@@ -2,10 +2,12 @@
 
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -45,16 +47,48 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "eca_fused": eca_fused.__version__,
-        "commit": commit(),
+        # A copy of the source without its history can be told its commit.
+        "commit": commit() or os.environ.get("ECA_FUSED_COMMIT") or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def gpu() -> dict[str, Any]:
+    """What a result on the current GPU depends on beside machine()."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    return {
+        "device": "cuda",
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "triton": triton,
+        **nvidia_smi(),
+    }
+
+
+def nvidia_smi() -> dict[str, str]:
+    """Driver and state of GPU 0, only read; empty where nvidia-smi does not run."""
+    fields = ["driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw"]
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = [value.strip() for value in done.stdout.strip().split(",")]
+    return dict(zip(("driver", *fields[1:]), values, strict=False))
 
 
 def statistics_of(values: list[float]) -> dict[str, float]:
     return asdict(Spread.of(values))
 
 
-Step = Callable[[], Any]
+Step = Callable[..., Any]
 
 
 def interleaved(

@@ -1,5 +1,7 @@
 """Times ECA layers, forward and backward, on the CPU: ours, plain PyTorch, torch.compile, a copy.
 
+gpu_bench.py is the same on a GPU.
+
     python benchmarks/microbench.py                       # ResNet-50's layers, float32, 2 minutes
     python benchmarks/microbench.py --dtype bfloat16 --layout channels_last
     python benchmarks/microbench.py --output result.json  # then: benchmarks/report.py result.json
@@ -14,37 +16,21 @@ small call; torch.compile is in its default mode.
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
+from forms import Layer, plain, results, shifted, worst
 from harness import interleaved, machine, restart_with_malloc, summarise
 from timm.layers.eca import EcaModule
-from torch import Tensor
 
 import eca_fused
 
 # The ECA layers of ResNet-50 behind each stage: channels, size, taps of the authors' checkpoint.
 RESNET50 = [(256, 56, 3), (512, 28, 5), (1024, 14, 5), (2048, 7, 7)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Layer = Callable[[Tensor, Tensor], Tensor]
-
-
-def shifted(x: Tensor, weight: Tensor) -> Tensor:
-    """ECA with the convolution as shifted additions, which torch.compile can fuse better."""
-    mean = x.mean((2, 3))  # (N, C)
-    k = weight.shape[-1]
-    rows = torch.nn.functional.pad(mean, (k // 2, k // 2))
-    z = sum(weight[0, 0, j] * rows[:, j : j + x.shape[1]] for j in range(k))
-    return x * torch.sigmoid(z)[:, :, None, None].to(x.dtype)
-
-
-def plain(x: Tensor, weight: Tensor) -> Tensor:
-    return eca_fused.reference.eca(x, weight)
 
 
 def contenders() -> dict[str, Layer]:
@@ -54,18 +40,6 @@ def contenders() -> dict[str, Layer]:
         "compile conv": torch.compile(plain, dynamic=False, fullgraph=True),
         "compile shifted": torch.compile(shifted, dynamic=False, fullgraph=True),
     }
-
-
-def results(layer: Layer, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-    """y, dx and dweight."""
-    x, weight = x.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
-    y = layer(x, weight)
-    return y.detach(), *torch.autograd.grad(y, (x, weight), dy)
-
-
-def worst(got: Tensor, want: Tensor) -> float:
-    """Largest error relative to the largest value; NaN where there is one."""
-    return float((got.double() - want).abs().max() / want.abs().max())
 
 
 def measure(

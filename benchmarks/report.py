@@ -1,4 +1,4 @@
-"""Makes the README's tables, and a picture, from a result file of microbench.py.
+"""Makes the README's tables, and a picture, from a result file of microbench.py or of gpu_bench.py.
 
 python benchmarks/report.py benchmarks/results/cpu.json            # Markdown
 python benchmarks/report.py benchmarks/results/cpu.json --plot cpu.png
@@ -9,6 +9,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import gpu_report
 
 Times = dict[str, Any]
 
@@ -60,7 +62,7 @@ def table(result: dict[str, Any]) -> str:
 
 def summary(result: dict[str, Any]) -> str:
     """Markdown: a row for each dtype, layout and direction, with the range over the layers."""
-    rows = {}
+    rows: dict[tuple[str, str, str], list[list[float]]] = {}
     for row in result["layers"]:
         for direction in ("forward", "backward"):
             times = row[direction]["contenders"]
@@ -194,10 +196,15 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("result", type=Path, help="JSON file of microbench.py")
+    parser.add_argument("result", type=Path, help="JSON file of microbench.py or gpu_bench.py")
     parser.add_argument("--plot", type=Path, help="picture to write")
     args = parser.parse_args(argv)
     result = json.loads(args.result.read_text())
+    if result["machine"]["device"] == "cuda":
+        print(gpu_report.markdown(result))
+        if args.plot:
+            gpu_report.plot(result, args.plot)
+        return 0
     print(*(make(result) for make in (summary, host_table, goals, table)), sep="\n\n")
     if args.plot:
         plot(result, args.plot)

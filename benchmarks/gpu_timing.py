@@ -1,0 +1,194 @@
+"""GPU time of calls that find nothing in the L2 cache: CUDA graphs over rotating maps.
+
+A contender's calls, one for each of several distinct inputs, are captured into one CUDA graph, in
+which each has an output of its own. Together the maps are several times as large as the L2 cache,
+so a call finds nothing there of what an earlier one left. Replays of all contenders are then timed
+by events, in turn. What the host does takes no part in these times.
+"""
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from harness import statistics_of
+from torch import Tensor
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+WARM_UP_ROUNDS = 2
+LONGEST_ROTATION = 768  # calls in a graph; capturing one takes the host some 50 us
+
+
+def rotation(call_bytes: int, l2: int, times_l2: float = 3) -> int:
+    """How many distinct calls make the maps of all together `times_l2` times the L2 cache."""
+    return min(max(2, math.ceil(times_l2 * l2 / max(call_bytes, 1))), LONGEST_ROTATION)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without Python's collector, which could free GPU memory while a graph is being captured."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+class Recording:
+    """Calls in one CUDA graph, and the outputs that each replay writes.
+
+    Args:
+        calls: what to capture; each returns the tensors that it made.
+        stream: where to capture. Autograd runs a backward pass on the stream of the forward pass,
+            so a graph of backward passes must be captured on the stream of its forward passes.
+        warm_up: runs before, on that stream: compilation, loading of kernels and the first
+            allocations are not possible during a capture. The first of the calls if none is given.
+    """
+
+    def __init__(
+        self, calls: Sequence[Call], stream: Any, warm_up: Callable[[], object] | None = None
+    ) -> None:
+        self.calls = len(calls)
+        self.keep: object = None  # what a replay reads must live as long
+        self.graph: Any = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                (warm_up or calls[0])()
+            torch.cuda.synchronize()
+            self.graph.capture_begin()
+            try:
+                self.outputs = [call() for call in calls]
+            except BaseException:
+                self.abandon()
+                raise
+            self.graph.capture_end()
+        torch.cuda.synchronize()
+
+    def abandon(self) -> None:
+        """End a capture that failed, so that the reason is what the caller sees."""
+        try:
+            self.graph.capture_end()
+        except Exception:  # it says that the capture failed, which is known
+            torch.cuda.synchronize()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+    def poison(self) -> None:
+        """Fill the outputs with NaN, which whatever a replay does not write will keep."""
+        with torch.no_grad():
+            for outputs in self.outputs:
+                for tensor in outputs:
+                    tensor.fill_(float("nan"))
+
+
+def once(recording: Recording) -> float:
+    """Milliseconds of one replay."""
+    return sample(recording, 1)
+
+
+def sample(recording: Recording, replays: int) -> float:
+    """Milliseconds of a replay, from several.
+
+    One goes before that does not count: while it runs, the host submits the others, so the GPU
+    never waits for the host between the two events.
+    """
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    recording.replay()
+    start.record()
+    for _ in range(replays):
+        recording.replay()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / replays
+
+
+def interleaved_replays(
+    recordings: dict[str, Recording],
+    rounds: int,
+    shortest_ms: float = 0.3,
+    budget_ms: float = 800,
+    fewest: int = 7,
+) -> dict[str, list[float]]:
+    """Microseconds of a call of each contender, one sample a round, all of them in every round.
+
+    Each round starts with another contender. A sample lasts `shortest_ms` or longer. Rounds that
+    would together take longer than `budget_ms` are left out, down to the fewest.
+    """
+    names = list(recordings)
+    ms = {name: once(recording) for name, recording in recordings.items()}
+    replays = {name: max(1, math.ceil(shortest_ms / max(ms[name], 1e-3))) for name in names}
+    round_ms = sum((replays[name] + 1) * ms[name] for name in names)
+    rounds = min(rounds, max(fewest, int(budget_ms / max(round_ms, 1e-3))))
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(rounds + WARM_UP_ROUNDS):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            recording = recordings[name]
+            us = 1e3 * sample(recording, replays[name]) / recording.calls
+            if round_ >= WARM_UP_ROUNDS:
+                samples[name].append(us)
+    return samples
+
+
+def summarise_calls(samples: dict[str, list[float]], ideal_bytes: int) -> dict[str, Any]:
+    """Statistics of every contender: us of a call, GB/s of ideal bytes, ratios round by round.
+
+    of_copy is the copy's time over the contender's, its share of the copy's speed; times_ours is
+    the contender's time over that of our CUDA kernels.
+    """
+    found: dict[str, Any] = {}
+    for name, values in samples.items():
+        us = statistics_of(values)
+        entry: dict[str, Any] = {"us": us, "gbps": ideal_bytes / us["median"] / 1e3}
+        if "copy" in samples:
+            pairs = zip(samples["copy"], values, strict=True)
+            entry["of_copy"] = statistics_of([copy / own for copy, own in pairs])
+        if "native" in samples:
+            pairs = zip(values, samples["native"], strict=True)
+            entry["times_ours"] = statistics_of([own / ours for own, ours in pairs])
+        found[name] = entry
+    return found
+
+
+def profiled_us(recording: Recording, replays: int = 3) -> float | None:
+    """Microseconds of a call as the profiler sees it: its kernels and copies, not the gaps between.
+
+    None where the profiler sees nothing.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    recording.replay()
+    torch.cuda.synchronize()
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+            for _ in range(replays):
+                recording.replay()
+            torch.cuda.synchronize()
+    except RuntimeError as reason:
+        print(f"the profiler does not run here: {reason}")
+        return None
+    events: Any = trace.events() or []
+    total = sum(e.time_range.elapsed_us() for e in events if str(e.device_type).endswith("CUDA"))
+    return float(total) / replays / recording.calls if total else None
+
+
+def spin_up(seconds: float = 0.3) -> None:
+    """Work until the clocks are up: an idle GPU runs at a fraction of them."""
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    event: Any = torch.cuda.Event
+    start, end = event(enable_timing=True), event(enable_timing=True)
+    start.record()
+    elapsed = 0.0
+    while elapsed < 1e3 * seconds:
+        for _ in range(20):
+            a @ a
+        end.record()
+        end.synchronize()
+        elapsed = start.elapsed_time(end)

@@ -1,0 +1,251 @@
+"""Times plans that the planner would not choose, to replace the constants that it assumes.
+
+    python benchmarks/tune.py --output tune.json                  # six layers, two minutes
+    python benchmarks/tune.py --shape 32 256 56 56 --taps 3 --layout channels_last
+    python benchmarks/tune.py --list --gpu sm_90:132              # the plans alone; needs no GPU
+
+Every plan that the CUDA kernels can run for a layer, of a grid of tiles, groups and threads, is
+forced on them, checked against float64 and timed as in gpu_bench.py. The table of a layer is sorted
+by time; `*` marks the planner's choice. TUNING.md says what the numbers are for.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gpu_bench
+import gpu_timing
+import torch
+from gpu_bench import Case, Inputs
+from gpu_timing import interleaved_replays, no_collection, summarise_calls
+from harness import gpu, machine
+from torch import Tensor
+
+LAYERS = [
+    Case((32, 256, 56, 56), 3, "bfloat16", "contiguous"),
+    Case((32, 512, 28, 28), 5, "bfloat16", "contiguous"),
+    Case((32, 1024, 14, 14), 5, "bfloat16", "contiguous"),
+    Case((32, 2048, 7, 7), 7, "bfloat16", "contiguous"),
+    Case((32, 256, 56, 56), 3, "bfloat16", "channels_last"),
+    Case((32, 1024, 14, 14), 5, "bfloat16", "channels_last"),
+]
+DIRECTIONS = ("forward", "backward")
+GROUPS = (1, 2, 4, 8, 16)
+THREADS = (128, 256)
+MOST_HALO = 1.6  # asked of the L2 cache, in units of the maps: beyond it, halos cost too much
+SHOWN = 12  # rows of a table
+
+
+class Wish(NamedTuple):
+    """Arguments of _C.wish()."""
+
+    tile: int
+    group: int = 1
+    threads: int = 256
+    two_passes: bool = False
+
+    def __str__(self) -> str:
+        if self.two_passes:
+            return "two passes"
+        return f"tile {self.tile}, group {self.group}, {self.threads} threads"
+
+
+def tiles_of(case: Case) -> list[int]:
+    """Powers of two, and one and a half times as much, that are less than all channels; and all."""
+    channels = case.shape[1]
+    steps = [size for power in range(12) for size in (2**power, 3 * 2**power // 2)]
+    unit = 1
+    if case.layout == "channels_last":
+        unit = 32 // gpu_bench.DTYPES[case.dtype].itemsize  # what DRAM moves at least
+    return sorted({s for s in steps if s < channels and s % unit == 0} | {channels})
+
+
+def candidates(case: Case, backward: bool, limits: Any) -> dict[Wish, dict[str, Any]]:
+    """The plans that can run, by the wish that forces them."""
+    found = {}
+    wishes = [Wish(0, two_passes=True)]
+    wishes += [Wish(t, g, n) for t in tiles_of(case) for g in GROUPS for n in THREADS]
+    for wish in wishes:
+        plan = gpu_bench.plan_of(case, backward, tuple(wish))
+        if isinstance(plan, str) or plan["occupancy"] < 1:
+            continue
+        # Blocks that wait for each other must all have room.
+        room = plan["occupancy"] * limits["multiprocessors"]
+        if plan["exchange"] == "global" and wish.group > room:
+            continue
+        if wish.two_passes or plan["l2_bytes"] <= MOST_HALO * plan["map_bytes"]:
+            found[wish] = plan
+    return found
+
+
+def same(plan: dict[str, Any], other: Any) -> bool:
+    sizes = ("strategy", "exchange", "tile", "group", "threads", "chunk", "parts")
+    return isinstance(other, dict) and all(plan[name] == other[name] for name in sizes)
+
+
+def force(wish: Wish | None) -> None:
+    module = gpu_bench.native_module()
+    if wish is None:
+        module.wish(None)
+    else:
+        module.wish(*wish)
+
+
+def record(inputs: Inputs, saved: list[tuple[Tensor, Tensor]], backward: bool, stream: Any) -> Any:
+    """The operators themselves: autograd has no part in this."""
+    ops: Any = torch.ops.eca_fused
+
+    def forward(x: Tensor) -> tuple[Tensor]:
+        return (ops.forward(x, inputs.taps, False)[0],)
+
+    def gradients(x: Tensor, dy: Tensor, mean: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+        made: tuple[Tensor, ...] = ops.backward(dy, x, inputs.taps, mean, gate, False)
+        return made
+
+    calls: list[gpu_timing.Call] = [partial(forward, x) for x in inputs.xs]
+    if backward:
+        calls = [
+            partial(gradients, x, dy, *numbers)
+            for x, dy, numbers in zip(inputs.xs, inputs.dys, saved, strict=True)
+        ]
+    return gpu_timing.Recording(calls, stream)
+
+
+def tune(
+    case: Case, direction: str, inputs: Inputs, *, limits: Any, l2: int, rounds: int
+) -> dict[str, Any]:
+    """Check and time all candidates on one direction of a layer."""
+    backward = direction == "backward"
+    stream = gpu_bench.new_stream()
+    ops: Any = torch.ops.eca_fused
+    saved = [ops.forward(x, inputs.taps, False)[1:] for x in inputs.xs]
+    chosen = gpu_bench.plan_of(case, backward)
+    plans = candidates(case, backward, limits)
+    allowed = gpu_bench.limits(case, inputs)
+    recordings = {"copy": gpu_bench.record_copy(case, direction, l2, stream)}
+    failed = []
+    # The planner's choice first, by itself: a wish may not describe it.
+    for wish in [None, *plans]:
+        name = "planner" if wish is None else str(wish)
+        try:
+            force(wish)
+            recording = record(inputs, saved, backward, stream)
+            force(None)
+            wrong = gpu_bench.faults(recording, direction, inputs, allowed)
+        except Exception as reason:
+            wrong = [gpu_bench.reason_of(reason)]
+        finally:
+            force(None)
+        if wrong:
+            failed.append(f"{name}: {', '.join(wrong)}")
+            if gpu_bench.reason_to_fail(torch.cuda.synchronize):
+                raise RuntimeError(f"the GPU does not answer any more after {failed[-1]}")
+        else:
+            recordings[name] = recording
+    samples = interleaved_replays(recordings, rounds, budget_ms=4000)
+    by_name = {str(wish): plan for wish, plan in plans.items()}
+    rows = [
+        {
+            "name": name,
+            "plan": by_name.get(name, chosen if name == "planner" else None),
+            "chosen": name == "planner" or (name in by_name and same(by_name[name], chosen)),
+            **entry,
+        }
+        for name, entry in summarise_calls(samples, case.ideal_bytes(direction)).items()
+    ]
+    rows.sort(key=lambda row: row["us"]["median"])
+    return {"ideal_bytes": case.ideal_bytes(direction), "plans": rows, "failed": failed}
+
+
+def table(case: Case, direction: str, found: dict[str, Any], most: int = SHOWN) -> str:
+    """Text: the fastest plans, and wherever they stand the copy and the planner's choice."""
+    lines = [f"{case} {direction}, {found['ideal_bytes'] / 1e6:.0f} MB, {len(found['plans'])} rows"]
+    lines.append(f"  {'':36} {'us':>8} {'p20':>8} {'p80':>8} {'GB/s':>6} {'of copy':>7}  resident")
+    for place, row in enumerate(found["plans"]):
+        if place >= most and not row["chosen"] and row["name"] != "copy":
+            continue
+        plan, us = row["plan"], row["us"]
+        resident = f"{plan['strategy']} {plan['occupancy']}" if isinstance(plan, dict) else "-"
+        mark = "*" if row["chosen"] else " "
+        lines.append(
+            f"{mark} {row['name']:36} {us['median']:8.2f} {us['p20']:8.2f} {us['p80']:8.2f} "
+            f"{row['gbps']:6.0f} {row['of_copy']['median']:7.2f}  {resident}"
+        )
+    lines += [f"  FAILED {what}" for what in found["failed"]]
+    return "\n".join(lines)
+
+
+def listing(case: Case, limits: Any) -> str:
+    lines = []
+    for direction in DIRECTIONS:
+        backward = direction == "backward"
+        chosen = gpu_bench.plan_of(case, backward)
+        plans = candidates(case, backward, limits)
+        lines.append(f"{case} {direction}: {len(plans)} plans")
+        for wish, plan in plans.items():
+            mark = "*" if same(plan, chosen) else " "
+            lines.append(f"{mark} {wish!s:36} {plan['strategy']} {plan['occupancy']} resident")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", type=int, nargs=4, metavar=("N", "C", "H", "W"))
+    parser.add_argument("--taps", type=int, default=3, help="of --shape (default 3)")
+    parser.add_argument("--dtype", choices=gpu_bench.DTYPES, default="bfloat16", help="of --shape")
+    parser.add_argument(
+        "--layout", choices=gpu_bench.LAYOUTS, default="contiguous", help="of --shape"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="samples of each plan (default 15)")
+    parser.add_argument("--seconds", type=float, default=120, help="no layer is started after")
+    parser.add_argument("--list", action="store_true", help="print the plans, and time none")
+    parser.add_argument("--gpu", help="for --list: a GPU as sm_90:132 instead of the one here")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    layers = LAYERS
+    if args.shape:
+        layers = [Case(tuple(args.shape), args.taps, args.dtype, args.layout)]
+    if args.list:
+        if args.gpu:
+            named = gpu_bench.native_module().gpu_by_name(args.gpu)
+            gpu_bench.gpu_limits = lambda: named
+        print("\n".join(listing(case, gpu_bench.gpu_limits()) for case in layers))
+        return 0
+    if not torch.cuda.is_available():
+        print("tune.py: there is no GPU that torch can use; --list needs none", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False
+    gpu_timing.spin_up()
+    described = {**machine(), **gpu()}
+    limits, l2 = gpu_bench.gpu_limits(), described["l2_bytes"]
+    result: dict[str, Any] = {"machine": described, "limits": limits, "layers": []}
+    status, end = 0, time.monotonic() + args.seconds
+    for case in layers:
+        inputs = gpu_bench.make_inputs(case, l2)
+        for direction in DIRECTIONS:
+            if time.monotonic() > end:
+                print(f"left out: {case} {direction}: no time left")
+                continue
+            with no_collection(), torch.no_grad():
+                found = tune(case, direction, inputs, limits=limits, l2=l2, rounds=args.rounds)
+            torch.cuda.empty_cache()
+            status |= bool(found["failed"])
+            result["layers"].append({**asdict(case), "direction": direction, **found})
+            print(table(case, direction, found), flush=True)
+            if args.output:
+                args.output.write_text(json.dumps(result, indent=1) + "\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
