@@ -1,5 +1,6 @@
 """Which kernels run: the backends, their choice, and a warning where it is not the expected one."""
 
+import functools
 import os
 import sys
 import warnings
@@ -16,8 +17,6 @@ __all__ = ["Backend", "backends", "use_backend"]
 
 NAMES = ("auto", "native", "triton", "reference")
 
-_TRITON_MISSING = "this version of eca_fused has no Triton kernels"
-
 
 @dataclass(frozen=True)
 class Backend:
@@ -26,10 +25,12 @@ class Backend:
     Attributes:
         usable: It can be used, at least on one kind of device.
         detail: What it runs on, or the reason why it cannot be used.
+        devices: The types of device it runs on; None for any.
     """
 
     usable: bool
     detail: str
+    devices: frozenset[str] | None = None
 
     def __bool__(self) -> bool:
         return self.usable
@@ -40,9 +41,14 @@ class Backend:
 
 def backends() -> dict[str, Backend]:
     """The backends by name, each with its `usable` and a `detail` that gives the reason if not."""
+    reason = _triton_missing()
+    where = _triton_devices() if reason is None else frozenset()
+    on = "its interpreter, on any device: slow, for tests" if "cpu" in where else "GPUs"
     return {
-        "native": Backend(native.missing is None, native.missing or native.description),
-        "triton": Backend(False, _TRITON_MISSING),
+        "native": Backend(
+            native.missing is None, native.missing or native.description, native.devices
+        ),
+        "triton": Backend(reason is None, reason or on, where),
         "reference": Backend(True, "plain PyTorch, any device"),
     }
 
@@ -52,6 +58,51 @@ def check_backend(name: str, what: str = "backend") -> str:
     if name not in NAMES:
         raise ValueError(f"expected {what} as one of {', '.join(NAMES)}, got {name!r}")
     return name
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    """Why there is no Triton that can run, or None. The first call imports it."""
+    try:
+        import triton
+    except Exception as error:  # a broken installation may fail in any way
+        return (
+            f"Triton could not be imported ({type(error).__name__}: {error}); "
+            "install it with `pip install triton`"
+        )
+    try:
+        if not triton.knobs.runtime.interpret:
+            triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton finds no driver of a GPU ({type(error).__name__}: {error})"
+    try:
+        _triton_devices()
+    except Exception as error:
+        return (
+            f"the kernels do not fit Triton {triton.__version__} "
+            f"({type(error).__name__}: {error}); install the one that belongs to your torch"
+        )
+    return None
+
+
+def _triton_devices() -> frozenset[str]:
+    from eca_fused import triton_kernels
+
+    return triton_kernels.devices
+
+
+def _triton_unsupported(kind: str) -> str | None:
+    """Why the Triton kernels cannot run on this type of device, or None."""
+    reason = _triton_missing()
+    if reason is None and kind not in _triton_devices() | {"meta"}:
+        reason = f"the Triton kernels do not run on {kind}"
+        if kind == "cpu":
+            reason += ", but for tests in Triton's interpreter: set TRITON_INTERPRET=1"
+    return reason
+
+
+# torch.compile cannot trace imports that fail: with this mark it calls the function as it traces.
+_triton_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Process-wide, like torch.backends' flags; None until the environment is read at the first call.
@@ -100,7 +151,8 @@ warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def select(x: Tensor, backend: str) -> ModuleType | None:
     """The module with the kernels for x, or None for plain PyTorch.
 
-    "auto" takes the best that works, and warns once where that is plain PyTorch.
+    "auto" takes the best that works, and warns once where that is not the native one. It never
+    takes Triton on the CPU, where only the interpreter runs it.
 
     Raises:
         ValueError: unknown backend.
@@ -115,20 +167,36 @@ def select(x: Tensor, backend: str) -> ModuleType | None:
             _default = check_backend(name, "ECA_FUSED_BACKEND")
         backend = _default
     kind = x.device.type
-    if kind in native.devices and backend in ("auto", "native"):
+    if (
+        kind in native.devices
+        and backend in ("auto", "native")
+        and (kind == "cpu" or native.unsupported(x.device) is None)
+    ):
         return native
     if backend == "reference":
         return None
     if kind == "meta" and native.missing is None and backend != "triton":
         return native
-    if check_backend(backend) == "triton":
-        reason = _TRITON_MISSING
-    else:
-        reason = native.missing or f"the extension was compiled without kernels for {kind}"
+    triton = check_backend(backend) == "triton"
+    reason = _triton_unsupported(kind) if triton else native.unsupported(x.device)
+    if triton and reason is None:
+        return _triton_kernels()
     if backend == "auto":
-        warn_once(f"eca_fused runs in plain PyTorch on {kind}, which is slower: {reason}")
+        if kind == "cpu":
+            instead = None
+        elif (instead := _triton_unsupported(kind)) is None:
+            warn_once(f"eca_fused runs its Triton kernels on {kind}: {reason}")
+            return _triton_kernels()
+        why = reason if instead is None else f"{reason}; {instead}"
+        warn_once(f"eca_fused runs in plain PyTorch on {kind}, which is slower: {why}")
         return None
     raise RuntimeError(
         f"backend {backend!r}, which {source} asked for, cannot be used: {reason}; "
         "let it be 'auto', which takes the best that works"
     )
+
+
+def _triton_kernels() -> ModuleType:
+    from eca_fused import triton_kernels
+
+    return triton_kernels

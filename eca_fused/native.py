@@ -4,23 +4,33 @@
 backend is a module that has these four.
 """
 
+import functools
+
 import torch
-from torch import Tensor
 
-from eca_fused.checks import check
-from eca_fused.layout import output_strides
+from eca_fused import fakes
 
-__all__ = ["backward", "devices", "forward", "inference", "inference_", "missing"]
+__all__ = [
+    "backward",
+    "devices",
+    "forward",
+    "inference",
+    "inference_",
+    "missing",
+    "unsupported",
+]
 
 missing: str | None = None  # the reason why there are no native kernels
 devices: frozenset[str] = frozenset()  # device types that the extension was compiled for
 description = ""
+architectures = ""  # of CUDA: compute capabilities, as in TORCH_CUDA_ARCH_LIST; "" if not known
 
 try:
     import eca_fused._C as _C
 
     _info = _C.build_info()
     devices = frozenset({"cpu", "cuda"} if _info["cuda"] else {"cpu"})
+    architectures = _info.get("cuda_architectures", "")
     description = f"CPU ({_info['cpu_capability']})" + (" and CUDA" if _info["cuda"] else "")
     forward = torch.ops.eca_fused.forward.default
     backward = torch.ops.eca_fused.backward.default
@@ -34,41 +44,55 @@ except Exception as error:  # a broken build may fail in any way, and must not b
     )
 
 if missing is None:
+    torch.library.register_fake("eca_fused::forward")(fakes.forward)
+    torch.library.register_fake("eca_fused::backward")(fakes.backward)
+    torch.library.register_fake("eca_fused::inference")(fakes.inference)
+    torch.library.register_fake("eca_fused::inference_")(fakes.inference_)
 
-    def _mode(circular: bool) -> str:
-        return "circular" if circular else "zeros"
 
-    def _like(x: Tensor) -> Tensor:
-        return x.new_empty_strided(x.shape, output_strides(x))
+def runs_on(capability: tuple[int, int], compiled: str) -> bool:
+    """Whether code for these architectures runs on a GPU of this compute capability.
 
-    @torch.library.register_fake("eca_fused::forward")
-    def _(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        check(x, weight, _mode(circular))
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        mean, gate = (x.new_empty(x.shape[:2], dtype=dtype) for _ in range(2))
-        return _like(x), mean, gate
+    Code for a GPU runs on later ones of the same major version, and PTX is compiled for any later
+    one. A letter, as in 9.0a, ties it to that very GPU.
 
-    @torch.library.register_fake("eca_fused::inference")
-    def _(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
-        check(x, weight, _mode(circular))
-        return _like(x)
+    Args:
+        capability: major and minor version.
+        compiled: as in TORCH_CUDA_ARCH_LIST, for example "7.5;8.0;12.0+PTX".
+    """
+    for name in compiled.split(";"):
+        number, _, ptx = name.partition("+")
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        if (major, minor) == capability:
+            return True
+        earlier = number[-1] not in "af" and (major, minor) < capability
+        if earlier and (ptx or major == capability[0]):
+            return True
+    return False
 
-    @torch.library.register_fake("eca_fused::inference_")
-    def _(x: Tensor, weight: Tensor, circular: bool = False) -> None:
-        check(x, weight, _mode(circular))
 
-    @torch.library.register_fake("eca_fused::backward")
-    def _(
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        mean: Tensor,
-        gate: Tensor,
-        circular: bool = False,
-        need_dx: bool = True,
-        need_dweight: bool = True,
-    ) -> tuple[Tensor, Tensor]:
-        check(x, weight, _mode(circular))
-        dx = _like(x) if need_dx else x.new_empty(0)
-        dweight = weight.new_empty(weight.shape if need_dweight else 0)
-        return dx, dweight
+@functools.cache
+def _gpu_unsupported(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if not architectures or runs_on(capability, architectures):
+        return None
+    return (
+        f"the extension was compiled for GPUs of compute capability {architectures}, and this one "
+        f"has {capability[0]}.{capability[1]}; build it with that in TORCH_CUDA_ARCH_LIST"
+    )
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Why the extension cannot run on this device, or None."""
+    if missing is not None:
+        return missing
+    if device.type not in devices:
+        return f"the extension was compiled without kernels for {device.type}"
+    if device.type == "cuda" and torch.cuda.is_available():
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _gpu_unsupported(index)
+    return None
+
+
+# torch.compile calls it as it traces: what a GPU is does not change.
+unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]

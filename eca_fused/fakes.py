@@ -1,0 +1,49 @@
+"""What the operators of every backend return for tensors without memory, strides included."""
+
+import torch
+from torch import Tensor
+
+from eca_fused.checks import check
+from eca_fused.layout import output_strides
+
+__all__ = ["backward", "forward", "inference", "inference_"]
+
+
+def _mode(circular: bool) -> str:
+    return "circular" if circular else "zeros"
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty_strided(x.shape, output_strides(x))
+
+
+def forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    check(x, weight, _mode(circular))
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, gate = (x.new_empty(x.shape[:2], dtype=dtype) for _ in range(2))
+    return _like(x), mean, gate
+
+
+def inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
+    check(x, weight, _mode(circular))
+    return _like(x)
+
+
+def inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
+    check(x, weight, _mode(circular))
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    gate: Tensor,
+    circular: bool = False,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+) -> tuple[Tensor, Tensor]:
+    check(x, weight, _mode(circular))
+    dx = _like(x) if need_dx else x.new_empty(0)
+    dweight = weight.new_empty(weight.shape if need_dweight else 0)
+    return dx, dweight

@@ -1,0 +1,134 @@
+"""The Triton backend: `forward`, `backward`, `inference` and `inference_`, as in native.py.
+
+For GPUs that the extension was not compiled for, and for torch.compile, which traces through these
+operators down to the kernels. Importing this imports Triton; backend.py does so when asked to.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from eca_fused import fakes
+from eca_fused.checks import check
+from eca_fused.layout import output_strides
+from eca_fused.triton_kernels import launch
+from eca_fused.triton_kernels.maps import apart, as_dense, in_planes
+
+__all__ = ["backward", "devices", "forward", "inference", "inference_"]
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU
+devices = frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"})
+
+# torch.compile cannot trace into kernels that the interpreter runs.
+_operator: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+
+
+def _check(x: Tensor, weight: Tensor, circular: bool) -> None:
+    check(x, weight, "circular" if circular else "zeros")
+
+
+def _check_same(
+    name: str, t: Tensor, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype
+) -> None:
+    if tuple(t.shape) != shape or t.dtype != dtype or t.device != x.device:
+        raise ValueError(
+            f"expected {name} of shape {shape}, {dtype}, on {x.device}, "
+            f"got {tuple(t.shape)}, {t.dtype}, on {t.device}"
+        )
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes x's device the current one, where Triton launches."""
+    if x.is_cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # it is not while tracing without a GPU
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return x.new_empty_strided(x.shape, output_strides(x))
+
+
+@_operator("eca_fused::triton_forward", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight, circular)
+    y = _empty_like(x)
+    with _on_device(x):
+        kept = launch.forward(x, weight, circular, y, keep=True)
+    assert kept is not None
+    return y, *kept
+
+
+@_operator("eca_fused::triton_inference", mutates_args=())
+def _inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
+    _check(x, weight, circular)
+    y = _empty_like(x)
+    with _on_device(x):
+        launch.forward(x, weight, circular, y, keep=False)
+    return y
+
+
+@_operator("eca_fused::triton_inference_", mutates_args=("x",))
+def _inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
+    _check(x, weight, circular)
+    if x.numel() == 0:
+        return
+    planes = in_planes(x)
+    with _on_device(x):
+        if apart(x, planes):
+            launch.forward(x, weight, circular, x, keep=False)
+            return
+        if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            raise RuntimeError(
+                "more than one element of x refers to the same memory, as after expand(), so it "
+                "cannot be written in place; clone() it first"
+            )
+        copy = as_dense(x, planes)
+        launch.forward(copy, weight, circular, copy, keep=False)
+        x.copy_(copy)
+
+
+@_operator("eca_fused::triton_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    gate: Tensor,
+    circular: bool = False,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+) -> tuple[Tensor, Tensor]:
+    _check(x, weight, circular)
+    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    _check_same("dy", dy, tuple(x.shape), x, x.dtype)
+    _check_same("mean", mean, tuple(x.shape[:2]), x, sums)
+    _check_same("gate", gate, tuple(x.shape[:2]), x, sums)
+    dx = _empty_like(x) if need_dx else None
+    dweight = weight.new_empty(weight.shape) if need_dweight else None
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        if dweight is not None:
+            dweight.zero_()
+    elif need_dx or need_dweight:
+        with _on_device(x):
+            launch.backward(dy, x, weight, mean, gate, circular, dx, dweight)
+    unused = x.new_empty(0)
+    return unused if dx is None else dx, unused.clone() if dweight is None else dweight
+
+
+# Torch would trace the operators' bodies for the strides of their results; these state them.
+for _body, _fake in (
+    (_forward, fakes.forward),
+    (_inference, fakes.inference),
+    (_inference_, fakes.inference_),
+    (_backward, fakes.backward),
+):
+    _body.register_fake(_fake)
+
+_operators = torch.ops.eca_fused
+forward = _operators.triton_forward.default
+backward = _operators.triton_backward.default
+inference = _operators.triton_inference.default
+inference_ = _operators.triton_inference_.default

@@ -1,0 +1,132 @@
+"""How a map is split over programs: a rule that needs no tuning run. Pure Python, without Triton.
+
+Sizes may be symbolic while torch.compile traces, so they are only compared and divided. Another
+batch size compiles nothing anew, but for the small ones that would leave processors idle.
+"""
+
+import os
+from dataclasses import dataclass
+
+# Elements of a tile that a program keeps, and how far it grows where there would be too few
+# channels beside the halo. Compiled for sm_80, sm_90 and sm_100, nothing spills; at twice the
+# size, registers do.
+TILE = 8192
+TILE_MOST = 16384
+CHANNELS_FEW = 8
+
+# Programs that keep a large GPU busy; with fewer, smaller tiles are better than idle processors.
+# The interpreter takes tens of milliseconds for each.
+PROGRAMS = 8 if os.environ.get("TRITON_INTERPRET") == "1" else 128
+
+# A row of a channels_last tile is at least a cache line long.
+LINE_BYTES = 128
+
+# Elements that a thread of a pass has in flight, and that a program of a pass adds up at most.
+STREAM = 4096
+STREAM_BLOCKS = 8
+SPLITS_MOST = 256
+
+
+def power_of_two(at_least: int) -> int:
+    """The smallest power of two that is not less; 1 for less than 1."""
+    size = 1
+    while size < at_least:
+        size *= 2
+    return size
+
+
+def ceil_div(a: int, b: int) -> int:
+    return (a + b - 1) // b
+
+
+def halo_rows(k: int) -> int:
+    """Places for the neighbours of a tile, 2r of them."""
+    return power_of_two(k - 1) if k > 1 else 0
+
+
+def warps(elements: int, channels: int, most: int = 16) -> int:
+    """Warps for a tile: 32 of its elements and 4 of its channels for each thread, or less."""
+    return max(1, min(power_of_two(max(elements // (32 * 32), channels // (32 * 4))), most))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan depends on: N, C, S, the number of taps, the layout, and bytes of an element."""
+
+    samples: int
+    channels: int
+    pixels: int
+    k: int
+    planes: bool
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Channels and pixels that a program holds at once, and its warps."""
+
+    channels: int
+    pixels: int
+    warps: int
+
+
+def resident(shape: Shape, maps: int) -> Tile | None:
+    """The tile of a program that keeps whole planes in registers, or None where they do not fit.
+
+    Args:
+        shape: of the map.
+        maps: how many maps a program reads: 1 forward, 2 backward.
+    """
+    pixels = power_of_two(shape.pixels)
+    most = TILE_MOST // (2 if shape.itemsize == 8 else 1)
+    # Not less than the halo, and whole lines where channels are innermost.
+    least = max(halo_rows(shape.k), 4 if shape.planes else LINE_BYTES // shape.itemsize)
+    tile = min(power_of_two(shape.channels), max(TILE // pixels, 1))
+    while tile < max(CHANNELS_FEW, least) and tile < shape.channels and 2 * tile * pixels <= most:
+        tile *= 2
+    if tile * pixels > most or (tile < least and tile < shape.channels):
+        return None
+    while tile > least and shape.samples * ceil_div(shape.channels, tile) < PROGRAMS:
+        tile //= 2
+    # Forward, fewer threads with more loads each leave room for two programs on a processor.
+    return Tile(tile, pixels, warps(tile * pixels, tile, most=8 * maps))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass over a map: its tile, how many of them a program has, and into how many parts that
+    cuts the pixels."""
+
+    tile: Tile
+    blocks: int
+    splits: int
+
+
+def two_passes(shape: Shape, tile: Tile | None = None) -> Pass:
+    """The plan of the passes that sum and scale.
+
+    Args:
+        shape: of the map.
+        tile: the tile of the kernel in one pass, to sum in the same order as it does.
+    """
+    if tile is not None:
+        return Pass(tile, 1, 1)
+    if shape.planes:
+        pixels = min(power_of_two(shape.pixels), 1024)
+        channels = min(power_of_two(shape.channels), max(STREAM // pixels, 1))
+    else:
+        channels = min(power_of_two(shape.channels), 2 * LINE_BYTES // shape.itemsize)
+        pixels = min(power_of_two(shape.pixels), max(STREAM // channels, 1))
+    tiles = shape.samples * ceil_div(shape.channels, channels)
+    blocks = 1
+    while blocks < STREAM_BLOCKS and blocks * pixels < shape.pixels:
+        blocks *= 2
+    while blocks > 1 and tiles * ceil_div(shape.pixels, blocks * pixels) < 2 * PROGRAMS:
+        blocks //= 2
+    while ceil_div(shape.pixels, blocks * pixels) > SPLITS_MOST:
+        blocks *= 2
+    return Pass(
+        Tile(channels, pixels, warps(channels * pixels, 0)),
+        blocks,
+        max(1, ceil_div(shape.pixels, blocks * pixels)),
+    )
