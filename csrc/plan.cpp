@@ -48,6 +48,8 @@ constexpr double kLaunch = 2.0;             // microseconds
 constexpr double kClusterBarriers = 0.7;
 constexpr double kGlobalBarriers = 3.0;
 
+constexpr int64_t kMostParts = 512;  // that a warp adds up for each channel
+
 // How much of the time loads and stores overlap, by blocks on a multiprocessor: a block first only
 // loads and then only stores.
 double overlap(int64_t occupancy) {
@@ -63,7 +65,8 @@ struct Planner {
   const Access& access;
   const Gpu& gpu;
   const int64_t size = size_of(p.dtype), accumulator = accumulator_size(p.dtype);
-  const int64_t V = 16 / size;  // elements in a vector
+  const int64_t V = 16 / size;       // elements in a vector
+  const int64_t sector = 32 / size;  // elements in what DRAM and L2 move at least
   const bool planes = p.layout == Layout::kPlanes;
   const bool backward = pass == Pass::kBackward;
   // Taps further out than all channels reach none.
@@ -83,7 +86,8 @@ struct Planner {
 
   int32_t occupancy(const Plan& plan) const {
     const int64_t reserved = gpu.capability >= 80 ? 1 << 10 : 0;  // by the driver, in each block
-    const int64_t by_shared = gpu.shared_per_multiprocessor / (plan.shared_bytes + reserved);
+    const int64_t by_shared =
+        gpu.shared_per_multiprocessor / std::max<int64_t>(1, plan.shared_bytes + reserved);
     const int64_t by_threads = gpu.threads_per_multiprocessor / plan.tiling.threads;
     const int64_t by_registers =
         65536 / (plan.tiling.threads * (backward ? kBackwardRegisters : kForwardRegisters));
@@ -104,9 +108,10 @@ struct Planner {
     Tiling& t = plan->tiling;
     t = {};
     const bool whole = channels == p.channels;
-    const int64_t halo = whole ? 0 : planes ? pad : round_up(pad, V);
+    const int64_t halo = whole ? 0 : planes ? pad : round_up(pad, sector);
     const int64_t held = channels + 2 * halo;
     if (!whole && (held > p.channels || access.in_place)) return false;
+    if (!whole && !planes && (!access.aligned || channels % sector != 0)) return false;
     const int64_t length = planes ? held * p.pixels : p.pixels;
     if (held * p.pixels > kMostElements || held + 2 * pad > kMostElements || group > length)
       return false;
@@ -167,7 +172,7 @@ struct Planner {
     const int64_t budget =
         std::min(gpu.shared_per_block, gpu.shared_per_multiprocessor / occupancy - reserved);
     const int64_t threads = occupancy <= 4 ? kMostThreads : kMostThreads / 2;
-    const int64_t unit = planes ? 1 : access.aligned ? V : p.channels;
+    const int64_t unit = planes ? 1 : access.aligned ? sector : p.channels;
     const auto fits = [&](int64_t channels) {
       return tile(channels, group, threads, plan) && plan->shared_bytes <= budget;
     };
@@ -189,7 +194,7 @@ struct Planner {
     double lowest = std::numeric_limits<double>::infinity();
     Plan plan{};
     for (int64_t group = 1; group <= 8; group *= 2)
-      for (int64_t occupancy : {1, 2, 3, 4, 6, 8, 12, 16}) {
+      for (int64_t occupancy : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48}) {
         if (!largest_tile(group, occupancy, &plan)) continue;
         const double cost = cost_on_chip(&plan);
         if (plan.occupancy < 1 || cost >= lowest) continue;
@@ -221,7 +226,7 @@ struct Planner {
     // Enough warps to ask for all the bytes that must be under way.
     const int64_t wanted = gpu.multiprocessors * (planes ? 48 : 6);
     const int64_t smallest = planes ? 4 << 10 : 16 << 10;  // bytes of a part
-    const int64_t most = std::min<int64_t>(64, 1 + sample_bytes / in_sample / smallest);
+    const int64_t most = std::min<int64_t>(kMostParts, 1 + sample_bytes / in_sample / smallest);
     t.parts = int32_t(std::clamp<int64_t>(ceil_div(wanted, t.chunk * in_sample), 1, most));
     t.parts = int32_t(std::max<int64_t>(t.parts, ceil_div(p.pixels, kMostElements)));
     plan->strategy = 'C';
@@ -233,8 +238,10 @@ struct Planner {
     const bool reused = t.chunk * sample_bytes * maps <= gpu.l2 / 2;
     plan->l2_bytes = (maps + 2) * map_bytes + small_bytes(*plan);
     plan->dram_bytes = (maps + (reused ? 1 : 2)) * map_bytes + small_bytes(*plan);
-    return double(plan->dram_bytes) / overlap(4) +
-           double(plan->l2_bytes - plan->dram_bytes) / kL2Speed +
+    const double idle =
+        std::max(1.0, gpu.multiprocessors / kOneMultiprocessor / double(plan->blocks));
+    return idle * (double(plan->dram_bytes) / overlap(4) +
+                   double(plan->l2_bytes - plan->dram_bytes) / kL2Speed) +
            kLaunch * double(plan->launches) * kMicrosecond * gpu.multiprocessors;
   }
 
@@ -248,8 +255,7 @@ struct Planner {
       two_passes(&plan);
       return plan;
     }
-    const bool whole_rows = planes || access.aligned || wish.tile == p.channels;
-    if (!can_hold() || !whole_rows || !tile(wish.tile, wish.group, wish.threads, &plan) ||
+    if (!can_hold() || !tile(wish.tile, wish.group, wish.threads, &plan) ||
         plan.shared_bytes > gpu.shared_per_block)
       throw std::invalid_argument("the kernels cannot run with a tile of " +
                                   std::to_string(wish.tile) + " channels and groups of " +

@@ -38,6 +38,10 @@ class Fault(Exception):
     """The kernels did what a GPU would not forgive; the message says what."""
 
 
+class Refused(Exception):
+    """The kernels cannot run with the sizes that were wished for."""
+
+
 @dataclass
 class Wish:
     """Sizes to use instead of the planner's choice, as in csrc/plan.h."""
@@ -71,10 +75,11 @@ class View:
 
 
 def view(x: Tensor, channels_last: bool) -> View:
-    """x (N, C, S) where it lies in its storage, from the storage's beginning to x's last element."""
-    n, c, s = x.shape
+    """x (N, C, S) where it lies in its storage, of which nothing after x counts."""
     row = x.stride(2) if channels_last else x.stride(1)
-    end = x.storage_offset() + 1 + sum((d - 1) * t for d, t in zip(x.shape, x.stride(), strict=True))
+    end = (
+        x.storage_offset() + 1 + sum((d - 1) * t for d, t in zip(x.shape, x.stride(), strict=True))
+    )
     whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())  # type: ignore[call-overload]
     return View(whole[: end if x.numel() else 0], x.storage_offset(), x.stride(0), row)
 
@@ -198,8 +203,9 @@ class HostGpu:
             + small
         )
         status = self._text()
-        if status != "ok":
-            raise ValueError(status)
+        if "cannot run" in status:
+            raise Refused(status)
+        assert status == "ok", status
         return json.loads(self._text()), json.loads(self._text())
 
     def forward(
@@ -214,7 +220,7 @@ class HostGpu:
         gpu: dict[str, int] = H200,
         wish: Wish | None = None,
         seed: int = 1,
-        resident: int = 2,
+        resident: int = 0,
         count: bool = False,
     ) -> Outcome:
         """y (N, C, S), mean and gate (N, C) of x (N, C, S) and weight (1 or C, 1, k)."""
@@ -248,7 +254,7 @@ class HostGpu:
         gpu: dict[str, int] = H200,
         wish: Wish | None = None,
         seed: int = 1,
-        resident: int = 2,
+        resident: int = 0,
         count: bool = False,
     ) -> Outcome:
         """dx (N, C, S) and dweight (1 or C, 1, k)."""

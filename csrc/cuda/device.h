@@ -78,6 +78,7 @@ __device__ inline A shuffle_xor(A value, int mask) {
 // `from` is a multiple of the vector's size.
 template <int V, class T>
 __device__ inline Vector<T, V> load(const T* from) {
+  static_assert(sizeof(T) * V == sizeof(Word<sizeof(T) * V>));
   using W = Word<sizeof(T) * V>;
   const W word = *reinterpret_cast<const W*>(from);
   Vector<T, V> v;
@@ -137,6 +138,7 @@ class Shared {
 
   // From the array at the same place of another block of the cluster.
   __device__ T get_from_rank(int rank, int i) const {
+    static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
     T value{};
 #if __CUDA_ARCH__ >= 900
     const uint32_t mine = uint32_t(__cvta_generic_to_shared(data_ + i));
@@ -173,22 +175,23 @@ __device__ inline int cluster_rank() {
 }
 
 // A barrier of all threads of a cluster, in two halves: what was written before the one is seen
-// after the other.
+// after the other. Not .aligned: the threads of a warp may come from loops of different lengths.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 
 __device__ inline void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
 // ---- copies from global to shared memory ----
 
-// All copies of a block into its shared memory, and one wait for them. Every method is called by
+// All copies of a block into its shared memory, before it uses that in any other way, and one wait
+// for them. Every method is called by
 // all threads of the block. The bulk of each copy is asynchronous: by the copy engine from compute
 // capability 9.0 on, 16 bytes a thread before, and through registers on 7.5.
 class Copies {

@@ -58,18 +58,19 @@ __device__ inline int place_in_line(const T* address) {
 template <class T>
 constexpr int kVector = 16 / int(sizeof(T));
 
-// Steps from begin to end, `stride` apart: fetch(step) reads, use(what was read, step) adds it up.
-// A thread asks for kUnroll vectors before it uses the first.
+// Steps from `step` up to `end`, `stride` apart: fetch(step) reads, use(what was read, step) adds it
+// up. A thread asks for kUnroll vectors before it uses the first. Where its first step lies before
+// `begin`, it reads what its neighbour reads, and leaves it out.
 template <class Fetch, class Use>
-__device__ inline void walk(int begin, int end, int stride, Fetch fetch, Use use) {
-  for (int step = begin; step < end; step += kUnroll * stride) {
+__device__ inline void walk(int step, int begin, int end, int stride, Fetch fetch, Use use) {
+  for (; step < end; step += kUnroll * stride) {
     decltype(fetch(0)) read[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (step + u * stride < end) read[u] = fetch(step + u * stride);
+      if (step + u * stride < end) read[u] = fetch(u == 0 ? max(step, begin) : step + u * stride);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (step + u * stride < end) use(read[u], step + u * stride);
+      if ((u > 0 || step >= begin) && step + u * stride < end) use(read[u], step + u * stride);
   }
 }
 
@@ -83,6 +84,8 @@ struct OnChipLine {
   __device__ Vector<T, V> load(int step) const {
     return data.template load<V>(base + step * stride);
   }
+
+  __device__ int first_step(int begin) const { return begin; }
 };
 
 template <class T>
@@ -93,6 +96,12 @@ struct GlobalLine {
   template <int V>
   __device__ Vector<T, V> load(int step) const {
     return cuda::load<V>(base + step * stride);
+  }
+
+  // Where threads begin so that together they ask for whole sectors: at that of `begin`.
+  __device__ int first_step(int begin) const {
+    constexpr int kSector = 32 / int(sizeof(T));
+    return begin - int(reinterpret_cast<uintptr_t>(base + begin) / sizeof(T) % kSector);
   }
 };
 
@@ -152,8 +161,9 @@ class Planes {
       if (plane < planes) {
         const int h = first + plane;
         const auto source = line(h);
+        const int begin = max(begin_, h * pixels_);
         walk(
-            max(begin_, h * pixels_) + lane * V, min(end_, (h + 1) * pixels_), lanes_ * V,
+            source.first_step(begin) + lane * V, begin, min(end_, (h + 1) * pixels_), lanes_ * V,
             [&](int step) { return source.template load<V>(step); },
             [&](const Vector<T, V>& v, int step) {
               const Vector<A, V> more = terms(h, v, step);
@@ -282,7 +292,7 @@ class Pixels {
       const auto source = line(h);
       Vector<A, V> sum{};
       walk(
-          begin_ + lanes.row, end_, lanes.row_count,
+          begin_ + lanes.row, begin_, end_, lanes.row_count,
           [&](int step) { return source.template load<V>(step); },
           [&](const Vector<T, V>& v, int step) {
             const Vector<A, V> more = terms(h, v, step);

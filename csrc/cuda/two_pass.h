@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMostThreads)
   const auto add = [&](int begin, int end, auto width) {
     constexpr int W = decltype(width)::value;
     walk(
-        begin + lane * W, end, 32 * W, [&](int i) { return load<W>(x_part + i); },
+        begin + lane * W, begin, end, 32 * W, [&](int i) { return load<W>(x_part + i); },
         [&](const Vector<T, W>& v, int i) {
           const Vector<A, W> more = terms_of<W>(v, at(i), epilogue);
 #pragma unroll
@@ -139,7 +139,7 @@ __device__ void sum_pixel_part(const Problem& p, const Map& x, const Map& dy, co
       const int64_t c = (base + lanes.column) * V;
       Vector<A, V> sum{};
       walk(
-          lanes.row, int(here.end - here.begin), lanes.row_count,
+          lanes.row, 0, int(here.end - here.begin), lanes.row_count,
           [&](int row) { return load<V>(x_part + row * x.row_stride + c); },
           [&](const Vector<T, V>& v, int row) {
             const Vector<A, V> more =

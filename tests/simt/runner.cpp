@@ -55,7 +55,7 @@ void write_text(const std::string& text) {
 class Buffer {
  public:
   Buffer(const char* name, int64_t bytes, int64_t before = 0)
-      : bytes_(bytes), before_(before), data_(static_cast<char*>(std::malloc(size_t(bytes)))) {
+      : bytes_(bytes), before_(before), data_(allocate(size_t(bytes))) {
     std::memset(data_, 0xff, size_t(bytes));
     simt::register_buffer(name, data_, size_t(bytes));
   }
@@ -87,6 +87,13 @@ class Buffer {
   char* data() const { return data_; }
 
  private:
+  // At a multiple of 256 bytes, as PyTorch's allocator on a GPU does.
+  static char* allocate(size_t bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 256, bytes) != 0) throw std::bad_alloc();
+    return static_cast<char*>(memory);
+  }
+
   int64_t bytes_, before_;
   char* data_;
 };
@@ -126,7 +133,7 @@ std::string describe(const std::vector<simt::LaunchTraffic>& launches) {
     text += text.size() > 1 ? ", {\"sites\": [" : "{\"sites\": [";
     bool first = true;
     for (const auto& s : launch.sites) {
-      text += std::string(first ? "" : ", ") + "{\"file\": \"" + s.file +
+      text += std::string(first ? "" : ", ") + "{\"file\": \"" + std::string(s.file) +
               "\", \"line\": " + std::to_string(s.line) + ", \"direction\": \"" +
               name_of(s.direction) + "\", \"bytes\": " + std::to_string(s.bytes) +
               ", \"sectors\": " + std::to_string(s.sectors) + "}";
@@ -162,7 +169,6 @@ bool answer_one() {
   const Wish wish{r.two_passes != 0, int32_t(r.tile), int32_t(r.group), int32_t(r.threads)};
 
   simt::settings.seed = uint64_t(r.seed);
-  simt::settings.resident = int(r.resident);
   simt::settings.count = r.count != 0;
   simt::settings.shared_limit = r.shared_per_block;
   simt::forget_buffers();
@@ -176,6 +182,9 @@ bool answer_one() {
   const auto run = [&](const auto& call, Pass pass, auto kernels, std::vector<Buffer*> guarded) {
     const Plan plan = make_plan(p, pass, cuda::access_of(call), gpu, r.wish ? &wish : nullptr);
     plan_text = describe(plan);
+    // Unless asked for otherwise: just the room that blocks that wait for each other need.
+    const bool wait = plan.tiling.exchange == Exchange::kGlobal;
+    simt::settings.resident = r.resident ? int(r.resident) : wait ? plan.tiling.group : 2;
     Buffer workspace("workspace", plan.workspace), counters("counters", 4 * plan.counters);
     counters.clear();
     for (Buffer* b : guarded) b->guard(true);

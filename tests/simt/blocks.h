@@ -1,0 +1,144 @@
+// The state of the blocks that run. Part of runtime.cpp.
+#pragma once
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "fibers.h"
+#include "runtime.h"
+
+namespace eca::simt {
+
+constexpr int kLanes = 32, kMostThreads = 1024;
+
+// What a thread waits at, or kRunnable.
+enum class At { kRunnable, kBarrier, kCopies, kShuffle, kCluster, kExit };
+
+struct Block;
+
+struct Thread : Coordinates {
+  Block* in;
+  Fiber* fiber;  // null before its first turn
+  At at;
+  Place place;  // of what it waits at
+  uint64_t exchange;
+  int mask, exchange_bytes;
+  // Cluster barriers that it has arrived at, those that it has waited for, and those that it or,
+  // before the last block barrier, a thread of its block has waited for.
+  uint16_t arrivals, own_waits, waits;
+  int copies, copy_objects;  // that it has come to
+  int waits_for_copies;
+};
+
+// What is known of a byte of shared memory. Threads are numbered in the cluster, from 1 on.
+struct Cell {
+  uint16_t writer, write_epoch, write_arrivals;
+  uint16_t reader, read_epoch, read_arrivals;  // of its own block
+  uint16_t peer, peer_arrivals;                // reader of another block
+};
+
+struct Copy {
+  int object;
+  Rows what;
+  Place place;
+  bool landed;
+};
+
+struct CopyObject {
+  const void* barrier;
+  bool waited;
+};
+
+// What the lanes ask for in one pass through a line of source; each part lies within a sector.
+struct WarpAccess {
+  int sectors = 0;
+  struct {
+    uint64_t sector;
+    uint32_t bytes;  // a bit for each
+  } parts[kLanes];
+};
+
+struct Warp {
+  int shuffling;
+  int stopped;  // lanes that have exited or wait at a block barrier
+  int first;    // thread of those that shuffle
+  // While traffic is counted, by site: accesses by pass, and the passes of each lane.
+  std::vector<std::vector<WarpAccess>> accesses;
+  std::vector<std::array<uint32_t, kLanes>> passes;
+};
+
+struct Cluster;
+
+struct Block {
+  Cluster* cluster;
+  int64_t index;
+  int rank;
+  std::vector<Thread> threads;
+  Thread* first_thread;
+  std::vector<Warp> warps;
+  uint16_t runnable[kMostThreads];  // threads that can run and wait for their turn
+  int runnable_count;
+  int ready_slot;
+
+  int exited;
+  int at_barrier, first_at_barrier;  // threads
+  uint16_t epoch;                    // block barriers so far, from 1 on
+
+  std::byte* shared = nullptr;
+  int64_t shared_bytes;
+  std::unique_ptr<Cell[]> cells;  // of each byte
+  Cell* first_cell = nullptr;
+  int64_t cells_size = 0;
+  std::vector<Copy> copies;
+  std::vector<CopyObject> copy_objects;
+  uint16_t peer_arrivals;  // the latest read by a peer
+  int peer;
+  bool ended;
+};
+
+// The blocks that run together: a cluster, or one block.
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  int threads;
+  int arrived;
+  int waiting;
+  uint16_t phase;  // cluster barriers that all have arrived at
+  int exited;
+  int ended;
+};
+
+[[gnu::no_sanitize_address, gnu::no_sanitize_undefined]]
+inline int number_of(const Thread& t) {
+  return t.rank * t.threads + t.thread + 1;
+}
+
+extern Thread* self;  // the running one
+
+// splitmix64
+struct Random {
+  uint64_t state;
+
+  [[gnu::no_sanitize_address, gnu::no_sanitize_undefined]] uint64_t bits() {
+    uint64_t z = state += 0x9e3779b97f4a7c15;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
+    z = (z ^ z >> 27) * 0x94d049bb133111eb;
+    return z ^ z >> 31;
+  }
+
+  [[gnu::no_sanitize_address, gnu::no_sanitize_undefined]] int below(int64_t n) {
+    return int((bits() >> 33) * uint64_t(n) >> 31);
+  }
+};
+
+inline Random random_source;
+
+// One text may be in memory several times.
+inline bool same(Place a, Place b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
+}  // namespace eca::simt

@@ -1,0 +1,273 @@
+// What csrc/cuda/device.h offers to kernels, for the host: kernels compile against this one with
+// -DECA_HOST_SIMT and run on the fibers of runtime.h. The names and their meaning are those of
+// device.h. A trailing `Place` is filled in by its default, with the kernel's line.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+#include "numbers.h"
+#include "runtime.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+#define __forceinline__ inline __attribute__((always_inline))
+
+// CUDA's, in the global namespace and for operands of different types.
+template <class A, class B,
+          class = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>>>
+constexpr std::common_type_t<A, B> min(A a, B b) {
+  using C = std::common_type_t<A, B>;
+  if constexpr (std::is_floating_point_v<C>) return std::fmin(C(a), C(b));
+  else return C(b) < C(a) ? C(b) : C(a);
+}
+
+template <class A, class B,
+          class = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>>>
+constexpr std::common_type_t<A, B> max(A a, B b) {
+  using C = std::common_type_t<A, B>;
+  if constexpr (std::is_floating_point_v<C>) return std::fmax(C(a), C(b));
+  else return C(a) < C(b) ? C(b) : C(a);
+}
+
+namespace eca::cuda {
+
+using simt::Place;
+
+// ---- coordinates ----
+
+inline int thread_index() { return simt::here->thread; }
+inline int thread_count() { return simt::here->threads; }
+inline int64_t block_index() { return simt::here->block; }
+inline int64_t block_count() { return simt::here->blocks; }
+
+// ---- barriers and exchange within a block ----
+
+inline void block_barrier(Place place = Place::here()) { simt::block_barrier(place); }
+
+template <class A>
+inline A shuffle_xor(A value, int mask, Place place = Place::here()) {
+  static_assert(std::is_arithmetic_v<A> && (sizeof(A) == 4 || sizeof(A) == 8));
+  simt::shuffle_xor(&value, sizeof value, mask, place);
+  return value;
+}
+
+// ---- global memory ----
+
+// V consecutive elements, moved by one instruction.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Vector {
+  T element[V];
+};
+
+template <class T, int V>
+constexpr bool kOneInstruction =
+    sizeof(T) * V == 16 || sizeof(T) * V == 8 || sizeof(T) * V == 4 || sizeof(T) * V == 2;
+
+inline void check_aligned(const void* address, int bytes, Place place) {
+  if (reinterpret_cast<uintptr_t>(address) % uintptr_t(bytes) != 0) simt::misaligned(bytes, place);
+}
+
+template <int V, class T>
+inline Vector<T, V> load(const T* from, Place place = Place::here()) {
+  static_assert(kOneInstruction<T, V>);
+  check_aligned(from, sizeof(T) * V, place);
+  if (simt::counting) simt::count_access(from, sizeof(T) * V, simt::Direction::kLoad, true, place);
+  Vector<T, V> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <int V, class T>
+inline void store(T* to, const Vector<T, V>& v, Place place = Place::here()) {
+  static_assert(kOneInstruction<T, V>);
+  check_aligned(to, sizeof(T) * V, place);
+  if (simt::counting) simt::count_access(to, sizeof(T) * V, simt::Direction::kStore, true, place);
+  std::memcpy(to, &v, sizeof v);
+}
+
+template <class A>
+inline A load_from_other_block(const A* from, Place place = Place::here()) {
+  check_aligned(from, sizeof(A), place);
+  if (simt::counting) simt::count_access(from, sizeof(A), simt::Direction::kLoad, false, place);
+  return *from;
+}
+
+// Others run before it and after it, so that what a kernel does too late or too early is seen.
+inline uint32_t fetch_add(uint32_t* counter, uint32_t value, Place place = Place::here()) {
+  check_aligned(counter, sizeof *counter, place);
+  if (simt::counting) {
+    simt::count_access(counter, sizeof *counter, simt::Direction::kLoad, false, place);
+    simt::count_access(counter, sizeof *counter, simt::Direction::kStore, false, place);
+  }
+  simt::let_others_run(value == 0, place);
+  const uint32_t before = *counter;
+  *counter += value;
+  simt::let_others_run(value == 0, place);
+  return before;
+}
+
+inline uint32_t load_acquire(const uint32_t* counter, Place place = Place::here()) {
+  check_aligned(counter, sizeof *counter, place);
+  if (simt::counting)
+    simt::count_access(counter, sizeof *counter, simt::Direction::kLoad, false, place);
+  simt::let_others_run(true, place);
+  return *counter;
+}
+
+inline void pause(Place place = Place::here()) { simt::let_others_run(true, place); }
+
+// ---- shared memory ----
+
+template <class T>
+class Shared {
+ public:
+  Shared(T* data, int count) : data_(data), count_(count) {}
+
+  T get(int i, Place place = Place::here()) const {
+    check(i, 1, false, place);
+    return data_[i];
+  }
+
+  void set(int i, T value, Place place = Place::here()) const {
+    check(i, 1, true, place);
+    data_[i] = value;
+  }
+
+  template <int V>
+  Vector<T, V> load(int i, Place place = Place::here()) const {
+    static_assert(kOneInstruction<T, V>);
+    check(i, V, false, place);
+    check_aligned(data_ + i, sizeof(T) * V, place);
+    Vector<T, V> v;
+    std::memcpy(&v, data_ + i, sizeof v);
+    return v;
+  }
+
+  T get_from_rank(int rank, int i, Place place = Place::here()) const {
+    static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
+    check_index(i, 1, place);
+    T value;
+    std::memcpy(&value, simt::shared_of_rank(data_ + i, sizeof(T), rank, place), sizeof value);
+    return value;
+  }
+
+  T* data() const { return data_; }
+
+ private:
+  friend class Copies;
+
+  void check_index(int64_t i, int64_t n, Place place) const {
+    if (i < 0 || i + n > count_) simt::out_of_array(i, n, count_, place);
+  }
+
+  void check(int i, int n, bool write, Place place) const {
+    check_index(i, n, place);
+    simt::check_shared(data_ + i, int(sizeof(T)) * n, write, place);
+  }
+
+  T* data_;
+  int count_;
+};
+
+template <class T>
+inline Shared<T> shared_array(int first_byte, int count, Place place = Place::here()) {
+  std::byte* memory = simt::shared_memory(first_byte, int64_t(count) * int64_t(sizeof(T)), place);
+  if (count > 0) check_aligned(memory, alignof(T), place);
+  return Shared<T>(reinterpret_cast<T*>(memory), count);
+}
+
+// ---- clusters ----
+
+inline int cluster_rank() { return simt::here->rank; }
+inline void cluster_arrive(Place place = Place::here()) { simt::cluster_arrive(place); }
+inline void cluster_wait(Place place = Place::here()) { simt::cluster_wait(place); }
+
+// ---- copies from global to shared memory ----
+
+class Copies {
+ public:
+  static constexpr int kAlignment = 16;  // bytes
+
+  explicit Copies(Shared<uint64_t> barrier, Place place = Place::here()) {
+    barrier.check_index(0, 1, place);
+    number_ = simt::new_copies(barrier.data(), place);
+  }
+
+  template <class T>
+  void copy(Shared<T> to, int at, const T* from, int count, Place place = Place::here()) {
+    copy_runs(to, at, count, from, count, 1, count, place);
+  }
+
+  template <class T>
+  void copy_rows(Shared<T> to, int at, int pitch, const T* from, int64_t stride, int rows,
+                 int count, Place place = Place::here()) {
+    if (rows > 0 && count > 0) {
+      check_aligned(to.data() + at, kAlignment, place);
+      check_aligned(from, kAlignment, place);
+      for (const int64_t step : {int64_t(count), int64_t(pitch), stride})
+        if (step * int64_t(sizeof(T)) % kAlignment != 0 && (rows > 1 || step == count))
+          simt::fault("misaligned access", place, "rows that are not made of lines of 16 bytes");
+    }
+    copy_runs(to, at, pitch, from, stride, rows, count, place);
+  }
+
+  void wait(Place place = Place::here()) { simt::wait_for_copies(number_, place); }
+
+ private:
+  template <class T>
+  void copy_runs(Shared<T> to, int at, int64_t pitch, const T* from, int64_t stride, int rows,
+                 int count, Place place) {
+    if (count < 0 || rows < 0) simt::fault("bad copy", place, "a negative count");
+    if (count > 0 && rows > 0) {
+      to.check_index(at, count, place);
+      to.check_index(at + (rows - 1) * pitch, count, place);
+    }
+    constexpr int64_t size = sizeof(T);
+    simt::copy(
+        number_,
+        {reinterpret_cast<std::byte*>(to.data() + at), reinterpret_cast<const std::byte*>(from),
+         pitch * size, stride * size, rows, count * size},
+        place);
+  }
+
+  int number_;
+};
+
+// ---- launches ----
+
+using Stream = void*;
+
+inline void fill_with_zeros(void* memory, size_t bytes, Stream) { std::memset(memory, 0, bytes); }
+
+struct Launch {
+  int64_t blocks;
+  int threads;
+  int cluster;
+  int64_t shared_bytes;
+  Stream stream;
+  Place place = Place::here();
+};
+
+template <class... Parameters, class... Arguments>
+void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  static_assert((std::is_trivially_copyable_v<Parameters> && ...));
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> parameters;
+  };
+  const Call call{kernel, {Parameters(arguments)...}};
+  simt::run({how.blocks, how.threads, how.cluster, how.shared_bytes, how.place,
+             [](const void* all) {
+               const Call& call = *static_cast<const Call*>(all);
+               std::apply(call.kernel, call.parameters);
+             },
+             &call});
+}
+
+}  // namespace eca::cuda

@@ -1,0 +1,295 @@
+"""The CUDA kernels' own source, run on the CPU thread by thread, against the float64 reference.
+
+tests/simt plays the GPU: a program under AddressSanitizer and UndefinedBehaviorSanitizer that ends
+at an access out of bounds, a race, a barrier that not all threads reach, a read of what was never
+written or has not arrived. Outputs and shared memory start as NaN.
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from host_gpu import A100, H200, SANITIZED, Fault, HostGpu, Refused, Wish, missing
+from support import DTYPES, LAYOUTS, MODES, Case, assert_as_accurate, make_case, name_of
+
+pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
+
+# A GPU so small that plans for the tests' small maps have tiles, halos and groups.
+TINY = H200 | {"multiprocessors": 4, "shared_per_block": 9 << 10, "l2": 8 << 10}
+TINY |= {"shared_per_multiprocessor": 20 << 10}
+TINY_A100 = TINY | {"capability": 80, "largest_cluster": 1}
+# Strategy A or D with and without halos; B or D over 2 and 4 blocks; a tile of one channel or
+# sector; C.
+WISHES = {
+    "planned": (None, H200),
+    "tiny": (None, TINY),
+    "tiny without clusters": (None, TINY_A100),
+    "one channel": (Wish(1, 1, 32), H200),
+    "tiles of 16": (Wish(16, 1, 64), H200),
+    "clusters of 2": (Wish(16, 2, 96), H200),
+    "all channels over 4": (Wish(0, 4, 64), H200),
+    "groups of 2": (Wish(16, 2, 64), A100),
+    "all channels over 4 without clusters": (Wish(0, 4, 128), A100),
+    "two passes": (Wish(two_passes=True), H200),
+}
+# One pixel; planes below, at and above a vector; no multiples; one channel; one sample; more
+# channels than a tile; tiles that end early.
+SHAPES = [
+    (2, 40, 1),
+    (3, 1, 5),
+    (1, 48, 9),
+    (2, 33, 49),
+    (2, 64, 16),
+    (1, 56, 72),
+    (5, 20, 4),
+]
+TAPS = [1, 3, 7, 45]
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory):
+    host = HostGpu(tmp_path_factory.mktemp("simt"), SANITIZED)
+    yield host
+    host.close()
+
+
+def run(gpu, case: Case, layout: str, wish=None, of=H200, **how):
+    """y, dx and dweight, and the plans, of both passes; None where no such plan exists."""
+    common = {"circular": case.padding_mode == "circular", "channels_last": layout != "contiguous"}
+    common |= {"gpu": of, "wish": wish} | how
+    try:
+        forward = gpu.forward(case.x, case.weight, **common)
+        y, mean, gate = forward.tensors
+        backward = gpu.backward(case.dy, case.x, case.weight, mean, gate, **common)
+    except Refused:
+        return None
+    return (y, *backward.tensors), (forward, backward)
+
+
+def cases():
+    """Each combination of dtype, layout, padding, kind of taps and wish, with two of the shapes and
+    of the numbers of taps in turn, so that every shape meets every wish in several of them."""
+    every = itertools.product(DTYPES, LAYOUTS, MODES, (False, True), WISHES)
+    for number, (dtype, layout, mode, own_taps, name) in enumerate(every):
+        for turn in range(2):
+            shape = SHAPES[(number + 3 * turn) % len(SHAPES)]
+            k = TAPS[(number // 2 + turn) % len(TAPS)]
+            if mode == "circular":
+                k = min(k, 2 * shape[1] - 1)
+            words = (name_of(dtype), layout, mode, "own" if own_taps else "shared")
+            words += (name.replace(" ", "_"), name_of(shape), str(k))
+            yield pytest.param(dtype, layout, mode, own_taps, name, shape, k, id="-".join(words))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "mode", "own_taps", "name", "shape", "k"), list(cases())
+)
+def test_kernels(gpu, dtype, layout, mode, own_taps, name, shape, k):
+    wish, of = WISHES[name]
+    case = make_case(shape, k, dtype, layout, mode, own_taps)
+    if wish is not None and wish.tile == 0:
+        wish = replace(wish, tile=shape[1])
+    done = run(gpu, case, layout, wish, of, seed=shape[1] + k)
+    if done is None:  # a wish that this shape cannot have: the planner's choice, then
+        done = run(gpu, case, layout, None, of, seed=shape[1] + k)
+        assert done is not None
+    assert_as_accurate(done[0], case)
+
+
+def test_every_strategy_is_run(gpu):
+    """The grid above would be worth little if its wishes were all refused."""
+    seen = set()
+    for layout in LAYOUTS:
+        for name in WISHES:
+            wish, of = WISHES[name]
+            if wish is not None and wish.tile == 0:
+                wish = replace(wish, tile=64)
+            done = run(gpu, make_case((2, 64, 16), 3, layout=layout), layout, wish, of)
+            if done is not None:
+                seen |= {(o.plan["strategy"], o.plan["exchange"]) for o in done[1]}
+    assert seen == {
+        ("A", "none"), ("B", "cluster"), ("B", "global"), ("C", "none"),
+        ("D", "none"), ("D", "cluster"), ("D", "global"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", WISHES)
+def test_any_schedule_gives_the_same_bits(gpu, layout, name):
+    wish, of = WISHES[name]
+    case = make_case((3, 32, 24), 5, torch.float32, layout)
+    if wish is not None and wish.tile == 0:
+        wish = replace(wish, tile=32)
+    first = run(gpu, case, layout, wish, of)
+    if first is None:
+        assert name == "one channel", f"{name} was refused"
+        assert layout == "channels_last", f"{name} was refused"
+        return
+    for seed in range(2, 8):
+        again = run(gpu, case, layout, wish, of, seed=seed, resident=8 + seed % 3)
+        for a, b in zip(first[0], again[0], strict=True):
+            assert torch.equal(a, b), f"seed {seed}"
+
+
+# Of the batch; of the channels, aligned and not; of the pixels' neighbours, so that rows have gaps.
+SLICES = {
+    "batch": lambda t: t[1:3],
+    "channels": lambda t: t[:, 16:48],
+    "odd channels": lambda t: t[:, 3:40],
+    "every second channel": lambda t: t[:, ::2],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SLICES)
+@pytest.mark.parametrize("pixels", [16, 25])
+@pytest.mark.parametrize("of", [H200, TINY], ids=["h200", "tiny"])
+def test_slices_are_read_in_place(gpu, dtype, layout, name, pixels, of):
+    if layout == "channels_last" and name == "every second channel":
+        return_layout = "not a row of consecutive channels: the operators copy it first"
+        assert SLICES[name](make_case((4, 64, pixels), layout=layout).x).stride(1) == 2, (
+            return_layout
+        )
+        return
+    whole = make_case((4, 64, pixels), 3, dtype, layout)
+    x, dy = SLICES[name](whole.x), SLICES[name](whole.dy)
+    case = Case(x, whole.weight, dy)
+    done = run(gpu, case, layout, None, of)
+    assert done is not None
+    assert_as_accurate(done[0], case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pixels", [16, 25])
+def test_maps_at_different_places_of_their_lines(gpu, dtype, layout, pixels):
+    """dy lies otherwise within 16 bytes than x, and both otherwise than dx."""
+    case = make_case((2, 24, pixels), 3, dtype, layout)
+
+    def shifted(t, by):
+        memory = torch.zeros(t.numel() + by, dtype=t.dtype)
+        moved = memory.as_strided(t.shape, t.stride(), by)
+        moved.copy_(t)
+        return moved
+
+    moved = Case(shifted(case.x, 1), case.weight, shifted(case.dy, 3))
+    for wish in (None, Wish(two_passes=True)):
+        done = run(gpu, moved, layout, wish)
+        assert done is not None
+        assert_as_accurate(done[0], case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("of", [H200, TINY, TINY_A100], ids=["h200", "tiny", "tiny_a100"])
+@pytest.mark.parametrize("shape", [(3, 32, 16), (2, 64, 49)], ids=name_of)
+def test_in_place(gpu, layout, of, shape):
+    """A block never reads, as its halo, what another has already overwritten."""
+    case = make_case(shape, 5, torch.float32, layout)
+    common = {"channels_last": layout != "contiguous", "gpu": of}
+    y, _, _ = gpu.forward(case.x, case.weight, **common).tensors
+    for seed in range(4):
+        done = gpu.forward(case.x, case.weight, in_place=True, seed=seed, **common)
+        assert done.plan["halo"] == 0
+        torch.testing.assert_close(done.tensors[0], y, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("wish", [None, Wish(16, 2, 64), Wish(two_passes=True)], ids=str)
+def test_what_is_not_wanted_is_not_written(gpu, wish):
+    case = make_case((2, 32, 16), 3)
+    y, mean, gate = gpu.forward(case.x, case.weight, wish=wish).tensors
+    inference = gpu.forward(case.x, case.weight, wish=wish, want_mean=False)
+    assert torch.equal(inference.tensors[0], y)
+    assert all(t.isnan().all() for t in inference.tensors[1:])
+    dx, dweight = gpu.backward(case.dy, case.x, case.weight, mean, gate, wish=wish).tensors
+    saved = (case.dy, case.x, case.weight, mean, gate)
+    only_dx = gpu.backward(*saved, wish=wish, want_dweight=False).tensors
+    assert torch.equal(only_dx[0], dx)
+    assert only_dx[1].isnan().all()
+    only_dweight = gpu.backward(*saved, wish=wish, want_dx=False).tensors
+    assert torch.equal(only_dweight[1], dweight)
+    assert only_dweight[0].isnan().all()
+
+
+def test_no_pixels(gpu):
+    """As in plain PyTorch, the mean of nothing is no number."""
+    case = make_case((2, 6, 0), 3)
+    y, mean, _ = gpu.forward(case.x, case.weight).tensors
+    assert y.shape == (2, 6, 0)
+    assert mean.isnan().all()
+
+
+def test_values_that_are_no_numbers_stay_where_they_are(gpu):
+    case = make_case((2, 32, 16), 3)
+    case.x[1, 7, 3] = float("nan")
+    y = gpu.forward(case.x, case.weight, wish=Wish(8, 2, 64)).tensors[0]
+    touched = torch.zeros(2, 32, dtype=torch.bool)
+    touched[1, 6:9] = True
+    assert y[touched].isnan().all()
+    assert not y[~touched].isnan().any()
+
+
+def test_groups_need_room_for_one_of_them(gpu):
+    """Blocks that wait for each other: with room for the group nothing is stuck, without it is."""
+    case = make_case((2, 16, 16), 3)
+    with pytest.raises(Fault, match="deadlock"):
+        gpu.forward(case.x, case.weight, gpu=A100, wish=Wish(16, 4, 32), resident=3)
+    for seed in range(10):
+        gpu.forward(case.x, case.weight, gpu=A100, wish=Wish(16, 4, 32), resident=4, seed=seed)
+
+
+# ---- memory traffic ----
+
+RESNET50 = [((256, 3136), 5), ((512, 784), 5), ((1024, 196), 5), ((2048, 49), 7)]
+
+
+def counted_bytes(outcome, buffers) -> int:
+    return 32 * sum(
+        sum(launch["buffers"].get(name, (0, 0))) for launch in outcome.traffic for name in buffers
+    )
+
+
+@pytest.mark.parametrize(("shape", "k"), RESNET50, ids=lambda v: name_of(v) or str(v))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_traffic_of_resnet50(gpu, shape, k, layout, dtype):
+    """Distinct sectors per launch: each byte of the maps is read once and written once, in 2.05 and
+    3.05 times the bytes of x, and everything together is what the planner models."""
+    case = make_case((1, *shape), k, dtype, layout)
+    bytes_of_x = case.x.numel() * case.x.element_size()
+    done = run(gpu, case, layout, count=True)
+    assert done is not None
+    for outcome, most in zip(done[1], (2.05, 3.05), strict=True):
+        assert outcome.plan["launches"] == 1
+        assert counted_bytes(outcome, ("x", "y", "dy", "dx")) <= most * bytes_of_x
+        everything = counted_bytes(outcome, list(outcome.traffic[0]["buffers"]))
+        assert abs(everything / outcome.plan["dram_bytes"] - 1) <= 0.02, outcome.plan
+
+
+# The planner's choice for a large batch on an H200, read off its plan for 256 samples.
+STREAMS = [
+    ("contiguous", (256, 784), Wish(16, 1, 128)),
+    ("contiguous", (64, 3136), Wish(16, 4, 128)),
+    ("contiguous", (128, 196), Wish(64, 1, 128)),
+    ("channels_last", (256, 196), Wish(64, 4, 128)),
+    ("channels_last", (128, 196), Wish(128, 2, 128)),
+]
+
+
+@pytest.mark.parametrize(("layout", "shape", "wish"), STREAMS, ids=lambda v: name_of(v) or str(v))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_streaming_accesses_are_coalesced(gpu, layout, shape, wish, dtype):
+    """Of the bytes in the 32-byte sectors that a warp asks for, it uses at least 95 %, at every
+    line of source that moves at least half of the map."""
+    case = make_case((1, *shape), 5, dtype, layout)
+    bytes_of_x = case.x.numel() * case.x.element_size()
+    done = run(gpu, case, layout, wish, count=True)
+    assert done is not None
+    streaming = 0
+    for outcome in done[1]:
+        for site in outcome.traffic[0]["sites"]:
+            if site["bytes"] >= bytes_of_x / 2:
+                streaming += 1
+                assert site["bytes"] >= 0.95 * 32 * site["sectors"], site
+    assert streaming >= 4  # x, y; dy, x and dx, where dy and x may come the same way
