@@ -1,7 +1,52 @@
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+from support import DEVICE
+
+# The files whose tests run on ECA_FUSED_TEST_DEVICE. The others are about the CPU, the build, the
+# demonstration or the scripts, which that device does not change.
+ON_ANY_DEVICE = {
+    "test_cuda",
+    "test_errors",
+    "test_fuzz",
+    "test_gradients",
+    "test_kernels",
+    "test_layer",
+    "test_layouts",
+    "test_operators",
+    "test_sensitivity",
+    "test_values",
+}
+
+if DEVICE != "cpu":
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        pytest.exit("ECA_FUSED_TEST_DEVICE=cuda, but there is no GPU that torch can use", 2)
+    torch.set_default_device(DEVICE)
+    # The definition is the oracle: convolutions in full precision, the same bits on every run.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    other = pytest.mark.skip(reason="not about kernels: run it without ECA_FUSED_TEST_DEVICE")
+    for item in items:
+        if DEVICE != "cpu" and item.path.stem not in ON_ANY_DEVICE:
+            item.add_marker(other)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # After an illegal access no CUDA call of the process works again. A worker of pytest-xdist that
+    # dies is replaced, which costs this one test and spares the rest.
+    if DEVICE != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception as reason:
+        if hasattr(item.config, "workerinput"):
+            os._exit(70)
+        pytest.exit(f"an earlier test has broken the CUDA context: {reason}", 3)
 
 
 @pytest.fixture(autouse=True)
@@ -9,9 +54,9 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[1, 2, 7], ids=lambda n: f"{n}threads")
+# On the CPU counts beyond the number of processors too, so that every split of the work runs.
+@pytest.fixture(params=[1, 2, 7] if DEVICE == "cpu" else [1], ids=lambda n: f"{n}threads")
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """Counts beyond the number of processors too, so that every split of the work runs."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param

@@ -1,6 +1,7 @@
 """What the tests share: inputs, the float64 oracle, and the tolerance that follows from it."""
 
 import itertools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ from eca_fused import native, reference
 needs_extension = pytest.mark.skipif(
     native.missing is not None, reason="needs the compiled extension: run `make build`"
 )
+
+# Where the cases are. conftest.py makes "cuda" torch's default device too, for all other tensors.
+DEVICE = os.environ.get("ECA_FUSED_TEST_DEVICE", "cpu")
 
 BACKENDS = [name for name, status in eca_fused.backends().items() if status and name != "reference"]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -47,6 +51,11 @@ class Case:
     padding_mode: str = "zeros"
 
 
+def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Random numbers in float64, drawn on the CPU: the same ones for every device."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
 def make_case(
     shape: tuple[int, ...],
     k: int = 3,
@@ -60,15 +69,13 @@ def make_case(
     g = torch.Generator().manual_seed(seed)
     rows = shape[1] if own_taps else 1
     # A mean away from zero gives the gates something to work on.
-    x = torch.randn(shape, generator=g, dtype=torch.float64) + torch.randn(
-        shape[:2] + (1,) * (len(shape) - 2), generator=g, dtype=torch.float64
-    )
-    weight = torch.randn((rows, 1, k), generator=g, dtype=torch.float64)
-    dy = torch.randn(shape, generator=g, dtype=torch.float64)
+    x = normal(shape, g) + normal(shape[:2] + (1,) * (len(shape) - 2), g)
+    weight = normal((rows, 1, k), g)
+    dy = normal(shape, g)
     return Case(
-        in_layout(x.to(dtype), layout),
-        weight.to(taps_dtype or dtype),
-        in_layout(dy.to(dtype), layout),
+        in_layout(x.to(dtype), layout).to(DEVICE),
+        weight.to(taps_dtype or dtype).to(DEVICE),
+        in_layout(dy.to(dtype), layout).to(DEVICE),
         padding_mode,
     )
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from support import BACKENDS, make_case
+from support import BACKENDS, DEVICE, make_case
 from torch import nn
 
 import eca_fused
@@ -103,7 +103,7 @@ def test_state_dict_has_the_taps_alone():
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
 def test_fused_and_plain_layers_agree(padding_mode, backend):
     fused = ECALayer(48, padding_mode=padding_mode, backend=backend)
-    plain = ECALayer(48, padding_mode=padding_mode, fused=False)
+    plain = ECALayer(48, padding_mode=padding_mode, fused=False, backend=backend)
     plain.load_state_dict(fused.state_dict())
     x = torch.randn(2, 48, 9, 9)
     torch.testing.assert_close(fused(x), plain(x))
@@ -130,7 +130,7 @@ def test_inplace_inference(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_keeps_the_dtype_of_x(dtype, fused):
     layer = ECALayer(16, fused=fused)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(DEVICE, dtype=dtype):
         single = layer(torch.randn(2, 16, 5, 5))
         half = layer(torch.randn(2, 16, 5, 5, dtype=dtype))
     assert (single.dtype, half.dtype) == (torch.float32, dtype)
@@ -147,7 +147,7 @@ def test_training_under_autocast(backend):
             nn.Linear(16 * 36, 4),
         )
         x = torch.randn(2, 3, 8, 8)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             net(x).float().pow(2).sum().backward()
         return [p.grad for p in net.parameters()]
 

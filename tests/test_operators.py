@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DTYPES, LAYOUTS, make_case, name_of, needs_extension
+from support import DEVICE, DTYPES, LAYOUTS, make_case, name_of, needs_extension
 
 import eca_fused
 from eca_fused import native
@@ -93,6 +93,7 @@ def test_compiles_without_a_graph_break(layout):
         torch.testing.assert_close(ours, want)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU's: run it without ECA_FUSED_TEST_DEVICE")
 @pytest.mark.parametrize("capability", ["avx2", "baseline"])
 def test_kernels_for_other_processors(capability):
     here = native.description.partition("(")[2].partition(")")[0]
