@@ -138,10 +138,11 @@ void set_wish(const Wish* wish) {
   if (wish && !wish->two_passes) {
     if (wish->tile < 1 || wish->group < 1)
       throw std::invalid_argument("expected a tile and a group from 1 up");
-    if (wish->threads < 32 || wish->threads > kMostThreads || wish->threads % 32 != 0)
-      throw std::invalid_argument("expected threads as a multiple of 32 up to " +
-                                  std::to_string(kMostThreads) + ", got " +
-                                  std::to_string(wish->threads));
+    // The lanes that sum a plane are a power of two, and the threads a multiple of them.
+    const int32_t n = wish->threads;
+    if (n < 32 || n > kMostThreads || (n & (n - 1)) != 0)
+      throw std::invalid_argument("expected threads as a power of two from 32 to " +
+                                  std::to_string(kMostThreads) + ", got " + std::to_string(n));
   }
   const std::lock_guard<std::mutex> lock(wish_mutex);
   if (wish) wished = *wish;
