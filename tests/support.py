@@ -19,7 +19,14 @@ needs_extension = pytest.mark.skipif(
 # Where the cases are. conftest.py makes "cuda" torch's default device too, for all other tensors.
 DEVICE = os.environ.get("ECA_FUSED_TEST_DEVICE", "cpu")
 
-BACKENDS = [name for name, status in eca_fused.backends().items() if status and name != "reference"]
+# Those that run there. One that ECA_FUSED_BACKEND asks for is the only one.
+BACKENDS = [
+    name
+    for name, status in eca_fused.backends().items()
+    if status
+    and DEVICE in (status.devices or ())
+    and os.environ.get("ECA_FUSED_BACKEND", name) in (name, "auto")
+]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "channels_last"]
 MODES = ["zeros", "circular"]

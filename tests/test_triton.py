@@ -1,0 +1,335 @@
+"""The Triton backend without a GPU: its choice, its plan, tracing, code for three architectures,
+and the common suite in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import test_layouts
+import torch
+from support import LAYOUTS, in_layout, name_of
+
+from eca_fused import backend as backend_module
+from eca_fused import native
+
+pytest.importorskip("triton", reason="needs Triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+GPU = types.SimpleNamespace(device=torch.device("cuda", 0))  # all that select() looks at
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process, without the settings of this one."""
+    settings = ("ECA_FUSED_BACKEND", "TRITON_INTERPRET")
+    clean = {name: value for name, value in os.environ.items() if name not in settings}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **env}, capture_output=True, text=True
+    )
+
+
+# ---- choice ----
+
+
+@pytest.mark.parametrize("error", ["ImportError('no triton')", "OSError('undefined symbol')"])
+def test_a_missing_triton_is_reported(error):
+    done = python(
+        f"""
+import sys, torch
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "triton":
+            raise {error}
+sys.meta_path.insert(0, Finder())
+import eca_fused
+print(eca_fused.backends()["triton"])
+eca_fused.eca(torch.ones(1, 1), torch.ones(1, 1, 1))
+try:
+    eca_fused.eca(torch.ones(1, 1), torch.ones(1, 1, 1), backend="triton")
+except RuntimeError as refused:
+    print(refused)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    status, refused = done.stdout.splitlines()
+    assert status.startswith("not usable: Triton could not be imported (")
+    assert error.split("'")[1] in status
+    assert "pip install triton" in refused
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_a_missing_driver_is_reported():
+    done = python("import eca_fused; print(eca_fused.backends()['triton'])")
+    assert done.stdout.startswith("not usable: Triton finds no driver of a GPU ("), done.stderr
+
+
+def test_the_interpreter_makes_it_usable_on_the_cpu():
+    code = (
+        "import torch, eca_fused, sys\n"
+        "assert 'triton' not in sys.modules\n"
+        "x, w = torch.randn(2, 4, 3), torch.randn(1, 1, 3)\n"
+        "y = eca_fused.eca(x, w)\n"
+        "torch.testing.assert_close(y, eca_fused.reference.eca(x, w))\n"
+        "from eca_fused.backend import select\n"
+        "print(select(x, 'auto').__name__, eca_fused.backends()['triton'])"
+    )
+    done = python(code, TRITON_INTERPRET="1", ECA_FUSED_BACKEND="triton")
+    assert done.stdout.startswith("eca_fused.triton_kernels usable: its interpreter"), done.stderr
+
+
+@pytest.fixture
+def no_warning_yet(monkeypatch):
+    monkeypatch.setattr(backend_module, "_warned", set())
+    monkeypatch.setattr(backend_module, "_default", "auto")
+
+
+def chosen_on_gpu():
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        kernels = [backend_module.select(GPU, "auto") for _ in range(3)]
+    assert kernels[0] is kernels[1] is kernels[2]
+    assert len(seen) == 1
+    return kernels[0], str(seen[0].message)
+
+
+def test_auto_falls_to_triton_and_says_why_once(monkeypatch, no_warning_yet):
+    monkeypatch.setattr(native, "devices", frozenset({"cpu"}))
+    monkeypatch.setattr(native, "missing", None)
+    monkeypatch.setattr(backend_module, "_triton_missing", lambda: None)
+    kernels, message = chosen_on_gpu()
+    assert kernels.__name__ == "eca_fused.triton_kernels"
+    assert message == (
+        "eca_fused runs its Triton kernels on cuda: "
+        "the extension was compiled without kernels for cuda"
+    )
+
+
+def test_auto_falls_to_triton_on_another_architecture(monkeypatch, no_warning_yet):
+    monkeypatch.setattr(native, "devices", frozenset({"cpu", "cuda"}))
+    monkeypatch.setattr(native, "missing", None)
+    monkeypatch.setattr(native, "unsupported", lambda device: "compiled for 9.0, this one has 8.0")
+    monkeypatch.setattr(backend_module, "_triton_missing", lambda: None)
+    kernels, message = chosen_on_gpu()
+    assert kernels.__name__ == "eca_fused.triton_kernels"
+    assert "this one has 8.0" in message
+
+
+def test_auto_without_either_gives_both_reasons(monkeypatch, no_warning_yet):
+    monkeypatch.setattr(native, "devices", frozenset({"cpu"}))
+    monkeypatch.setattr(native, "missing", None)
+    monkeypatch.setattr(backend_module, "_triton_missing", lambda: "Triton is not there")
+    kernels, message = chosen_on_gpu()
+    assert kernels is None
+    assert "in plain PyTorch" in message
+    assert "without kernels for cuda; Triton is not there" in message
+
+
+@pytest.mark.parametrize(
+    ("capability", "compiled", "runs"),
+    [
+        ((9, 0), "8.0;9.0", True),
+        ((8, 6), "7.5;8.0", True),
+        ((8, 0), "8.6", False),
+        ((10, 0), "8.0;9.0", False),
+        ((10, 0), "8.0;9.0+PTX", True),
+        ((7, 0), "7.5+PTX", False),
+        ((9, 0), "9.0a", True),
+        ((10, 3), "10.0a+PTX", False),
+    ],
+)
+def test_architectures_that_run(capability, compiled, runs):
+    assert native.runs_on(capability, compiled) == runs
+
+
+# ---- plan ----
+
+
+def shape_of(samples, channels, side, k=5, planes=True, itemsize=2):
+    from eca_fused.triton_kernels.plan import Shape
+
+    return Shape(samples, channels, side * side, k, planes, itemsize)
+
+
+@pytest.mark.parametrize(
+    ("channels", "side"), [(64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7), (2048, 1)]
+)
+@pytest.mark.parametrize("maps", [1, 2])
+def test_planes_of_a_resnet_stay_in_registers_whatever_the_batch(channels, side, maps):
+    from eca_fused.triton_kernels import plan
+
+    tiles = {plan.resident(shape_of(n, channels, side), maps) for n in (128, 256, 1000)}
+    assert len(tiles) == 1
+    tile = tiles.pop()
+    assert tile.pixels >= side * side
+    assert tile.channels >= plan.halo_rows(5)
+
+
+def test_large_planes_take_two_passes():
+    from eca_fused.triton_kernels import plan
+
+    for planes in (True, False):
+        shape = shape_of(32, 64, 224, planes=planes)
+        assert plan.resident(shape, 1) is None
+        pass_ = plan.two_passes(shape)
+        assert pass_.splits * pass_.blocks * pass_.tile.pixels >= shape.pixels
+        assert pass_.splits <= plan.SPLITS_MOST
+
+
+# ---- maps ----
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("view", test_layouts.VIEWS)
+def test_views_are_read_in_place(view, layout):
+    from eca_fused.triton_kernels.maps import in_planes, readable, rows
+
+    x = test_layouts.VIEWS[view](in_layout(torch.randn(5, 12, 6, 7), layout))
+    planes = in_planes(x)
+    assert planes == (layout == "contiguous")
+    assert readable(x, planes) is x
+    assert rows(x, planes) == (
+        x.stride(0) if len(x) > 1 else x[0].numel(),
+        x.stride(1 if planes else 3),
+    )
+    assert readable(x[..., 1:5], planes) is not x
+
+
+# ---- tracing ----
+
+
+@compiles
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tracing_sees_the_kernels_and_the_strides(layout):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from eca_fused.triton_kernels import launch
+
+    with FakeTensorMode():
+        x = in_layout(torch.empty(8, 64, 14, 14, device="meta"), layout).to("meta")
+        weight = torch.empty(1, 1, 3, device="meta")
+
+        def forward(x, weight):
+            y = torch.empty_like(x)
+            launch.forward(x, weight, False, y, keep=False)
+            return y
+
+        graph = make_fx(forward)(x, weight)
+        y = torch.ops.eca_fused.triton_inference(x, weight)
+    assert "triton_kernel_wrapper_mutation" in graph.code
+    assert y.stride() == x.stride()
+
+
+# ---- code for GPUs ----
+
+SHAPES = [
+    ((32, 256, 56, 56), 5, torch.bfloat16, "contiguous"),
+    ((32, 512, 28, 28), 5, torch.float32, "contiguous"),
+    ((32, 1024, 14, 14), 5, torch.float16, "channels_last"),
+    ((32, 2048, 7, 7), 7, torch.bfloat16, "contiguous"),
+    ((32, 64, 224, 224), 3, torch.bfloat16, "channels_last"),
+    ((2, 3, 5, 7), 3, torch.float64, "contiguous"),
+]
+
+
+@compiles
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(("shape", "k", "dtype", "layout"), SHAPES, ids=name_of)
+def test_compiles_without_spills(shape, k, dtype, layout, architecture, tmp_path, monkeypatch):
+    from triton_aot import compiled, recorded, usage
+
+    from eca_fused.triton_kernels import launch
+
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    weight = torch.empty(1, 1, k, device="meta")
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    mean = torch.empty(shape[:2], dtype=sums, device="meta")
+
+    def both_passes():
+        launch.forward(x, weight, False, torch.empty_like(x), keep=True)
+        outputs = torch.empty_like(x), torch.empty_like(weight)
+        launch.backward(x, x, weight, mean, mean, False, *outputs)
+
+    launches = recorded(both_passes, monkeypatch)
+    assert {"forward_resident", "gates"} & {one.kernel.__name__ for one in launches}
+    for one in launches:
+        kernel = compiled(one, architecture)
+        used = usage(kernel, tmp_path)
+        assert used.stack == 0, f"{one.kernel.__name__} spills: {used}"
+        assert used.shared <= 48 * 1024, f"{one.kernel.__name__}: {used}"
+        whole_lines = shape[-1] % 28 == 0 and one.kernel.__name__ in ("scale", "forward_resident")
+        if whole_lines:
+            assert "ld.global.v4.b32" in kernel.asm["ptx"]
+            assert "st.global.v4.b32" in kernel.asm["ptx"]
+
+
+# ---- the common suite ----
+
+SUITE = [
+    "test_kernels.py",
+    "test_values.py",
+    "test_gradients.py",
+    "test_layouts.py",
+    "test_triton_operators.py",
+]
+# What the interpreter does badly: up to minutes each, for what the CPU's caches or threads would
+# notice, what repeats a call for every element, and what runs often on one case; and counting
+# copies, because it copies every argument itself (test_views_are_read_in_place stands in for that).
+LEFT_OUT = [
+    "larger_than_the_caches",
+    "number_of_threads",
+    "long_sum",
+    "random_views",
+    "finite_differences",
+    "one_input_frozen",
+    "every_run",
+    "taps_than_a_tile",
+    "are_read_in_place",
+]
+
+
+class Sample:
+    """Of each test, about one in so many of its cases, evenly spread."""
+
+    def __init__(self, one_in: int) -> None:
+        self.one_in = one_in
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        cases: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        # A step that shares no factor with the axes of the grids meets all their values.
+        items[:] = [
+            item
+            for name, group in cases.items()
+            if not any(part in name for part in LEFT_OUT)
+            for item in group[:: min(self.one_in, max(1, len(group) - 1))]
+        ]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
+def test_the_common_suite_in_the_interpreter():
+    whole = os.environ.get("ECA_FUSED_TRITON_SUITE") == "whole"
+    plugins = "[]" if whole else "[Sample(37)]"
+    files = [*SUITE, "test_fuzz.py"] if whole else SUITE
+    code = (
+        "import sys, pytest\nfrom test_triton import Sample\n"
+        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--durations=5', *{files}], "
+        f"plugins={plugins}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "TRITON_INTERPRET": "1", "ECA_FUSED_BACKEND": "triton"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    print(done.stdout)
