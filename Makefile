@@ -1,9 +1,9 @@
 # Everything runs in one Python environment: the active one, or else .venv. tools/setup.sh prepares it.
 ENV := $(or $(VIRTUAL_ENV),.venv)
 BIN := $(ENV)/bin
-CPP = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CPP = $(shell find csrc tests/cpp tests/simt -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
-.PHONY: help run test build lint format clean
+.PHONY: help run test build lint format mutations clean
 .NOTPARALLEL:
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo 'make build    set up, and compile the extension'
 	@echo 'make lint     set up, and check style and types'
 	@echo 'make format   format the sources'
+	@echo 'make mutations  deliberate faults in the CUDA kernels, each of which a test must find'
 	@echo 'make clean    remove what was built, keep the environment'
 	@echo
 	@echo 'They use the active virtual environment, or make .venv; a torch that is there is kept.'
@@ -41,6 +42,10 @@ format:
 	'$(BIN)/ruff' check --fix
 	'$(BIN)/ruff' format
 	'$(BIN)/clang-format' -i $(CPP)
+
+mutations:
+	@tools/setup.sh demo test
+	@'$(BIN)/python' tests/mutation_check.py $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info eca_fused/_C*.so '$(ENV)/.eca_fused'

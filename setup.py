@@ -111,13 +111,19 @@ def dotted(version: tuple[int, int]) -> str:
 
 def toolkit_name(torch_cuda: str) -> str:
     """What to install for a torch built with CUDA `torch_cuda`."""
-    major, minor = torch_cuda.split(".")[:2]
-    text = f"the CUDA {major} toolkit and set CUDA_HOME to its folder"
-    if major == "13":
-        parts = ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")
-        packages = " ".join(f"'nvidia-{part}=={major}.{minor}.*'" for part in parts)
-        text += f" (or: pip install {packages})"
+    text = f"the CUDA {torch_cuda.split('.')[0]} toolkit and set CUDA_HOME to its folder"
+    if packages := nvcc_packages(torch_cuda):
+        text += f" (or: pip install {' '.join(map(repr, packages))})"
     return text
+
+
+def nvcc_packages(torch_cuda: str) -> list[str]:
+    """The packages of PyPI that together are a toolkit for that CUDA: all of one minor version."""
+    major, minor = torch_cuda.split(".")[:2]
+    if major != "13":
+        return []
+    parts = ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-runtime", "cuda-cccl")
+    return [f"nvidia-{part}=={major}.{minor}.*" for part in parts]
 
 
 def architectures(version: tuple[int, int]) -> str:

@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,19 +104,26 @@ def raw(t: Tensor) -> bytes:
 class HostGpu:
     """A process with the kernels, started again after a fault."""
 
-    def __init__(self, folder: Path, flags: str, sources: Path = ROOT) -> None:
-        self.folder, self.flags, self.sources = folder, flags, sources
+    def __init__(
+        self,
+        folder: Path,
+        flags: str,
+        sources: Path = ROOT,
+        dtypes: Sequence[str] = ("float32", "float64", "float16", "bfloat16"),
+    ) -> None:
+        self.folder, self.flags, self.sources, self.dtypes = folder, flags, sources, dtypes
         self.process: subprocess.Popen[bytes] | None = None
         self.build()
 
     def build(self) -> None:
         common = ["-std=c++17", "-DECA_HOST_SIMT", f"-I{self.sources / 'tests/simt'}"]
         common += [*self.flags.split(), "-Wno-unknown-pragmas"]
-        names = ["float32.cu", "float64.cu", "float16.cu", "bfloat16.cu", "cuda.cu"]
+        names = [f"{dtype}.cu" for dtype in self.dtypes] + ["cuda.cu"]
         sources = [self.sources / "csrc/cuda" / name for name in names]
         sources += [self.sources / "csrc/plan.cpp"]
         sources += [self.sources / "tests/simt" / name for name in ("runtime.cpp", "runner.cpp")]
         self.folder.mkdir(parents=True, exist_ok=True)
+        sources.append(self.absent())
 
         def compile_one(source: Path) -> Path:
             target = self.folder / f"{source.stem}.o"
@@ -128,6 +136,25 @@ class HostGpu:
             objects = list(pool.map(compile_one, sources))
         self.program = self.folder / "runner"
         subprocess.run([COMPILER, *common, *map(str, objects), "-o", self.program], check=True)
+
+    def absent(self) -> Path:
+        """A source with the functions of the dtypes that are left out, which are never called."""
+        names = ("float", "double", "half", "bfloat16")  # of DTYPES
+        lines = [
+            f'#include "{self.sources}/csrc/cuda/cuda.h"',
+            f'#include "{self.sources}/csrc/cuda/device.h"',
+            "namespace eca::cuda {",
+            "template <class T> void run_forward(Forward, const Plan&, const Memory&) {}",
+            "template <class T> void run_backward(const Backward&, const Plan&, const Memory&) {}",
+        ]
+        for dtype, name in zip(DTYPES, names, strict=True):
+            if str(dtype).removeprefix("torch.") not in self.dtypes:
+                call = "const Plan&, const Memory&"
+                lines.append(f"template void run_forward<{name}>(Forward, {call});")
+                lines.append(f"template void run_backward<{name}>(const Backward&, {call});")
+        path = self.folder / "absent.cpp"
+        path.write_text("\n".join([*lines, "}", ""]))
+        return path
 
     def close(self) -> None:
         if self.process is not None:

@@ -91,7 +91,12 @@ __device__ inline void store(T* to, const Vector<T, V>& v) {
   using W = Word<sizeof(T) * V>;
   W word;
   std::memcpy(&word, &v, sizeof v);
-  *reinterpret_cast<W*>(to) = word;
+  // nvcc 13.0 makes four stores of 4 bytes of an assignment of 16.
+  if constexpr (sizeof(W) == 16)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+                 : "memory");
+  else *reinterpret_cast<W*>(to) = word;
 }
 
 // What another block of this launch has written, after the atomic that says so.

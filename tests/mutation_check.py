@@ -1,0 +1,234 @@
+"""Deliberate faults in the CUDA kernels, each of which the tests must find.
+
+    python tests/mutation_check.py [NAME...]     all of them, or those whose name contains NAME
+
+Each fault is written into a copy of the sources, which is built for the host and put through a
+quick version of tests/test_cuda_kernels.py. Not part of the test suite: every fault needs a build,
+a quarter of an hour in all on two cores.
+"""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from host_gpu import A100, H200, ROOT, SANITIZED, Fault, HostGpu, Refused, Wish
+from support import LAYOUTS, MODES, assert_as_accurate, make_case
+
+
+@dataclass
+class Mutation:
+    name: str
+    file: str  # in csrc
+    old: str  # occurs once
+    new: str
+
+
+MUTATIONS = [
+    Mutation(
+        "halo one channel too short",
+        "cuda/tile.h",
+        "return halo == 0 ? int(c - begin) : i - window.pad + halo;",
+        "return halo == 0 ? int(c - begin) : i - window.pad + halo - 1;",
+    ),
+    Mutation(
+        "wrap-around one channel off",
+        "cuda/tile.h",
+        "return c < 0 ? c + channels : c < channels ? c : c - channels;",
+        "return c < 0 ? c + channels - 1 : c < channels ? c : c - channels;",
+    ),
+    Mutation(
+        "no barrier between the gates and their use",
+        "cuda/on_chip.h",
+        "    put(static_cast<A*>(f.gate) + i, gate);\n  }\n  block_barrier();",
+        "    put(static_cast<A*>(f.gate) + i, gate);\n  }",
+    ),
+    Mutation(
+        "no barrier between a block's partial sums",
+        "cuda/tile.h",
+        "scratch.set(plane * warps + lane / 32, sum);\n    }\n    block_barrier();",
+        "scratch.set(plane * warps + lane / 32, sum);\n    }",
+    ),
+    Mutation(
+        "a barrier that only some threads reach",
+        "cuda/on_chip.h",
+        "  group.done_reading();\n  block_barrier();\n\n  const auto gates",
+        "  group.done_reading();\n  if (thread_index() < held.own) block_barrier();\n\n"
+        "  const auto gates",
+    ),
+    Mutation(
+        "the tail of a plane left out",
+        "cuda/tile.h",
+        "for (int e = thread_index(); e < count - body_count; e += thread_count()) {",
+        "for (int e = thread_index(); e < count - body_count - 1; e += thread_count()) {",
+    ),
+    Mutation(
+        "the head of a plane taken for its tail",
+        "cuda/tile.h",
+        "const int single = e < head ? e : e + body_count;",
+        "const int single = e <= head ? e : e + body_count;",
+    ),
+    Mutation(
+        "one element too many of a plane",
+        "cuda/tile.h",
+        "const int planes = begin_ < end_ ? (end_ + pixels_ - 1) / pixels_ - first : 0;",
+        "const int planes = begin_ < end_ ? (end_ + pixels_) / pixels_ - first : 0;",
+    ),
+    Mutation(
+        "strides of x and y swapped",
+        "cuda/tile.h",
+        "sample * to.sample_stride + c_.begin * to.row_stride + (begin - c_.halo * pixels_);",
+        "sample * to.row_stride + c_.begin * to.row_stride + (begin - c_.halo * pixels_);",
+    ),
+    Mutation(
+        "the last rank's sums lost",
+        "cuda/group.h",
+        "for (int rank = 0; rank < size_; ++rank)",
+        "for (int rank = 0; rank < max(1, size_ - 1); ++rank)",
+    ),
+    Mutation(
+        "no wait for the other blocks of a cluster",
+        "cuda/group.h",
+        "      cluster_arrive();\n      cluster_wait();\n    }",
+        "      block_barrier();\n    }",
+    ),
+    Mutation(
+        "a block ends while others read its sums",
+        "cuda/group.h",
+        "  __device__ void finish() const {\n    if (exchange_ == Exchange::kCluster) "
+        "cluster_wait();\n  }",
+        "  __device__ void finish() const {}",
+    ),
+    Mutation(
+        "no wait for the copies",
+        "cuda/on_chip.h",
+        "  block.copy(copies, f.x, sample, x, place);\n  copies.wait();",
+        "  block.copy(copies, f.x, sample, x, place);\n  block_barrier();",
+    ),
+    Mutation(
+        "a group does not wait for all of it",
+        "cuda/group.h",
+        "while ((load_acquire(counter_) & kArrived) < uint32_t(size_)) pause();",
+        "while ((load_acquire(counter_) & kArrived) < uint32_t(size_ - 1)) pause();",
+    ),
+    Mutation(
+        "a group's counter not reset",
+        "cuda/group.h",
+        "if (thread_index() == 0 && fetch_add(counter_, kLeft) / kLeft + 1 == uint32_t(size_))\n"
+        "      put(counter_, 0u);",
+        "if (thread_index() == 0) fetch_add(counter_, kLeft);",
+    ),
+    Mutation(
+        "dweight added by a block that is not the last",
+        "cuda/gates.h",
+        "const bool last = fetch_add(counter, 1) == uint32_t(count - 1);",
+        "const bool last = fetch_add(counter, 1) == uint32_t(count > 1 ? count - 2 : 0);",
+    ),
+    Mutation(
+        "taps not mirrored in the gradient",
+        "cuda/gates.h",
+        "const int64_t radius = taps.size() / 2, shift = c + w.pad + radius;  // window number of "
+        "tap 0\n  const int64_t first = max(int64_t(0), shift - w.count() + 1);",
+        "const int64_t radius = taps.size() / 2, shift = c + w.pad + radius - 1;\n"
+        "  const int64_t first = max(int64_t(0), shift - w.count() + 1);",
+    ),
+    Mutation(
+        "a pixel row of a block left out",
+        "cuda/tile.h",
+        "end_(int(min(int64_t(begin_ + t.share), p.pixels))) {}",
+        "end_(int(min(int64_t(begin_ + t.share), p.pixels - 1))) {}",
+    ),
+    Mutation(
+        "a part of a plane summed twice",
+        "cuda/two_pass.h",
+        "add(s.head, tail, std::integral_constant<int, V>{});",
+        "add(0, tail, std::integral_constant<int, V>{});",
+    ),
+    Mutation(
+        "one part's sum lost",
+        "cuda/two_pass.h",
+        "for (int part = 0; part < t.parts; ++part)",
+        "for (int part = 0; part < max(1, t.parts - 1); ++part)",
+    ),
+    Mutation(
+        "shared memory one element short",
+        "plan.cpp",
+        "place(&s.held, (held + V) * size);",
+        "place(&s.held, (held - V) * size);",
+    ),
+]
+
+
+def quick_cases() -> Iterator[tuple[tuple[int, ...], int, torch.dtype, str, str, bool]]:
+    for layout in LAYOUTS:
+        for mode in MODES:
+            for shape, k in [((2, 40, 49), 5), ((2, 64, 16), 7), ((3, 33, 24), 3)]:
+                for own_taps in (False, True):
+                    yield shape, k, torch.float32, layout, mode, own_taps
+
+
+def check(gpu: HostGpu) -> None:
+    """Raises at the first difference or fault."""
+    tiny = H200 | {"multiprocessors": 2, "l2": 4 << 10}
+    ways = [
+        (None, H200), (Wish(16, 1, 64), H200), (Wish(16, 2, 96), H200), (Wish(16, 4, 64), A100),
+        (Wish(two_passes=True), tiny),
+    ]  # fmt: skip
+    for number, (shape, k, dtype, layout, mode, own_taps) in enumerate(quick_cases()):
+        case = make_case(shape, k, dtype, layout, mode, own_taps)
+        for wish, of in ways:
+            how = {"circular": mode == "circular", "channels_last": layout != "contiguous"}
+            how |= {"gpu": of, "wish": wish, "seed": number}
+            try:
+                y, mean, gate = gpu.forward(case.x, case.weight, **how).tensors
+                grads = gpu.backward(case.dy, case.x, case.weight, mean, gate, **how).tensors
+            except Refused:
+                continue
+            assert_as_accurate((y, *grads), case)
+
+
+def verdict(mutation: Mutation | None, folder: Path) -> str:
+    """What found the mutation, "" if nothing did."""
+    sources = folder / "sources"
+    for part in ("csrc", "tests/simt"):
+        shutil.copytree(ROOT / part, sources / part)
+    if mutation:
+        target = sources / "csrc" / mutation.file
+        text = target.read_text()
+        if text.count(mutation.old) != 1:
+            return f"OUT OF DATE: the code to change occurs {text.count(mutation.old)} times"
+        target.write_text(text.replace(mutation.old, mutation.new))
+    gpu = HostGpu(folder / "build", SANITIZED, sources, dtypes=("float32",))
+    try:
+        check(gpu)
+    except Fault as fault:
+        return str(fault).split("\n")[0][:150]
+    except AssertionError as error:
+        return f"wrong result: {str(error).splitlines()[0][:100]}"
+    finally:
+        gpu.close()
+    return ""
+
+
+def main(names: list[str]) -> int:
+    chosen = [m for m in MUTATIONS if not names or any(n in m.name for n in names)]
+    escaped = []
+    with tempfile.TemporaryDirectory() as folder:
+        found = verdict(None, Path(folder) / "none")
+        print(f"{'no fault':45s} {found or 'passes'}", flush=True)
+        if found:
+            return 1
+        for i, mutation in enumerate(chosen):
+            found = verdict(mutation, Path(folder) / str(i))
+            print(f"{mutation.name:45s} {found or 'NOT FOUND'}", flush=True)
+            if not found or found.startswith("OUT OF DATE"):
+                escaped.append(mutation.name)
+    print(f"{len(chosen) - len(escaped)} of {len(chosen)} faults found")
+    return 1 if escaped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

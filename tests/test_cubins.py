@@ -1,0 +1,159 @@
+"""The machine code of the CUDA kernels, read from the extension: nothing spilled, wide accesses."""
+
+import importlib.util
+import re
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from support import needs_extension
+
+from eca_fused import native
+
+ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
+DTYPES = {"float32": "f", "float64": "d", "float16": "6__half", "bfloat16": "13__nv_bfloat16"}
+KERNELS = [
+    "forward_on_chip", "backward_on_chip", "sum_planes", "sum_pixels", "rescale_planes",
+    "rescale_pixels", "make_gates", "make_shifts", "sum_dweight",
+]  # fmt: skip
+LAYOUTS = {"planes": "0", "pixels": "1"}
+# What __launch_bounds__ of csrc/plan.h leaves a thread.
+REGISTERS = {"forward_on_chip": 64, "backward_on_chip": 80}
+
+
+def tool() -> Path | None:
+    """Triton's cuobjdump: an installation of nvcc need not have one."""
+    spec = importlib.util.find_spec("triton")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        path = Path(folder) / "backends/nvidia/bin/cuobjdump"
+        if path.is_file():
+            return path
+    return None
+
+
+def built_for(architecture: str) -> bool:
+    import eca_fused._C as _C
+
+    number = architecture.removeprefix("sm_")
+    wanted = f"{number[:-1]}.{number[-1]}"
+    listed = re.split(r"[; ]", _C.build_info()["cuda_architectures"].replace("+PTX", ""))
+    return wanted in listed
+
+
+pytestmark = [
+    needs_extension,
+    pytest.mark.skipif("cuda" not in native.devices, reason="needs CUDA kernels: install nvcc"),
+    pytest.mark.skipif(tool() is None, reason="needs cuobjdump: pip install triton"),
+]
+
+
+def dump(architecture: str, what: str) -> str:
+    if not built_for(architecture):
+        pytest.skip(f"not built for {architecture}: rebuild without TORCH_CUDA_ARCH_LIST")
+    import eca_fused._C as _C
+
+    command = [str(tool()), what, "-arch", architecture, _C.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def resources(architecture):
+    """Per kernel: registers, stack, static shared and local memory, in bytes."""
+    found, name = {}, ""
+    for line in dump(architecture, "-res-usage").splitlines():
+        if match := re.search(r"Function (\S+):", line):
+            name = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
+            keys = ("registers", "stack", "shared", "local")
+            found[name] = dict(zip(keys, map(int, match.groups()), strict=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def instructions(architecture):
+    """Per kernel: how often each instruction, with its modifiers, is there."""
+    found, name = defaultdict(lambda: defaultdict(int)), ""
+    for line in dump(architecture, "-sass").splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            name = match[1]
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", line):
+            found[name][match[1]] += 1
+    return found
+
+
+def kernels(found, name, dtype=None):
+    """The instances of a kernel template, for a dtype."""
+    mangled = f"{len(name)}{name}I{DTYPES[dtype] if dtype else ''}"
+    return {k: v for k, v in found.items() if mangled in k}
+
+
+def has(counts, opcode, width=""):
+    return any(i.split(".")[0] == opcode and width in i for i in counts)
+
+
+def test_every_kernel_is_there(resources):
+    for name in KERNELS:
+        per_dtype = 2 if "on_chip" in name else 1  # planes and pixels
+        for dtype in DTYPES:
+            assert len(kernels(resources, name, dtype)) == per_dtype, (name, dtype)
+
+
+def test_nothing_is_spilled(resources, instructions):
+    assert resources
+    for name, used in resources.items():
+        assert used["stack"] == used["local"] == 0, name
+    for name, counts in instructions.items():
+        assert not has(counts, "LDL"), name
+        assert not has(counts, "STL"), name
+
+
+@pytest.mark.parametrize("name", REGISTERS)
+def test_registers_and_shared_memory_are_what_the_planner_counts_with(
+    resources, name, architecture
+):
+    for kernel, used in kernels(resources, name).items():
+        assert used["registers"] <= REGISTERS[name], kernel
+        # Dynamic shared memory is the plan's; below it lies what the driver reserves.
+        assert used["shared"] <= (1024 if architecture != "sm_80" else 0), kernel
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["backward_on_chip", "sum_planes", "sum_pixels"])
+def test_loads_of_16_bytes(instructions, name, dtype):
+    found = kernels(instructions, name, dtype)
+    assert found
+    for kernel, counts in found.items():
+        assert has(counts, "LDG", ".128"), kernel
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "name", ["forward_on_chip", "backward_on_chip", "rescale_planes", "rescale_pixels"]
+)
+def test_stores_of_16_bytes(instructions, name, dtype):
+    found = kernels(instructions, name, dtype)
+    assert found
+    for kernel, counts in found.items():
+        assert has(counts, "STG", ".128"), kernel
+        if "rescale" in name:
+            assert has(counts, "LDG", ".128"), kernel
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["forward_on_chip", "backward_on_chip"])
+def test_tiles_arrive_without_passing_through_registers(instructions, name, dtype, architecture):
+    """By the copy engine from sm_90 on, and 16 bytes a thread before and beside it."""
+    found = kernels(instructions, name, dtype)
+    assert found
+    for kernel, counts in found.items():
+        assert has(counts, "LDS", ".128"), kernel
+        if architecture != "sm_80":
+            assert has(counts, "UBLKCP"), kernel
+        if architecture == "sm_80" or f"LNS_6LayoutE{LAYOUTS['pixels']}" in kernel:
+            assert has(counts, "LDGSTS", ".128"), kernel
