@@ -125,7 +125,7 @@ PYBIND11_MODULE(_C, m) {
         "in_place"_a, "gpu"_a, "wish"_a = py::none(),
         "How the CUDA kernels run a problem on a GPU, and what that moves; with a wish (tile, "
         "group, threads, two_passes), how they would run it so.");
-  m.def("wish", &wish, "tile"_a, "group"_a = 1, "threads"_a = eca::kMostThreads,
+  m.def("wish", &wish, "tile"_a = py::none(), "group"_a = 1, "threads"_a = eca::kMostThreads,
         "two_passes"_a = false,
         "For tuning and tests alone: every later call of the CUDA kernels in this process uses "
         "these sizes instead of the planner's choice, until wish(None).");
