@@ -165,7 +165,8 @@ MUTATIONS = [
 def quick_cases() -> Iterator[tuple[tuple[int, ...], int, torch.dtype, str, str, bool]]:
     for layout in LAYOUTS:
         for mode in MODES:
-            for shape, k in [((2, 40, 49), 5), ((2, 64, 16), 7), ((3, 33, 24), 3)]:
+            shapes = [((2, 40, 49), 5), ((2, 64, 16), 7), ((3, 33, 24), 3), ((1, 6, 5000), 3)]
+            for shape, k in shapes:
                 for own_taps in (False, True):
                     yield shape, k, torch.float32, layout, mode, own_taps
 
@@ -175,7 +176,7 @@ def check(gpu: HostGpu) -> None:
     tiny = H200 | {"multiprocessors": 2, "l2": 4 << 10}
     ways = [
         (None, H200), (Wish(16, 1, 64), H200), (Wish(16, 2, 96), H200), (Wish(16, 4, 64), A100),
-        (Wish(two_passes=True), tiny),
+        (Wish(two_passes=True), tiny), (Wish(two_passes=True), H200),
     ]  # fmt: skip
     for number, (shape, k, dtype, layout, mode, own_taps) in enumerate(quick_cases()):
         case = make_case(shape, k, dtype, layout, mode, own_taps)

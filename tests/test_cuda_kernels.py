@@ -97,6 +97,21 @@ def test_kernels(gpu, dtype, layout, mode, own_taps, name, shape, k):
     assert_as_accurate(done[0], case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 6, 5000), (2, 16, 4900), (1, 3, 5001)], ids=name_of)
+@pytest.mark.parametrize("of", [H200, TINY], ids=["h200", "tiny"])
+def test_two_passes_over_parts_and_chunks(gpu, dtype, layout, shape, of):
+    """A plane, or a sample's pixels, summed in parts; the batch a sample at a time where L2 is
+    small."""
+    case = make_case(shape, 3, dtype, layout)
+    done = run(gpu, case, layout, Wish(two_passes=True), of)
+    assert done is not None
+    assert of is TINY or all(outcome.plan["parts"] > 1 for outcome in done[1])
+    assert of is H200 or all(outcome.plan["chunk"] == 1 for outcome in done[1])
+    assert_as_accurate(done[0], case)
+
+
 def test_every_strategy_is_run(gpu):
     """The grid above would be worth little if its wishes were all refused."""
     seen = set()
