@@ -107,6 +107,8 @@ struct Planner {
   bool tile(int64_t channels, int64_t group, int64_t threads, Plan* plan) const {
     Tiling& t = plan->tiling;
     t = {};
+    // The threads that sum one plane are a power of two, and must divide those of the block.
+    if (threads < 32 || threads > kMostThreads || (threads & (threads - 1)) != 0) return false;
     const bool whole = channels == p.channels;
     const int64_t halo = whole ? 0 : planes ? pad : round_up(pad, sector);
     const int64_t held = channels + 2 * halo;

@@ -27,7 +27,7 @@ WISHES = {
     "tiny without clusters": (None, TINY_A100),
     "one channel": (Wish(1, 1, 32), H200),
     "tiles of 16": (Wish(16, 1, 64), H200),
-    "clusters of 2": (Wish(16, 2, 96), H200),
+    "clusters of 2": (Wish(16, 2, 128), H200),
     "all channels over 4": (Wish(0, 4, 64), H200),
     "groups of 2": (Wish(16, 2, 64), A100),
     "all channels over 4 without clusters": (Wish(0, 4, 128), A100),
@@ -225,6 +225,26 @@ def test_what_is_not_wanted_is_not_written(gpu, wish):
     only_dweight = gpu.backward(*saved, wish=wish, want_dx=False).tensors
     assert torch.equal(only_dweight[1], dweight)
     assert only_dweight[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize("wish", [None, Wish(two_passes=True)], ids=str)
+def test_gates_near_zero_keep_their_digits(gpu, dtype, wish):
+    """exp(90) overflows float32, and exp(-90) is a small number that it has."""
+    x = torch.ones(1, 16, 16, dtype=dtype)
+    weight = torch.full((1, 1, 1), -90.0, dtype=dtype)
+    _, _, gate = gpu.forward(x, weight, wish=wish).tensors
+    exact = torch.sigmoid(torch.tensor(-90.0, dtype=torch.float64))
+    # Below its normal numbers, float32 has steps of 2^-149.
+    torch.testing.assert_close(gate.double(), exact.expand(1, 16), rtol=1e-6, atol=2.0**-148)
+    assert (gate > 0).all()
+
+
+@pytest.mark.parametrize("threads", [16, 96, 512])
+def test_numbers_of_threads_that_cannot_be_divided_into_teams_are_refused(gpu, threads):
+    case = make_case((1, 16, 16), 3)
+    with pytest.raises(Refused):
+        gpu.forward(case.x, case.weight, wish=Wish(16, 1, threads))
 
 
 def test_no_pixels(gpu):

@@ -8,7 +8,9 @@ namespace eca::cuda {
 
 template <class A>
 __device__ inline A sigmoid(A z) {
-  return A(1) / (A(1) + exponential(-z));
+  // Of a negative number's exponential, which does not overflow: small gates keep their digits.
+  const A e = exponential(z < 0 ? z : -z);
+  return (z < 0 ? e : A(1)) / (A(1) + e);
 }
 
 // A window on the channels of a map: `count` of them around `own`, at whose ends are pads.
