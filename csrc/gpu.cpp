@@ -38,34 +38,45 @@ cuda::StreamHandle current_stream(int32_t device) {
 
 // ---- counters: zeros at which blocks meet, and which they leave zero ----
 
-// Launches on one stream run one after the other and can share counters. A captured graph may be
-// replayed on any stream, beside anything: it gets counters of its own, and a step that zeroes them.
+// Launches on one stream run one after the other and share a slot of the slab. A captured graph may
+// be replayed on any stream, beside anything: each of its launches has words that no other ever
+// gets. Not from PyTorch's allocator: memory kept from call to call would be alive in the private
+// pools of CUDA graphs, which is an error there. Where the slab is full, the call's own memory
+// serves, and a step that zeroes it.
 uint32_t* counters(int32_t device, cuda::StreamHandle stream, int64_t words, Tensor* keep) {
-  constexpr int64_t kFewest = 1024;
+  constexpr int64_t kSlot = 4096, kSlots = 16;  // the other half is for captured launches
+  static_assert(kSlot * kSlots <= cuda::kSlabWords / 2);
+  struct Slab {
+    uint32_t* words = nullptr;
+    int64_t captured = kSlot * kSlots;  // the next free word
+    std::map<cuda::StreamHandle, int64_t> slots;
+  };
   if (words == 0) return nullptr;
-  const auto zeros = [&](int64_t count) {
-    Tensor memory = bytes_on(device, 4 * count);
-    cuda::set_to_zero(memory.data_ptr(), 4 * count, stream);
-    return memory;
-  };
-  if (cuda::is_capturing(stream)) {
-    *keep = zeros(words);
-    return static_cast<uint32_t*>(keep->data_ptr());
+  {
+    static std::mutex mutex;
+    static auto& slabs = *new std::map<int32_t, Slab>;  // never destroyed: streams may outlive it
+    const std::lock_guard<std::mutex> lock(mutex);
+    Slab& slab = slabs[device];
+    if (!slab.words) slab.words = cuda::counter_slab();
+    if (cuda::is_capturing(stream)) {
+      if (slab.captured + words <= cuda::kSlabWords) {
+        uint32_t* const found = slab.words + slab.captured;
+        slab.captured += words;
+        return found;
+      }
+    } else if (words <= kSlot) {
+      const auto slot = slab.slots.find(stream);
+      if (slot != slab.slots.end()) return slab.words + slot->second * kSlot;
+      const auto next = int64_t(slab.slots.size());
+      if (next < kSlots) {
+        slab.slots[stream] = next;
+        return slab.words + next * kSlot;
+      }
+    }
   }
-  struct Cached {
-    int64_t words = 0;
-    std::vector<Tensor> memory;  // one, when there is any
-  };
-  // Never destroyed: at exit the CUDA context may be gone before it.
-  static auto& cache = *new std::map<std::pair<int32_t, cuda::StreamHandle>, Cached>;
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
-  Cached& cached = cache[{device, stream}];
-  if (cached.words < words) {
-    cached.words = words < kFewest ? kFewest : words;
-    cached.memory.assign(1, zeros(cached.words));
-  }
-  return static_cast<uint32_t*>(cached.memory[0].data_ptr());
+  *keep = bytes_on(device, 4 * words);
+  cuda::set_to_zero(keep->data_ptr(), 4 * words, stream);
+  return static_cast<uint32_t*>(keep->data_ptr());
 }
 
 // ---- plans ----

@@ -48,6 +48,8 @@ constexpr double kLaunch = 2.0;             // microseconds
 constexpr double kClusterBarriers = 0.7;
 constexpr double kGlobalBarriers = 3.0;
 
+constexpr int64_t kStreams = 8;  // on which groups may wait at the same time
+
 constexpr int64_t kMostParts = 512;  // that a warp adds up for each channel
 
 // How much of the time loads and stores overlap, by blocks on a multiprocessor: a block first only
@@ -200,9 +202,9 @@ struct Planner {
         if (!largest_tile(group, occupancy, &plan)) continue;
         const double cost = cost_on_chip(&plan);
         if (plan.occupancy < 1 || cost >= lowest) continue;
-        // Blocks that wait for each other must all have room.
+        // Blocks that wait for each other must all have room, beside those of other streams.
         if (plan.tiling.exchange == Exchange::kGlobal &&
-            group > plan.occupancy * int64_t(gpu.multiprocessors))
+            kStreams * group > plan.occupancy * int64_t(gpu.multiprocessors))
           continue;
         lowest = cost;
         *best = plan;
@@ -276,7 +278,8 @@ struct Planner {
   Plan complete(Plan plan) const {
     const Tiling& t = plan.tiling;
     const bool global = t.exchange == Exchange::kGlobal;
-    if (backward || global) plan.counters = 1 + t.tiles + (global ? p.samples * t.tiles : 0);
+    if (global) plan.counters = 1 + t.tiles + p.samples * t.tiles;
+    else if (backward) plan.counters = p.taps_per_channel ? 1 + t.tiles : 2;
     plan.map_bytes = (backward ? 3 : 2) * map_bytes;
     plan.workspace = workspace_layout(p, pass, plan).end;
     return plan;

@@ -28,6 +28,10 @@ void backward(const Backward& b, const Plan& plan, const Memory& memory);
 Access access_of(const Forward& f);
 Access access_of(const Backward& b);
 
+// Words of zeros of the current device, which belong to the module and not to an allocator.
+constexpr int64_t kSlabWords = 1 << 17;
+uint32_t* counter_slab();
+
 bool is_capturing(StreamHandle stream);  // into a CUDA graph
 void set_to_zero(void* memory, int64_t bytes, StreamHandle stream);
 

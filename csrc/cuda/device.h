@@ -91,33 +91,39 @@ __device__ inline void store(T* to, const Vector<T, V>& v) {
   using W = Word<sizeof(T) * V>;
   W word;
   std::memcpy(&word, &v, sizeof v);
-  // nvcc 13.0 makes four stores of 4 bytes of an assignment of 16.
+  // nvcc 13.0 makes four stores of 4 bytes of an assignment of 16. Without a memory clobber, so that
+  // loads may move before it: nobody reads in a launch what it stores so.
   if constexpr (sizeof(W) == 16)
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-                 "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
-                 : "memory");
+                 "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w));
   else *reinterpret_cast<W*>(to) = word;
 }
 
 // What another block of this launch has written, after the atomic that says so.
 template <class A>
 __device__ inline A load_from_other_block(const A* from) {
-  return __ldcg(from);
+  A value;
+  if constexpr (sizeof(A) == 8)
+    asm volatile("ld.relaxed.gpu.global.f64 %0, [%1];" : "=d"(value) : "l"(from) : "memory");
+  else asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
+  return value;
 }
 
-// Adds and returns the value before. Everything that this thread wrote or saw written before is
-// seen by whoever reads the new value with fetch_add() or load_acquire().
+// Adds and returns the value before. Everything that this thread wrote, or that its block wrote
+// before a barrier, is seen by whoever reads the new value with fetch_add() or load_acquire(), and
+// by its block after a barrier.
 __device__ inline uint32_t fetch_add(uint32_t* counter, uint32_t value) {
-  __threadfence();
-  const uint32_t before = atomicAdd(counter, value);
-  __threadfence();
+  uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
   return before;
 }
 
 __device__ inline uint32_t load_acquire(const uint32_t* counter) {
   uint32_t value;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-  __threadfence();
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
 
@@ -184,12 +190,16 @@ __device__ inline int cluster_rank() {
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#else
+  __trap();
 #endif
 }
 
 __device__ inline void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  __trap();
 #endif
 }
 
@@ -313,13 +323,18 @@ class Copies {
 using Stream = cudaStream_t;
 
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("eca_fused: ") + what + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // which would stay, and be the next check's
+  throw std::runtime_error(std::string("eca_fused: ") + what + ": " + cudaGetErrorString(status));
 }
 
 inline void fill_with_zeros(void* memory, size_t bytes, Stream stream) {
   check(cudaMemsetAsync(memory, 0, bytes, stream), "zeroing the workspace failed");
 }
+
+// Lets a kernel have all the shared memory of the current device, once for each of both: a limit
+// that was set for each launch could be another thread's when the launch comes. Defined in host.cu.
+void allow_all_shared_memory(const void* kernel);
 
 struct Launch {
   int64_t blocks;
@@ -331,10 +346,7 @@ struct Launch {
 
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  if (how.shared_bytes > 48 << 10)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(how.shared_bytes)),
-          "the GPU does not have the planned shared memory");
+  if (how.shared_bytes > 8 << 10) allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(how.blocks));
   config.blockDim = dim3(unsigned(how.threads));

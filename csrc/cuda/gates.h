@@ -38,6 +38,7 @@ __device__ inline A convolve(const Window& w, const Taps<T>& taps, Shared<A> mea
   const int64_t first = max(int64_t(0), -shift);
   const int64_t last = min(taps.size(), int64_t(w.count()) - shift);
   A z = 0;
+#pragma unroll 1
   for (int64_t j = first; j < last; ++j) z += taps.get(w.begin + c, j) * means.get(int(shift + j));
   return z;
 }
@@ -49,6 +50,7 @@ __device__ inline A convolve_transposed(const Window& w, const Taps<T>& taps, Sh
   const int64_t first = max(int64_t(0), shift - w.count() + 1);
   const int64_t last = min(taps.size(), shift + 1);
   A dm = 0;
+#pragma unroll 1
   for (int64_t j = first; j < last; ++j) {
     const int64_t channel = w.channel(int(shift - j));
     if (channel >= 0) dm += taps.get(channel, j) * dz.get(int(shift - j));
@@ -83,48 +85,66 @@ inline __device__ bool last_to_arrive(uint32_t* counter, int64_t count, Shared<u
   return flag.get(0) != 0;
 }
 
-// A block's contribution to dweight, from dz of `own` channels of a sample, dz_of(c) from `begin`
-// on. What the blocks contribute is added by the last of them, in the order of the blocks' numbers
-// and not of their arrival: every run gives the same bits.
-//   shared taps   each block sums over its channels; the last of all adds the blocks
-//   own taps      the last block of a tile of channels sums over the samples
-// `dz_map` (samples, channels) and `partials` (k, blocks) are memory to work in. By all threads.
+// dweight is added by the last of the blocks that contribute to it, in the order of the blocks'
+// numbers and not of their arrival: every run gives the same bits.
+//   shared taps   each block sums over its channels, into work.dweight (k, blocks); the last of all
+//                 adds the blocks
+//   own taps      each block writes dz, into work.dz (samples, channels); the last block of a tile
+//                 of channels sums over the samples
+struct DweightTile {
+  int64_t sample, tile, tiles;
+  int64_t begin;  // the tile's first channel
+  int own;        // its channels
+};
+
+// A block's contribution from dz of the tile's channels, dz_of(c). True for the last block, which
+// then calls finish_dweight(). By all threads.
 template <class T, class A, class DzOf>
-__device__ void add_dweight(const Problem& p, const Workspace& work, const A* mean, void* dweight,
-                            int64_t sample, int64_t tile, int64_t tiles, int64_t begin, int own,
-                            Shared<uint32_t> flag, DzOf dz_of) {
+__device__ bool contribute_to_dweight(const Problem& p, const Workspace& work, const A* mean,
+                                      const DweightTile& t, Shared<uint32_t> flag, DzOf dz_of) {
+  if (p.taps_per_channel) {
+    A* const dz = static_cast<A*>(work.dz) + t.sample * p.channels + t.begin;
+    for (int c = thread_index(); c < t.own; c += thread_count()) put(dz + c, dz_of(c));
+    return last_to_arrive(work.counters.dweight(t.tile), p.samples, flag);
+  }
   const int lane = thread_index() % 32, warp = thread_index() / 32, warps = thread_count() / 32;
+  const int64_t blocks = p.samples * t.tiles;
+  A* const partials = static_cast<A*>(work.dweight) + t.sample * t.tiles + t.tile;
+#pragma unroll 1
+  for (int64_t j = warp; j < p.kernel_size; j += warps) {
+    A sum = 0;
+    for (int c = lane; c < t.own; c += 32)
+      sum += dz_of(c) * mean_under_tap(p, mean + t.sample * p.channels, t.begin + c, j);
+    sum = warp_sum(sum);
+    if (lane == 0) put(partials + j * blocks, sum);
+  }
+  return last_to_arrive(work.counters.dweight(0), blocks, flag);
+}
+
+template <class T, class A>
+__device__ void finish_dweight(const Problem& p, const Workspace& work, const A* mean,
+                               void* dweight, const DweightTile& t) {
   const int64_t k = p.kernel_size;
   if (p.taps_per_channel) {
-    A* const dz_map = static_cast<A*>(work.dz);  // (samples, channels)
-    for (int c = thread_index(); c < own; c += thread_count())
-      put(dz_map + sample * p.channels + begin + c, dz_of(c));
-    if (!last_to_arrive(work.counters.dweight(tile), p.samples, flag)) return;
-    for (int64_t i = thread_index(); i < own * k; i += thread_count()) {
-      const int64_t c = begin + i / k, j = i % k;
+    const A* const dz = static_cast<const A*>(work.dz);
+    for (int64_t i = thread_index(); i < t.own * k; i += thread_count()) {
+      const int64_t c = t.begin + i / k, j = i % k;
       A sum = 0;
+#pragma unroll 4
       for (int64_t n = 0; n < p.samples; ++n)
-        sum += load_from_other_block(dz_map + n * p.channels + c) *
+        sum += load_from_other_block(dz + n * p.channels + c) *
                mean_under_tap(p, mean + n * p.channels, c, j);
-      store_dweight<T>(p, dweight, begin * k + i, sum);
+      store_dweight<T>(p, dweight, t.begin * k + i, sum);
     }
     return;
   }
-  const int64_t blocks = p.samples * tiles;
-  A* const partials = static_cast<A*>(work.dweight);  // (k, blocks)
+  const int lane = thread_index() % 32, warp = thread_index() / 32, warps = thread_count() / 32;
+  const int64_t blocks = p.samples * t.tiles;
   for (int64_t j = warp; j < k; j += warps) {
-    A sum = 0;
-    for (int c = lane; c < own; c += 32)
-      sum += dz_of(c) * mean_under_tap(p, mean + sample * p.channels, begin + c, j);
-    sum = warp_sum(sum);
-    if (lane == 0) put(partials + j * blocks + sample * tiles + tile, sum);
-  }
-  if (!last_to_arrive(work.counters.dweight(0), blocks, flag)) return;
-  for (int64_t j = warp; j < k; j += warps) {
+    const A* const partials = static_cast<const A*>(work.dweight) + j * blocks;
     A sum = 0;
 #pragma unroll 8
-    for (int64_t b = lane; b < blocks; b += 32)
-      sum += load_from_other_block(partials + j * blocks + b);
+    for (int64_t b = lane; b < blocks; b += 32) sum += load_from_other_block(partials + b);
     sum = warp_sum(sum);
     if (lane == 0) store_dweight<T>(p, dweight, j, sum);
   }

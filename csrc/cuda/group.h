@@ -8,28 +8,29 @@ namespace eca::cuda {
 // This block's number in the order of its start. A block that waits for others waits for those of
 // its own group, and these have started, or are the next to start: so nothing waits for ever on a
 // GPU that holds one group.
-inline __device__ int64_t start_order(const Tiling& t, const Counters& counters,
-                                      Shared<uint32_t> flag) {
-  if (t.exchange != Exchange::kGlobal) return block_index();
+inline __device__ int start_order(const Tiling& t, const Counters& counters,
+                                  Shared<uint32_t> flag) {
+  if (t.exchange != Exchange::kGlobal) return int(block_index());
   if (thread_index() == 0) {
     const uint32_t order = fetch_add(counters.ticket(), 1);
     if (order == uint32_t(block_count() - 1)) put(counters.ticket(), 0u);
     flag.set(0, order);
   }
   block_barrier();
-  return flag.get(0);
+  return int(flag.get(0));
 }
 
 template <class A>
 class Group {
  public:
-  __device__ Group(const Tiling& t, int64_t order, const Workspace& work)
-      : exchange_(t.exchange), size_(t.group), rank_(int(order % t.group)), held_(t.held),
-        unit_(order / t.group), counter_(work.counters.group(t.tiles, unit_)),
-        sums_(static_cast<A*>(work.sums) + unit_ * t.group * t.held) {}
+  // Divisions of 32 bits: those of 64 would take longer than all else before the first copy.
+  __device__ Group(const Tiling& t, int order, const Workspace& work)
+      : exchange_(t.exchange), size_(t.group), held_(t.held), unit_(order / t.group),
+        rank_(order - unit_ * t.group), counter_(work.counters.group(t.tiles, unit_)),
+        sums_(static_cast<A*>(work.sums) + int64_t(order - rank_) * t.held) {}
 
   __device__ int rank() const { return rank_; }
-  __device__ int64_t unit() const { return unit_; }
+  __device__ int unit() const { return unit_; }
 
   // After this, total() of what every block of the group has in `sums`. By all threads.
   __device__ void exchange(Shared<A> sums, int count) {
@@ -79,8 +80,7 @@ class Group {
   static constexpr uint32_t kLeft = 1 << 16, kArrived = kLeft - 1;
 
   Exchange exchange_;
-  int size_, rank_, held_;
-  int64_t unit_;
+  int size_, held_, unit_, rank_;
   uint32_t* counter_;
   A* sums_;
 };

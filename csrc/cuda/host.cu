@@ -1,10 +1,40 @@
 // What only the CUDA runtime knows.
+#include <mutex>
+#include <set>
+#include <utility>
+
 #include "cuda.h"
 #include "device.h"
 
 namespace eca::cuda {
 
 namespace {
+
+// Zeros, as all memory of a module at its start.
+__device__ uint32_t slab[kSlabWords];
+
+__global__ void probe() {}
+
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "asking for the current GPU failed");
+  return device;
+}
+
+// 1 where there are no clusters: also on a GPU that has them and compiles PTX of an older one.
+int largest_cluster(int capability) {
+  cudaFuncAttributes code;
+  check(cudaFuncGetAttributes(&code, probe), "there is no code for this GPU in the extension");
+  if (capability < 90 || code.ptxVersion < 90) return 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(8);
+  config.blockDim = dim3(kMostThreads);
+  int blocks = 0;
+  if (cudaOccupancyMaxPotentialClusterSize(&blocks, probe, &config) == cudaSuccess)
+    return blocks < 8 ? blocks : 8;  // 8 is what a kernel may use on any full GPU
+  cudaGetLastError();
+  return 1;
+}
 
 int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
@@ -15,8 +45,7 @@ int attribute(cudaDeviceAttr name, int device) {
 }  // namespace
 
 Gpu current_gpu() {
-  int device = 0;
-  check(cudaGetDevice(&device), "asking for the current GPU failed");
+  const int device = current_device();
   Gpu gpu;
   gpu.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
                    attribute(cudaDevAttrComputeCapabilityMinor, device);
@@ -25,8 +54,29 @@ Gpu current_gpu() {
   gpu.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   gpu.l2 = attribute(cudaDevAttrL2CacheSize, device);
   gpu.threads_per_multiprocessor = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, device);
-  gpu.largest_cluster = gpu.capability >= 90 ? 8 : 1;  // what every such GPU can start
+  gpu.largest_cluster = largest_cluster(gpu.capability);
   return gpu;
+}
+
+uint32_t* counter_slab() {
+  void* address = nullptr;
+  check(cudaGetSymbolAddress(&address, slab), "finding the counters failed");
+  return static_cast<uint32_t*>(address);
+}
+
+void allow_all_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static auto& done = *new std::set<std::pair<const void*, int>>;
+  const int device = current_device();
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (done.count({kernel, device})) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
+        "the GPU does not give its shared memory");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                             cudaSharedmemCarveoutMaxShared),
+        "the GPU does not give its shared memory");
+  done.insert({kernel, device});
 }
 
 bool is_capturing(StreamHandle stream) {

@@ -28,9 +28,10 @@ __global__ void __launch_bounds__(kMostThreads, 65536 / kMostThreads / kForwardR
   using A = Accumulator<T>;
   const Problem& p = f.problem;
   const auto flag = shared_array<uint32_t>(s.flag, 1);
-  const int64_t order = start_order(t, work.counters, flag);
+  const int order = start_order(t, work.counters, flag);
   Group<A> group(t, order, work);
-  const int64_t sample = group.unit() / t.tiles, tile = group.unit() % t.tiles;
+  const int tiles = int(t.tiles), sample_number = group.unit() / tiles;
+  const int64_t sample = sample_number, tile = group.unit() - sample_number * tiles;
   const HeldChannels held(p, t, tile);
   const TileOf<T, kLayout> block(p, t, held, group.rank());
 
@@ -101,9 +102,10 @@ __global__ void __launch_bounds__(kMostThreads, 65536 / kMostThreads / kBackward
   using A = Accumulator<T>;
   const Problem& p = b.problem;
   const auto flag = shared_array<uint32_t>(s.flag, 1);
-  const int64_t order = start_order(t, work.counters, flag);
+  const int order = start_order(t, work.counters, flag);
   Group<A> group(t, order, work);
-  const int64_t sample = group.unit() / t.tiles, tile = group.unit() % t.tiles;
+  const int tiles = int(t.tiles), sample_number = group.unit() / tiles;
+  const int64_t sample = sample_number, tile = group.unit() - sample_number * tiles;
   const HeldChannels held(p, t, tile);
   const TileOf<T, kLayout> block(p, t, held, group.rank());
 
@@ -150,6 +152,13 @@ __global__ void __launch_bounds__(kMostThreads, 65536 / kMostThreads / kBackward
   group.done_reading();
   block_barrier();
 
+  // Before the stores of dx, behind which the wait for the other blocks' numbers hides.
+  const A* const mean = static_cast<const A*>(b.mean);
+  const DweightTile dweight_tile{sample, tile, t.tiles, held.begin, held.own};
+  const bool last = b.dweight && group.rank() == 0 &&
+                    contribute_to_dweight<T>(p, work, mean, dweight_tile, flag,
+                                             [&](int c) { return dz.get(c + t.pad); });
+
   if (b.dx.data) {
     const auto gates = shared_array<A>(s.gate, t.tile), shifts = shared_array<A>(s.shift, t.tile);
     const Taps<T> taps(p, b.weight);
@@ -181,9 +190,7 @@ __global__ void __launch_bounds__(kMostThreads, 65536 / kMostThreads / kBackward
           store(static_cast<T*>(b.dx.data) + offset, dx);
         });
   }
-  if (b.dweight && group.rank() == 0)
-    add_dweight<T>(p, work, static_cast<const A*>(b.mean), b.dweight, sample, tile, t.tiles,
-                   held.begin, held.own, flag, [&](int c) { return dz.get(c + t.pad); });
+  if (last) finish_dweight<T>(p, work, mean, b.dweight, dweight_tile);
   group.finish();
 }
 

@@ -331,9 +331,12 @@ __global__ void __launch_bounds__(kMostThreads) sum_dweight(Backward b, Tiling t
   const int64_t sample = block_index() / t.tiles, tile = block_index() % t.tiles;
   const int64_t begin = tile * t.tile;
   const A* const dz = static_cast<const A*>(work.dz) + sample * p.channels + begin;
-  add_dweight<T>(p, work, static_cast<const A*>(b.mean), b.dweight, sample, tile, t.tiles, begin,
-                 int(min(int64_t(t.tile), p.channels - begin)), shared_array<uint32_t>(0, 1),
-                 [&](int c) { return value_at(dz + c); });
+  const A* const mean = static_cast<const A*>(b.mean);
+  const DweightTile here{sample, tile, t.tiles, begin,
+                         int(min(int64_t(t.tile), p.channels - begin))};
+  if (contribute_to_dweight<T>(p, work, mean, here, shared_array<uint32_t>(0, 1),
+                               [&](int c) { return value_at(dz + c); }))
+    finish_dweight<T>(p, work, mean, b.dweight, here);
 }
 
 }  // namespace eca::cuda
