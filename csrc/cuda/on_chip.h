@@ -16,10 +16,10 @@ namespace eca::cuda {
 template <class T, Layout kLayout>
 using TileOf = std::conditional_t<kLayout == Layout::kPlanes, Planes<T>, Pixels<T>>;
 
-// Per element of a vector: the gate, and what is added to gate * dy.
-template <class A, int V>
+// Of a channel: the gate, and what is added to gate * dy.
+template <class A>
 struct GateAndShift {
-  Vector<A, V> gate, shift;
+  A gate, shift;
 };
 
 template <class T, Layout kLayout, class Epilogue>
@@ -80,14 +80,7 @@ __global__ void __launch_bounds__(kMostThreads, 65536 / kMostThreads / kForwardR
   block_barrier();
 
   block.for_each(
-      t, f.y, sample, place,
-      [&](const auto& channels) {
-        constexpr int V = sizeof(channels) / sizeof(int);
-        Vector<A, V> gate;
-#pragma unroll
-        for (int e = 0; e < V; ++e) gate.element[e] = gates.get(channels.element[e]);
-        return gate;
-      },
+      t, f.y, sample, place, [&](int c) { return gates.get(c); },
       [&](const auto& gate, int i, int64_t offset) {
         constexpr int V = sizeof(gate) / sizeof(A);
         const Vector<T, V> v = x.template load<V>(block.on_chip(i, place));
@@ -168,25 +161,15 @@ __global__ void __launch_bounds__(kMostThreads, 65536 / kMostThreads / kBackward
     }
     block_barrier();
     block.for_each(
-        t, b.dx, sample, place,
-        [&](const auto& channels) {
-          constexpr int V = sizeof(channels) / sizeof(int);
-          GateAndShift<A, V> values;
-#pragma unroll
-          for (int e = 0; e < V; ++e) {
-            values.gate.element[e] = gates.get(channels.element[e]);
-            values.shift.element[e] = shifts.get(channels.element[e]);
-          }
-          return values;
-        },
+        t, b.dx, sample, place, [&](int c) { return GateAndShift<A>{gates.get(c), shifts.get(c)}; },
         [&](const auto& values, int i, int64_t offset) {
-          constexpr int V = sizeof(values.gate) / sizeof(A);
+          constexpr int V = sizeof(values) / sizeof(GateAndShift<A>);
           const Vector<T, V> g = dy.template load<V>(block.on_chip(i, place));
           Vector<T, V> dx;
 #pragma unroll
           for (int e = 0; e < V; ++e)
-            dx.element[e] = narrow<T>(values.gate.element[e] * epilogue.gradient(g.element[e]) +
-                                      values.shift.element[e]);
+            dx.element[e] = narrow<T>(values.element[e].gate * epilogue.gradient(g.element[e]) +
+                                      values.element[e].shift);
           store(static_cast<T*>(b.dx.data) + offset, dx);
         });
   }

@@ -184,11 +184,11 @@ class Planes {
   }
 
   // What this block holds of the tile itself, in vectors where it lies alike on chip and in `to`.
-  // prepare(channels) makes what body needs of the channels, counted from the tile's first, of V
-  // elements; body(prepared, i, offset) handles them, which lie from `offset` on in `to`.
-  template <class Prepare, class Body>
-  __device__ void for_each(const Tiling&, const Map& to, int64_t sample, int place, Prepare prepare,
-                           Body body) const {
+  // of_channel(c) gives what body needs of a channel, counted from the tile's first; body(values, i,
+  // offset) handles the elements from i on, one for each of the values, from `offset` on in `to`.
+  template <class OfChannel, class Body>
+  __device__ void for_each(const Tiling& t, const Map& to, int64_t sample, int place,
+                           OfChannel of_channel, Body body) const {
     constexpr int V = kVector<T>;
     const int begin = max(begin_, c_.halo * pixels_);
     const int count = min(end_, (c_.halo + c_.own) * pixels_) - begin;
@@ -198,27 +198,49 @@ class Planes {
     const int there = place_in_line(static_cast<const T*>(to.data) + offset);
     const bool alike = on_chip(begin, place) % V == there;
     const int head = alike ? min(count, (V - there) % V) : count;
-    const int body_count = (count - head) / V * V;
-    for (int e = head + thread_index() * V; e < head + body_count; e += thread_count() * V)
-      body(prepare(channels_from<V>(begin + e)), begin + e, offset + e);
+    const int body_count = (count - head) / V * V, step = thread_count() * V;
+    Position at(begin + head + thread_index() * V - c_.halo * pixels_, pixels_);
+    const Position ahead(step, pixels_);
+    for (int e = head + thread_index() * V; e < head + body_count; e += step) {
+      body(values_from<V>(at, t.vectors, of_channel), begin + e, offset + e);
+      at.move(ahead, pixels_);
+    }
     for (int e = thread_index(); e < count - body_count; e += thread_count()) {
       const int single = e < head ? e : e + body_count;
-      body(prepare(channels_from<1>(begin + single)), begin + single, offset + single);
+      const Position here(begin + single - c_.halo * pixels_, pixels_);
+      body(values_from<1>(here, true, of_channel), begin + single, offset + single);
     }
   }
 
  private:
-  // The channels, counted from the tile's first, of V elements.
-  template <int V>
-  __device__ Vector<int, V> channels_from(int i) const {
-    Vector<int, V> channels;
-    int c = i / pixels_ - c_.halo, pixel = i % pixels_;
+  // An element by its channel, counted from the tile's first, and its pixel.
+  struct Position {
+    int channel, pixel;
+
+    __device__ Position(int i, int pixels) : channel(i / pixels), pixel(i - channel * pixels) {}
+
+    // Without a division, of which one for each vector would be the most of the work.
+    __device__ void move(const Position& by, int pixels) {
+      channel += by.channel;
+      pixel += by.pixel;
+      if (pixel >= pixels) pixel -= pixels, ++channel;
+    }
+  };
+
+  // What of_channel gives for V elements. In one plane, that is one value.
+  template <int V, class OfChannel>
+  __device__ auto values_from(const Position& from, bool one_plane, OfChannel of_channel) const {
+    auto value = of_channel(from.channel);
+    Vector<decltype(value), V> values;
+    int channel = from.channel, pixel = from.pixel;
 #pragma unroll
     for (int e = 0; e < V; ++e) {
-      channels.element[e] = c;
-      if (++pixel == pixels_) pixel = 0, ++c;
+      values.element[e] = value;
+      if (one_plane || ++pixel < pixels_) continue;
+      pixel = 0;
+      if (++channel < c_.own) value = of_channel(channel);
     }
-    return channels;
+    return values;
   }
 
   HeldChannels c_;
@@ -312,25 +334,24 @@ class Pixels {
     }
   }
 
-  template <class Prepare, class Body>
+  template <class OfChannel, class Body>
   __device__ void for_each(const Tiling& t, const Map& to, int64_t sample, int /* place */,
-                           Prepare prepare, Body body) const {
-    if (t.vectors) each<kVector<T>>(to, sample, prepare, body);
-    else each<1>(to, sample, prepare, body);
+                           OfChannel of_channel, Body body) const {
+    if (t.vectors) each<kVector<T>>(to, sample, of_channel, body);
+    else each<1>(to, sample, of_channel, body);
   }
 
  private:
-  template <int V, class Prepare, class Body>
-  __device__ void each(const Map& to, int64_t sample, Prepare prepare, Body body) const {
+  template <int V, class OfChannel, class Body>
+  __device__ void each(const Map& to, int64_t sample, OfChannel of_channel, Body body) const {
     const ColumnLanes lanes(c_.own / V);
     for (int column = lanes.column; column < lanes.columns; column += lanes.column_count) {
-      Vector<int, V> channels;
+      Vector<decltype(of_channel(0)), V> values;
 #pragma unroll
-      for (int e = 0; e < V; ++e) channels.element[e] = column * V + e;
-      const auto prepared = prepare(channels);
+      for (int e = 0; e < V; ++e) values.element[e] = of_channel(column * V + e);
       const int64_t offset = sample * to.sample_stride + c_.begin + column * V;
       for (int row = begin_ + lanes.row; row < end_; row += lanes.row_count)
-        body(prepared, row * c_.held + c_.halo + column * V, offset + row * to.row_stride);
+        body(values, row * c_.held + c_.halo + column * V, offset + row * to.row_stride);
     }
   }
 
