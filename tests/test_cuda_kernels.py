@@ -302,6 +302,36 @@ def test_traffic_of_resnet50(gpu, shape, k, layout, dtype):
         assert abs(everything / outcome.plan["dram_bytes"] - 1) <= 0.02, outcome.plan
 
 
+@pytest.mark.parametrize(
+    ("wish", "of"),
+    [(Wish(16, 4, 128), H200), (Wish(16, 2, 128), A100), (Wish(0, 8, 128), H200), (None, A100)],
+    ids=["clusters", "groups", "all channels", "A100's own"],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_traffic_is_what_the_planner_models(gpu, wish, of, layout):
+    """For other plans, GPUs and batches: the sums that groups exchange are not worth modelling."""
+    case = make_case((3, 64, 2304), 5, torch.bfloat16, layout)
+    if wish is not None and wish.tile == 0:
+        wish = replace(wish, tile=64)
+    done = run(gpu, case, layout, wish, of, count=True)
+    assert done is not None
+    for outcome in done[1]:
+        assert outcome.plan["launches"] == 1
+        everything = counted_bytes(outcome, list(outcome.traffic[0]["buffers"]))
+        assert abs(everything / outcome.plan["dram_bytes"] - 1) <= 0.02, outcome.plan
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_traffic_of_two_passes(gpu, layout):
+    """Every launch for itself: what the second pass reads again is what the model gives L2."""
+    case = make_case((3, 64, 2304), 5, torch.bfloat16, layout)
+    done = run(gpu, case, layout, Wish(two_passes=True), count=True)
+    assert done is not None
+    for outcome in done[1]:
+        everything = counted_bytes(outcome, list(outcome.traffic[0]["buffers"]))
+        assert abs(everything / outcome.plan["l2_bytes"] - 1) <= 0.02, outcome.plan
+
+
 # The planner's choice for a large batch on an H200, read off its plan for 256 samples.
 STREAMS = [
     ("contiguous", (256, 784), Wish(16, 1, 128)),

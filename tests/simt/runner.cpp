@@ -118,7 +118,8 @@ std::string describe(const Plan& plan) {
          ", \"launches\": " + std::to_string(plan.launches) +
          ", \"chunk\": " + std::to_string(t.chunk) + ", \"parts\": " + std::to_string(t.parts) +
          ", \"map_bytes\": " + std::to_string(plan.map_bytes) +
-         ", \"dram_bytes\": " + std::to_string(plan.dram_bytes) + "}";
+         ", \"dram_bytes\": " + std::to_string(plan.dram_bytes) +
+         ", \"l2_bytes\": " + std::to_string(plan.l2_bytes) + "}";
 }
 
 const char* name_of(simt::Direction direction) {
