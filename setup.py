@@ -135,7 +135,8 @@ def extension(toolkit: Toolkit | None) -> "Extension":
     if toolkit:
         os.environ["CUDA_HOME"] = str(toolkit.home)
         # Left to itself, torch builds for the GPUs it sees, and fails where it sees none.
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures(toolkit.version))
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(toolkit.version)
     import pybind11
 
     logging.disable(logging.WARNING)  # torch warns that it sees no GPU, which a build does not need

@@ -8,8 +8,8 @@
 # ok, FAILED, or "not available" with the reason; a part that fails does not keep the next from
 # running. The exit status is 0 if none failed. Settings of the card are read and never changed.
 #
-#   PYTHON=python3                the Python with torch; needs numpy, pytest, ninja, pybind11
-#   ECA_FUSED_GPU_SECONDS=530     when no more part is started; a part under way ends soon after
+#   PYTHON=python3                the Python with torch; needs pytest, ninja, pybind11
+#   ECA_FUSED_GPU_SECONDS=480     when no more part is started; a part under way ends soon after
 #   ECA_FUSED_COMMIT=...          the commit for the results, where there is no .git
 #
 # shellcheck disable=SC2329  # the parts are called by their names
@@ -19,7 +19,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 here=$PWD
 cd "$root" || exit 2
 python=${PYTHON:-python3}
-budget=${ECA_FUSED_GPU_SECONDS:-530}
+budget=${ECA_FUSED_GPU_SECONDS:-480}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 usual_parts=(build tests plans determinism graphs devices triton sanitizer profile bench)

@@ -1,5 +1,6 @@
 """Tables and a picture from a result file of gpu_bench.py; report.py is the script."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,11 @@ def markdown(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Every contender's share of the copy's speed, over the size of the layer's ideal bytes."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed", file=sys.stderr)
+        return
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

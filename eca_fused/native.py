@@ -5,6 +5,7 @@ backend is a module that has these four.
 """
 
 import functools
+import re
 
 import torch
 
@@ -58,10 +59,13 @@ def runs_on(capability: tuple[int, int], compiled: str) -> bool:
 
     Args:
         capability: major and minor version.
-        compiled: as in TORCH_CUDA_ARCH_LIST, for example "7.5;8.0;12.0+PTX".
+        compiled: as in TORCH_CUDA_ARCH_LIST, for example "7.5;8.0;12.0+PTX" or "8.0 9.0". Of a name
+            such as "Hopper" the best is assumed.
     """
-    for name in compiled.split(";"):
+    for name in re.split(r"[; ]+", compiled.strip()):
         number, _, ptx = name.partition("+")
+        if not number[:1].isdigit():
+            return True
         major, minor = (int(part) for part in number.rstrip("af").split("."))
         if (major, minor) == capability:
             return True

@@ -139,6 +139,9 @@ def test_auto_without_either_gives_both_reasons(monkeypatch, no_warning_yet):
         ((7, 0), "7.5+PTX", False),
         ((9, 0), "9.0a", True),
         ((10, 3), "10.0a+PTX", False),
+        ((9, 0), "8.0 9.0", True),
+        ((10, 0), "8.0 9.0", False),
+        ((9, 0), "Ampere;Hopper", True),
     ],
 )
 def test_architectures_that_run(capability, compiled, runs):
