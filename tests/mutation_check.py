@@ -4,7 +4,7 @@
 
 Each fault is written into a copy of the sources, which is built for the host and put through a
 quick version of tests/test_cuda_kernels.py. Not part of the test suite: every fault needs a build,
-a quarter of an hour in all on two cores.
+six minutes in all on two cores.
 """
 
 import shutil
