@@ -9,7 +9,6 @@ namespace eca {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
 
 int32_t power_of_two_up_to(int64_t n) {

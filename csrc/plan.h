@@ -109,6 +109,8 @@ struct WorkspaceLayout {
 
 WorkspaceLayout workspace_layout(const Problem& problem, Pass pass, const Plan& plan);
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline int32_t size_of(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }

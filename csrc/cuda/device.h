@@ -158,6 +158,8 @@ class Shared {
     if constexpr (sizeof(T) == 8)
       asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(value) : "r"(theirs) : "memory");
     else asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(theirs) : "memory");
+#else
+    __trap();
 #endif
     return value;
   }

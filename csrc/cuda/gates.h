@@ -13,6 +13,13 @@ __device__ inline A sigmoid(A z) {
   return (z < 0 ? e : A(1)) / (A(1) + e);
 }
 
+// The channel at position c, which may lie beyond the first or last; -1 where the padding is zero.
+__device__ inline int64_t channel_at(int64_t c, int64_t channels, bool circular) {
+  if (c >= 0 && c < channels) return c;
+  if (!circular) return -1;
+  return c < 0 ? c + channels : c - channels;
+}
+
 // A window on the channels of a map: `count` of them around `own`, at whose ends are pads.
 // Number i of it is channel begin - pad + i.
 struct Window {
@@ -24,10 +31,7 @@ struct Window {
 
   // The channel of number i, or -1 where there is none.
   __device__ int64_t channel(int i) const {
-    const int64_t c = begin - pad + i;
-    if (c >= 0 && c < channels) return c;
-    if (!circular) return -1;
-    return c < 0 ? c + channels : c - channels;
+    return channel_at(begin - pad + i, channels, circular);
   }
 };
 
@@ -61,10 +65,8 @@ __device__ inline A convolve_transposed(const Window& w, const Taps<T>& taps, Sh
 // The mean that tap j of channel c is multiplied with, 0 beyond the ends.
 template <class A>
 __device__ inline A mean_under_tap(const Problem& p, const A* means, int64_t c, int64_t j) {
-  const int64_t from = c + j - p.kernel_size / 2;
-  if (from >= 0 && from < p.channels) return value_at(means + from);
-  if (!p.circular) return 0;
-  return value_at(means + (from < 0 ? from + p.channels : from - p.channels));
+  const int64_t from = channel_at(c + j - p.kernel_size / 2, p.channels, p.circular);
+  return from < 0 ? A(0) : value_at(means + from);
 }
 
 template <class A>

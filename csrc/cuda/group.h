@@ -27,10 +27,12 @@ class Group {
   __device__ Group(const Tiling& t, int order, const Workspace& work)
       : exchange_(t.exchange), size_(t.group), held_(t.held), unit_(order / t.group),
         rank_(order - unit_ * t.group), counter_(work.counters.group(t.tiles, unit_)),
-        sums_(static_cast<A*>(work.sums) + int64_t(order - rank_) * t.held) {}
+        sums_(static_cast<A*>(work.sums) + int64_t(order - rank_) * t.held),
+        sample_(unit_ / int(t.tiles)), tile_(unit_ - sample_ * int(t.tiles)) {}
 
   __device__ int rank() const { return rank_; }
-  __device__ int unit() const { return unit_; }
+  __device__ int sample() const { return sample_; }
+  __device__ int tile() const { return tile_; }
 
   // After this, total() of what every block of the group has in `sums`. By all threads.
   __device__ void exchange(Shared<A> sums, int count) {
@@ -83,6 +85,7 @@ class Group {
   int size_, held_, unit_, rank_;
   uint32_t* counter_;
   A* sums_;
+  int sample_, tile_;
 };
 
 }  // namespace eca::cuda

@@ -20,8 +20,6 @@ inline Launch launch_of(const Plan& plan, const Memory& memory) {
           static_cast<Stream>(memory.stream)};
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Strategy C's launches over one chunk of samples.
 struct ChunkLaunches {
   Launch sums, gates, rescale;

@@ -28,10 +28,8 @@ __global__ void __launch_bounds__(kMostThreads, 65536 / kMostThreads / kForwardR
   using A = Accumulator<T>;
   const Problem& p = f.problem;
   const auto flag = shared_array<uint32_t>(s.flag, 1);
-  const int order = start_order(t, work.counters, flag);
-  Group<A> group(t, order, work);
-  const int tiles = int(t.tiles), sample_number = group.unit() / tiles;
-  const int64_t sample = sample_number, tile = group.unit() - sample_number * tiles;
+  Group<A> group(t, start_order(t, work.counters, flag), work);
+  const int64_t sample = group.sample(), tile = group.tile();
   const HeldChannels held(p, t, tile);
   const TileOf<T, kLayout> block(p, t, held, group.rank());
 
@@ -95,10 +93,8 @@ __global__ void __launch_bounds__(kMostThreads, 65536 / kMostThreads / kBackward
   using A = Accumulator<T>;
   const Problem& p = b.problem;
   const auto flag = shared_array<uint32_t>(s.flag, 1);
-  const int order = start_order(t, work.counters, flag);
-  Group<A> group(t, order, work);
-  const int tiles = int(t.tiles), sample_number = group.unit() / tiles;
-  const int64_t sample = sample_number, tile = group.unit() - sample_number * tiles;
+  Group<A> group(t, start_order(t, work.counters, flag), work);
+  const int64_t sample = group.sample(), tile = group.tile();
   const HeldChannels held(p, t, tile);
   const TileOf<T, kLayout> block(p, t, held, group.rank());
 

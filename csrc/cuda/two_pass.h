@@ -192,14 +192,6 @@ inline __device__ bool find_channel(const Problem& p, const Chunk& chunk, int64_
   return i < chunk.count * p.channels;
 }
 
-// Channel c + step of a map, -1 where there is none.
-__device__ inline int64_t neighbour(const Problem& p, int64_t c, int64_t step) {
-  const int64_t to = c + step;
-  if (to >= 0 && to < p.channels) return to;
-  if (!p.circular) return -1;
-  return to < 0 ? to + p.channels : to - p.channels;
-}
-
 // mean and gate (samples, channels), of all samples.
 template <class T>
 __global__ void __launch_bounds__(kMostThreads)
@@ -212,7 +204,7 @@ __global__ void __launch_bounds__(kMostThreads)
   const A* const sums = static_cast<const A*>(work.sums);
   A z = 0;
   for (int64_t j = thread_index() % 32; j < taps.size(); j += 32) {
-    const int64_t from = neighbour(p, c, j - taps.size() / 2);
+    const int64_t from = channel_at(c + j - taps.size() / 2, p.channels, p.circular);
     if (from >= 0) z += taps.get(c, j) * (total_of_parts(p, t, sums, sample, from) / A(p.pixels));
   }
   z = warp_sum(z);
@@ -238,7 +230,7 @@ __global__ void __launch_bounds__(kMostThreads)
   };
   A dm = 0;
   for (int64_t j = thread_index() % 32; j < taps.size(); j += 32) {
-    const int64_t from = neighbour(p, c, taps.size() / 2 - j);
+    const int64_t from = channel_at(c - j + taps.size() / 2, p.channels, p.circular);
     if (from >= 0) dm += taps.get(from, j) * dz_of(from);
   }
   dm = warp_sum(dm);
