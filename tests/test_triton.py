@@ -279,18 +279,26 @@ SUITE = [
     "test_values.py",
     "test_gradients.py",
     "test_layouts.py",
+    "test_layer.py",
+    "test_operators.py",
+    "test_errors.py",
+    "test_sensitivity.py",
     "test_triton_operators.py",
 ]
 # What the interpreter does badly: up to minutes each, for what the CPU's caches or threads would
-# notice, what repeats a call for every element, and what runs often on one case; and counting
-# copies, because it copies every argument itself (test_views_are_read_in_place stands in for that).
+# notice, what repeats a call for every element, what runs often on one case or on a large map, and
+# the CPU kernels of other processors; and counting copies, because it copies every argument itself
+# (test_views_are_read_in_place stands in for that).
 LEFT_OUT = [
     "larger_than_the_caches",
     "number_of_threads",
     "long_sum",
     "random_views",
     "finite_differences",
+    "doctest",
+    "network_learns",
     "one_input_frozen",
+    "other_processors",
     "every_run",
     "taps_than_a_tile",
     "are_read_in_place",
@@ -319,12 +327,11 @@ class Sample:
 @pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
 def test_the_common_suite_in_the_interpreter():
     whole = os.environ.get("ECA_FUSED_TRITON_SUITE") == "whole"
-    plugins = "[]" if whole else "[Sample(37)]"
     files = [*SUITE, "test_fuzz.py"] if whole else SUITE
     code = (
         "import sys, pytest\nfrom test_triton import Sample\n"
         f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--durations=5', *{files}], "
-        f"plugins={plugins}))"
+        f"plugins=[Sample({1 if whole else 17})]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
