@@ -227,8 +227,9 @@ part_bench() {
     return
   fi
   compile=$((seconds * 2 / 5))
-  limited $((seconds + 60)) "$python" benchmarks/gpu_bench.py --seconds "$seconds" \
-    --compile-seconds "$compile" --output "$dir/bench.json"
+  limited $((seconds + 60)) "$python" benchmarks/microbench.py --device cuda --seconds "$seconds" \
+    --direction forward backward 'forward and backward' --compile-seconds "$compile" \
+    --output "$dir/bench.json"
   status=$?
   if [ -s "$dir/bench.json" ]; then
     limited 40 "$python" benchmarks/report.py "$dir/bench.json" --plot "$dir/bench.png" \
@@ -238,9 +239,9 @@ part_bench() {
     sed -n '1,24p' "$dir/table.md"
   fi
   layers=$("$python" -c 'import json, sys
-print(len(json.load(open(sys.argv[1]))["cases"]))' "$dir/bench.json" 2>/dev/null)
-  if [ "$status" -eq 0 ]; then verdict "ok: ${layers:-no} layers"
-  else verdict "FAILED: status $status, ${layers:-no} layers"
+print(len(json.load(open(sys.argv[1]))["rows"]))' "$dir/bench.json" 2>/dev/null)
+  if [ "$status" -eq 0 ]; then verdict "ok: ${layers:-no} rows"
+  else verdict "FAILED: status $status, ${layers:-no} rows"
   fi
 }
 

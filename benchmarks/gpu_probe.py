@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import gpu_bench
 import torch
-from gpu_bench import Case
+from cases import Case
+from plans import native_module, plan_of
 
 import eca_fused
 
@@ -40,7 +40,7 @@ READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 
 
 def wish(sizes: Wish | None) -> None:
-    gpu_bench.native_module().wish(*(sizes or (None,)))
+    native_module().wish(*(sizes or (None,)))
 
 
 def small() -> int:
@@ -96,7 +96,7 @@ def large(output: Path) -> int:
     done: list[dict[str, Any]] = []
     profiler: Any = torch.cuda.profiler
     for case, sizes in large_calls():
-        x, dy = gpu_bench.random_map(case), gpu_bench.random_map(case)
+        x, dy = case.random_map("cuda"), case.random_map("cuda")
         weight = torch.randn(1, 1, case.k, device="cuda", dtype=x.dtype)
         wish(sizes)
         y, mean, gate = ops.forward(x, weight, False)
@@ -111,7 +111,7 @@ def large(output: Path) -> int:
             call()
             torch.cuda.synchronize()
             profiler.stop()
-            plan = gpu_bench.plan_of(case, direction == "backward", sizes)
+            plan = plan_of(case, direction == "backward", sizes)
             ideal = case.ideal_bytes(direction)
             done.append({**asdict(case), "direction": direction, "plan": plan, "ideal": ideal})
         wish(None)

@@ -2,8 +2,8 @@
 
 A contender's calls, one for each of several distinct inputs, are captured into one CUDA graph, in
 which each has an output of its own. Together the maps are several times as large as the L2 cache,
-so a call finds nothing there of what an earlier one left. Replays of all contenders are then timed
-by events, in turn. What the host does takes no part in these times.
+so a call finds nothing there of what an earlier one left. Replays are timed by events. What the
+host does takes no part in these times.
 """
 
 import gc
@@ -13,12 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from harness import statistics_of
 from torch import Tensor
 
 Call = Callable[[], tuple[Tensor, ...]]
 
-WARM_UP_ROUNDS = 2
 LONGEST_ROTATION = 768  # calls in a graph; capturing one takes the host some 50 us
 
 
@@ -80,16 +78,18 @@ class Recording:
         self.graph.replay()
 
     def poison(self) -> None:
-        """Fill the outputs with NaN, which whatever a replay does not write will keep."""
-        with torch.no_grad():
-            for outputs in self.outputs:
-                for tensor in outputs:
-                    tensor.fill_(float("nan"))
+        fill_with_nan(self.outputs)
+
+    def forget(self) -> None:
+        """The outputs are the graph's: they stay."""
 
 
-def once(recording: Recording) -> float:
-    """Milliseconds of one replay."""
-    return sample(recording, 1)
+def fill_with_nan(outputs: Sequence[tuple[Tensor, ...]]) -> None:
+    """So that whatever a call does not write is found."""
+    with torch.no_grad():
+        for tensors in outputs:
+            for tensor in tensors:
+                tensor.fill_(float("nan"))
 
 
 def sample(recording: Recording, replays: int) -> float:
@@ -107,54 +107,6 @@ def sample(recording: Recording, replays: int) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / replays
-
-
-def interleaved_replays(
-    recordings: dict[str, Recording],
-    rounds: int,
-    shortest_ms: float = 0.3,
-    budget_ms: float = 800,
-    fewest: int = 7,
-) -> dict[str, list[float]]:
-    """Microseconds of a call of each contender, one sample a round, all of them in every round.
-
-    Each round starts with another contender. A sample lasts `shortest_ms` or longer. Rounds that
-    would together take longer than `budget_ms` are left out, down to the fewest.
-    """
-    names = list(recordings)
-    ms = {name: once(recording) for name, recording in recordings.items()}
-    replays = {name: max(1, math.ceil(shortest_ms / max(ms[name], 1e-3))) for name in names}
-    round_ms = sum((replays[name] + 1) * ms[name] for name in names)
-    rounds = min(rounds, max(fewest, int(budget_ms / max(round_ms, 1e-3))))
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(rounds + WARM_UP_ROUNDS):
-        first = round_ % len(names)
-        for name in names[first:] + names[:first]:
-            recording = recordings[name]
-            us = 1e3 * sample(recording, replays[name]) / recording.calls
-            if round_ >= WARM_UP_ROUNDS:
-                samples[name].append(us)
-    return samples
-
-
-def summarise_calls(samples: dict[str, list[float]], ideal_bytes: int) -> dict[str, Any]:
-    """Statistics of every contender: us of a call, GB/s of ideal bytes, ratios round by round.
-
-    of_copy is the copy's time over the contender's, its share of the copy's speed; times_ours is
-    the contender's time over that of our CUDA kernels.
-    """
-    found: dict[str, Any] = {}
-    for name, values in samples.items():
-        us = statistics_of(values)
-        entry: dict[str, Any] = {"us": us, "gbps": ideal_bytes / us["median"] / 1e3}
-        if "copy" in samples:
-            pairs = zip(samples["copy"], values, strict=True)
-            entry["of_copy"] = statistics_of([copy / own for copy, own in pairs])
-        if "native" in samples:
-            pairs = zip(values, samples["native"], strict=True)
-            entry["times_ours"] = statistics_of([own / ours for own, ours in pairs])
-        found[name] = entry
-    return found
 
 
 def profiled_us(recording: Recording, replays: int = 3) -> float | None:

@@ -1,16 +1,21 @@
-"""What the benchmark scripts share: interleaved rounds, statistics, the machine's description."""
+"""What the benchmark scripts share: interleaved rounds, statistics, machine, options, progress."""
 
+import argparse
+import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from devices import DEVICES, Device, DryRun, Recording
 
 import eca_fused
 from eca_fused.demo.environment import commit, cpu_model
@@ -23,6 +28,10 @@ RECYCLED_HEAP = {
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_TOP_PAD_": str(1 << 30),
 }
+WARM_UP_ROUNDS = 2
+T = TypeVar("T")
+
+# ---- the machine ----
 
 
 def restart_with_malloc(setting: str) -> None:
@@ -34,10 +43,11 @@ def restart_with_malloc(setting: str) -> None:
     os.execve(sys.executable, [sys.executable, *sys.argv], env)
 
 
-def machine() -> dict[str, Any]:
+def machine(device: Device) -> dict[str, Any]:
     """What a result depends on, for the result file."""
-    return {
-        "device": "cpu",
+    found = {
+        "device": device.kind,
+        "dry_run": isinstance(device, DryRun),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -51,6 +61,7 @@ def machine() -> dict[str, Any]:
         "commit": commit() or os.environ.get("ECA_FUSED_COMMIT") or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
+    return found | gpu() if device.kind == "cuda" and not found["dry_run"] else found
 
 
 def gpu() -> dict[str, Any]:
@@ -61,13 +72,13 @@ def gpu() -> dict[str, Any]:
     except PackageNotFoundError:
         triton = None
     return {
-        "device": "cuda",
         "gpu": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
         "triton": triton,
+        "tf32": torch.backends.cudnn.allow_tf32,
         **nvidia_smi(),
     }
 
@@ -84,48 +95,120 @@ def nvidia_smi() -> dict[str, str]:
     return dict(zip(("driver", *fields[1:]), values, strict=False))
 
 
+# ---- times ----
+
+
 def statistics_of(values: list[float]) -> dict[str, float]:
     return asdict(Spread.of(values))
 
 
-Step = Callable[..., Any]
-
-
 def interleaved(
-    steps: dict[str, tuple[Step, Step]], rounds: int, repeat: int = 1
+    sample: Callable[[str], float], names: list[str], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each step, one sample a round, all steps in turn in every round.
+    """Samples of each name, one a round, all of them in every round.
 
-    Machines that others share drift: only what was measured side by side can be compared.
-
-    Args:
-        steps: for each name, what to do before (not timed; its result is kept alive), and the step,
-            which gets that result.
-        rounds: samples of each step, after two rounds that do not count.
-        repeat: calls of a step in one sample, for steps too short for the clock.
+    Machines that others share drift: only what was measured side by side can be compared. Each
+    round starts with another name, and the first rounds do not count.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(rounds + 2):
-        for name, (prepare, step) in steps.items():
-            state = prepare()
-            start = time.perf_counter()
-            for _ in range(repeat):
-                result = step(state)
-            elapsed = (time.perf_counter() - start) / repeat
-            del result, state
-            if round_ >= 2:
-                seconds[name].append(elapsed)
-    return seconds
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(rounds + WARM_UP_ROUNDS):
+        first = round_ % len(names)
+        for name in names[first:] + names[:first]:
+            value = sample(name)
+            if round_ >= WARM_UP_ROUNDS:
+                found[name].append(value)
+    return found
 
 
-def summarise(seconds: dict[str, list[float]]) -> dict[str, Any]:
-    """Statistics of every step in ms, and of the ratio of its time to ours, round by round."""
-    return {
-        name: {
-            "ms": statistics_of([1e3 * s for s in values]),
-            "times_ours": statistics_of(
-                [s / o for s, o in zip(values, seconds["native"], strict=True)]
-            ),
-        }
-        for name, values in seconds.items()
-    }
+def call_times(
+    device: Device,
+    recordings: dict[str, Recording],
+    rounds: int,
+    budget_ms: float | None = None,
+) -> dict[str, list[float]]:
+    """Microseconds of a call of each recording, interleaved.
+
+    A sample lasts device.shortest_ms or longer. Rounds that would together take longer than
+    budget_ms (device.budget_ms if it is not given) are left out, down to the fewest.
+    """
+    ms = {name: device.sample(recording, 1) for name, recording in recordings.items()}
+    replays = {name: max(1, math.ceil(device.shortest_ms / max(ms[name], 1e-3))) for name in ms}
+    round_ms = sum((replays[name] + 1) * ms[name] for name in ms)
+    rounds = min(
+        rounds,
+        max(device.fewest_rounds, int((budget_ms or device.budget_ms) / max(round_ms, 1e-3))),
+    )
+
+    def sample(name: str) -> float:
+        recording = recordings[name]
+        return 1e3 * device.sample(recording, replays[name]) / recording.calls
+
+    return interleaved(sample, list(recordings), rounds)
+
+
+def summarise(samples: dict[str, list[float]], ideal_bytes: int | None = None) -> dict[str, Any]:
+    """Statistics of every contender: us of a call, GB/s of ideal bytes, ratios round by round.
+
+    of_copy is the copy's time over the contender's, its share of the copy's speed; times_ours is
+    the contender's time over that of our native kernels.
+    """
+    found: dict[str, Any] = {}
+    for name, values in samples.items():
+        us = statistics_of(values)
+        entry: dict[str, Any] = {"us": us}
+        if ideal_bytes is not None:
+            entry["gbps"] = ideal_bytes / us["median"] / 1e3
+        for ratio, other, inverse in (("of_copy", "copy", True), ("times_ours", "native", False)):
+            if other in samples:
+                pairs = zip(samples[other], values, strict=True)
+                entry[ratio] = statistics_of([o / v if inverse else v / o for o, v in pairs])
+        found[name] = entry
+    return found
+
+
+# ---- scripts ----
+
+
+def reason_of(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """The options that all scripts have."""
+    parser.add_argument("--device", choices=DEVICES, help="default: the GPU, if there is one")
+    parser.add_argument("--threads", type=int, help="of the CPU (default: as PyTorch chooses)")
+    parser.add_argument(
+        "--malloc", choices=["recycled", "default"], default="recycled",
+        help="of glibc, on a CPU: default takes new pages for every large output",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"samples (default {rounds})")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--plot", type=Path, help="picture to write")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Set malloc and threads, before anything is measured; may start this process anew."""
+    if args.device == "cpu" or (args.device is None and not torch.cuda.is_available()):
+        restart_with_malloc(args.malloc)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+
+def progress(items: Iterable[T], total: int) -> Iterator[T]:
+    """The items, with a progress bar on stderr where there is a terminal and tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield from items
+        return
+    yield from tqdm(items, total=total, file=sys.stderr, disable=None, leave=False)
+
+
+def write(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a result, by way of another file: whoever reads it finds a whole one."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(path)

@@ -1,163 +1,310 @@
-"""Times ECA layers, forward and backward, on the CPU: ours, plain PyTorch, torch.compile, a copy.
+"""Times ECA layers, forward and backward: ours, plain PyTorch, timm, torch.compile, and a copy.
 
-gpu_bench.py is the same on a GPU.
+    python benchmarks/microbench.py                                # under 2 minutes
+    python benchmarks/microbench.py --layers mobilenetv2 --dtype bfloat16 --layout channels_last
+    python benchmarks/microbench.py --shape 8 96 28 28 --taps 5 --direction forward
+    python benchmarks/microbench.py --full --output r.json --plot r.png    # everything: hours
+    python benchmarks/report.py r.json                             # tables from a result
 
-    python benchmarks/microbench.py                       # ResNet-50's layers, float32, 2 minutes
-    python benchmarks/microbench.py --dtype bfloat16 --layout channels_last
-    python benchmarks/microbench.py --output result.json  # then: benchmarks/report.py result.json
-
-Every contender is checked against the plain form before it is timed; a wrong one is reported and
-makes the exit status 1. GB/s counts the ideal bytes: x read and y written once forward, dy and x
-read and dx written once backward, whatever a contender really moves. Outputs are fresh, but for
-ours in place. "eager" is eca_fused.reference.eca() for the layers and timm's EcaModule for the
-small call; torch.compile is in its default mode.
+Every contender's outputs are checked against float64 before it is timed, on the same inputs; a
+wrong one is reported, not timed, and makes the exit status 1. GB/s counts the ideal bytes: x and y
+forward, dy, x and dx backward, both for the two together, whatever a contender really moves; the
+copy moves as many. Forward is without autograd, as in inference. devices.py says how a time is
+taken. Layers are measured in the order of what matters most; what the time did not suffice for is
+in the result as left out.
 """
 
 import argparse
-import json
 import sys
-from functools import partial
+import time
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo
-from forms import Layer, plain, results, shifted, worst
-from harness import interleaved, machine, restart_with_malloc, summarise
-from timm.layers.eca import EcaModule
+from cases import DIRECTIONS, DTYPES, LAYOUTS, NETWORKS, Case, all_cases, cpu_cases, gpu_cases, grid
+from checking import Judge
+from contenders import (
+    FORMS,
+    MODES,
+    Contender,
+    Inputs,
+    compiled,
+    contenders,
+    make_inputs,
+    record,
+    record_copy,
+    record_existing_memory,
+)
+from devices import Device, Recording, device_named
+from gpu_timing import no_collection
+from harness import (
+    add_options,
+    call_times,
+    gpu,
+    machine,
+    prepare,
+    progress,
+    reason_of,
+    summarise,
+    write,
+)
+from plans import plan_of
 
-import eca_fused
-
-# The ECA layers of ResNet-50 behind each stage: channels, size, taps of the authors' checkpoint.
-RESNET50 = [(256, 56, 3), (512, 28, 5), (1024, 14, 5), (2048, 7, 7)]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_SECONDS = 110
 
 
-def contenders() -> dict[str, Layer]:
-    return {
-        "native": eca_fused.eca,
-        "eager": plain,
-        "compile conv": torch.compile(plain, dynamic=False, fullgraph=True),
-        "compile shifted": torch.compile(shifted, dynamic=False, fullgraph=True),
-    }
+class Clock:
+    """Seconds left, of all and of those for torch.compile."""
+
+    def __init__(self, seconds: float, compile_seconds: float) -> None:
+        self.end, self.compile_left = time.monotonic() + seconds, compile_seconds
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self.end
+
+    @property
+    def may_compile(self) -> bool:
+        return self.compile_left > 0 and not self.over
+
+
+def compile_all(
+    inputs: Inputs, args: argparse.Namespace, clock: Clock, left_out: list[str]
+) -> dict[str, Contender]:
+    """The forms of torch.compile that there is time for, compiled for inference and training."""
+    torch._dynamo.reset()
+    found = {}
+    for mode, form in product(args.compile_mode, FORMS):
+        name = f"compile {form}, {mode}"
+        if not clock.may_compile:
+            left_out.append(f"{name}: no time left for it")
+            continue
+        began = time.monotonic()
+        one = compiled(form, mode, inputs.taps)
+        try:
+            with torch.no_grad():
+                one.call(inputs.xs[0])
+            x = inputs.xs[0].detach().requires_grad_()
+            torch.autograd.grad(one.call(x), (x, one.weight), inputs.dys[0])
+            found[name] = one
+        except Exception as reason:  # a contender that does not run is a result, not an end
+            left_out.append(f"{name}: {reason_of(reason)}")
+        clock.compile_left -= time.monotonic() - began
+    return found
+
+
+def measure_direction(
+    direction: str,
+    inputs: Inputs,
+    running: dict[str, Contender],
+    judge: Judge,
+    device: Device,
+    *,
+    rounds: int,
+    profile: bool = False,
+) -> dict[str, Any]:
+    """Record, check and time all contenders on one direction of a layer."""
+    case, failed = inputs.case, []
+    recordings: dict[str, Recording] = {"copy": record_copy(direction, case, device)}
+    for name, one in running.items():
+        try:
+            recording = record(direction, one, inputs, device)
+            wrong = judge.faults(recording, direction)
+        except Exception as reason:
+            wrong = [reason_of(reason)]
+        if wrong:
+            failed.append(f"{name}: {', '.join(wrong)}")
+        else:
+            recordings[name] = recording
+    if device.kind == "cpu" and direction == "forward":
+        existing = record_existing_memory(inputs, device)
+        for name, recording in existing.items():
+            wrong = [] if name.startswith("copy") else judge.faults(recording, direction)
+            failed += [f"{name}: {what}" for what in wrong]
+            if not wrong:
+                recordings[name] = recording
+    ideal = case.ideal_bytes(direction)
+    found = summarise(call_times(device, recordings, rounds), ideal)
+    if profile:
+        for name, recording in recordings.items():
+            found[name]["profiler_us"] = device.profiled_us(recording)
+    row: dict[str, Any] = {**asdict(case), "direction": direction, "ideal_bytes": ideal}
+    row |= {"calls": recordings["copy"].calls, "contenders": found, "failed": failed}
+    if device.kind == "cuda" and direction != "forward and backward":
+        row["plan"] = plan_of(case, direction == "backward")
+    return row
+
+
+def measure_warm(
+    inputs: Inputs, running: dict[str, Contender], device: Device, rounds: int
+) -> dict[str, Any]:
+    """The forward pass of one input again and again: it stays in the L2 cache."""
+    x = inputs.xs[0]
+
+    def again(call: Any) -> list[Any]:
+        def once() -> tuple[()]:
+            call(x)
+            return ()
+
+        return [once] * 50
+
+    with torch.no_grad():
+        recordings = {"copy": device.record(again(torch.clone))}
+        recordings |= {name: device.record(again(one.call)) for name, one in running.items()}
+        ideal = inputs.case.ideal_bytes("forward")
+        found = summarise(call_times(device, recordings, rounds), ideal)
+    head = {**asdict(inputs.case), "direction": "warm forward", "ideal_bytes": ideal, "calls": 50}
+    return {**head, "contenders": found, "failed": []}
 
 
 def measure(
-    shape: tuple[int, ...], k: int, dtype: torch.dtype, layout: str, rounds: int
-) -> dict[str, Any]:
-    """Check, then time, all contenders on one layer."""
-    torch._dynamo.reset()
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)  # (N, C, H, W)
-    dy = torch.randn_like(x)
-    weight = torch.randn(1, 1, k).to(dtype)
-    x_grad, weight_grad = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    exact = results(plain, x.double(), weight.double(), dy.double())
-    usual = [worst(*pair) for pair in zip(results(plain, x, weight, dy), exact, strict=True)]
-    # As good as plain PyTorch in this dtype, but for the order of its sums.
-    limits = [4 * (error + torch.finfo(dtype).eps) for error in usual]
-    failed = []
-    forward: dict[str, Any] = {"copy": (lambda: None, lambda _: x.clone())}
-    backward: dict[str, Any] = {}
-    for name, layer in contenders().items():
-        try:
-            got = results(layer, x, weight, dy)
-        except Exception as reason:  # a contender that does not run is a result, not an end
-            failed.append(f"{name}: {type(reason).__name__}: {reason}"[:300])
-            continue
-        errors = [worst(*pair) for pair in zip(got, exact, strict=True)]
-        wrong = [
-            f"{what} has relative error {error:.2g}, allowed {limit:.2g}"
-            for what, error, limit in zip(("y", "dx", "dweight"), errors, limits, strict=True)
-            if not error <= limit
-        ]
-        if wrong:
-            failed.append(f"{name}: {', '.join(wrong)}")
-            continue
-        forward[name] = (lambda: None, lambda _, layer=layer: layer(x, weight))
-        backward[name] = (
-            partial(layer, x_grad, weight_grad),
-            lambda y: torch.autograd.grad(y, (x_grad, weight_grad), dy),
-        )
-    own = x.clone(memory_format=torch.preserve_format)
-    forward["native in place"] = (lambda: own.copy_(x), lambda _: eca_fused.eca_(own, weight))
-    with torch.no_grad():
-        forward_times = summarise(interleaved(forward, rounds))
-    backward["copy"] = forward["copy"]
-    backward_times = summarise(interleaved(backward, rounds))
-    map_bytes = x.numel() * x.element_size()
-    return {
-        "shape": list(shape),
-        "k": k,
-        "dtype": str(dtype).removeprefix("torch."),
-        "layout": layout,
-        "failed": failed,
-        "forward": {"ideal_bytes": 2 * map_bytes, "contenders": forward_times},
-        "backward": {"ideal_bytes": 3 * map_bytes, "contenders": backward_times},
-    }
+    case: Case, args: argparse.Namespace, clock: Clock, device: Device, profile: bool = False
+) -> list[dict[str, Any]]:
+    """One layer: a row for each direction."""
+    left_out: list[str] = []
+    inputs = make_inputs(case, device)
+    running = contenders(inputs.taps) | compile_all(inputs, args, clock, left_out)
+    judge = Judge(inputs)
+    rows = []
+    with no_collection():
+        for direction in args.direction:
+            rows.append(
+                measure_direction(
+                    direction, inputs, running, judge, device, rounds=args.rounds, profile=profile
+                )
+            )
+            device.free()
+        if device.kind == "cuda" and "forward" in args.direction:
+            sound = {n: c for n, c in running.items() if n in rows[0]["contenders"]}
+            if 4 * case.map_bytes < getattr(device, "l2", 0):
+                rows.append(measure_warm(inputs, sound, device, args.rounds))
+    rows[0]["left_out"] = left_out
+    return rows
 
 
-def measure_host(rounds: int) -> dict[str, Any]:
-    """Host time of a call so small that the arithmetic does not matter: one sample of 64x7x7."""
-    x = torch.randn(1, 64, 7, 7)
-    dy = torch.randn_like(x)
-    x_grad = x.clone().requires_grad_()
-    layers = {"native": eca_fused.ECALayer(64), "eager": EcaModule(64)}
-    layers["compile"] = torch.compile(EcaModule(64), dynamic=False, fullgraph=True)
-    nothing = lambda: None  # noqa: E731
+# ---- the script ----
 
-    def training_step(layer: torch.nn.Module) -> None:
-        layer(x_grad).backward(dy)
 
-    with torch.no_grad():
-        inference = {name: (nothing, lambda _, m=m: m(x)) for name, m in layers.items()}
-        forward = summarise(interleaved(inference, rounds, repeat=500))
-    training = {name: (nothing, lambda _, m=m: training_step(m)) for name, m in layers.items()}
-    training["sigmoid"] = (nothing, lambda _: torch.sigmoid(x_grad).backward(dy))
-    both = summarise(interleaved(training, rounds, repeat=200))
-    return {"shape": [1, 64, 7, 7], "forward": forward, "forward and backward": both}
+def chosen(args: argparse.Namespace) -> bool:
+    """Whether the layers are the user's choice."""
+    return any((args.layers, args.shape, args.batch, args.dtype, args.layout))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch", type=int, default=32, help="samples (default 32)")
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"])
-    layouts = ["contiguous", "channels_last"]
-    parser.add_argument("--layout", choices=layouts, nargs="+", default=layouts[:1])
-    parser.add_argument("--rounds", type=int, default=25, help="samples of each time (default 25)")
-    parser.add_argument("--malloc", choices=["recycled", "default"], default="recycled")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog="Without options: ResNet-50's layers, batch 32, float32, contiguous on a CPU; on a "
+        "GPU the layers of known networks in bfloat16, as far as the time goes.",
+    )
+    add_options(parser, rounds=25)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="every layer, dtype, layout and batch")
+    which.add_argument("--layers", choices=NETWORKS, nargs="+", help="of these networks")
+    which.add_argument("--shape", type=int, nargs=4, metavar=("N", "C", "H", "W"))
+    parser.add_argument("--taps", type=int, default=3, help="of --shape, odd (default 3)")
+    parser.add_argument("--batch", type=int, nargs="+", help="samples")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+")
+    parser.add_argument("--layout", choices=LAYOUTS, nargs="+")
+    parser.add_argument(
+        "--direction", choices=DIRECTIONS, nargs="+", default=["forward", "backward"]
+    )
+    parser.add_argument("--compile-mode", choices=MODES, nargs="*", default=list(MODES[:1]))
+    parser.add_argument("--seconds", type=float, help="no layer is started after")
+    parser.add_argument("--compile-seconds", type=float, help="no form is compiled after")
+    parser.add_argument("--largest-map", type=float, default=256, help="of --full on a CPU, in MB")
+    args = parser.parse_args(argv)
+    if args.shape and (args.taps < 1 or args.taps % 2 == 0 or min(args.shape) < 1):
+        parser.error(f"expected positive sizes and odd taps, got {args.shape} and {args.taps}")
+    limit = float("inf") if args.full or chosen(args) else DEFAULT_SECONDS
+    args.seconds = limit if args.seconds is None else args.seconds
+    if args.compile_seconds is None:
+        args.compile_seconds = 0.5 * args.seconds
+    return args
+
+
+def selected(args: argparse.Namespace, device: Device) -> list[Case]:
+    """The layers to measure, those that matter most first."""
+    on_gpu = device.kind == "cuda"
+    if args.full:
+        return [
+            case
+            for case in all_cases()
+            if (on_gpu or case.map_bytes <= 1e6 * args.largest_map)
+            and (not args.dtype or case.dtype in args.dtype)
+            and (not args.layout or case.layout in args.layout)
+            and (not args.batch or case.shape[0] in args.batch)
+        ]
+    if not chosen(args):
+        return gpu_cases() if on_gpu else cpu_cases()
+    layers = [layer for name in args.layers or ["resnet50"] for layer in NETWORKS[name]]
+    batches = args.batch or [32]
+    if args.shape:
+        layers, batches = [(*args.shape[1:], args.taps)], args.batch or args.shape[:1]
+    usual = "bfloat16" if on_gpu else "float32"
+    return grid(layers, batches, args.dtype or [usual], args.layout or LAYOUTS[:1])
+
+
+def describe(row: dict[str, Any]) -> str:
+    case = Case(tuple(row["shape"]), row["k"], row["dtype"], row["layout"])
+    times = (f"{name} {t['us']['median']:.1f}us" for name, t in row["contenders"].items())
+    return f"{case} {row['direction']}: {', '.join(times)}"
+
+
+def run(args: argparse.Namespace, device: Device, cases: list[Case], result: dict[str, Any]) -> int:
+    """Measure all layers, write the result after each, and return the exit status."""
+    clock, status = Clock(args.seconds, args.compile_seconds), 0
+    for i, case in enumerate(progress(cases, len(cases))):
+        if clock.over:
+            result["left_out"].append(f"{case}: no time left")
+            continue
+        try:
+            # The profiler costs a second each time: a few layers are enough to compare with.
+            rows = measure(case, args, clock, device, profile=i in (0, 5, 17))
+        except Exception as reason:  # out of memory, say: the others can still be measured
+            result["left_out"].append(f"{case}: {reason_of(reason)}")
+            print(f"FAILED {case}: {reason_of(reason)}", file=sys.stderr, flush=True)
+            status = 1
+            try:
+                device.synchronize()
+            except Exception:  # after an illegal access no call of this process will work
+                result["left_out"].append("all that follows: the GPU does not answer any more")
+                break
+            continue
+        result["rows"] += rows
+        for row in rows:
+            for fault in row["failed"]:
+                print(f"FAILED {case} {row['direction']}: {fault}", file=sys.stderr, flush=True)
+                status = 1
+            if not sys.stderr.isatty():
+                print(describe(row), flush=True)
+        write(args.output, result)
+    return status
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    restart_with_malloc(args.malloc)
-    torch.manual_seed(0)
-    result: dict[str, Any] = {"machine": machine(), "layers": []}
-    status = 0
-    for dtype in args.dtype:
-        for layout in args.layout:
-            for channels, size, k in RESNET50:
-                shape = (args.batch, channels, size, size)
-                row = measure(shape, k, DTYPES[dtype], layout, args.rounds)
-                result["layers"].append(row)
-                for reason in row["failed"]:
-                    print(f"FAILED {shape} {dtype} {layout} {reason}", file=sys.stderr)
-                    status = 1
-                for direction in ("forward", "backward"):
-                    times = row[direction]["contenders"]
-                    text = "  ".join(f"{n} {t['ms']['median']:.2f}" for n, t in times.items())
-                    print(f"{dtype} {layout} {shape} {direction} ms: {text}", flush=True)
-    torch._dynamo.reset()
-    result["host"] = measure_host(args.rounds)
-    for direction in ("forward", "forward and backward"):
-        times = result["host"][direction]
-        text = "  ".join(f"{n} {1e3 * t['ms']['median']:.1f}" for n, t in times.items())
-        print(f"1x64x7x7 {direction}, us: {text}")
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    prepare(args)
+    device = device_named(args.device)
+    result: dict[str, Any] = {"machine": machine(device), "rows": [], "left_out": []}
+    status = run(args, device, selected(args, device), result)
+    if device.kind == "cuda" and not result["machine"]["dry_run"]:
+        result["machine"]["after"] = gpu()
+    write(args.output, result)
+    show(result, args.plot)
     return status
+
+
+def show(result: dict[str, Any], picture: Path | None) -> None:
+    # Here, as matplotlib is not needed to measure.
+    import plots
+    import tables
+
+    print(tables.for_terminal(result))
+    if picture:
+        plots.layers(result, picture)
 
 
 if __name__ == "__main__":

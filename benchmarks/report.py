@@ -1,7 +1,13 @@
-"""Makes the README's tables, and a picture, from a result file of microbench.py or of gpu_bench.py.
+"""Makes tables and pictures from result files, the README's figures, and compares two results.
 
-python benchmarks/report.py benchmarks/results/cpu.json            # Markdown
-python benchmarks/report.py benchmarks/results/cpu.json --plot cpu.png
+    python benchmarks/report.py benchmarks/results/cpu.json            # Markdown
+    python benchmarks/report.py r.json --plot r.png
+    python benchmarks/report.py --compare before.json after.json       # exit status 1 if slower
+    python benchmarks/report.py --readme                               # renew the README's figures
+
+A comparison is of times in units of the copy's in the same run: two runs of the same code on a
+machine that others share differ more. A change counts where it is larger than the spread, p20 to
+p80, of both results.
 """
 
 import argparse
@@ -10,204 +16,173 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gpu_report
+import plots
+import tables
 
-Times = dict[str, Any]
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- figures: made by benchmarks/report.py -->", "<!-- end of figures -->"
+README_BATCH = 32  # of the README's table
 
-
-def ms(times: Times, name: str) -> float:
-    return float(times[name]["ms"]["median"])
-
-
-def best_compile(times: Times) -> str:
-    """Name of the faster of torch.compile's two forms."""
-    return min(
-        (name for name in times if name.startswith("compile")), key=lambda name: ms(times, name)
-    )
+Result = dict[str, Any]
 
 
-def ratio(times: Times, name: str) -> str:
-    return f"{times[name]['times_ours']['median']:.2f}x"
+def load(path: Path) -> Result:
+    """A result file.
+
+    Raises:
+        SystemExit: it is not there, or is no result of these scripts.
+    """
+    try:
+        result: Result = json.loads(path.read_text())
+        if "rows" not in result or "machine" not in result:
+            raise ValueError("it has no rows or no machine")
+    except (OSError, ValueError) as reason:
+        raise SystemExit(f"{path} is no result of these scripts: {reason}") from reason
+    return result
 
 
-def where(machine: dict[str, Any]) -> str:
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"{machine['kernels']}, "
-        f"torch {machine['torch']}, malloc {machine['malloc']}, "
-        f"commit {machine['commit']}, {machine['date']}"
-    )
+def kind_of(result: Result) -> str:
+    """Which script made it."""
+    row = result["rows"][0] if result["rows"] else {}
+    for kind, key in (("scaling", "axis"), ("network", "network"), ("layers", "ideal_bytes")):
+        if key in row:
+            return kind
+    return "overhead"
 
 
-def table(result: dict[str, Any]) -> str:
-    """Markdown: a row for each layer and direction, medians, ratios of times in the same round."""
+def markdown(result: Result) -> str:
+    """All that is to be said of a result."""
+    kind = kind_of(result)
+    if kind == "layers":
+        slower = tables.losses(result)
+        parts = [tables.goals(result), tables.summary(result), tables.layers(result)]
+        parts.append(tables.profiler(result))
+        parts.append("Where another is faster:\n\n" + bullets(slower) if slower else "")
+        parts.append(bullets(tables.remarks(result)))
+    else:
+        make = {"scaling": tables.scaling, "network": tables.networks, "overhead": tables.overhead}
+        parts = [make[kind](result), bullets(result.get("remarks", []))]
+    parts.append(f"Measured on {tables.where(result['machine'])}.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def bullets(lines: list[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def plot(result: Result, path: Path) -> None:
+    make = {"layers": plots.layers, "scaling": plots.scaling, "network": plots.networks}
+    kind = kind_of(result)
+    if kind in make:
+        make[kind](result, path)
+
+
+# ---- comparison ----
+
+Key = tuple[str, ...]
+
+
+def relative_times(result: Result) -> dict[Key, dict[str, float]]:
+    """Of our contenders on every row: time in units of the copy's."""
+    found = {}
+    for row in result["rows"]:
+        for name in ("native", "triton"):
+            entry = row["contenders"].get(name, {})
+            if "of_copy" in entry:
+                share = entry["of_copy"]
+                head = (tables.layer_of(row), row["dtype"], row["layout"], row["direction"], name)
+                found[head] = {
+                    "median": 1 / share["median"],
+                    "low": 1 / share["p80"],
+                    "high": 1 / share["p20"],
+                }
+    return found
+
+
+def changes(before: Result, after: Result) -> tuple[list[str], list[str]]:
+    """What became slower, and what faster, beyond the spread of both."""
+    slower, faster = [], []
+    old, new = relative_times(before), relative_times(after)
+    for key in old.keys() & new.keys():
+        a, b = old[key], new[key]
+        change = f"{' '.join(key)}: {b['median'] / a['median']:.2f}x the time"
+        if b["low"] > a["high"]:
+            slower.append(change)
+        elif b["high"] < a["low"]:
+            faster.append(change)
+    return sorted(slower), sorted(faster)
+
+
+def compare(before: Result, after: Result) -> tuple[str, bool]:
+    """Text, and whether anything became slower."""
+    both = relative_times(before).keys() & relative_times(after).keys()
+    slower, faster = changes(before, after)
     lines = [
-        "| layer | dtype | layout | direction | ours | GB/s "
-        "| copy / ours | eager / ours | compile / ours |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"before: {tables.where(before['machine'])}",
+        f"after: {tables.where(after['machine'])}",
     ]
-    for row in result["layers"]:
-        shape = "x".join(map(str, row["shape"]))
-        for direction in ("forward", "backward"):
-            times = row[direction]["contenders"]
-            ours = ms(times, "native")
-            lines.append(
-                f"| {shape} k={row['k']} | {row['dtype']} | {row['layout']} | {direction} "
-                f"| {ours:.2f} ms | {row[direction]['ideal_bytes'] / ours / 1e6:.1f} "
-                f"| {ratio(times, 'copy')} | {ratio(times, 'eager')} "
-                f"| {ratio(times, best_compile(times))} |"
-            )
-    return "\n".join([*lines, "", f"Measured on {where(result['machine'])}."])
+    lines.append(f"{len(both)} rows in both, {len(slower)} slower, {len(faster)} faster")
+    lines += [f"SLOWER {what}" for what in slower] + [f"faster {what}" for what in faster]
+    return "\n".join(lines), bool(slower)
 
 
-def summary(result: dict[str, Any]) -> str:
-    """Markdown: a row for each dtype, layout and direction, with the range over the layers."""
-    rows: dict[tuple[str, str, str], list[list[float]]] = {}
-    for row in result["layers"]:
-        for direction in ("forward", "backward"):
-            times = row[direction]["contenders"]
-            ratios = rows.setdefault((row["dtype"], row["layout"], direction), [])
-            names = ["copy", "eager", best_compile(times), "native in place"]
-            ratios.append([times[n]["times_ours"]["median"] for n in names if n in times])
-    lines = [
-        "| dtype | layout | direction "
-        "| copy / ours | eager / ours | torch.compile / ours | in place / ours |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for key, ratios in rows.items():
-        cells = [f"{min(r):.2f} to {max(r):.2f}x" for r in zip(*ratios, strict=True)]
-        cells += ["-"] * (4 - len(cells))
-        lines.append(f"| {' | '.join([*key, *cells])} |")
-    return "\n".join([*lines, "", f"Measured on {where(result['machine'])}."])
+# ---- the README ----
 
 
-def host_table(result: dict[str, Any]) -> str:
-    """Markdown: host time of a small call."""
-    lines = [
-        "| 1x64x7x7 | ours | timm, eager | timm, compiled | ours / eager |",
-        "|---|---|---|---|---|",
-    ]
-    for direction in ("forward", "forward and backward"):
-        times = result["host"][direction]
-        cells = [f"{1e3 * ms(times, name):.1f} us" for name in ("native", "eager", "compile")]
-        share = 1 / times["eager"]["times_ours"]["median"]
-        lines.append(f"| {direction} | {' | '.join(cells)} | {share:.2f} |")
-    return "\n".join(lines)
+def readme_figures() -> str:
+    """The README's tables, from the committed results."""
+    parts = []
+    for path in sorted(RESULTS.glob("**/*.json")):
+        result = load(path)
+        kind = kind_of(result)
+        if kind == "layers" and "default" not in path.stem:
+            shown = [
+                row
+                for row in result["rows"]
+                if row["shape"][0] == README_BATCH
+                and {"resnet50", "mobilenetv2"} & {*tables.network_of(row)}
+                and row["direction"] in ("forward", "backward")
+            ]
+            parts += [tables.summary({**result, "rows": shown}), tables.goals(result)]
+        elif kind in ("overhead", "network"):
+            make = {"overhead": tables.overhead, "network": tables.networks}
+            parts.append(make[kind](result))
+        else:
+            continue
+        parts.append(f"Measured on {tables.where(result['machine'])}.")
+    return "\n\n".join(parts)
 
 
-# What the kernels were written to reach on a CPU: direction, contender, its time in units of ours.
-GOALS = [
-    ("forward", "copy", 1 / 1.15),
-    ("forward", "eager", 1.5),
-    ("forward", "compile", 1.6),
-    ("backward", "eager", 3.7),
-    ("backward", "compile", 1.6),
-]
-
-
-def goals(result: dict[str, Any]) -> str:
-    """Markdown: on how many of the layers each goal was reached."""
-    lines = ["| goal | reached on | least | most |", "|---|---|---|---|"]
-    for direction, contender, goal in GOALS:
-        ratios = []
-        for row in result["layers"]:
-            times = row[direction]["contenders"]
-            name = best_compile(times) if contender == "compile" else contender
-            ratios.append(times[name]["times_ours"]["median"])
-        reached = sum(r >= goal for r in ratios)
-        lines.append(
-            f"| {direction}: {contender} / ours at least {goal:.2f}x | {reached} of {len(ratios)} "
-            f"layers | {min(ratios):.2f}x | {max(ratios):.2f}x |"
-        )
-    for direction in ("forward", "forward and backward"):
-        share = 1 / result["host"][direction]["eager"]["times_ours"]["median"]
-        lines.append(
-            f"| small call, {direction}: ours / eager at most 0.25 "
-            f"| {'reached' if share <= 0.25 else 'missed'} | {share:.2f} | {share:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of every contender's time in units of ours, with the spread from p20 to p80."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    groups = list(dict.fromkeys((row["dtype"], row["layout"]) for row in result["layers"]))
-    colors = {"copy": "#999999", "native": "#0072b2", "eager": "#e69f00", "compile": "#009e73"}
-    labels = {
-        "copy": "copy of x",
-        "native": "eca_fused",
-        "eager": "eager",
-        "compile": "torch.compile (best form)",
-    }
-    figure, axes = plt.subplots(
-        len(groups), 2, figsize=(11, 2.7 * len(groups) + 1), squeeze=False, sharey=True
-    )
-    for line, group in zip(axes, groups, strict=True):
-        rows = [row for row in result["layers"] if (row["dtype"], row["layout"]) == group]
-        for axis, direction in zip(line, ("forward", "backward"), strict=True):
-            for i, kind in enumerate(colors):
-                for j, row in enumerate(rows):
-                    times = row[direction]["contenders"]
-                    name = best_compile(times) if kind == "compile" else kind
-                    t = times[name]["times_ours"]
-                    spread = [[max(t["median"] - t["p20"], 0)], [max(t["p80"] - t["median"], 0)]]
-                    axis.bar(
-                        j + 0.21 * (i - 1.5),
-                        t["median"],
-                        0.2,
-                        color=colors[kind],
-                        yerr=spread,
-                        error_kw={"lw": 0.8},
-                        label=labels[kind] if j == 0 else None,
-                    )
-                    axis.text(
-                        j + 0.21 * (i - 1.5),
-                        t["p80"] + 0.08,
-                        f"{t['median']:.1f}",
-                        ha="center",
-                        fontsize=7,
-                    )
-            axis.set_title(f"{direction}, {group[0]}, {group[1]}", fontsize=10)
-            axis.set_xticks(
-                range(len(rows)), ["x".join(map(str, r["shape"])) for r in rows], fontsize=8
-            )
-            axis.spines[["top", "right"]].set_visible(False)
-        line[0].set_ylabel("time / time of eca_fused", fontsize=9)
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=4, frameon=False
-    )
-    machine = result["machine"]
-    figure.text(
-        0.5,
-        0.005,
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, "
-        f"heap {machine['malloc']}; median of interleaved rounds, bars from p20 to p80",
-        ha="center",
-        fontsize=8,
-    )
-    height = figure.get_figheight()
-    figure.tight_layout(rect=(0, 0.25 / height, 1, 1 - 0.35 / height))
-    figure.savefig(path, dpi=150)
+def renew(readme: str) -> str:
+    """The README with today's figures between its marks."""
+    head, _, rest = readme.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{readme_figures()}\n{END}{tail}"
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("result", type=Path, help="JSON file of microbench.py or gpu_bench.py")
-    parser.add_argument("--plot", type=Path, help="picture to write")
+    parser.add_argument("results", type=Path, nargs="*", help="JSON files of the scripts here")
+    parser.add_argument("--plot", type=Path, help="picture to write, of one result")
+    parser.add_argument("--compare", action="store_true", help="two results: before and after")
+    parser.add_argument("--readme", action="store_true", help="renew the figures in README.md")
     args = parser.parse_args(argv)
-    result = json.loads(args.result.read_text())
-    if result["machine"]["device"] == "cuda":
-        print(gpu_report.markdown(result))
-        if args.plot:
-            gpu_report.plot(result, args.plot)
+    if args.readme:
+        path = ROOT / "README.md"
+        path.write_text(renew(path.read_text()))
         return 0
-    print(*(make(result) for make in (summary, host_table, goals, table)), sep="\n\n")
+    if not args.results or (args.compare and len(args.results) != 2):
+        parser.error("expected result files, two of them for --compare")
+    results = [load(path) for path in args.results]
+    if args.compare:
+        text, worse = compare(*results)
+        print(text)
+        return int(worse)
+    for result in results:
+        print(markdown(result))
     if args.plot:
-        plot(result, args.plot)
+        plot(results[0], args.plot)
     return 0
 
 

@@ -5,12 +5,11 @@
     python benchmarks/tune.py --list --gpu sm_90:132              # the plans alone; needs no GPU
 
 Every plan that the CUDA kernels can run for a layer, of a grid of tiles, groups and threads, is
-forced on them, checked against float64 and timed as in gpu_bench.py. The table of a layer is sorted
-by time; `*` marks the planner's choice. TUNING.md says what the numbers are for.
+forced on them, checked against float64 and timed as in microbench.py. The table of a layer is
+sorted by time; `*` marks the planner's choice. TUNING.md says what the numbers are for.
 """
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -18,12 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gpu_bench
-import gpu_timing
 import torch
-from gpu_bench import Case, Inputs
-from gpu_timing import interleaved_replays, no_collection, summarise_calls
-from harness import gpu, machine
+from cases import DTYPES, LAYOUTS, Case
+from checking import Judge
+from contenders import Inputs, make_inputs, record_copy
+from devices import Device, device_named
+from gpu_timing import Call, no_collection
+from harness import call_times, machine, reason_of, summarise, write
+from plans import gpu_limits, native_module, plan_of
 from torch import Tensor
 
 LAYERS = [
@@ -61,7 +62,7 @@ def tiles_of(case: Case) -> list[int]:
     steps = [size for power in range(12) for size in (2**power, 3 * 2**power // 2)]
     unit = 1
     if case.layout == "channels_last":
-        unit = 32 // gpu_bench.DTYPES[case.dtype].itemsize  # what DRAM moves at least
+        unit = 32 // DTYPES[case.dtype].itemsize  # what DRAM moves at least
     return sorted({s for s in steps if s < channels and s % unit == 0} | {channels})
 
 
@@ -71,7 +72,7 @@ def candidates(case: Case, backward: bool, limits: Any) -> dict[Wish, dict[str, 
     wishes = [Wish(0, two_passes=True)]
     wishes += [Wish(t, g, n) for t in tiles_of(case) for g in GROUPS for n in THREADS]
     for wish in wishes:
-        plan = gpu_bench.plan_of(case, backward, tuple(wish))
+        plan = plan_of(case, backward, tuple(wish), limits)
         if isinstance(plan, str) or plan["occupancy"] < 1:
             continue
         # Blocks that wait for each other must all have room.
@@ -89,14 +90,16 @@ def same(plan: dict[str, Any], other: Any) -> bool:
 
 
 def force(wish: Wish | None) -> None:
-    module = gpu_bench.native_module()
+    module = native_module()
     if wish is None:
         module.wish(None)
     else:
         module.wish(*wish)
 
 
-def record(inputs: Inputs, saved: list[tuple[Tensor, Tensor]], backward: bool, stream: Any) -> Any:
+def record(
+    inputs: Inputs, saved: list[tuple[Tensor, Tensor]], backward: bool, device: Device
+) -> Any:
     """The operators themselves: autograd has no part in this."""
     ops: Any = torch.ops.eca_fused
 
@@ -107,47 +110,45 @@ def record(inputs: Inputs, saved: list[tuple[Tensor, Tensor]], backward: bool, s
         made: tuple[Tensor, ...] = ops.backward(dy, x, inputs.taps, mean, gate, False)
         return made
 
-    calls: list[gpu_timing.Call] = [partial(forward, x) for x in inputs.xs]
+    calls: list[Call] = [partial(forward, x) for x in inputs.xs]
     if backward:
         calls = [
             partial(gradients, x, dy, *numbers)
             for x, dy, numbers in zip(inputs.xs, inputs.dys, saved, strict=True)
         ]
-    return gpu_timing.Recording(calls, stream)
+    return device.record(calls)
 
 
 def tune(
-    case: Case, direction: str, inputs: Inputs, *, limits: Any, l2: int, rounds: int
+    case: Case, direction: str, inputs: Inputs, *, limits: Any, device: Device, rounds: int
 ) -> dict[str, Any]:
     """Check and time all candidates on one direction of a layer."""
     backward = direction == "backward"
-    stream = gpu_bench.new_stream()
     ops: Any = torch.ops.eca_fused
     saved = [ops.forward(x, inputs.taps, False)[1:] for x in inputs.xs]
-    chosen = gpu_bench.plan_of(case, backward)
+    chosen = plan_of(case, backward, None, limits)
     plans = candidates(case, backward, limits)
-    allowed = gpu_bench.limits(case, inputs)
-    recordings = {"copy": gpu_bench.record_copy(case, direction, l2, stream)}
+    judge = Judge(inputs)
+    recordings = {"copy": record_copy(direction, case, device)}
     failed = []
     # The planner's choice first, by itself: a wish may not describe it.
     for wish in [None, *plans]:
         name = "planner" if wish is None else str(wish)
         try:
             force(wish)
-            recording = record(inputs, saved, backward, stream)
+            recording = record(inputs, saved, backward, device)
             force(None)
-            wrong = gpu_bench.faults(recording, direction, inputs, allowed)
+            wrong = judge.faults(recording, direction)
         except Exception as reason:
-            wrong = [gpu_bench.reason_of(reason)]
+            wrong = [reason_of(reason)]
         finally:
             force(None)
         if wrong:
             failed.append(f"{name}: {', '.join(wrong)}")
-            if gpu_bench.reason_to_fail(torch.cuda.synchronize):
-                raise RuntimeError(f"the GPU does not answer any more after {failed[-1]}")
+            device.synchronize()  # raises where the GPU does not answer any more
         else:
             recordings[name] = recording
-    samples = interleaved_replays(recordings, rounds, budget_ms=4000)
+    samples = call_times(device, recordings, rounds, budget_ms=4000)
     by_name = {str(wish): plan for wish, plan in plans.items()}
     rows = [
         {
@@ -156,7 +157,7 @@ def tune(
             "chosen": name == "planner" or (name in by_name and same(by_name[name], chosen)),
             **entry,
         }
-        for name, entry in summarise_calls(samples, case.ideal_bytes(direction)).items()
+        for name, entry in summarise(samples, case.ideal_bytes(direction)).items()
     ]
     rows.sort(key=lambda row: row["us"]["median"])
     return {"ideal_bytes": case.ideal_bytes(direction), "plans": rows, "failed": failed}
@@ -184,7 +185,7 @@ def listing(case: Case, limits: Any) -> str:
     lines = []
     for direction in DIRECTIONS:
         backward = direction == "backward"
-        chosen = gpu_bench.plan_of(case, backward)
+        chosen = plan_of(case, backward, None, limits)
         plans = candidates(case, backward, limits)
         lines.append(f"{case} {direction}: {len(plans)} plans")
         for wish, plan in plans.items():
@@ -197,14 +198,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", type=int, nargs=4, metavar=("N", "C", "H", "W"))
     parser.add_argument("--taps", type=int, default=3, help="of --shape (default 3)")
-    parser.add_argument("--dtype", choices=gpu_bench.DTYPES, default="bfloat16", help="of --shape")
-    parser.add_argument(
-        "--layout", choices=gpu_bench.LAYOUTS, default="contiguous", help="of --shape"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of --shape")
+    parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of --shape")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each plan (default 15)")
     parser.add_argument("--seconds", type=float, default=120, help="no layer is started after")
     parser.add_argument("--list", action="store_true", help="print the plans, and time none")
     parser.add_argument("--gpu", help="for --list: a GPU as sm_90:132 instead of the one here")
+    parser.add_argument("--device", choices=["cuda", "dry-run"], default="cuda")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     return parser.parse_args(argv)
 
@@ -214,36 +214,29 @@ def main(argv: list[str]) -> int:
     layers = LAYERS
     if args.shape:
         layers = [Case(tuple(args.shape), args.taps, args.dtype, args.layout)]
+    limits = native_module().gpu_by_name(args.gpu) if args.gpu else gpu_limits()
     if args.list:
-        if args.gpu:
-            named = gpu_bench.native_module().gpu_by_name(args.gpu)
-            gpu_bench.gpu_limits = lambda: named
-        print("\n".join(listing(case, gpu_bench.gpu_limits()) for case in layers))
+        print("\n".join(listing(case, limits) for case in layers))
         return 0
-    if not torch.cuda.is_available():
-        print("tune.py: there is no GPU that torch can use; --list needs none", file=sys.stderr)
-        return 2
+    device = device_named(args.device)
     torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False
-    gpu_timing.spin_up()
-    described = {**machine(), **gpu()}
-    limits, l2 = gpu_bench.gpu_limits(), described["l2_bytes"]
-    result: dict[str, Any] = {"machine": described, "limits": limits, "layers": []}
+    result: dict[str, Any] = {"machine": machine(device), "limits": limits, "layers": []}
     status, end = 0, time.monotonic() + args.seconds
     for case in layers:
-        inputs = gpu_bench.make_inputs(case, l2)
+        inputs = make_inputs(case, device)
         for direction in DIRECTIONS:
             if time.monotonic() > end:
                 print(f"left out: {case} {direction}: no time left")
                 continue
             with no_collection(), torch.no_grad():
-                found = tune(case, direction, inputs, limits=limits, l2=l2, rounds=args.rounds)
-            torch.cuda.empty_cache()
+                found = tune(
+                    case, direction, inputs, limits=limits, device=device, rounds=args.rounds
+                )
+            device.free()
             status |= bool(found["failed"])
             result["layers"].append({**asdict(case), "direction": direction, **found})
             print(table(case, direction, found), flush=True)
-            if args.output:
-                args.output.write_text(json.dumps(result, indent=1) + "\n")
+            write(args.output, result)
     return status
 
 

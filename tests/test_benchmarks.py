@@ -16,17 +16,56 @@ import eca_fused
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import gpu_bench  # noqa: E402
+import cases  # noqa: E402
+import checking  # noqa: E402
+import contenders  # noqa: E402
+import devices  # noqa: E402
 import gpu_probe  # noqa: E402
-import gpu_report  # noqa: E402
 import gpu_timing  # noqa: E402
 import harness  # noqa: E402
 import microbench  # noqa: E402
-import pretend_gpu  # noqa: E402
+import network  # noqa: E402
+import overhead  # noqa: E402
 import report  # noqa: E402
+import scaling  # noqa: E402
+import tables  # noqa: E402
 import tune  # noqa: E402
 
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("**/*.json"))
+CASE = cases.Case((3, 8, 4, 4), 3, "bfloat16", "channels_last")
+
+
+def times(**ratios):
+    """Contenders whose time in units of ours is given, with a spread of five percent."""
+
+    def spread(value):
+        return {"median": value, "p20": 0.95 * value, "p80": 1.05 * value}
+
+    return {
+        name.replace("_", " "): {
+            "us": spread(10 * value),
+            "gbps": 1.0,
+            "of_copy": spread(ratios.get("copy", 1.0) / value),
+            "times_ours": spread(value),
+        }
+        for name, value in ratios.items()
+    }
+
+
+def row(shape=(32, 256, 56, 56), k=3, direction="forward", ideal=10**6, **ratios):
+    return {
+        "shape": list(shape), "k": k, "dtype": "bfloat16", "layout": "contiguous",
+        "direction": direction, "ideal_bytes": ideal, "failed": [],
+        "contenders": times(native=1.0, **ratios),
+    }  # fmt: skip
+
+
+def result(*rows, device="cpu"):
+    place = {"device": device, "dry_run": True}
+    return {"machine": place, "rows": list(rows), "left_out": []}
+
+
+# ---- the committed results, and the README ----
 
 
 def test_there_are_results():
@@ -34,43 +73,133 @@ def test_there_are_results():
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
-def test_the_readme_shows_the_figures_of_the_result_files(path):
-    result = json.loads(path.read_text())
+def test_a_result_says_where_it_was_measured(path):
+    found = report.load(path)
+    place = found["machine"]
+    assert {"cpu", "threads", "torch", "commit", "malloc", "date"} <= place.keys()
+    assert not place["dry_run"]
+    assert not place["commit"].endswith("dirty")
+    assert "-" not in place["commit"]
+    assert all(entry["failed"] == [] for entry in found["rows"])
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results():
     readme = (ROOT / "README.md").read_text()
-    for text in report.summary(result), report.host_table(result), report.goals(result):
-        for line in text.splitlines():
-            assert line in readme
-    assert {"cpu", "threads", "torch", "commit", "malloc"} <= result["machine"].keys()
+    assert report.renew(readme) == readme
+    assert "share of copy" in report.readme_figures()
 
 
-def test_goals_count_the_layers_that_reach_them():
-    def times(**ratios):
-        return {
-            name: {"ms": {"median": 1}, "times_ours": {"median": r}} for name, r in ratios.items()
-        }
-
-    layer = {
-        "forward": {"contenders": times(copy=0.9, eager=1.4, compile_a=1.7, compile_b=1.9)},
-        "backward": {"contenders": times(eager=3.8, compile_a=1.5)},
-    }
-    host = {d: times(eager=5.0) for d in ("forward", "forward and backward")}
-    lines = report.goals({"layers": [layer, layer], "host": host}).splitlines()
-    assert [line.split("|")[2].strip() for line in lines[2:]] == [
-        "2 of 2 layers", "0 of 2 layers", "2 of 2 layers", "2 of 2 layers", "0 of 2 layers",
-        "reached", "reached",
-    ]  # fmt: skip
-    assert "0.20" in lines[-1]
+def test_no_layer_of_the_committed_grid_is_slower_than_eager_or_compiled_pytorch():
+    for path in RESULTS:
+        found = report.load(path)
+        if report.kind_of(found) == "layers":
+            slower = tables.losses(found)
+            # What is slower is said where the figures are.
+            readme = (ROOT / "README.md").read_text()
+            assert all(line in readme for line in slower)
 
 
-def test_steps_are_interleaved_and_the_first_rounds_do_not_count():
+# ---- what tables say ----
+
+
+def test_of_the_forms_of_torch_compile_the_fastest_counts():
+    one = row(compile_a=1.7, compile_b=1.4, eager=2.0)
+    assert tables.named(one, "compile") == "compile b"
+    assert tables.ratio(one, "compile") == 1.4
+    assert tables.ratio(one, "timm") is None
+
+
+def test_goals_count_the_rows_that_reach_them():
+    rows = [row(copy=0.9, eager=1.4, compile_a=1.7), row(copy=0.8, eager=1.6, compile_a=1.9)]
+    rows.append(row(direction="backward", copy=0.9, eager=3.8, compile_a=1.5))
+    lines = dict(line[2:].split(" | ", 1) for line in tables.goals(result(*rows)).splitlines()[2:])
+    assert lines["forward: copy / ours at least 0.87"] == "1 of 2 | 0.80 | 0.90 |"
+    assert lines["forward: eager / ours at least 1.50"] == "1 of 2 | 1.40 | 1.60 |"
+    assert lines["forward: compile / ours at least 1.60"] == "2 of 2 | 1.70 | 1.90 |"
+    assert lines["backward: compile / ours at least 1.60"] == "0 of 1 | 1.50 | 1.50 |"
+
+
+def test_goals_on_a_gpu():
+    rows = [
+        row((256, 8, 56, 56), ideal=300 * 10**6, copy=0.98, eager=2.0),
+        row((256, 9, 56, 56), ideal=300 * 10**6, copy=0.90, eager=1.3),
+        row((1, 256, 56, 56), copy=0.5),
+    ]
+    text = tables.goals(result(*rows, device="cuda"))
+    lines = dict(line[2:].split(" | ", 1) for line in text.splitlines()[2:])
+    assert lines["forward, 256 MB and more: copy / ours at least 0.97"].startswith("1 of 2")
+    assert lines["backward, 256 MB and more: copy / ours at least 0.95"].startswith("not meas")
+    assert lines["forward, 256 MB and more: eager / ours at least 1.45"] == "1 of 2 | 1.30 | 2.00 |"
+    # 10 us, where 4 are the goal.
+    assert lines["forward, ResNet-50, batch 1: at most 4 us"] == "0 of 1 | 10.00 | 10.00 |"
+
+
+def test_a_loss_is_one_beyond_the_spread():
+    rows = [row(eager=0.97, copy=0.5), row(eager=2.0, compile_a=0.9, compile_b=1.2)]
+    assert tables.losses(result(*rows)) == [
+        "32x256x56x56 k=3 bfloat16 contiguous forward: compile a takes 0.90x our time"
+    ]
+
+
+def test_the_summary_gives_the_range_over_the_layers_of_a_network():
+    rows = [row(eager=1.5, copy=0.9), row((32, 512, 28, 28), 5, eager=1.25, copy=0.8)]
+    lines = tables.summary(result(*rows)).splitlines()
+    assert lines[2].startswith(
+        "| resnet50 | 32 | bfloat16 | contiguous | forward | 0.80 to 0.90 | 1.25 to 1.50x | - |"
+    )
+    assert len(lines) == 3
+
+
+def test_a_comparison_names_what_changed_beyond_the_spread(tmp_path, capsys):
+    before = result(row(copy=0.9), row((1, 2, 3, 4), copy=0.8), row((5, 6, 7, 8), copy=0.5))
+    after = result(row(copy=0.93), row((1, 2, 3, 4), copy=0.6), row((5, 6, 7, 8), copy=0.7))
+    for name, what in (("a.json", before), ("b.json", after)):
+        (tmp_path / name).write_text(json.dumps(what))
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    assert report.main(["--compare", *paths]) == 1
+    text = capsys.readouterr().out
+    assert "3 rows in both, 1 slower, 1 faster" in text
+    assert "SLOWER 1x2x3x4 k=3 bfloat16 contiguous forward native: 1.33x the time" in text
+    assert "faster 5x6x7x8 k=3 bfloat16 contiguous forward native: 0.71x the time" in text
+    assert report.main(["--compare", paths[0], paths[0]]) == 0
+
+
+def test_the_report_says_what_is_no_result(tmp_path):
+    path = tmp_path / "x.json"
+    for text in ("", "[1", '{"rows": []}'):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match="is no result of these scripts"):
+            report.main([str(path)])
+    with pytest.raises(SystemExit, match="No such file"):
+        report.main([str(tmp_path / "nothing.json")])
+
+
+def test_a_step_in_time_per_element_is_found():
+    def size(n, direction, **ps):
+        entries = {name: {"ps_per_element": value} for name, value in ps.items()}
+        return {**row((n, 1, 1, 1), direction=direction), "axis": "N", "contenders": entries}
+
+    rows = [size(1, "forward", native=100, copy=50), size(2, "forward", native=110, copy=50)]
+    rows += [size(4, "forward", native=132, copy=50), size(1, "backward", native=900, copy=60)]
+    assert scaling.steps(rows) == [
+        "native, contiguous, forward, N grows: 1.20x per element from 2x1x1x1 k=3 to "
+        "4x1x1x1 k=3 (the copy 1.00x)"
+    ]
+
+
+# ---- how times are taken ----
+
+
+def test_rounds_are_interleaved_and_the_first_do_not_count():
     order = []
 
-    def step(name):
-        return (lambda: order.append("prepare"), lambda _: order.append(name))
+    def sample(name):
+        order.append(name)
+        return float(len(order))
 
-    seconds = harness.interleaved({"a": step("a"), "b": step("b")}, rounds=3, repeat=2)
-    assert order == ["prepare", "a", "a", "prepare", "b", "b"] * 5
-    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    found = harness.interleaved(sample, ["a", "b", "c"], rounds=2)
+    assert order == [*"abc", *"bca", *"cab", *"abc"]
+    assert found == {"a": [8.0, 10.0], "b": [9.0, 11.0], "c": [7.0, 12.0]}
 
 
 def test_statistics():
@@ -80,33 +209,101 @@ def test_statistics():
 
 def test_ratios_are_taken_round_by_round():
     # The machine was ten times slower in one of the rounds: that must not show in a ratio.
-    times = harness.summarise({"native": [1.0, 10.0, 1.0], "copy": [2.0, 20.0, 2.0]})
-    assert times["copy"]["times_ours"] == {"median": 2.0, "p20": 2.0, "p80": 2.0, "samples": 3}
-    assert times["copy"]["ms"]["median"] == 2000.0
+    found = harness.summarise({"native": [1.0, 10.0, 1.0], "copy": [2.0, 20.0, 2.0]}, 4000)
+    assert found["copy"]["times_ours"] == {"median": 2.0, "p20": 2.0, "p80": 2.0, "samples": 3}
+    assert found["native"]["of_copy"]["p80"] == 2.0
+    assert found["native"]["gbps"] == 4.0
 
 
-@needs_extension
-def test_a_wrong_contender_is_reported_and_not_timed(monkeypatch):
-    wrong = {
-        "native": eca_fused.eca,
-        "eager": microbench.plain,
-        "compile wrong": lambda x, w: eca_fused.eca(x, w) * 1.01,
-        "compile broken": lambda x, w: (_ for _ in ()).throw(RuntimeError("no compiler")),
-        "compile": microbench.shifted,
-    }
-    monkeypatch.setattr(microbench, "contenders", lambda: wrong)
-    row = microbench.measure((2, 8, 4, 4), 3, torch.float32, "channels_last", rounds=1)
-    failed = " ".join(row["failed"])
-    assert len(row["failed"]) == 2
-    assert "compile wrong: y has relative error 0.01" in failed
-    assert "compile broken: RuntimeError: no compiler" in failed
-    assert set(row["forward"]["contenders"]) == {
-        "copy", "native", "eager", "compile", "native in place",
-    }  # fmt: skip
-    assert row["backward"]["ideal_bytes"] == 3 * 2 * 8 * 4 * 4 * 4
+def test_what_comes_before_a_call_is_not_timed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: clock[0])
+
+    def passes(seconds):
+        clock[0] += seconds
+        return ()
+
+    recording = devices.Direct([lambda: passes(2)], before=lambda: passes(100))
+    assert recording.sample(3) == 2000.0
+    assert devices.Direct([lambda: passes(2), lambda: passes(3)]).sample(4) == 5000.0
 
 
-def test_a_wrong_gradient_is_reported(monkeypatch):
+def test_short_calls_are_repeated_and_long_ones_have_fewer_rounds():
+    class Fixed(devices.Cpu):
+        def sample(self, recording, replays):
+            seen.append((recording.ms, replays))
+            return recording.ms
+
+    class Fake:
+        calls = 1
+
+        def __init__(self, ms):
+            self.ms = ms
+
+    seen = []
+    found = harness.call_times(Fixed(), {"short": Fake(0.01), "long": Fake(400.0)}, rounds=25)
+    assert {replays for ms, replays in seen[2:] if ms == 0.01} == {100}
+    assert {replays for ms, replays in seen if ms == 400.0} == {1}
+    assert len(found["long"]) == Fixed.fewest_rounds
+    assert found["short"][0] == 10.0
+
+
+def test_the_maps_of_a_graph_are_larger_than_the_cache():
+    for case in cases.gpu_cases():
+        calls = gpu_timing.rotation(2 * case.map_bytes, 60 << 20)
+        assert calls >= 2
+        assert calls * 2 * case.map_bytes >= 3 * (60 << 20) or calls == gpu_timing.LONGEST_ROTATION
+
+
+def test_layers_come_once_and_the_full_grid_has_all():
+    usual, whole = cases.gpu_cases(), cases.all_cases()
+    assert len(set(usual)) == len(usual)
+    assert len(set(whole)) == len(whole)
+    for name in ("resnet50", "mobilenetv2"):
+        for layer in cases.NETWORKS[name]:
+            found = [c for c in whole if (*c.shape[1:], c.k) == layer]
+            assert {(c.shape[0], c.dtype, c.layout) for c in found} == {
+                (n, dtype, layout)
+                for n in (1, 32, 256) for dtype in cases.DTYPES for layout in cases.LAYOUTS
+            }  # fmt: skip
+
+
+def test_options_choose_the_layers():
+    cpu = devices.Cpu()
+
+    def chosen(*argv):
+        return microbench.selected(microbench.parse(list(argv)), cpu)
+
+    assert chosen() == cases.cpu_cases()
+    assert chosen("--shape", "2", "8", "4", "4", "--taps", "5", "--dtype", "float16") == [
+        cases.Case((2, 8, 4, 4), 5, "float16", "contiguous")
+    ]
+    found = chosen("--layers", "mobilenetv2", "--batch", "1", "--layout", *cases.LAYOUTS)
+    assert len(found) == 2 * len(cases.NETWORKS["mobilenetv2"])
+    small = chosen("--full", "--dtype", "float32", "--largest-map", "1")
+    assert small
+    assert all(case.map_bytes <= 1e6 and case.dtype == "float32" for case in small)
+    assert microbench.parse([]).seconds == microbench.DEFAULT_SECONDS
+    assert microbench.parse(["--full"]).seconds == float("inf")
+    for wrong in (["--full", "--shape", "1", "1", "1", "1"], ["--shape", "1", "1", "1", "0"]):
+        with pytest.raises(SystemExit):
+            microbench.parse(wrong)
+    with pytest.raises(SystemExit):
+        microbench.parse(["--shape", "1", "1", "1", "1", "--taps", "4"])
+
+
+# ---- contenders ----
+
+
+@pytest.fixture(params=["cpu", "dry-run"])
+def device(request):
+    return devices.device_named(request.param)
+
+
+def wrong_contenders(taps):
+    def broken(x, w):
+        raise RuntimeError("nothing works")
+
     class Half(torch.autograd.Function):
         @staticmethod
         def forward(ctx, y):
@@ -116,163 +313,182 @@ def test_a_wrong_gradient_is_reported(monkeypatch):
         def backward(ctx, dy):
             return dy / 2
 
-    layers = {
-        "native": microbench.plain,
-        "eager": microbench.plain,
-        "compile": lambda x, w: Half.apply(microbench.plain(x, w)),
+    found = {
+        "native": contenders.plain,
+        "eager": lambda x, w: contenders.plain(x, w) * 1.1,
+        "timm": broken,
+        "compile": lambda x, w: Half.apply(contenders.plain(x, w)),
     }
-    monkeypatch.setattr(microbench, "contenders", lambda: layers)
-    monkeypatch.setattr(microbench.eca_fused, "eca_", lambda x, w: x)
-    row = microbench.measure((2, 8, 4, 4), 3, torch.float32, "contiguous", rounds=1)
-    assert len(row["failed"]) == 1
-    assert "compile: dx has relative error 0.5" in row["failed"][0]
+    return {name: contenders.with_taps(layer, taps) for name, layer in found.items()}
+
+
+@needs_extension
+def test_a_wrong_contender_is_reported_and_not_timed(device, monkeypatch):
+    inputs = contenders.make_inputs(CASE, device)
+    judge = checking.Judge(inputs)
+    running = wrong_contenders(inputs.taps)
+    found = {
+        direction: microbench.measure_direction(direction, inputs, running, judge, device, rounds=1)
+        for direction in cases.DIRECTIONS
+    }
+    failed = {direction: " ".join(one["failed"]) for direction, one in found.items()}
+    assert "eager: y of input 0 has relative error 0.1" in failed["forward"]
+    assert "timm: RuntimeError: nothing works" in failed["forward"]
+    assert "compile:" not in failed["forward"]
+    assert "compile: dx of input 0 has relative error 0.5" in failed["backward"]
+    assert "dweight of input 0" in failed["forward and backward"]
+    assert {"copy", "native", "compile"} <= set(found["forward"]["contenders"])
+    assert set(found["backward"]["contenders"]) == {"copy", "native"}
+    for direction, maps in zip(cases.DIRECTIONS, (2, 3, 5), strict=True):
+        assert found[direction]["ideal_bytes"] == maps * 3 * 8 * 4 * 4 * 2
+
+
+def test_outputs_that_a_call_does_not_write_are_found(monkeypatch):
+    device = devices.device_named("dry-run")
+    inputs = contenders.make_inputs(CASE, device)
+    layer = contenders.with_taps(contenders.plain, inputs.taps)
+    recording = contenders.record("forward", layer, inputs, device)
+    judge = checking.Judge(inputs)
+    assert judge.faults(recording, "forward") == []
+    monkeypatch.setattr(recording, "replay", lambda: None)
+    assert "relative error nan" in judge.faults(recording, "forward")[0]
+
+
+@needs_extension
+def test_contenders_that_write_into_existing_memory_are_right():
+    device = devices.Cpu()
+    inputs = contenders.make_inputs(CASE, device)
+    judge = checking.Judge(inputs)
+    found = contenders.record_existing_memory(inputs, device)
+    assert set(found) == {"native in place", "eager given", "copy given"}
+    for name, recording in found.items():
+        assert bool(judge.faults(recording, "forward")) == (name == "copy given"), name
 
 
 def test_the_form_for_compilation_is_the_same_function():
     x = torch.randn(2, 9, 4, 4, dtype=torch.float64)
     for k in (1, 3, 7):
         weight = torch.randn(1, 1, k, dtype=torch.float64)
-        torch.testing.assert_close(microbench.shifted(x, weight), microbench.plain(x, weight))
+        torch.testing.assert_close(contenders.shifted(x, weight), contenders.plain(x, weight))
 
 
-def test_plot(tmp_path):
-    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install eca-fused[demo]")
-    path = tmp_path / "plot.png"
-    report.plot(json.loads(RESULTS[0].read_text()), path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    assert path.stat().st_size > 20_000
-
-
-# ---- the benchmark of a GPU, on a GPU that is pretended ----
-
-SMALL = [
-    gpu_bench.Case((3, 8, 4, 4), 3, "bfloat16", "channels_last"),
-    gpu_bench.Case((2, 16, 5, 5), 5, "float32", "contiguous"),
-]
+# ---- the scripts, on a GPU that is pretended ----
 
 
 @needs_extension
-def test_gpu_benchmark_writes_a_result_that_the_report_reads(monkeypatch, tmp_path, capsys):
-    pretend_gpu.install(monkeypatch)
-    monkeypatch.setattr(gpu_bench, "quick_cases", lambda: SMALL)
+def test_the_microbenchmark_writes_a_result_that_the_report_reads(monkeypatch, tmp_path, capsys):
+    small = [CASE, cases.Case((2, 16, 5, 5), 5, "float32", "contiguous")]
+    monkeypatch.setattr(microbench, "gpu_cases", lambda: small)
     monkeypatch.setenv("ECA_FUSED_COMMIT", "abc123")
     monkeypatch.setattr(harness, "commit", lambda: None)
     path = tmp_path / "bench.json"
-    assert gpu_bench.main(["--quick", "--rounds", "3", "--output", str(path)]) == 0
-    result = json.loads(path.read_text())
-    assert result["left_out"] == []
-    assert {"gpu", "torch", "cuda", "commit", "l2_bytes"} <= result["machine"].keys()
-    assert result["machine"]["commit"] == "abc123"
-    assert [case["shape"] for case in result["cases"]] == [[3, 8, 4, 4], [2, 16, 5, 5]]
-    for case in result["cases"]:
-        for direction, maps in (("forward", 2), ("backward", 3), ("forward and backward", 5)):
-            row = case[direction]
-            assert row["ideal_bytes"] == maps * case["map_bytes"]
-            assert row["failed"] == []
-            assert {"copy", "native", "eager"} <= row["contenders"].keys()
-            for times in row["contenders"].values():
-                assert times["us"]["samples"] == 3
-                assert times["us"]["p20"] <= times["us"]["median"] <= times["us"]["p80"]
-        assert case["forward"]["plan"]["strategy"] in "ABCD"
-    assert {"native", "eager"} <= result["host"]["forward"].keys()
-    capsys.readouterr()
-    picture = tmp_path / "bench.png"
+    arguments = ["--device", "dry-run", "--rounds", "3", "--compile-seconds", "0"]
+    arguments += ["--direction", *cases.DIRECTIONS, "--output", str(path)]
+    assert microbench.main(arguments) == 0
+    found = json.loads(path.read_text())
+    assert found["left_out"] == []
+    assert found["machine"]["commit"] == "abc123"
+    assert [one["direction"] for one in found["rows"]] == 2 * list(cases.DIRECTIONS)
+    for one in found["rows"]:
+        assert one["failed"] == []
+        assert {"copy", "native", "eager"} <= one["contenders"].keys()
+        for entry in one["contenders"].values():
+            assert entry["us"]["samples"] == 3
+            assert entry["us"]["p20"] <= entry["us"]["median"] <= entry["us"]["p80"]
+    assert found["rows"][0]["plan"]["strategy"] in "ABCD"
+    assert "no time left for it" in found["rows"][0]["left_out"][0]
+    assert "3x8x4x4 k=3 bfloat16 channels_last backward" in capsys.readouterr().out
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install eca-fused[demo]")
+    picture = tmp_path / "bench.png"
     assert report.main([str(path), "--plot", str(picture)]) == 0
     text = capsys.readouterr().out
     assert "| 3x8x4x4 k=3 | bfloat16 | channels_last | backward |" in text
-    assert "Measured on none, driver unknown" in text
+    assert "Measured on a dry run" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 20_000
+
+
+@needs_extension
+def test_the_microbenchmark_compiles_both_forms(capsys, tmp_path):
+    path = tmp_path / "bench.json"
+    shape = ["--shape", "2", "4", "2", "2", "--dtype", "float32"]
+    arguments = [*shape, "--device", "dry-run", "--rounds", "1", "--output", str(path)]
+    assert microbench.main(arguments) == 0
+    found = json.loads(path.read_text())["rows"][0]
+    assert found["left_out"] == []
+    forms = {f"compile {form}, default" for form in contenders.FORMS}
+    assert forms <= set(found["contenders"])
+
+
+@needs_extension
+def test_a_failing_contender_shows_in_the_exit_status(monkeypatch, capsys):
+    monkeypatch.setattr(microbench, "contenders", wrong_contenders)
+    arguments = ["--device", "dry-run", "--shape", "2", "4", "2", "2", "--compile-seconds", "0"]
+    assert microbench.main([*arguments, "--rounds", "1"]) == 1
+    printed = capsys.readouterr()
+    assert "FAILED 2x4x2x2 k=3 bfloat16 contiguous forward: eager: y of input 0" in printed.out
+    assert "FAILED" in printed.err
+
+
+@needs_extension
+def test_the_time_limit_leaves_layers_out(tmp_path):
+    path = tmp_path / "bench.json"
+    arguments = ["--device", "dry-run", "--seconds", "0", "--layers", "resnet50"]
+    assert microbench.main([*arguments, "--output", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert found["rows"] == []
+    assert len(found["left_out"]) == len(cases.NETWORKS["resnet50"])
+
+
+@needs_extension
+def test_sizes_grow_from_one_pixel(tmp_path, capsys):
+    path, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    arguments = ["--device", "dry-run", "--rounds", "1", "--layout", "contiguous"]
+    arguments += ["--axis", "S", "C", "--output", str(path)]
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install eca-fused[demo]")
+    assert scaling.main([*arguments, "--plot", str(picture)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    shapes = [one["shape"] for one in rows if one["axis"] == "S" and one["direction"] == "forward"]
+    assert shapes[:2] == [[8, 64, 1, 1], [8, 64, 2, 2]]
+    assert all(one["contenders"]["native"]["ps_per_element"] > 0 for one in rows)
+    assert report.main([str(path)]) == 0
+    assert "| S | 8x64x1x1 k=5 | contiguous | forward | 0.00 |" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @needs_extension
-def test_gpu_benchmark_reports_a_wrong_contender_and_does_not_time_it(monkeypatch):
-    pretend_gpu.install(monkeypatch)
-
-    def wrong(taps):
-        return {
-            "native": gpu_bench.with_taps(gpu_bench.fused("native"), taps),
-            "eager": gpu_bench.with_taps(lambda x, w: microbench.plain(x, w) * 1.1, taps),
-            "broken": gpu_bench.with_taps(lambda x, w: x.nothing, taps),
-        }
-
-    monkeypatch.setattr(gpu_bench, "contenders", wrong)
-    row = gpu_bench.measure(
-        SMALL[0], gpu_bench.Clock(60, 0), l2=1, rounds=1, compile_=False, profile=False
-    )
-    failed = row["forward"]["failed"]
-    assert [text.split(":")[0] for text in failed] == ["eager", "broken"]
-    assert "y of input 0 has relative error 0.1" in failed[0]
-    assert "AttributeError" in failed[1]
-    assert set(row["forward"]["contenders"]) == {"copy", "native"}
-    assert "dx of input 1" in row["backward"]["failed"][0]
+def test_host_time_of_small_calls(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(overhead, "SHAPES", overhead.SHAPES[:1])
+    path = tmp_path / "overhead.json"
+    assert overhead.main(["--device", "dry-run", "--rounds", "2", "--output", str(path)]) == 0
+    forward, both = json.loads(path.read_text())["rows"]
+    assert {"native", "eager", "compile", "sigmoid", "native, graph"} <= set(forward["contenders"])
+    assert {"native", "eager", "compile", "sigmoid"} <= set(both["contenders"])
+    assert report.main([str(path)]) == 0
+    assert "| 1x64x7x7, float32 | forward and backward |" in capsys.readouterr().out
 
 
-def test_outputs_that_a_replay_does_not_write_are_found(monkeypatch):
-    pretend_gpu.install(monkeypatch)
-    inputs = gpu_bench.make_inputs(SMALL[1], 1)
-    layer = gpu_bench.with_taps(microbench.plain, inputs.taps)
-    recording = gpu_bench.record_forward(layer, inputs, None)
-    allowed = gpu_bench.limits(SMALL[1], inputs)
-    assert gpu_bench.faults(recording, "forward", inputs, allowed) == []
-    monkeypatch.setattr(recording, "replay", lambda: None)
-    assert "relative error nan" in gpu_bench.faults(recording, "forward", inputs, allowed)[0]
-
-
-def test_the_maps_of_a_graph_are_larger_than_the_cache():
-    for case in gpu_bench.usual_cases():
-        calls = gpu_timing.rotation(2 * case.map_bytes, 60 << 20)
-        assert calls >= 2
-        assert calls * 2 * case.map_bytes >= 3 * (60 << 20) or calls == gpu_timing.LONGEST_ROTATION
-
-
-def test_usual_cases_come_once_and_hold_what_is_compiled():
-    cases = gpu_bench.usual_cases()
-    assert len(set(cases)) == len(cases)
-    assert set(gpu_bench.COMPILED) <= set(cases)
-    assert set(cases) <= set(gpu_bench.all_cases())
-
-
-def test_arguments_of_the_gpu_benchmark():
-    chosen = gpu_bench.selected(gpu_bench.parse(["--dtype", "float16", "--batch", "32"]))
-    assert {(case.dtype, case.shape[0]) for case in chosen} == {("float16", 32)}
-    assert gpu_bench.parse(["--quick"]).compile_seconds == 0
-    assert gpu_bench.parse(["--quick", "--compile-seconds", "9"]).compile_seconds == 9
-    with pytest.raises(SystemExit):
-        gpu_bench.parse(["--quick", "--full"])
-
-
-def test_gpu_goals_follow_from_the_result():
-    def times(share, **ratios):
-        entry = {"us": {"median": 3.0}, "of_copy": {"median": share}, "gbps": 1}
-        found = {"native": {**entry, "times_ours": {"median": 1.0}}}
-        for i, (name, ratio) in enumerate(ratios.items()):
-            us = {"median": 3.0 + i}
-            found[name] = {**entry, "us": us, "times_ours": {"median": ratio}}
-        return found
-
-    def layer(size, shape, share):
-        both = {"compile a": 1.2, "compile b": 1.5, "eager": 2.0}
-        row = {"ideal_bytes": size, "contenders": times(share, **both), "failed": []}
-        return {
-            "shape": shape, "k": 3, "dtype": "bfloat16", "layout": "contiguous",
-            "forward": row, "left_out": [],
-        }  # fmt: skip
-
-    result = {
-        "cases": [
-            layer(300 * 10**6, [256, 8, 56, 56], 0.98),
-            layer(300 * 10**6, [256, 9, 56, 56], 0.90),
-            layer(10**6, [1, 256, 56, 56], 0.5),
-        ],
-        "left_out": [],
-    }
-    lines = dict(line.split(" | ", 1) for line in gpu_report.goals(result).splitlines()[2:])
-    assert lines["| forward, 256 MB and more: share of copy at least 0.97"].startswith("1 of 2")
-    assert lines["| backward, 256 MB and more: share of copy at least 0.95"].startswith("not meas")
-    # Of torch.compile's forms the faster one, which here is the first.
-    assert "1.20 | 1.20" in lines["| forward, 256 MB and more: compile / ours at least 1.45"]
-    assert lines["| forward, ResNet-50, batch 1: at most 4 us"].startswith("1 of 1")
+@needs_extension
+def test_whole_networks(tmp_path, capsys):
+    pytest.importorskip("torchvision", reason="needs torchvision: pip install torchvision")
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install eca-fused[demo]")
+    path, picture = tmp_path / "network.json", tmp_path / "network.png"
+    arguments = ["--device", "dry-run", "--rounds", "1", "--batch", "2", "--size", "32"]
+    arguments += ["--layout", "channels_last", "--output", str(path), "--plot", str(picture)]
+    assert network.main(arguments) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [(one["network"], one["pass"]) for one in rows] == [
+        (name, pass_) for name in network.NETWORKS for pass_ in network.PASSES
+    ]
+    for one in rows:
+        assert set(one["contenders"]) == set(network.KINDS)
+        assert 0 < one["difference"] < 1e-3
+        memory = {kind: entry["peak_bytes"] for kind, entry in one["contenders"].items()}
+        assert all(value > 0 for value in memory.values())
+    assert report.main([str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "| mobilenetv2 | channels_last | eager | training step | fused ECA |" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 # ---- tuning ----
@@ -281,18 +497,16 @@ def test_gpu_goals_follow_from_the_result():
 @needs_extension
 @pytest.mark.skipif("cuda" not in eca_fused.native.devices, reason="needs a build with CUDA")
 def test_tuning_times_plans_and_marks_the_planners_choice(monkeypatch, tmp_path, capsys):
-    pretend_gpu.install(monkeypatch)
-    monkeypatch.setattr(tune, "gpu", gpu_bench.gpu)
     monkeypatch.setattr(tune, "GROUPS", (1, 2))
     path = tmp_path / "tune.json"
     arguments = ["--shape", "2", "32", "8", "8", "--taps", "5", "--rounds", "2"]
-    assert tune.main([*arguments, "--output", str(path)]) == 0
+    assert tune.main([*arguments, "--device", "dry-run", "--output", str(path)]) == 0
     layers = json.loads(path.read_text())["layers"]
     assert [layer["direction"] for layer in layers] == ["forward", "backward"]
     for layer in layers:
-        names = {row["name"] for row in layer["plans"]}
+        names = {one["name"] for one in layer["plans"]}
         assert {"copy", "planner", "two passes", "tile 8, group 2, 128 threads"} <= names
-        times = [row["us"]["median"] for row in layer["plans"]]
+        times = [one["us"]["median"] for one in layer["plans"]]
         assert times == sorted(times)
     text = capsys.readouterr().out
     assert "* planner" in text
@@ -300,8 +514,7 @@ def test_tuning_times_plans_and_marks_the_planners_choice(monkeypatch, tmp_path,
 
 
 @needs_extension
-def test_candidates_of_the_tuner_need_no_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_bench, "gpu_limits", gpu_bench.gpu_limits)
+def test_candidates_of_the_tuner_need_no_gpu(capsys):
     assert tune.main(["--list", "--gpu", "sm_90:132", "--shape", "8", "64", "14", "14"]) == 0
     text = capsys.readouterr().out
     assert "bfloat16 contiguous 8x64x14x14 k=3 forward" in text

@@ -1,0 +1,231 @@
+"""Where contenders run and how their time is taken: on a CPU, on a GPU, or in a dry run of that."""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import gpu_timing
+import torch
+from gpu_timing import Call, rotation
+
+
+class Recording(Protocol):
+    """Calls that can be run again, and what the last run returned."""
+
+    calls: int
+    outputs: Any  # of each call, a tuple of tensors
+
+    def replay(self) -> None: ...
+    def poison(self) -> None: ...
+    def forget(self) -> None: ...
+
+
+class Direct:
+    """Calls that are simply made again.
+
+    Args:
+        calls: each returns the tensors that it made.
+        before: what to do before each call, not timed.
+        warm_up: runs before all, in place of the first call.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        before: Callable[[], object] | None = None,
+        warm_up: Callable[[], object] | None = None,
+    ) -> None:
+        self.calls, self.functions, self.before = len(calls), calls, before
+        self.grad = torch.is_grad_enabled()
+        (warm_up or calls[0])()
+        self.outputs: Any = ()
+        self.replay()
+
+    def replay(self) -> None:
+        self.outputs = ()  # so that the calls find this memory again, with what is in it
+        self.outputs = [self.once(function)[0] for function in self.functions]
+
+    def once(self, function: Call) -> tuple[Any, float]:
+        """What a call returns, and its seconds."""
+        if self.before:
+            self.before()
+        with torch.set_grad_enabled(self.grad):
+            start = time.perf_counter()
+            result = function()
+            return result, time.perf_counter() - start
+
+    def poison(self) -> None:
+        gpu_timing.fill_with_nan(self.outputs)
+
+    def forget(self) -> None:
+        self.outputs = ()
+
+    def sample(self, replays: int) -> float:
+        """Milliseconds of a replay."""
+        if self.before:
+            seconds = [self.once(f)[1] for _ in range(replays) for f in self.functions]
+            return 1e3 * sum(seconds) / replays
+        with torch.set_grad_enabled(self.grad):
+            start = time.perf_counter()
+            for _ in range(replays):
+                for function in self.functions:
+                    function()
+            return 1e3 * (time.perf_counter() - start) / replays
+
+
+class Cpu:
+    """Calls are made one after the other, on one input: a network's maps are in the cache, too."""
+
+    kind, tensors = "cpu", "cpu"
+    shortest_ms, budget_ms, fewest_rounds = 1.0, 1500.0, 7
+
+    def start(self) -> None:
+        pass
+
+    def distinct(self, call_bytes: int) -> int:
+        return 1
+
+    def streaming(self) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def record(
+        self,
+        calls: Sequence[Call],
+        warm_up: Callable[[], object] | None = None,
+        before: Callable[[], object] | None = None,
+    ) -> Any:
+        return Direct(calls, before, warm_up)
+
+    def sample(self, recording: Any, replays: int) -> float:
+        return float(recording.sample(replays))
+
+    def profiled_us(self, recording: Any) -> float | None:
+        return None
+
+    def host_seconds(self) -> float:
+        return time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def free(self) -> None:
+        pass
+
+
+class Gpu(Cpu):
+    """CUDA graphs over rotating inputs and outputs: see gpu_timing.py."""
+
+    kind, tensors = "cuda", "cuda"
+    shortest_ms, budget_ms, fewest_rounds = 0.3, 800.0, 7
+
+    def start(self) -> None:
+        # The tiny convolution in TF32 would be a worse measure of what is right.
+        torch.backends.cudnn.allow_tf32 = False
+        gpu_timing.spin_up()
+        stream: Any = torch.cuda.Stream
+        self.stream = stream()
+        self.l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+
+    def distinct(self, call_bytes: int) -> int:
+        return rotation(call_bytes, self.l2)
+
+    def streaming(self) -> AbstractContextManager[object]:
+        torch.cuda.synchronize()
+        return torch.cuda.stream(self.stream)
+
+    def record(
+        self,
+        calls: Sequence[Call],
+        warm_up: Callable[[], object] | None = None,
+        before: Callable[[], object] | None = None,
+    ) -> Any:
+        if before:
+            raise ValueError("a CUDA graph times all of its calls: nothing can come before each")
+        return gpu_timing.Recording(calls, self.stream, warm_up)
+
+    def sample(self, recording: Any, replays: int) -> float:
+        return gpu_timing.sample(recording, replays)
+
+    def profiled_us(self, recording: Any) -> float | None:
+        return gpu_timing.profiled_us(recording)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def free(self) -> None:
+        torch.cuda.empty_cache()
+
+
+class Rerun(Direct):
+    """Writes into the outputs of the first run again, as a replayed graph does."""
+
+    def replay(self) -> None:
+        again = [self.once(function)[0] for function in self.functions]
+        if not self.outputs:
+            self.outputs = again
+            return
+        with torch.no_grad():
+            for old, new in zip(self.outputs, again, strict=True):
+                for into, tensor in zip(old, new, strict=True):
+                    into.copy_(tensor)
+
+    def forget(self) -> None:
+        pass
+
+
+class DryRun(Gpu):
+    """The way of a GPU with tensors on the CPU and a clock that is made up: for tests."""
+
+    tensors = "cpu"
+
+    def start(self) -> None:
+        self.l2, self.ticks = 1 << 10, 0
+
+    def streaming(self) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def record(
+        self,
+        calls: Sequence[Call],
+        warm_up: Callable[[], object] | None = None,
+        before: Callable[[], object] | None = None,
+    ) -> Any:
+        return Rerun(calls, before, warm_up)
+
+    def sample(self, recording: Any, replays: int) -> float:
+        recording.replay()
+        self.ticks += 1
+        return 1e-3 * recording.calls * (10 + self.ticks % 3)
+
+    def host_seconds(self) -> float:
+        self.ticks += 1
+        return 1e-3 * self.ticks
+
+    def profiled_us(self, recording: Any) -> float | None:
+        return 10.0
+
+    def synchronize(self) -> None:
+        pass
+
+    def free(self) -> None:
+        pass
+
+
+Device = Cpu
+DEVICES = {"cpu": Cpu, "cuda": Gpu, "dry-run": DryRun}
+
+
+def device_named(name: str | None) -> Device:
+    """The device to measure on: the GPU where there is one, if none is named.
+
+    Raises:
+        SystemExit: a GPU was asked for, and there is none that torch can use.
+    """
+    chosen = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no GPU that torch can use; --device cpu measures here")
+    device = DEVICES[chosen]()
+    device.start()
+    return device

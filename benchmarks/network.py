@@ -1,0 +1,208 @@
+"""Times whole networks: without attention, with plain ECA, with fused ECA.
+
+    python benchmarks/network.py                        # ResNet-50 and MobileNetV2, eager
+    python benchmarks/network.py --mode eager compiled --output network.json --plot network.png
+
+Inference, and a training step without the optimiser, in both memory layouts. The weights are the
+same in all three; the outputs of the fused network are checked against the plain one's before
+anything is timed. Needs torchvision. Memory is what a step allocates at most at a time, beside the
+weights and the images.
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import plots
+import tables
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from cases import LAYOUTS
+from devices import Device, device_named
+from harness import (
+    add_options,
+    interleaved,
+    machine,
+    prepare,
+    progress,
+    reason_of,
+    statistics_of,
+    write,
+)
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import eca_fused
+from eca_fused.models import eca_resnet50, set_fused
+
+PASSES = ("inference", "training step")
+MODES = ("eager", "compiled")
+KINDS = ("none", "plain ECA", "fused ECA")
+Step = Callable[[], object]
+
+
+def resnet50(kind: str) -> nn.Module:
+    import torchvision
+
+    if kind == "none":
+        return torchvision.models.resnet50()  # type: ignore[no-any-return]
+    return eca_resnet50("3557", fused=kind == "fused ECA")
+
+
+def mobilenet_v2(kind: str) -> nn.Module:
+    """ECA behind every block, with the authors' taps: one below 96 channels, else three."""
+    import torchvision
+
+    network: nn.Module = torchvision.models.mobilenet_v2()
+    if kind != "none":
+        for block in network.modules():
+            if type(block).__name__ == "InvertedResidual":
+                k = 1 if block.out_channels < 96 else 3
+                block.conv.append(eca_fused.ECALayer(kernel_size=k, fused=kind == "fused ECA"))
+    return network
+
+
+NETWORKS: dict[str, Callable[[str], nn.Module]] = {
+    "resnet50": resnet50,
+    "mobilenetv2": mobilenet_v2,
+}
+
+
+def built(name: str, device: Device, layout: str) -> dict[str, nn.Module]:
+    """The network in its three kinds; both kinds of ECA have the same weights."""
+    found = {kind: NETWORKS[name](kind) for kind in KINDS[:2]}
+    found["fused ECA"] = copy.deepcopy(found["plain ECA"])
+    set_fused(found["fused ECA"], True)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    for network in found.values():
+        network.to(device.tensors).to(memory_format=memory_format)  # type: ignore[call-overload]
+    return found
+
+
+def infer(network: nn.Module, images: Tensor) -> None:
+    with torch.no_grad():
+        network(images)
+
+
+def train(network: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Loss and gradients; images (N, 3, H, W), labels (N,)."""
+    loss = F.cross_entropy(network(images), labels)
+    torch.autograd.grad(loss, list(network.parameters()))
+
+
+def difference(networks: dict[str, nn.Module], images: Tensor) -> float:
+    """Largest difference of the logits of plain and fused ECA, relative to the largest logit."""
+    with torch.no_grad():
+        plain, fused = (networks[kind](images) for kind in KINDS[1:])
+    return float((plain - fused).abs().max() / plain.abs().max())
+
+
+def seconds(step: Step, device: Device) -> float:
+    """Of one step, with all that the host and the GPU do."""
+    device.synchronize()
+    start = device.host_seconds()
+    step()
+    device.synchronize()
+    return device.host_seconds() - start
+
+
+def peak_bytes(step: Step, device: Device) -> int | None:
+    """Bytes that a step allocates at most at a time, beside weights and images; None if unknown."""
+    if device.kind == "cuda" and device.tensors == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return int(torch.cuda.max_memory_allocated() - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        step()
+    profiler: Any = trace.profiler
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = allocated = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak or None
+
+
+def measure(
+    name: str, layout: str, mode: str, pass_: str, args: argparse.Namespace, device: Device
+) -> dict[str, Any]:
+    """The three kinds of a network in one pass."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    images = torch.randn(args.batch, 3, args.size, args.size, device=device.tensors)
+    images = images.contiguous(memory_format=memory_format)
+    labels = torch.arange(args.batch, device=device.tensors) % 10
+    networks = built(name, device, layout)
+    row: dict[str, Any] = {"network": name, "layout": layout, "mode": mode, "pass": pass_}
+    row |= {"batch": args.batch, "size": args.size, "failed": []}
+    for network in networks.values():
+        network.train(pass_ == "training step")
+    row["difference"] = difference({k: n.eval() for k, n in networks.items()}, images)
+    # Fifty layers apart, roundings have grown; a wrong layer gives differences near one.
+    if not row["difference"] < 1e-3:
+        row["failed"].append(f"fused differs from plain by {row['difference']:.2g}")
+    steps: dict[str, Step] = {}
+    for kind, network in networks.items():
+        network.train(pass_ == "training step")
+        runs: Any = torch.compile(network) if mode == "compiled" else network
+        step = partial(train, runs, images, labels)
+        if pass_ == "inference":
+            step = partial(infer, runs, images)
+        try:
+            step()
+            steps[kind] = step
+        except Exception as reason:  # a contender that does not run is a result, not an end
+            row["failed"].append(f"{kind}: {reason_of(reason)}")
+    samples = interleaved(lambda kind: seconds(steps[kind], device), list(steps), args.rounds)
+    row["contenders"] = {
+        kind: {
+            "us": statistics_of([1e6 * s for s in values]),
+            "images_per_s": args.batch / statistics_of(values)["median"],
+            "times_none": statistics_of(
+                [s / none for s, none in zip(values, samples["none"], strict=True)]
+            ),
+            "peak_bytes": peak_bytes(steps[kind], device),
+        }
+        for kind, values in samples.items()
+    }
+    return row
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_options(parser, rounds=7)
+    parser.add_argument("--network", choices=NETWORKS, nargs="+", default=list(NETWORKS))
+    parser.add_argument("--mode", choices=MODES, nargs="+", default=["eager"])
+    parser.add_argument("--pass", dest="passes", choices=PASSES, nargs="+", default=list(PASSES))
+    parser.add_argument("--layout", choices=LAYOUTS, nargs="+", default=list(LAYOUTS))
+    parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 4 on a CPU)")
+    parser.add_argument("--size", type=int, default=224, help="of the images (default 224)")
+    args = parser.parse_args(argv)
+    prepare(args)
+    device = device_named(args.device)
+    args.batch = args.batch or (128 if device.tensors == "cuda" else 4)
+    result: dict[str, Any] = {"machine": machine(device), "rows": []}
+    cases = list(product(args.network, args.layout, args.mode, args.passes))
+    for case in progress(cases, len(cases)):
+        result["rows"].append(measure(*case, args, device))
+        write(args.output, result)
+    print(tables.networks(result))
+    print(f"Measured on {tables.where(result['machine'])}.")
+    failed = [what for row in result["rows"] for what in row["failed"]]
+    for what in failed:
+        print(f"FAILED {what}", file=sys.stderr)
+    if args.plot:
+        plots.networks(result, args.plot)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""Times the host's part of small calls, where the arithmetic does not matter.
+
+    python benchmarks/overhead.py
+    python benchmarks/overhead.py --output overhead.json
+
+Fused, plain PyTorch, timm's EcaModule eager and compiled, one sigmoid for comparison, and, on a
+GPU, the replay of a CUDA graph of each. Modules are called, as networks call them. On a GPU the
+time is what the host takes to submit a call, the queue being empty before.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import tables
+import torch
+import torch._dynamo
+from contenders import timm_module
+from devices import Device, DryRun, device_named
+from harness import add_options, interleaved, machine, prepare, reason_of, summarise, write
+from torch import Tensor, nn
+
+import eca_fused
+
+SHAPES = [(1, 64, 7, 7), (1, 256, 14, 14)]
+CALLS = {"cpu": 300, "cuda": 20}  # in a sample; so few that the kernels fit into a GPU's queue
+Step = Callable[[], object]
+
+
+def modules(channels: int, taps: Tensor, backend: str = "auto") -> dict[str, nn.Module]:
+    """ECA layers with the same taps, by name."""
+    layer = eca_fused.ECALayer(channels, kernel_size=taps.shape[-1]).to(taps.device)
+    found: dict[str, nn.Module] = {"native": layer}
+    if taps.device.type == "cuda" and eca_fused.backends()["triton"]:
+        found["triton"] = eca_fused.ECALayer(
+            channels, kernel_size=taps.shape[-1], backend="triton"
+        ).to(taps.device)
+    found["eager"] = timm_module(taps) or eca_fused.ECALayer(channels, fused=False).to(taps.device)
+    found["compile"] = torch.compile(found["eager"], dynamic=False, fullgraph=True)  # type: ignore[assignment]
+    found["sigmoid"] = nn.Sigmoid()
+    return found
+
+
+def infer(module: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        module(x)
+
+
+def train(module: nn.Module, x: Tensor, dy: Tensor) -> None:
+    """Forward and backward, into fresh gradients."""
+    x.grad = None
+    module.zero_grad()
+    module(x).backward(dy)
+
+
+def seconds(step: Step, calls: int, device: Device) -> float:
+    """The host's seconds for a call."""
+    device.synchronize()
+    start = device.host_seconds()
+    for _ in range(calls):
+        step()
+    elapsed = device.host_seconds() - start
+    device.synchronize()
+    return elapsed / calls
+
+
+def graphed(step: Step, device: Device) -> Step:
+    """The replay of a CUDA graph of this call."""
+
+    def once() -> tuple[()]:
+        step()
+        return ()
+
+    recording: Any = device.record([once])
+    return recording.replay  # type: ignore[no-any-return]
+
+
+def able(steps: dict[str, Step], failed: list[str]) -> dict[str, Step]:
+    """Those that run, after having run them."""
+    found = {}
+    for name, step in steps.items():
+        try:
+            for _ in range(5):
+                step()
+            found[name] = step
+        except Exception as reason:  # a contender that does not run is a result, not an end
+            failed.append(f"{name}: {reason_of(reason)}")
+    return found
+
+
+def measure(shape: tuple[int, ...], direction: str, device: Device, rounds: int) -> dict[str, Any]:
+    """One shape in one direction."""
+    torch._dynamo.reset()
+    x, dy = (torch.randn(shape, device=device.tensors) for _ in range(2))
+    layers = modules(shape[1], torch.randn(1, 1, 3, device=device.tensors))
+    failed: list[str] = []
+    if direction == "forward":
+        steps: dict[str, Step] = {n: partial(infer, m, x) for n, m in layers.items()}
+    else:
+        leaf = x.requires_grad_()
+        steps = {n: partial(train, m, leaf, dy) for n, m in layers.items()}
+    steps = able(steps, failed)
+    if device.kind == "cuda" and direction == "forward":
+        made = {f"{n}, graph": partial(graphed, steps[n], device) for n in steps if n != "sigmoid"}
+        for name, make in made.items():
+            try:
+                steps[name] = make()
+            except Exception as reason:
+                failed.append(f"{name}: {reason_of(reason)}")
+    calls = 2 if isinstance(device, DryRun) else CALLS[device.kind]
+    samples = interleaved(
+        lambda name: 1e6 * seconds(steps[name], calls, device), list(steps), rounds
+    )
+    row: dict[str, Any] = {"shape": list(shape), "dtype": "float32", "direction": direction}
+    return {**row, "contenders": summarise(samples), "failed": failed}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_options(parser, rounds=25)
+    args = parser.parse_args(argv)
+    prepare(args)
+    device = device_named(args.device)
+    result: dict[str, Any] = {"machine": machine(device), "rows": []}
+    for shape in SHAPES:
+        for direction in ("forward", "forward and backward"):
+            result["rows"].append(measure(shape, direction, device, args.rounds))
+            write(args.output, result)
+    print(tables.overhead(result))
+    print(f"Measured on {tables.where(result['machine'])}.")
+    failed = [what for row in result["rows"] for what in row["failed"]]
+    for what in failed:
+        print(f"FAILED {what}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,35 @@
+"""The CUDA planner's choice for a layer."""
+
+import importlib
+from typing import Any
+
+import torch
+from cases import Case
+
+
+def native_module() -> Any:
+    return importlib.import_module("eca_fused._C")
+
+
+def gpu_limits() -> Any:
+    """Of the current GPU; of an H200 where there is none."""
+    if torch.cuda.is_available():
+        return native_module().gpu_of_device(torch.cuda.current_device())
+    return native_module().gpu_by_name("sm_90:132")
+
+
+def plan_of(
+    case: Case, backward: bool, wish: Any = None, limits: Any = None
+) -> dict[str, Any] | str:
+    """The planner's choice, or the plan with the sizes of a wish; or why there is none."""
+    try:
+        module = native_module()
+        n, c, h, w = case.shape
+        made: dict[str, Any] = module.plan(
+            backward=backward, dtype=case.dtype, channels_last=case.layout == "channels_last",
+            samples=n, channels=c, pixels=h * w, kernel_size=case.k, own_taps=False,
+            circular=False, aligned=True, in_place=False, gpu=limits or gpu_limits(), wish=wish,
+        )  # fmt: skip
+    except Exception as reason:
+        return f"{type(reason).__name__}: {reason}"
+    return made

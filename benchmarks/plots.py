@@ -1,0 +1,166 @@
+"""Pictures from results."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import tables
+
+Result = dict[str, Any]
+
+COLORS = {
+    "copy": "#999999",
+    "native": "#0072b2",
+    "triton": "#56b4e9",
+    "eager": "#e69f00",
+    "timm": "#cc79a7",
+    "compile": "#009e73",
+}
+LABELS = {
+    "copy": "copy of as many bytes",
+    "native": "eca_fused",
+    "triton": "eca_fused, Triton",
+    "eager": "eager",
+    "timm": "timm, eager",
+    "compile": "torch.compile (best form)",
+}
+MOST_GROUPS = 6  # lines of pictures
+
+
+def pyplot() -> Any:
+    """matplotlib without a display, or None."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed", file=sys.stderr)
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def finish(figure: Any, axes: Any, path: Path, result: Result, what: str) -> None:
+    """Legend above, place and method below, and the file."""
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = {
+        label: handle
+        for axis in axes.flat
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="upper center", ncols=6, frameon=False, fontsize=8)
+    line = f"{tables.where(result['machine'])}; {what}"
+    figure.text(0.5, 0.005, line, ha="center", fontsize=6.5)
+    height = figure.get_figheight()
+    figure.tight_layout(rect=(0, 0.25 / height, 1, 1 - 0.4 / height))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def layers(result: Result, path: Path) -> None:
+    """Every contender's share of the copy's speed, over the size of the layer's ideal bytes."""
+    plt = pyplot()
+    if plt is None or not result["rows"]:
+        return
+    groups = list(dict.fromkeys((row["dtype"], row["layout"]) for row in result["rows"]))
+    groups = groups[:MOST_GROUPS]
+    figure, axes = plt.subplots(
+        len(groups), 2, figsize=(11, 2.9 * len(groups) + 1), squeeze=False, sharex=True, sharey=True
+    )
+    for line, group in zip(axes, groups, strict=True):
+        for axis, direction in zip(line, ("forward", "backward"), strict=True):
+            rows = [
+                row
+                for row in result["rows"]
+                if (row["dtype"], row["layout"]) == group and row["direction"] == direction
+            ]
+            for kind in COLORS:
+                shares(axis, sorted(rows, key=lambda row: float(row["ideal_bytes"])), kind)
+            axis.set_xscale("log")
+            axis.set_title(f"{direction}, {group[0]}, {group[1]}", fontsize=10)
+        line[0].set_ylabel("share of the copy's speed", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("ideal bytes of the layer, MB", fontsize=9)
+    how = "nothing in L2" if result["machine"]["device"] == "cuda" else "interleaved rounds"
+    finish(figure, axes, path, result, f"{how}; medians, bars from p20 to p80")
+    plt.close(figure)
+
+
+def shares(axis: Any, rows: list[dict[str, Any]], kind: str) -> None:
+    points = [
+        (row["ideal_bytes"] / tables.MB, row["contenders"][name]["of_copy"])
+        for row in rows
+        if (name := tables.named(row, kind))
+    ]
+    if points:
+        medians = [share["median"] for _, share in points]
+        low = [max(s["median"] - s["p20"], 0) for _, s in points]
+        high = [max(s["p80"] - s["median"], 0) for _, s in points]
+        axis.errorbar(
+            [size for size, _ in points], medians, yerr=[low, high], fmt="o", ms=3.5, lw=0.7,
+            color=COLORS[kind], label=LABELS[kind], alpha=0.8,
+        )  # fmt: skip
+
+
+def scaling(result: Result, path: Path) -> None:
+    """Time per element over the size of the map, a picture for each axis and direction."""
+    plt = pyplot()
+    if plt is None or not result["rows"]:
+        return
+    axes_named = list(dict.fromkeys((row["axis"], row["layout"]) for row in result["rows"]))
+    directions = list(dict.fromkeys(row["direction"] for row in result["rows"]))
+    figure, axes = plt.subplots(
+        len(axes_named), len(directions), squeeze=False, sharey=True,
+        figsize=(5.5 * len(directions), 2.9 * len(axes_named) + 1),
+    )  # fmt: skip
+    for line, group in zip(axes, axes_named, strict=True):
+        for axis, direction in zip(line, directions, strict=True):
+            rows = [
+                row
+                for row in result["rows"]
+                if (row["axis"], row["layout"]) == group and row["direction"] == direction
+            ]
+            for kind, color in COLORS.items():
+                points = [
+                    (row["map_bytes"] / tables.MB, row["contenders"][name]["ps_per_element"])
+                    for row in rows
+                    if (name := tables.named(row, kind))
+                ]
+                if points:
+                    axis.plot(*zip(*points, strict=True), "o-", ms=3, lw=1, color=color,
+                              label=LABELS[kind])  # fmt: skip
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            axis.set_title(f"{direction}, {group[0]} grows, {group[1]}", fontsize=10)
+        line[0].set_ylabel("ps per element", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("bytes of the map, MB", fontsize=9)
+    finish(figure, axes, path, result, "medians")
+    plt.close(figure)
+
+
+def networks(result: Result, path: Path) -> None:
+    """Images a second of every network, with and without attention."""
+    plt = pyplot()
+    if plt is None or not result["rows"]:
+        return
+    names = list(dict.fromkeys(row["network"] for row in result["rows"]))
+    figure, axes = plt.subplots(len(names), 1, figsize=(11, 3 * len(names) + 1), squeeze=False)
+    colors = {"none": "#999999", "plain ECA": "#e69f00", "fused ECA": "#0072b2"}
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        rows = [row for row in result["rows"] if row["network"] == name]
+        for i, (kind, color) in enumerate(colors.items()):
+            at = [j + 0.27 * (i - 1) for j, row in enumerate(rows) if kind in row["contenders"]]
+            entries = [row["contenders"][kind] for row in rows if kind in row["contenders"]]
+            ratios = [entry["times_none"]["median"] for entry in entries]
+            axis.bar(at, ratios, 0.25, color=color, label=kind)
+            for x, value in zip(at, ratios, strict=True):
+                axis.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=7)
+        labels = [f"{row['pass']}\n{row['mode']}, {row['layout']}" for row in rows]
+        axis.set_xticks(range(len(rows)), labels, fontsize=7)
+        axis.set_title(name, fontsize=10)
+        axis.set_ylabel("time / without attention", fontsize=9)
+    finish(figure, axes, path, result, "medians of interleaved rounds")
+    plt.close(figure)

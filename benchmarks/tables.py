@@ -1,0 +1,328 @@
+"""Tables from results: Markdown for the README, plain text for the terminal."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from cases import NETWORKS
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+MB = 10**6
+
+# In the order of the columns. "compile" is the fastest of torch.compile's forms.
+KINDS = ("copy", "eager", "timm", "compile", "triton", "native in place")
+RIVALS = ("eager", "timm", "compile")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def aligned(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([texts[0], "-" * max(map(len, texts)), *texts[1:]])
+
+
+def where(machine: dict[str, Any]) -> str:
+    """Device and versions in one line."""
+    if machine["dry_run"]:
+        return "a dry run, with times that are made up"
+    if machine["device"] == "cuda":
+        place = (
+            f"{machine['gpu']}, driver {machine.get('driver', 'unknown')}, "
+            f"CUDA {machine['cuda']}, Triton {machine.get('triton')}"
+        )
+    else:
+        place = (
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
+            f"{machine['kernels']}, malloc {machine['malloc']}"
+        )
+    return f"{place}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}"
+
+
+def median(row: Row, name: str, what: str = "us") -> float:
+    return float(row["contenders"][name][what]["median"])
+
+
+def named(row: Row, kind: str) -> str | None:
+    """The contender of a kind; of torch.compile's forms the fastest."""
+    times = row["contenders"]
+    if kind != "compile":
+        return kind if kind in times else None
+    forms = [name for name in times if name.startswith("compile")]
+    return min(forms, key=lambda name: median(row, name)) if forms else None
+
+
+def ratio(row: Row, kind: str) -> float | None:
+    """Time of a contender in units of ours."""
+    name = named(row, kind)
+    if name is None or "native" not in row["contenders"]:
+        return None
+    return median(row, name, "times_ours")
+
+
+def text(value: float | None, form: str = "{:.2f}x") -> str:
+    return "-" if value is None else form.format(value)
+
+
+def layer_of(row: Row) -> str:
+    return f"{'x'.join(map(str, row['shape']))} k={row['k']}"
+
+
+def network_of(row: Row) -> list[str]:
+    """The networks that have this layer."""
+    layer = (*row["shape"][1:], row["k"])
+    return [name for name, layers in NETWORKS.items() if layer in layers]
+
+
+def plan_text(plan: Any) -> str:
+    if not isinstance(plan, dict):
+        return "-"
+    if plan["strategy"] == "C":
+        return f"C, chunk {plan['chunk']}, parts {plan['parts']}"
+    return (
+        f"{plan['strategy']}, tile {plan['tile']}, group {plan['group']}, "
+        f"{plan['threads']} threads, {plan['occupancy']} resident"
+    )
+
+
+# ---- layers ----
+
+
+def cells(row: Row) -> list[str]:
+    """Time, speed, share of the copy, and the ratios: what a table says of a row."""
+    own = row["contenders"].get("native")
+    found = ["failed", "-", "-", "-", "-"]
+    if own:
+        us = own["us"]
+        found = [f"{us[name]:.1f}" for name in ("median", "p20", "p80")]
+        found += [f"{own['gbps']:.1f}", f"{own['of_copy']['median']:.2f}"]
+    return found + [text(ratio(row, kind)) for kind in KINDS[1:]]
+
+
+HEAD = ["layer", "dtype", "layout", "direction", "us", "p20", "p80", "GB/s", "of copy"]
+HEAD += [f"{kind} / ours" for kind in KINDS[1:]]
+
+
+def layers(result: Result) -> str:
+    """Markdown: a row for each layer and direction, medians, ratios of times in the same round."""
+    plans = any("plan" in row for row in result["rows"])
+    rows = [
+        [layer_of(row), row["dtype"], row["layout"], row["direction"], *cells(row)]
+        + ([plan_text(row.get("plan"))] if plans else [])
+        for row in result["rows"]
+    ]
+    return markdown(HEAD + ["plan"] * plans, rows)
+
+
+def for_terminal(result: Result) -> str:
+    """Plain text: the table of the layers, what was left out, what failed, and where."""
+    rows = [
+        [f"{layer_of(row)} {row['dtype']} {row['layout']} {row['direction']}", *cells(row)]
+        for row in result["rows"]
+    ]
+    head = ["layer", *(name.removesuffix(" / ours") for name in HEAD[4:])]
+    parts = ["", aligned(head, rows)] if rows else []
+    parts.append("us, p20, p80 and GB/s of ideal bytes are ours; ratios are theirs / ours")
+    parts += remarks(result)
+    return "\n".join([*parts, f"Measured on {where(result['machine'])}."])
+
+
+def remarks(result: Result) -> list[str]:
+    """What failed and what was left out, a line each."""
+    lines = [
+        f"FAILED {layer_of(row)} {row['dtype']} {row['layout']} {row['direction']}: {what}"
+        for row in result["rows"]
+        for what in row["failed"]
+    ]
+    lines += [
+        f"left out of {layer_of(row)} {row['dtype']} {row['layout']}: {what}"
+        for row in result["rows"]
+        for what in row.get("left_out", [])
+    ]
+    return [*lines, *(f"left out: {what}" for what in result["left_out"])]
+
+
+def span(values: Iterable[float | None]) -> str:
+    found = [value for value in values if value is not None]
+    return f"{min(found):.2f} to {max(found):.2f}x" if found else "-"
+
+
+def summary(result: Result) -> str:
+    """Markdown: a row for each network, batch, dtype, layout and direction; ranges over layers."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for network in NETWORKS:
+        for row in result["rows"]:
+            if network in network_of(row) and row["direction"] != "warm forward":
+                key = (row["shape"][0], row["dtype"], row["layout"], row["direction"])
+                groups.setdefault((network, *map(str, key)), []).append(row)
+    head = ["network", "batch", "dtype", "layout", "direction", "share of copy"]
+    return markdown(
+        head + [f"{kind} / ours" for kind in KINDS[1:]],
+        (
+            [*key, span(ratio(row, "copy") for row in rows).removesuffix("x")]
+            + [span(ratio(row, kind) for row in rows) for kind in KINDS[1:]]
+            for key, rows in groups.items()
+        ),
+    )
+
+
+def losses(result: Result) -> list[str]:
+    """The rows on which a rival is faster than ours in more than four of five rounds."""
+    found = []
+    for row in result["rows"]:
+        for kind in RIVALS:
+            name = named(row, kind)
+            if name and "native" in row["contenders"]:
+                times = row["contenders"][name]["times_ours"]
+                if times["p80"] < 1:
+                    found.append(
+                        f"{layer_of(row)} {row['dtype']} {row['layout']} {row['direction']}: "
+                        f"{name} takes {times['median']:.2f}x our time"
+                    )
+    return found
+
+
+# ---- what the kernels were written to reach ----
+
+# Direction, contender, its time in units of ours; on a CPU with the heap recycled.
+CPU_GOALS = [
+    ("forward", "copy", 1 / 1.15),
+    ("backward", "copy", 1 / 1.15),
+    ("forward", "eager", 1.5),
+    ("forward", "compile", 1.6),
+    ("backward", "eager", 3.7),
+    ("backward", "compile", 1.6),
+]
+# Least and most ideal bytes, direction, contender, its time in units of ours; on an H200, bfloat16.
+GPU_GOALS: list[tuple[int, float, str, str, float]] = [
+    (256 * MB, float("inf"), "forward", "copy", 0.97),
+    (256 * MB, float("inf"), "backward", "copy", 0.95),
+    (16 * MB, 256 * MB, "forward", "copy", 0.87),
+    (16 * MB, 256 * MB, "backward", "copy", 0.84),
+    (256 * MB, float("inf"), "forward", "compile", 1.45),
+    (256 * MB, float("inf"), "backward", "compile", 1.3),
+    (256 * MB, float("inf"), "forward", "eager", 1.45),
+    (256 * MB, float("inf"), "backward", "eager", 3.2),
+]
+ONE_SAMPLE_GOALS = {"forward": 4.0, "backward": 6.0}  # us of ResNet-50's layers in bfloat16
+
+
+def goals(result: Result) -> str:
+    """Markdown: on how many rows each goal was reached."""
+    goals_of = gpu_goals if result["machine"]["device"] == "cuda" else cpu_goals
+    lines = []
+    for what, values, goal, at_most in goals_of(result):
+        reached = sum(v <= goal if at_most else v >= goal for v in values)
+        cells = ["not measured", "-", "-"]
+        if values:
+            cells = [f"{reached} of {len(values)}", f"{min(values):.2f}", f"{max(values):.2f}"]
+        lines.append([what, *cells])
+    return markdown(["goal", "reached on", "least", "most"], lines)
+
+
+Goal = tuple[str, list[float], float, bool]
+
+
+def ratios_of(rows: Iterable[Row], kind: str) -> list[float]:
+    return [value for row in rows if (value := ratio(row, kind)) is not None]
+
+
+def cpu_goals(result: Result) -> Iterator[Goal]:
+    for direction, kind, goal in CPU_GOALS:
+        rows = [row for row in result["rows"] if row["direction"] == direction]
+        what = f"{direction}: {kind} / ours at least {goal:.2f}"
+        yield what, ratios_of(rows, kind), goal, False
+
+
+def gpu_goals(result: Result) -> Iterator[Goal]:
+    rows = [row for row in result["rows"] if row["dtype"] == "bfloat16"]
+    for least, most, direction, kind, goal in GPU_GOALS:
+        size = f"{least // MB} MB and more"
+        if most < float("inf"):
+            size = f"{least // MB} to {most // MB} MB"
+        inside = [
+            row
+            for row in rows
+            if row["direction"] == direction and least <= row["ideal_bytes"] < most
+        ]
+        what = f"{direction}, {size}: {kind} / ours at least {goal:.2f}"
+        yield what, ratios_of(inside, kind), goal, False
+    for direction, goal in ONE_SAMPLE_GOALS.items():
+        single = [
+            median(row, "native")
+            for row in rows
+            if row["direction"] == direction
+            and row["shape"][0] == 1
+            and "resnet50" in network_of(row)
+            and "native" in row["contenders"]
+        ]
+        yield f"{direction}, ResNet-50, batch 1: at most {goal:.0f} us", single, goal, True
+
+
+def profiler(result: Result) -> str:
+    """Markdown: times by events over graph replays beside the profiler's."""
+    head = ["layer", "direction", "contender", "graph", "profiler"]
+    lines = []
+    for row in result["rows"]:
+        layer = f"{row['dtype']} {row['layout']} {layer_of(row)}"
+        for name, t in row["contenders"].items():
+            if t.get("profiler_us"):
+                times = [f"{us:.1f} us" for us in (t["us"]["median"], t["profiler_us"])]
+                lines.append([layer, row["direction"], name, *times])
+    return markdown(head, lines) if lines else ""
+
+
+# ---- small calls, networks, sizes ----
+
+
+def overhead(result: Result) -> str:
+    """Markdown: host time of small calls, and its ratio to eager's."""
+    head = ["small call", "direction"]
+    names = list(dict.fromkeys(n for row in result["rows"] for n in row["contenders"]))
+    lines = []
+    for row in result["rows"]:
+        times = row["contenders"]
+        share = 1 / ratio_to(times, "eager") if "eager" in times and "native" in times else None
+        shape = f"{'x'.join(map(str, row['shape']))}, {row['dtype']}"
+        cells = [f"{times[n]['us']['median']:.1f} us" if n in times else "-" for n in names]
+        lines.append([shape, row["direction"], *cells, text(share, "{:.2f}")])
+    return markdown([*head, *names, "ours / eager"], lines)
+
+
+def ratio_to(times: dict[str, Any], name: str) -> float:
+    return float(times[name]["times_ours"]["median"])
+
+
+def networks(result: Result) -> str:
+    """Markdown: images a second of whole networks, and peak memory."""
+    head = ["network", "layout", "mode", "pass", "attention", "images/s", "time / without"]
+    lines = []
+    for row in result["rows"]:
+        for name, t in row["contenders"].items():
+            memory = f"{t['peak_bytes'] / MB:.0f} MB" if t.get("peak_bytes") else "-"
+            times = [f"{t['images_per_s']:.1f}", text(t["times_none"]["median"])]
+            place = [row["network"], row["layout"], row["mode"], row["pass"]]
+            lines.append([*place, name, *times, memory])
+    return markdown([*head, "memory"], lines)
+
+
+def scaling(result: Result) -> str:
+    """Markdown: picoseconds per element at every size."""
+    names = list(dict.fromkeys(n for row in result["rows"] for n in row["contenders"]))
+    lines = []
+    for row in result["rows"]:
+        place = [row["axis"], layer_of(row), row["layout"], row["direction"]]
+        times = (row["contenders"].get(name, {}).get("ps_per_element") for name in names)
+        cells = [text(value, "{:.1f}") for value in times]
+        lines.append([*place, f"{row['map_bytes'] / MB:.2f}", *cells])
+    return markdown(["axis", "layer", "layout", "direction", "MB", *names], lines)
