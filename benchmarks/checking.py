@@ -8,6 +8,8 @@ from contenders import Inputs, plain
 from devices import Recording
 from torch import Tensor
 
+import eca_fused
+
 CHUNK = 1 << 24  # elements that are computed in float64 at a time
 RETURNS = {
     "forward": ("y",),
@@ -25,15 +27,21 @@ def results(layer: Any, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, 
 
 
 def exact(x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """y, dx and dweight in float64."""
+    """y, dx and dweight in float64, and `terms`: the sum of the absolute values in dweight."""
     y, dx = (torch.empty(x.shape, dtype=torch.float64, device=x.device) for _ in range(2))
-    dweight = torch.zeros(weight.shape, dtype=torch.float64, device=x.device)
+    w = weight.double()
+    dweight, terms = torch.zeros_like(w), torch.zeros_like(w)
     step = max(1, CHUNK // max(1, x[0].numel()))
     for begin in range(0, x.shape[0], step):
         part = slice(begin, begin + step)
-        y[part], dx[part], dw = results(plain, x[part].double(), weight.double(), dy[part].double())
+        v, g = x[part].double(), dy[part].double()
+        y[part], dx[part], dw = results(plain, v, w, g)
         dweight += dw
-    return {"y": y, "dx": dx, "dweight": dweight}
+        taps = w.clone().requires_grad_()
+        dz = (g * v).abs().sum((2, 3)) / 4  # a (1 - a) <= 1 / 4
+        z = eca_fused.reference.convolve(v.abs().mean((2, 3)), taps)
+        terms += torch.autograd.grad(z, taps, dz)[0]
+    return {"y": y, "dx": dx, "dweight": dweight, "terms": terms}
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -42,7 +50,13 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 class Judge:
-    """Knows the results for the first and the last of the inputs, and what error they may have."""
+    """Knows the results for the first and the last of the inputs, and what error they may have.
+
+    As good as plain PyTorch in this dtype, but for the order of its sums. The gradient of the taps
+    is a sum of many numbers of either sign: it keeps the rounding errors of its terms, however
+    small it is, so that one form may come close to it by luck and another may not. Those of
+    different planes are independent, so that they grow as the root of the number of planes.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         self.wanted = {
@@ -51,11 +65,19 @@ class Judge:
         }
         usual = results(plain, inputs.xs[0], inputs.taps, inputs.dys[0])
         eps = torch.finfo(DTYPES[inputs.case.dtype]).eps
-        # As good as plain PyTorch in this dtype, but for the order of its sums.
         self.allowed = {
             name: 4 * (error(got, self.wanted[0][name]) + eps)
             for name, got in zip(("y", "dx", "dweight"), usual, strict=True)
         }
+        n, c = inputs.case.shape[:2]
+        self.terms_error = 8 * torch.finfo(torch.float32).eps / (n * c) ** 0.5
+
+    def limit(self, name: str, wanted: dict[str, Tensor]) -> float:
+        """The error that a result may have, relative to its largest value."""
+        if name != "dweight":
+            return self.allowed[name]
+        largest = wanted["dweight"].abs().max()
+        return self.allowed[name] + self.terms_error * float(wanted["terms"].max() / largest)
 
     def faults(self, recording: Recording, direction: str) -> list[str]:
         """What the calls get wrong, with outputs that were full of NaN before."""
@@ -64,11 +86,10 @@ class Judge:
         wrong = []
         for i, wanted in self.wanted.items():
             for name, got in zip(RETURNS[direction], recording.outputs[i], strict=True):
-                off = error(got, wanted[name])
-                if not off <= self.allowed[name]:
+                off, limit = error(got, wanted[name]), self.limit(name, wanted)
+                if not off <= limit:
                     wrong.append(
-                        f"{name} of input {i} has relative error {off:.2g}, "
-                        f"allowed {self.allowed[name]:.2g}"
+                        f"{name} of input {i} has relative error {off:.2g}, allowed {limit:.2g}"
                     )
         recording.forget()
         return wrong
