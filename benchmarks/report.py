@@ -3,7 +3,7 @@
     python benchmarks/report.py benchmarks/results/cpu.json            # Markdown
     python benchmarks/report.py r.json --plot r.png
     python benchmarks/report.py --compare before.json after.json       # exit status 1 if slower
-    python benchmarks/report.py --readme                               # renew the README's figures
+    python benchmarks/report.py --readme                               # renew the figures in the READMEs
 
 A comparison is of times in units of the copy's in the same run: two runs of the same code on a
 machine that others share differ more. A change counts where it is larger than the spread, p20 to
@@ -127,38 +127,75 @@ def compare(before: Result, after: Result) -> tuple[str, bool]:
     return "\n".join(lines), bool(slower)
 
 
-# ---- the README ----
+# ---- the README, and that of the results ----
+
+
+def committed() -> list[Path]:
+    """The result files in the repository; gpu_check.sh makes a folder for a GPU."""
+    return sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*/bench.json")])
+
+
+def layer_figures(result: Result) -> list[str]:
+    """The README's tables of a result of microbench.py."""
+    both = [
+        row
+        for row in result["rows"]
+        if {"resnet50", "mobilenetv2"} & {*tables.network_of(row)}
+        and row["direction"] in ("forward", "backward")
+    ]
+    usual = [row for row in both if row["shape"][0] == README_BATCH and row["dtype"] != "float16"]
+    kinds = ("eager", "compile", "triton", "native in place")
+    slower = tables.losses(result)
+    return [
+        f"Batch {README_BATCH}:",
+        tables.summary({**result, "rows": usual}, tables.GROUPS[:1] + tables.GROUPS[2:], kinds),
+        "All dtypes and both layouts:",
+        tables.summary({**result, "rows": both}, ("network", "batch", "direction"), kinds),
+        tables.goals(result),
+        "Where another is faster in four of five rounds:\n\n" + bullets(slower)
+        if slower
+        else "On none of these rows another is faster in four of five rounds.",
+    ]
 
 
 def readme_figures() -> str:
     """The README's tables, from the committed results."""
     parts = []
-    for path in sorted(RESULTS.glob("**/*.json")):
+    for path in committed():
         result = load(path)
         kind = kind_of(result)
         if kind == "layers" and "default" not in path.stem:
-            shown = [
-                row
-                for row in result["rows"]
-                if row["shape"][0] == README_BATCH
-                and {"resnet50", "mobilenetv2"} & {*tables.network_of(row)}
-                and row["direction"] in ("forward", "backward")
-            ]
-            parts += [tables.summary({**result, "rows": shown}), tables.goals(result)]
-        elif kind in ("overhead", "network"):
-            make = {"overhead": tables.overhead, "network": tables.networks}
-            parts.append(make[kind](result))
+            parts += layer_figures(result)
+        elif kind == "overhead":
+            parts.append(tables.overhead(result))
+        elif kind == "network":
+            parts.append(tables.networks(result))
         else:
             continue
         parts.append(f"Measured on {tables.where(result['machine'])}.")
     return "\n\n".join(parts)
 
 
-def renew(readme: str) -> str:
-    """The README with today's figures between its marks."""
+def all_figures() -> str:
+    """Every committed result, whole, with its picture."""
+    parts = []
+    for path in committed():
+        name = path.relative_to(RESULTS)
+        parts.append(f"## {name}")
+        if path.with_suffix(".png").exists():
+            parts.append(f"![{name.stem}]({name.with_suffix('.png')})")
+        parts.append(markdown(load(path)))
+    return "\n\n".join(parts)
+
+
+def renew(readme: str, figures: str) -> str:
+    """A text with these figures between its marks."""
     head, _, rest = readme.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{readme_figures()}\n{END}{tail}"
+    return f"{head}{BEGIN}\n{figures}\n{END}{tail}"
+
+
+FIGURES = {ROOT / "README.md": readme_figures, RESULTS / "README.md": all_figures}
 
 
 def main(argv: list[str]) -> int:
@@ -166,11 +203,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("results", type=Path, nargs="*", help="JSON files of the scripts here")
     parser.add_argument("--plot", type=Path, help="picture to write, of one result")
     parser.add_argument("--compare", action="store_true", help="two results: before and after")
-    parser.add_argument("--readme", action="store_true", help="renew the figures in README.md")
+    parser.add_argument("--readme", action="store_true", help="renew the figures in both READMEs")
     args = parser.parse_args(argv)
     if args.readme:
-        path = ROOT / "README.md"
-        path.write_text(renew(path.read_text()))
+        for path, make in FIGURES.items():
+            path.write_text(renew(path.read_text(), make()))
         return 0
     if not args.results or (args.compare and len(args.results) != 2):
         parser.error("expected result files, two of them for --compare")

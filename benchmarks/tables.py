@@ -157,21 +157,26 @@ def span(values: Iterable[float | None]) -> str:
     return f"{min(found):.2f} to {max(found):.2f}x" if found else "-"
 
 
-def summary(result: Result) -> str:
-    """Markdown: a row for each network, batch, dtype, layout and direction; ranges over layers."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
+# What the rows of a summary have in common.
+GROUPS = ("network", "batch", "dtype", "layout", "direction")
+
+
+def summary(
+    result: Result, groups: Sequence[str] = GROUPS, kinds: Sequence[str] = KINDS[1:]
+) -> str:
+    """Markdown: ranges over the layers that have `groups` in common."""
+    found: dict[tuple[str, ...], list[Row]] = {}
     for network in NETWORKS:
         for row in result["rows"]:
             if network in network_of(row) and row["direction"] != "warm forward":
-                key = (row["shape"][0], row["dtype"], row["layout"], row["direction"])
-                groups.setdefault((network, *map(str, key)), []).append(row)
-    head = ["network", "batch", "dtype", "layout", "direction", "share of copy"]
+                named = {**row, "network": network, "batch": row["shape"][0]}
+                found.setdefault(tuple(str(named[name]) for name in groups), []).append(row)
     return markdown(
-        head + [f"{kind} / ours" for kind in KINDS[1:]],
+        [*groups, "share of copy", *(f"{kind} / ours" for kind in kinds)],
         (
             [*key, span(ratio(row, "copy") for row in rows).removesuffix("x")]
-            + [span(ratio(row, kind) for row in rows) for kind in KINDS[1:]]
-            for key, rows in groups.items()
+            + [span(ratio(row, kind) for row in rows) for kind in kinds]
+            for key, rows in found.items()
         ),
     )
 

@@ -31,7 +31,7 @@ import scaling  # noqa: E402
 import tables  # noqa: E402
 import tune  # noqa: E402
 
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("**/*.json"))
+RESULTS = report.committed()
 CASE = cases.Case((3, 8, 4, 4), 3, "bfloat16", "channels_last")
 
 
@@ -83,20 +83,11 @@ def test_a_result_says_where_it_was_measured(path):
     assert all(entry["failed"] == [] for entry in found["rows"])
 
 
-def test_the_figures_of_the_readme_are_those_of_the_results():
-    readme = (ROOT / "README.md").read_text()
-    assert report.renew(readme) == readme
-    assert "share of copy" in report.readme_figures()
-
-
-def test_no_layer_of_the_committed_grid_is_slower_than_eager_or_compiled_pytorch():
-    for path in RESULTS:
-        found = report.load(path)
-        if report.kind_of(found) == "layers":
-            slower = tables.losses(found)
-            # What is slower is said where the figures are.
-            readme = (ROOT / "README.md").read_text()
-            assert all(line in readme for line in slower)
+@pytest.mark.parametrize("path", report.FIGURES, ids=lambda p: p.parent.name)
+def test_the_figures_in_texts_are_those_of_the_results(path):
+    text = path.read_text()
+    assert report.renew(text, report.FIGURES[path]()) == text
+    assert "share of copy" in text
 
 
 # ---- what tables say ----
