@@ -18,6 +18,7 @@ import eca_fused
 torch._functorch.config.donated_buffer = False
 
 Layer = Callable[[Tensor, Tensor], Tensor]
+KINDS = ("native", "triton", "eager", "timm", "compile", "existing memory")
 FORMS = ("shifted", "conv")
 MODES = ("default", "max-autotune-no-cudagraphs")
 

@@ -1,4 +1,9 @@
-"""Where contenders run and how their time is taken: on a CPU, on a GPU, or in a dry run of that."""
+"""Where contenders run and how their time is taken: on a CPU, on a GPU, or in a dry run of that.
+
+Neither triton.testing.do_bench nor torch.utils.benchmark takes the times: they measure one
+contender after the other, on one input, and machines drift; do_bench empties the L2 cache by a
+memset between calls, which a CUDA graph over rotating maps does not need.
+"""
 
 import contextlib
 import time

@@ -51,7 +51,7 @@ class Recording:
         self, calls: Sequence[Call], stream: Any, warm_up: Callable[[], object] | None = None
     ) -> None:
         self.calls = len(calls)
-        self.keep: object = None  # what a replay reads must live as long
+        self.functions = calls  # they hold what a replay reads
         self.graph: Any = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):

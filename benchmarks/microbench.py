@@ -28,6 +28,7 @@ from cases import DIRECTIONS, DTYPES, LAYOUTS, NETWORKS, Case, all_cases, cpu_ca
 from checking import Judge
 from contenders import (
     FORMS,
+    KINDS,
     MODES,
     Contender,
     Inputs,
@@ -105,6 +106,7 @@ def measure_direction(
     *,
     rounds: int,
     profile: bool = False,
+    existing_memory: bool = False,
 ) -> dict[str, Any]:
     """Record, check and time all contenders on one direction of a layer."""
     case, failed = inputs.case, []
@@ -119,7 +121,7 @@ def measure_direction(
             failed.append(f"{name}: {', '.join(wrong)}")
         else:
             recordings[name] = recording
-    if device.kind == "cpu" and direction == "forward":
+    if existing_memory and device.kind == "cpu" and direction == "forward":
         existing = record_existing_memory(inputs, device)
         for name, recording in existing.items():
             wrong = [] if name.startswith("copy") else judge.faults(recording, direction)
@@ -166,16 +168,24 @@ def measure(
     """One layer: a row for each direction."""
     left_out: list[str] = []
     inputs = make_inputs(case, device)
-    running = contenders(inputs.taps) | compile_all(inputs, args, clock, left_out)
+    running = {n: c for n, c in contenders(inputs.taps).items() if n in args.contender}
+    if "compile" in args.contender:
+        running |= compile_all(inputs, args, clock, left_out)
     judge = Judge(inputs)
     rows = []
     with no_collection():
         for direction in args.direction:
-            rows.append(
-                measure_direction(
-                    direction, inputs, running, judge, device, rounds=args.rounds, profile=profile
-                )
+            row = measure_direction(
+                direction,
+                inputs,
+                running,
+                judge,
+                device,
+                rounds=args.rounds,
+                profile=profile,
+                existing_memory="existing memory" in args.contender,
             )
+            rows.append(row)
             device.free()
         if device.kind == "cuda" and "forward" in args.direction:
             sound = {n: c for n, c in running.items() if n in rows[0]["contenders"]}
@@ -211,6 +221,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--direction", choices=DIRECTIONS, nargs="+", default=["forward", "backward"]
     )
+    parser.add_argument(
+        "--contender", choices=KINDS, nargs="+", default=list(KINDS),
+        help="beside the copy; existing memory: x or an output that is there (on a CPU)",
+    )  # fmt: skip
     parser.add_argument("--compile-mode", choices=MODES, nargs="*", default=list(MODES[:1]))
     parser.add_argument("--seconds", type=float, help="no layer is started after")
     parser.add_argument("--compile-seconds", type=float, help="no form is compiled after")

@@ -1,9 +1,9 @@
 """Makes tables and pictures from result files, the README's figures, and compares two results.
 
-    python benchmarks/report.py benchmarks/results/cpu.json            # Markdown
+    python benchmarks/report.py benchmarks/results/cpu.json       # Markdown
     python benchmarks/report.py r.json --plot r.png
-    python benchmarks/report.py --compare before.json after.json       # exit status 1 if slower
-    python benchmarks/report.py --readme                               # renew the figures in the READMEs
+    python benchmarks/report.py --compare before.json after.json  # exit status 1 if slower
+    python benchmarks/report.py --readme                          # renew the READMEs' figures
 
 A comparison is of times in units of the copy's in the same run: two runs of the same code on a
 machine that others share differ more. A change counts where it is larger than the spread, p20 to

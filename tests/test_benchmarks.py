@@ -1,10 +1,13 @@
 """The benchmark scripts: what they report follows from what they measured."""
 
+import contextlib
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -332,6 +335,25 @@ def test_a_wrong_contender_is_reported_and_not_timed(device, monkeypatch):
     assert set(found["backward"]["contenders"]) == {"copy", "native"}
     for direction, maps in zip(cases.DIRECTIONS, (2, 3, 5), strict=True):
         assert found[direction]["ideal_bytes"] == maps * 3 * 8 * 4 * 4 * 2
+
+
+def test_a_graph_keeps_what_its_replays_read(monkeypatch):
+    # What a backward pass saved is memory that only the captured calls refer to.
+    class Stub:
+        capture_begin = capture_end = replay = lambda self: None
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Stub)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    read = torch.ones(3)
+    alive = weakref.ref(read)
+    recording = gpu_timing.Recording([lambda read=read: (read + 1,)], None)
+    del read
+    gc.collect()
+    assert alive() is not None
+    del recording
+    gc.collect()
+    assert alive() is None
 
 
 def test_outputs_that_a_call_does_not_write_are_found(monkeypatch):
