@@ -13,19 +13,12 @@ DIRECTIONS = ("forward", "backward", "forward and backward")
 
 Layer = tuple[int, int, int, int]  # channels, height, width, taps
 
-# Behind each stage, with the taps of the authors' checkpoint (k=3557); MobileNetV2 behind each
-# block, where those have one tap below 96 channels. Detection: ResNet-50 on 800x1333 pixels.
+# ResNets: behind each stage, with the taps of the authors' checkpoints (k=3557 for ResNet-50, 3577
+# for ResNet-18). MobileNetV2: one block for each size of its maps, with one tap below 96 channels
+# and three above, as the authors have it. Detection: ResNet-50 on 800x1333 pixels.
 NETWORKS: dict[str, list[Layer]] = {
     "resnet50": [(256, 56, 56, 3), (512, 28, 28, 5), (1024, 14, 14, 5), (2048, 7, 7, 7)],
-    "mobilenetv2": [
-        (16, 112, 112, 1),
-        (24, 56, 56, 1),
-        (32, 28, 28, 1),
-        (64, 14, 14, 1),
-        (96, 14, 14, 3),
-        (160, 7, 7, 3),
-        (320, 7, 7, 3),
-    ],
+    "mobilenetv2": [(24, 56, 56, 1), (32, 28, 28, 1), (96, 14, 14, 3), (320, 7, 7, 3)],
     "resnet18": [(64, 56, 56, 3), (128, 28, 28, 5), (256, 14, 14, 7), (512, 7, 7, 7)],
     "detection": [(256, 200, 334, 3), (512, 100, 167, 5), (1024, 50, 84, 5), (2048, 25, 42, 7)],
     "sweep": [
