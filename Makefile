@@ -3,6 +3,8 @@ ENV := $(or $(VIRTUAL_ENV),.venv)
 BIN := $(ENV)/bin
 CPP = $(shell find csrc tests/cpp tests/simt -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
+# The tests run in several processes, whose threads together are more than the processors: with the
+# wait policy they do not spin while they wait for each other.
 .PHONY: help run test build lint format mutations clean
 .NOTPARALLEL:
 
@@ -25,7 +27,7 @@ run:
 
 test:
 	@tools/setup.sh demo test
-	@'$(BIN)/python' -m pytest $(ARGS)
+	@OMP_WAIT_POLICY=passive '$(BIN)/python' -m pytest -n logical --maxprocesses 4 --dist loadgroup $(ARGS)
 
 build:
 	@tools/setup.sh

@@ -20,6 +20,9 @@ ON_ANY_DEVICE = {
     "test_values",
 }
 
+# The files that compile something for all of their tests: these stay in one process of pytest-xdist.
+COMPILE_ONCE = {"test_build", "test_cubins", "test_cuda_kernels", "test_simt_runtime"}
+
 if DEVICE != "cpu":
     if DEVICE == "cuda" and not torch.cuda.is_available():
         pytest.exit("ECA_FUSED_TEST_DEVICE=cuda, but there is no GPU that torch can use", 2)
@@ -34,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if DEVICE != "cpu" and item.path.stem not in ON_ANY_DEVICE:
             item.add_marker(other)
+        if item.path.stem in COMPILE_ONCE:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
