@@ -16,7 +16,11 @@ ON_ANY_DEVICE = {
     "test_layer",
     "test_layouts",
     "test_operators",
+    "test_instruments",
+    "test_memory",
+    "test_mixed_precision",
     "test_sensitivity",
+    "test_transforms",
     "test_values",
 }
 
