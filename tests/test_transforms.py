@@ -22,6 +22,7 @@ from support import (
 )
 from torch import func, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import eca_fused
 from eca_fused import backend as backend_module
@@ -375,3 +376,14 @@ def test_the_rules_of_transforms_cost_nothing_elsewhere(backend):
     assert eca_fused.eca(case.x.requires_grad_(), case.weight, backend=backend).grad_fn.name() == (
         "ECAFunctionBackward"
     )
+
+
+def test_a_traced_transform_has_the_kernels_in_it(backend):
+    case = batch_of_cases()
+    function = func.vmap(func.grad(loss_of(fused(case, backend)), BOTH), (0, None))
+    graph = make_fx(function)(case.many.x, case.weight)
+    called = [node.target for node in graph.graph.nodes]
+    kernels = select(case.x, backend)
+    assert called.count(kernels.forward) == 1
+    assert called.count(kernels.backward) == 2
+    torch.testing.assert_close(graph(case.many.x, case.weight), function(case.many.x, case.weight))
