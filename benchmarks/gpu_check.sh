@@ -26,7 +26,8 @@ usual_parts=(build tests plans determinism graphs devices triton sanitizer profi
 all_parts=("${usual_parts[@]}" tune) # tuning takes two minutes: only where it is asked for
 
 common_tests=()
-for test in kernels values layouts gradients fuzz errors layer operators sensitivity; do
+for test in kernels values layouts gradients fuzz errors layer operators sensitivity \
+  transforms memory mixed_precision instruments; do
   common_tests+=("tests/test_$test.py")
 done
 
@@ -108,7 +109,10 @@ part_plans() {
 
 part_determinism() { pytest_part 60 1 -k same_bits tests/test_cuda.py; }
 
-part_graphs() { pytest_part 60 1 -k graph tests/test_cuda.py; }
+part_graphs() {
+  pytest_part 60 1 -k "graph or (test_streams and not not_the_current)" \
+    tests/test_cuda.py tests/test_streams.py
+}
 
 part_devices() {
   count=$("$python" -c 'import torch; print(torch.cuda.device_count())')
@@ -116,7 +120,7 @@ part_devices() {
     verdict "not available: needs two GPUs, there is ${count:-none}"
     return
   fi
-  pytest_part 60 1 -k not_the_current tests/test_cuda.py
+  pytest_part 60 1 -k not_the_current tests/test_cuda.py tests/test_streams.py
 }
 
 part_triton() {

@@ -1,14 +1,38 @@
-"""Second derivatives of ECA in differentiable PyTorch operations, so that higher ones exist."""
+"""Gradients of ECA's gradients in differentiable PyTorch operations, so that higher ones exist."""
 
 import torch
 from torch import Tensor
 
 from eca_fused.reference import convolve, padded
 
-__all__ = ["double_backward", "plain_backward"]
+__all__ = [
+    "double_backward",
+    "pixels_of",
+    "plain_backward",
+    "spread",
+    "taps_gradient",
+    "total",
+    "transposed",
+]
 
 
-def _transposed(values: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
+def pixels_of(x: Tensor) -> int:
+    """S, the number of spatial positions of x (N, C, *spatial); 1 where x has no plane."""
+    return x[0, 0].numel() if x.shape[0] and x.shape[1] else 1
+
+
+def total(map_: Tensor) -> Tensor:
+    """Sums over the spatial positions: (N, C, *spatial) to (N, C)."""
+    spatial = tuple(range(2, map_.dim()))
+    return map_.sum(spatial) if spatial else map_
+
+
+def spread(values: Tensor, map_: Tensor) -> Tensor:
+    """Values (N, C) in a shape that broadcasts over the spatial positions of a map."""
+    return values.reshape(values.shape + (1,) * (map_.dim() - 2))
+
+
+def transposed(values: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
     """The transpose of convolve(): out[n, c] = sum_j w[c - j + r, j] * values[n, c - j + r]."""
     channels, k = values.shape[1], weight.shape[2]
     r = k // 2
@@ -20,7 +44,7 @@ def _transposed(values: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
     ).sum(0)
 
 
-def _taps(values: Tensor, inputs: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
+def taps_gradient(values: Tensor, inputs: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
     """Gradient of sum(values * convolve(inputs, weight)) for the taps, in their shape."""
     k = weight.shape[2]
     windows = padded(inputs, k // 2, padding_mode).unfold(1, k, 1)  # (N, C, k)
@@ -43,16 +67,13 @@ def plain_backward(
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     g, v, w = dy.to(dtype), x.to(dtype), weight.to(dtype)
-    spatial = tuple(range(2, x.dim()))
-    mean = v.mean(spatial) if spatial else v  # (N, C)
+    pixels = pixels_of(x)
+    mean = total(v) / pixels  # (N, C)
     a = torch.sigmoid(convolve(mean, w, padding_mode))
-    da = (g * v).sum(spatial) if spatial else g * v
-    dz = da * a * (1 - a)
-    pixels = x[0, 0].numel() if x.shape[0] and x.shape[1] else 1
-    dm = _transposed(dz, w, padding_mode) / pixels
-    ones = (1,) * len(spatial)
-    dx = a.reshape(a.shape + ones) * g + dm.reshape(dm.shape + ones)
-    return dx.to(x.dtype), _taps(dz, mean, w, padding_mode).to(weight.dtype)
+    dz = total(g * v) * a * (1 - a)
+    dm = transposed(dz, w, padding_mode)
+    dx = spread(a, x) * g + spread(dm / pixels, x)
+    return dx.to(x.dtype), taps_gradient(dz, mean, w, padding_mode).to(weight.dtype)
 
 
 def double_backward(
@@ -82,15 +103,7 @@ def double_backward(
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     g, v, w = dy.to(dtype), x.to(dtype), weight.to(dtype)
-    spatial = tuple(range(2, x.dim()))
-    pixels = x[0, 0].numel() if x.shape[0] and x.shape[1] else 1
-
-    def total(map_: Tensor) -> Tensor:  # (N, C, *spatial) to (N, C)
-        return map_.sum(spatial) if spatial else map_
-
-    def spread(values: Tensor) -> Tensor:  # (N, C) to (N, C, 1, ...)
-        return values.reshape(values.shape + (1,) * len(spatial))
-
+    pixels = pixels_of(x)
     mean = total(v) / pixels
     a = torch.sigmoid(convolve(mean, w, padding_mode))
     slope = a * (1 - a)
@@ -110,14 +123,14 @@ def double_backward(
 
     u = q * slope
     t = slope * (p + q * da * (1 - 2 * a))
-    dmean = _transposed(t, w, padding_mode)
-    dw = _taps(t, mean, w, padding_mode)
+    dmean = transposed(t, w, padding_mode)
+    dw = taps_gradient(t, mean, w, padding_mode)
     if ddweight is not None:
-        dmean = dmean + _transposed(dz, ddweight, padding_mode)
+        dmean = dmean + transposed(dz, ddweight, padding_mode)
     if mean_ddx is not None:
-        dw = dw + _taps(dz, mean_ddx, w, padding_mode)
-    d_dy = spread(u) * v
+        dw = dw + taps_gradient(dz, mean_ddx, w, padding_mode)
+    d_dy = spread(u, x) * v
     if ddx is not None:
-        d_dy = d_dy + spread(a) * ddx
-    d_x = spread(u) * g + spread(dmean / pixels)
+        d_dy = d_dy + spread(a, x) * ddx
+    d_x = spread(u, x) * g + spread(dmean / pixels, x)
     return d_dy.to(dy.dtype), d_x.to(x.dtype), dw.to(weight.dtype)

@@ -11,6 +11,7 @@ from eca_fused import reference
 from eca_fused.backend import select, warn_once
 from eca_fused.checks import PADDING_MODES, check, check_padding_mode
 from eca_fused.double_backward import double_backward, plain_backward
+from eca_fused.transforms import transformed_eca
 
 __all__ = ["ECAFunction", "eca", "eca_"]
 
@@ -86,7 +87,7 @@ def _needs_grad(x: Tensor, weight: Tensor) -> bool:
 
 
 def _transformed() -> bool:
-    """Inside torch.func's transforms or forward-mode AD, where kernels cannot see the real data."""
+    """Inside torch.func's transforms or forward-mode AD, which have rules of their own."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -102,8 +103,9 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str 
     and y is rounded once. Slices of a batch or of the channels are read in place, as is
     channels_last; anything else that is not contiguous is copied first.
 
-    Differentiable any number of times; gradients of gradients are computed in plain PyTorch, as is
-    everything inside torch.func's transforms and forward-mode AD.
+    Differentiable any number of times, by torch.func's transforms and in forward mode too. The
+    kernels compute y and its gradients; plain PyTorch computes gradients of gradients, tangents,
+    and everything for taps that vmap() batches.
 
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
@@ -124,11 +126,7 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str 
     if kernels is None:
         return _in_reference(x, weight, padding_mode)
     if _transformed():
-        warn_once(
-            "eca_fused runs in plain PyTorch inside torch.func transforms and forward-mode AD, "
-            "which is slower"
-        )
-        return _in_reference(x, weight, padding_mode)
+        return transformed_eca(x, weight, padding_mode, kernels)
     if padding_mode not in PADDING_MODES:
         check_padding_mode(padding_mode)
     circular = padding_mode == "circular"

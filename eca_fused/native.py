@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from eca_fused import fakes
+from eca_fused import fakes, flops
 
 __all__ = [
     "backward",
@@ -49,6 +49,7 @@ if missing is None:
     torch.library.register_fake("eca_fused::backward")(fakes.backward)
     torch.library.register_fake("eca_fused::inference")(fakes.inference)
     torch.library.register_fake("eca_fused::inference_")(fakes.inference_)
+    flops.register("")
 
 
 def runs_on(capability: tuple[int, int], compiled: str) -> bool:

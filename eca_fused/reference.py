@@ -17,7 +17,8 @@ def padded(values: Tensor, r: int, padding_mode: str) -> Tensor:
         return values
     if padding_mode == "zeros":
         return F.pad(values, (r, r))
-    return F.pad(values.unsqueeze(1), (r, r), mode="circular").squeeze(1)
+    # F.pad(mode="circular") fills memory in place, which torch.func.linearize() takes for constant.
+    return torch.cat([values[:, -r:], values, values[:, :r]], dim=1)
 
 
 def convolve(values: Tensor, weight: Tensor, padding_mode: str = "zeros") -> Tensor:

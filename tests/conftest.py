@@ -12,11 +12,16 @@ ON_ANY_DEVICE = {
     "test_errors",
     "test_fuzz",
     "test_gradients",
+    "test_instruments",
     "test_kernels",
     "test_layer",
     "test_layouts",
+    "test_memory",
+    "test_mixed_precision",
     "test_operators",
     "test_sensitivity",
+    "test_streams",
+    "test_transforms",
     "test_values",
 }
 

@@ -149,37 +149,6 @@ def test_changing_a_saved_tensor_is_noticed(backend):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "hessian", "vmap of grad"])
-def test_function_transforms_agree_with_plain_pytorch(backend, transform):
-    case = make_case((3, 4, 2, 2), dtype=torch.float64)
-
-    def derived(function):
-        def loss(x, w):
-            return (function(x, w) ** 2).sum()
-
-        x, w = case.x.detach(), case.weight.detach()
-        f = torch.func
-        return {
-            "grad": lambda: f.grad(loss, (0, 1))(x, w),
-            "vmap": lambda: f.vmap(function, (0, None))(x.unsqueeze(1), w),
-            "jvp": lambda: f.jvp(function, (x, w), (case.dy, torch.ones_like(w)))[1],
-            "hessian": lambda: f.hessian(loss, 1)(x, w),
-            "vmap of grad": lambda: f.vmap(f.grad(loss, 1), (0, None))(x.unsqueeze(1), w),
-        }[transform]()
-
-    torch.testing.assert_close(derived(fused(case, backend)), derived(plain(case)))
-
-
-def test_forward_mode_agrees_with_plain_pytorch(backend):
-    case = make_case((2, 5, 3, 2), dtype=torch.float64)
-    ad = torch.autograd.forward_ad
-    with ad.dual_level():
-        x = ad.make_dual(case.x, case.dy)
-        ours = ad.unpack_dual(fused(case, backend)(x, case.weight)).tangent
-        theirs = ad.unpack_dual(plain(case)(x, case.weight)).tangent
-    torch.testing.assert_close(ours, theirs)
-
-
 def test_batched_gradients_keep_their_graph(backend):
     case = float64(shape=(2, 4, 2, 2), k=3)
     seeds = torch.randn(3, *case.x.shape, dtype=torch.float64)

@@ -46,9 +46,17 @@ def test_opcheck_for_every_shape(shape, dtype, layout):
 
 @pytest.mark.parametrize("k", [1, 3, 5, 7, 9])
 @pytest.mark.parametrize("circular", [False, True])
-def test_opcheck_for_taps(k, circular):
-    case = make_case((2, 6, 4, 4), k=k, own_taps=circular)
+@pytest.mark.parametrize("shape", [(2, 6, 4, 4), (2, 4, 1, 1)], ids=name_of)
+def test_opcheck_for_taps(shape, k, circular):
+    case = make_case(shape, k=k, own_taps=circular)
     check_operators(case.x, case.weight, circular)
+
+
+@pytest.mark.parametrize("taps_dtype", [None, torch.float32], ids=["same", "single"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_opcheck_for_more_taps_than_channels(dtype, taps_dtype):
+    case = make_case((1, 1, 3, 3), k=9, dtype=dtype, taps_dtype=taps_dtype)
+    check_operators(case.x, case.weight)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -59,9 +67,10 @@ def test_opcheck_for_views(view, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("view", ["whole", "batch slice", "channel slice", "spatial slice"])
-def test_opcheck_in_place(view, layout):
-    case = make_case((3, 8, 4, 4), layout=layout)
+def test_opcheck_in_place(view, dtype, layout):
+    case = make_case((3, 8, 4, 4), dtype=dtype, layout=layout)
     torch.library.opcheck(
         ops.inference_,
         (VIEWS[view](case.x.clone(memory_format=torch.preserve_format)), case.weight),

@@ -283,12 +283,15 @@ SUITE = [
     "test_operators.py",
     "test_errors.py",
     "test_sensitivity.py",
+    "test_transforms.py",
+    "test_memory.py",
+    "test_instruments.py",
     "test_triton_operators.py",
 ]
 # What the interpreter does badly: up to minutes each, for what the CPU's caches or threads would
 # notice, what repeats a call for every element, what runs often on one case or on a large map, and
-# the CPU kernels of other processors; and counting copies, because it copies every argument itself
-# (test_views_are_read_in_place stands in for that).
+# the CPU kernels of other processors; counting copies, because it copies every argument itself
+# (test_views_are_read_in_place stands in for that); and imports, which no backend changes.
 LEFT_OUT = [
     "larger_than_the_caches",
     "number_of_threads",
@@ -302,6 +305,7 @@ LEFT_OUT = [
     "every_run",
     "taps_than_a_tile",
     "are_read_in_place",
+    "import",
 ]
 
 

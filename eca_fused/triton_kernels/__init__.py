@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from eca_fused import fakes
+from eca_fused import fakes, flops
 from eca_fused.checks import check
 from eca_fused.layout import output_strides
 from eca_fused.triton_kernels import launch
@@ -126,6 +126,7 @@ for _body, _fake in (
     (_backward, fakes.backward),
 ):
     _body.register_fake(_fake)
+flops.register("triton_")
 
 _operators = torch.ops.eca_fused
 forward = _operators.triton_forward.default

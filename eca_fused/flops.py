@@ -1,0 +1,96 @@
+"""What torch.utils.flop_counter counts for the operators: the floating point operations of ECA.
+
+Its convention: convolutions and products of matrices count, 2 for each multiplication with its
+addition, and nothing else does. Of ECA that is the convolution over channels, 2 N C k forward and
+as many again for the gradient of its input and for that of the taps: the numbers of the definition
+in plain PyTorch. Sums, sigmoids and products with the gates, 2 per element of x forward, do not
+count.
+"""
+
+import gc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["register"]
+
+MODULE = "torch.utils.flop_counter"
+
+Shape = Sequence[int]
+
+
+def _forward(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * weight[2]
+
+
+def _backward(
+    dy: Shape,
+    x: Shape,
+    weight: Shape,
+    mean: Shape,
+    gate: Shape,
+    circular: bool = False,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+    **_: Any,
+) -> int:
+    return _forward(x, weight) * (need_dx + need_dweight)
+
+
+FORMULAS = {
+    "forward": _forward,
+    "inference": _forward,
+    "inference_": _forward,
+    "backward": _backward,
+}
+
+
+def register(prefix: str) -> None:
+    """Give the operators torch.ops.eca_fused.<prefix>* their formulas, once the counter is there.
+
+    Importing the counter imports Triton, which takes 0.24 s, five times as long as eca_fused after
+    torch: so this waits until somebody else imports it.
+    """
+    operators = {getattr(torch.ops.eca_fused, prefix + name): f for name, f in FORMULAS.items()}
+    if MODULE in sys.modules:
+        _add(sys.modules[MODULE], operators)
+    else:
+        sys.meta_path.insert(0, _WhenImported(operators))
+
+
+def _add(flop_counter: ModuleType, formulas: dict[Any, Any]) -> None:
+    for operator, formula in formulas.items():
+        flop_counter.register_flop_formula(operator)(formula)
+    # A counter copies the formulas as it is made; those that are there already get them too.
+    for counter in gc.get_referrers(flop_counter.FlopCounterMode):
+        if isinstance(counter, flop_counter.FlopCounterMode):
+            counter.flop_registry.update({o: flop_counter.flop_registry[o] for o in formulas})
+
+
+class _WhenImported(MetaPathFinder):
+    """Adds formulas to the counter's module as soon as somebody imports it."""
+
+    def __init__(self, formulas: dict[Any, Any]) -> None:
+        self.formulas = formulas
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)  # by the other finders
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _add(module, self.formulas)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
