@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from eca_fused import native
 
@@ -166,12 +167,14 @@ def select(x: Tensor, backend: str) -> ModuleType | None:
             name = os.environ.get("ECA_FUSED_BACKEND", "auto")
             _default = check_backend(name, "ECA_FUSED_BACKEND")
         backend = _default
-    kind = x.device.type
+    kind = "cpu" if x.is_cpu else x.device.type  # device.type takes three times as long
     if (
         kind in native.devices
         and backend in ("auto", "native")
         and (kind == "cpu" or native.unsupported(x.device) is None)
     ):
+        if is_dynamo_compiling() and backend == "auto" and kind == "cpu" and not is_exporting():
+            return _for_the_compiler()
         return native
     if backend == "reference":
         return None
@@ -194,6 +197,12 @@ def select(x: Tensor, backend: str) -> ModuleType | None:
         f"backend {backend!r}, which {source} asked for, cannot be used: {reason}; "
         "let it be 'auto', which takes the best that works"
     )
+
+
+def _for_the_compiler() -> ModuleType:
+    from eca_fused import compiled
+
+    return compiled
 
 
 def _triton_kernels() -> ModuleType:

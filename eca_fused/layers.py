@@ -95,9 +95,11 @@ class ECALayer(nn.Module):
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        run = eca_ if self.inplace else eca
         backend = self.backend if self.fused else "reference"
-        return run(x, self.conv.weight, padding_mode=self.padding_mode, backend=backend)
+        # TorchScript cannot choose a function first and call it later.
+        if self.inplace:
+            return eca_(x, self.conv.weight, padding_mode=self.padding_mode, backend=backend)
+        return eca(x, self.conv.weight, padding_mode=self.padding_mode, backend=backend)
 
     def extra_repr(self) -> str:
         return (
