@@ -106,8 +106,9 @@ def _triton_unsupported(kind: str) -> str | None:
 _triton_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# Process-wide, like torch.backends' flags; None until the environment is read at the first call.
-_default: str | None = None
+# Process-wide, like torch.backends' flags. Read here, as torch.compile would compile again after a
+# first call that sets it; checked when it is used, as an import must not fail.
+_default = os.environ.get("ECA_FUSED_BACKEND", "auto")
 
 
 @contextmanager
@@ -159,14 +160,9 @@ def select(x: Tensor, backend: str) -> ModuleType | None:
         ValueError: unknown backend.
         RuntimeError: the backend was asked for by name and cannot run for x; says why.
     """
-    global _default
     source = "the argument"
     if backend == "auto":
-        source = "use_backend() or ECA_FUSED_BACKEND"
-        if _default is None:
-            name = os.environ.get("ECA_FUSED_BACKEND", "auto")
-            _default = check_backend(name, "ECA_FUSED_BACKEND")
-        backend = _default
+        source, backend = "use_backend() or ECA_FUSED_BACKEND", _default
     kind = "cpu" if x.is_cpu else x.device.type  # device.type takes three times as long
     if (
         kind in native.devices
@@ -178,9 +174,10 @@ def select(x: Tensor, backend: str) -> ModuleType | None:
         return native
     if backend == "reference":
         return None
-    if kind == "meta" and native.missing is None and backend != "triton":
+    what = "backend" if source == "the argument" else "ECA_FUSED_BACKEND"
+    triton = check_backend(backend, what) == "triton"
+    if kind == "meta" and native.missing is None and not triton:
         return native
-    triton = check_backend(backend) == "triton"
     reason = _triton_unsupported(kind) if triton else native.unsupported(x.device)
     if triton and reason is None:
         return _triton_kernels()
