@@ -197,6 +197,13 @@ def eca_(
     return x
 
 
+def plain(x: Tensor, weight: Tensor, padding_mode: str, inplace: bool) -> Tensor:
+    """eca(), or eca_(), of the backend "reference". Args as for eca()."""
+    run = eca_ if inplace else eca
+    return run(x, weight, padding_mode=padding_mode, backend="reference")
+
+
 # What torch.jit.script compiles in their place; a branch inside them would cost every call.
 eca.__prepare_scriptable__ = lambda: scripting.eca  # type: ignore[attr-defined]
 eca_.__prepare_scriptable__ = lambda: scripting.eca_  # type: ignore[attr-defined]
+plain.__prepare_scriptable__ = lambda: scripting.plain  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""eca() and eca_() for TorchScript, which compiles these in their place.
+"""What functional.py has, for TorchScript, which compiles these in their place.
 
 A scripted layer runs the compiled operator where no gradient is needed, so that a process which
-loads it has to `import eca_fused` first. Scripted with backend="reference", it needs nothing.
+loads it has to `import eca_fused` first. With fused=False it needs torch alone.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eca_fused import decomposed, native
 
-__all__ = ["eca", "eca_"]
+__all__ = ["eca", "eca_", "plain"]
 
 if native.missing is None:
 
@@ -47,6 +47,22 @@ def _needs_grad(x: Tensor, weight: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
+def _check_not_needed(x: Tensor, weight: Tensor) -> None:
+    if _needs_grad(x, weight):
+        raise RuntimeError(
+            "in-place ECA would overwrite the x that its gradient needs; "
+            "use inplace=False, or torch.no_grad() for inference"
+        )
+
+
+def plain(x: Tensor, weight: Tensor, padding_mode: str, inplace: bool) -> Tensor:
+    """y, without the compiled operators. Args as for eca()."""
+    if inplace:
+        _check_not_needed(x, weight)
+    y = decomposed.eca(x, weight, _circular(padding_mode))
+    return x.copy_(y) if inplace else y
+
+
 def eca(x: Tensor, weight: Tensor, padding_mode: str = "zeros", backend: str = "auto") -> Tensor:
     """eca() with a gradient from autograd, through plain operations.
 
@@ -55,21 +71,15 @@ def eca(x: Tensor, weight: Tensor, padding_mode: str = "zeros", backend: str = "
         weight: (1 or C, 1, k).
         padding_mode, backend: as of eca().
     """
-    circular = _circular(padding_mode)
     if backend == "reference" or _needs_grad(x, weight) or not _has_kernels(x):
-        return decomposed.eca(x, weight, circular)
-    return _inference(x, weight, circular)
+        return plain(x, weight, padding_mode, False)
+    return _inference(x, weight, _circular(padding_mode))
 
 
 def eca_(x: Tensor, weight: Tensor, padding_mode: str = "zeros", backend: str = "auto") -> Tensor:
     """eca_(). Args as for eca()."""
-    circular = _circular(padding_mode)
-    if _needs_grad(x, weight):
-        raise RuntimeError(
-            "in-place ECA would overwrite the x that its gradient needs; "
-            "use inplace=False, or torch.no_grad() for inference"
-        )
+    _check_not_needed(x, weight)
     if backend == "reference" or not _has_kernels(x):
-        return x.copy_(decomposed.eca(x, weight, circular))
-    _inference_(x, weight, circular)
+        return plain(x, weight, padding_mode, True)
+    _inference_(x, weight, _circular(padding_mode))
     return x
