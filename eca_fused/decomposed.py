@@ -31,23 +31,23 @@ def _spread(values: Tensor, like: Tensor) -> Tensor:
     return values
 
 
+def _widened(x: Tensor) -> Tensor:
+    """x in the dtype of the sums, once for all its uses: its gradient is rounded once, too."""
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
 def _mean_and_gate(x: Tensor, weight: Tensor, circular: bool) -> tuple[Tensor, Tensor]:
-    """(N, C) each, in float32, or float64 for float64 x."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean = x.to(dtype)
+    """(N, C) each, in the dtype of x."""
+    mean = x
     if x.dim() > 2:
-        mean = mean.mean([i for i in range(2, x.dim())])  # noqa: C416  # TorchScript has no list(range())
+        mean = x.mean([i for i in range(2, x.dim())])  # noqa: C416  # TorchScript has no list(range())
     channels, k = x.shape[1], weight.shape[2]
     rows = _padded(mean, k // 2, circular)
-    taps = weight.to(dtype)
+    taps = weight.to(x.dtype)
     z = taps[:, 0, 0] * rows.narrow(1, 0, channels)
     for j in range(1, k):
         z = z + taps[:, 0, j] * rows.narrow(1, j, channels)
     return mean, torch.sigmoid(z)
-
-
-def _rescaled(x: Tensor, gate: Tensor) -> Tensor:
-    return (x.to(gate.dtype) * _spread(gate, x)).to(x.dtype)
 
 
 def eca(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
@@ -58,10 +58,13 @@ def eca(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
         weight: (1 or C, 1, k).
         circular: wrap around at the first and last channel.
     """
-    return _rescaled(x, _mean_and_gate(x, weight, circular)[1])
+    wide = _widened(x)
+    gate = _mean_and_gate(wide, weight, circular)[1]
+    return (wide * _spread(gate, x)).to(x.dtype)
 
 
 def forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The operator forward(): y, and mean and gate (N, C)."""
-    mean, gate = _mean_and_gate(x, weight, circular)
-    return _rescaled(x, gate), mean, gate
+    wide = _widened(x)
+    mean, gate = _mean_and_gate(wide, weight, circular)
+    return (wide * _spread(gate, x)).to(x.dtype), mean, gate

@@ -9,6 +9,7 @@ import torch
 from support import LAYOUTS, make_case, needs_extension
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental import optimization
 from torch.nn.utils import fusion, parametrize
 
 import eca_fused
@@ -157,7 +158,7 @@ def test_convolution_and_batch_norm_before_the_layer_fuse():
     fused = nn.Sequential(fusion.fuse_conv_bn_eval(net[0], net[1]), net[2])
     x = image().double()
     torch.testing.assert_close(fused(x), net(x))
-    traced = torch.fx.experimental.optimization.fuse(net)
+    traced = optimization.fuse(net)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in traced.modules())
     torch.testing.assert_close(traced(x), net(x))
 
@@ -198,7 +199,7 @@ def test_timms_layers_are_replaced_and_put_back(padding_mode):
     want, before = net(x), copy.deepcopy(net.state_dict())
     for name, module in list(net.named_children()):
         if isinstance(module, kind):
-            layer = ECALayer(kernel_size=module.kernel_size, padding_mode=padding_mode)
+            layer = ECALayer(kernel_size=module.conv.kernel_size[0], padding_mode=padding_mode)
             layer.load_state_dict(module.state_dict())
             setattr(net, name, layer)
     torch.testing.assert_close(net(x), want)
