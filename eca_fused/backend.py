@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling, is_exporting
 
 from eca_fused import native
 
@@ -105,8 +106,9 @@ def _triton_unsupported(kind: str) -> str | None:
 _triton_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# Process-wide, like torch.backends' flags; None until the environment is read at the first call.
-_default: str | None = None
+# Process-wide, like torch.backends' flags. Read here, as torch.compile would compile again after a
+# first call that sets it; checked when it is used, as an import must not fail.
+_default = os.environ.get("ECA_FUSED_BACKEND", "auto")
 
 
 @contextmanager
@@ -158,26 +160,24 @@ def select(x: Tensor, backend: str) -> ModuleType | None:
         ValueError: unknown backend.
         RuntimeError: the backend was asked for by name and cannot run for x; says why.
     """
-    global _default
     source = "the argument"
     if backend == "auto":
-        source = "use_backend() or ECA_FUSED_BACKEND"
-        if _default is None:
-            name = os.environ.get("ECA_FUSED_BACKEND", "auto")
-            _default = check_backend(name, "ECA_FUSED_BACKEND")
-        backend = _default
-    kind = x.device.type
+        source, backend = "use_backend() or ECA_FUSED_BACKEND", _default
+    kind = "cpu" if x.is_cpu else x.device.type  # device.type takes three times as long
     if (
         kind in native.devices
         and backend in ("auto", "native")
         and (kind == "cpu" or native.unsupported(x.device) is None)
     ):
+        if is_dynamo_compiling() and backend == "auto" and kind == "cpu" and not is_exporting():
+            return _for_the_compiler()
         return native
     if backend == "reference":
         return None
-    if kind == "meta" and native.missing is None and backend != "triton":
+    what = "backend" if source == "the argument" else "ECA_FUSED_BACKEND"
+    triton = check_backend(backend, what) == "triton"
+    if kind == "meta" and native.missing is None and not triton:
         return native
-    triton = check_backend(backend) == "triton"
     reason = _triton_unsupported(kind) if triton else native.unsupported(x.device)
     if triton and reason is None:
         return _triton_kernels()
@@ -194,6 +194,12 @@ def select(x: Tensor, backend: str) -> ModuleType | None:
         f"backend {backend!r}, which {source} asked for, cannot be used: {reason}; "
         "let it be 'auto', which takes the best that works"
     )
+
+
+def _for_the_compiler() -> ModuleType:
+    from eca_fused import compiled
+
+    return compiled
 
 
 def _triton_kernels() -> ModuleType:

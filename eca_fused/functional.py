@@ -1,13 +1,16 @@
 """eca(): checks, choice of the backend, and the autograd function around the kernels."""
 
+import functools
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function
 
-from eca_fused import reference
+from eca_fused import reference, scripting
 from eca_fused.backend import select, warn_once
 from eca_fused.checks import PADDING_MODES, check, check_padding_mode
 from eca_fused.double_backward import double_backward, plain_backward
@@ -96,6 +99,15 @@ def _in_reference(x: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
     return reference.eca(x, weight, padding_mode=padding_mode)
 
 
+_is_tracing = torch._C._is_tracing  # by torch.jit.trace; torch.jit.is_tracing() takes longer
+
+
+@functools.cache
+def _scripted() -> Any:
+    """What a trace records, which has a gradient if it is needed when the trace runs."""
+    return torch.jit.script(scripting.eca)
+
+
 def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str = "auto") -> Tensor:
     """Efficient channel attention, y = sigmoid(conv1d over channels of mean(x)) * x, fused.
 
@@ -124,11 +136,16 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str 
     """
     kernels = select(x, backend) if isinstance(x, Tensor) else None
     if kernels is None:
+        if not isinstance(x, Tensor) and has_torch_function((x,)):  # such as a proxy of torch.fx
+            modes = {"padding_mode": padding_mode, "backend": backend}
+            return handle_torch_function(eca, (x,), x, weight, **modes)
         return _in_reference(x, weight, padding_mode)
     if _transformed():
         return transformed_eca(x, weight, padding_mode, kernels)
     if padding_mode not in PADDING_MODES:
         check_padding_mode(padding_mode)
+    if _is_tracing():
+        return _scripted()(x, weight, padding_mode, backend)  # type: ignore[no-any-return]
     circular = padding_mode == "circular"
     try:
         if _needs_grad(x, weight):
@@ -154,6 +171,9 @@ def eca_(
         RuntimeError: also where a gradient would need the x that is overwritten.
     """
     kernels = select(x, backend) if isinstance(x, Tensor) else None
+    if not isinstance(x, Tensor) and has_torch_function((x,)):
+        modes = {"padding_mode": padding_mode, "backend": backend}
+        return handle_torch_function(eca_, (x,), x, weight, **modes)
     check(x, weight, padding_mode)
     if _needs_grad(x, weight):
         what = "x" if x.requires_grad else "the taps"
@@ -161,7 +181,8 @@ def eca_(
             f"in-place ECA would overwrite the x that the gradient of {what} needs; "
             "use inplace=False, or torch.no_grad() for inference"
         )
-    if x.is_inference() and not torch.is_inference_mode_enabled():
+    # torch.compile cannot trace this question.
+    if not is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             "x was made in inference mode and cannot be written in place outside of it; "
             "call this in torch.inference_mode(), or on x.clone()"
@@ -172,3 +193,15 @@ def eca_(
     kernels.inference_(x, weight, padding_mode == "circular")
     torch.autograd.graph.increment_version(x)
     return x
+
+
+def plain(x: Tensor, weight: Tensor, padding_mode: str, inplace: bool) -> Tensor:
+    """eca(), or eca_(), of the backend "reference". Args as for eca()."""
+    run = eca_ if inplace else eca
+    return run(x, weight, padding_mode=padding_mode, backend="reference")
+
+
+# What torch.jit.script compiles in their place; a branch inside them would cost every call.
+eca.__prepare_scriptable__ = lambda: scripting.eca  # type: ignore[attr-defined]
+eca_.__prepare_scriptable__ = lambda: scripting.eca_  # type: ignore[attr-defined]
+plain.__prepare_scriptable__ = lambda: scripting.plain  # type: ignore[attr-defined]

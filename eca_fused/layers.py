@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from eca_fused.backend import check_backend
 from eca_fused.checks import check_kernel_size, check_padding_mode
-from eca_fused.functional import eca, eca_
+from eca_fused.functional import eca, eca_, plain
 
 __all__ = ["ECALayer", "kernel_size"]
 
@@ -66,6 +66,9 @@ class ECALayer(nn.Module):
         ValueError: channels < 1, an even or non-positive kernel_size, an unknown padding mode.
     """
 
+    # TorchScript leaves out what they exclude: with fused=False, the compiled operators.
+    __constants__ = ("fused", "inplace")
+
     def __init__(
         self,
         channels: int | None = None,
@@ -95,9 +98,12 @@ class ECALayer(nn.Module):
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        run = eca_ if self.inplace else eca
-        backend = self.backend if self.fused else "reference"
-        return run(x, self.conv.weight, padding_mode=self.padding_mode, backend=backend)
+        # TorchScript compiles this, and cannot choose a function first and call it later.
+        if not self.fused:
+            return plain(x, self.conv.weight, self.padding_mode, self.inplace)
+        if self.inplace:
+            return eca_(x, self.conv.weight, padding_mode=self.padding_mode, backend=self.backend)
+        return eca(x, self.conv.weight, padding_mode=self.padding_mode, backend=self.backend)
 
     def extra_repr(self) -> str:
         return (

@@ -25,7 +25,7 @@ ON_ANY_DEVICE = {
     "test_values",
 }
 
-# The files that compile something for all of their tests: these stay in one process of pytest-xdist.
+# These compile something for all of their tests: each stays in one process of pytest-xdist.
 COMPILE_ONCE = {"test_build", "test_cubins", "test_cuda_kernels", "test_simt_runtime"}
 
 if DEVICE != "cpu":

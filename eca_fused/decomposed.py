@@ -1,0 +1,70 @@
+"""The operators in plain PyTorch operations, for what makes a graph of them.
+
+torch.compile fuses these with their neighbours, TorchScript differentiates them, and ONNX knows no
+others. Like the kernels, they sum and gate in float32 (float64 for float64) and round once, unlike
+reference.py. The taps are shifted sums, as a convolution would be a barrier to fusion.
+
+torch.jit.script compiles this file too, and reads only a part of Python.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["eca", "forward"]
+
+
+def _padded(values: Tensor, r: int, circular: bool) -> Tensor:
+    """Rows of channels with r more at both ends: (N, C) to (N, C + 2r)."""
+    if r == 0:
+        return values
+    if not circular:
+        return torch.nn.functional.pad(values, [r, r])
+    channels = values.shape[1]
+    ends = (values.narrow(1, channels - r, r), values, values.narrow(1, 0, r))
+    return torch.cat(ends, 1)
+
+
+def _spread(values: Tensor, like: Tensor) -> Tensor:
+    """(N, C) to (N, C, 1, ...), with the dimensions of a map."""
+    for _ in range(like.dim() - 2):
+        values = values.unsqueeze(-1)
+    return values
+
+
+def _widened(x: Tensor) -> Tensor:
+    """x in the dtype of the sums, once for all its uses: its gradient is rounded once, too."""
+    return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _mean_and_gate(x: Tensor, weight: Tensor, circular: bool) -> tuple[Tensor, Tensor]:
+    """(N, C) each, in the dtype of x."""
+    mean = x
+    if x.dim() > 2:
+        mean = x.mean([i for i in range(2, x.dim())])  # noqa: C416  # TorchScript has no list(range())
+    channels, k = x.shape[1], weight.shape[2]
+    rows = _padded(mean, k // 2, circular)
+    taps = weight.to(x.dtype)
+    z = taps[:, 0, 0] * rows.narrow(1, 0, channels)
+    for j in range(1, k):
+        z = z + taps[:, 0, j] * rows.narrow(1, j, channels)
+    return mean, torch.sigmoid(z)
+
+
+def eca(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
+    """The operator inference(), but differentiable, and in the memory format of plain PyTorch.
+
+    Args:
+        x: (N, C, *spatial).
+        weight: (1 or C, 1, k).
+        circular: wrap around at the first and last channel.
+    """
+    wide = _widened(x)
+    gate = _mean_and_gate(wide, weight, circular)[1]
+    return (wide * _spread(gate, x)).to(x.dtype)
+
+
+def forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator forward(): y, and mean and gate (N, C)."""
+    wide = _widened(x)
+    mean, gate = _mean_and_gate(wide, weight, circular)
+    return (wide * _spread(gate, x)).to(x.dtype), mean, gate

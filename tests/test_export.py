@@ -1,0 +1,313 @@
+"""torch.export, AOTInductor, TorchScript and ONNX: what leaves Python computes the same.
+
+A program that holds the compiled operator is loaded where `import eca_fused` has come before; one
+made with fused=False is loaded without.
+"""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from support import LAYOUTS, MODES, assert_as_accurate, make_case, name_of, needs_extension
+from torch import nn
+
+import eca_fused
+from eca_fused import ECALayer, native
+
+try:
+    import onnxruntime
+    import onnxscript  # noqa: F401  # torch.onnx.export needs it
+except ImportError:
+    onnxruntime = None
+needs_onnx = pytest.mark.skipif(
+    onnxruntime is None, reason="needs onnx, onnxscript and onnxruntime: make test"
+)
+no_torchscript = pytest.mark.skipif(
+    sys.version_info >= (3, 14), reason="TorchScript needs Python 3.13 or older"
+)
+BACKENDS = ["auto", "reference"] + ["native"] * (native.missing is None)
+operators = torch.ops.eca_fused
+
+
+def python(code, *arguments):
+    """Run code in a fresh process."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def called(graph_module):
+    """The operators that a graph and the graphs inside it call."""
+    modules = [m for m in graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    return {n.target for m in modules for n in m.graph.nodes if n.op == "call_function"}
+
+
+def exported(layer, x, strict=False):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    return torch.export.export(layer, (x,), dynamic_shapes=({0: batch},), strict=strict)
+
+
+# ---- torch.export and AOTInductor ----
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(strict, grad, layout, backend):
+    layer = ECALayer(8, backend=backend)
+    with torch.set_grad_enabled(grad):
+        program = exported(layer, make_case((2, 8, 5, 7), layout=layout).x, strict)
+    for samples in (1, 2, 9):
+        x = make_case((samples, 8, 5, 7), layout=layout).x
+        with torch.no_grad():
+            y, want = program.module()(x), layer(x)
+        torch.testing.assert_close(y, want)
+        assert y.stride() == want.stride()
+    fused = {operators.forward.default, operators.inference.default}
+    asked = backend != "reference" and native.missing is None
+    assert bool(called(program.graph_module) & fused) is asked
+
+
+def test_exported_program_of_the_reference_has_gradients():
+    layer = ECALayer(8, backend="reference")
+    case = make_case((2, 8, 5, 7))
+    module = exported(layer, case.x).module()
+    module(case.x).backward(case.dy)
+    layer(case.x).backward(case.dy)
+    torch.testing.assert_close(
+        dict(module.named_parameters())["conv.weight"].grad, layer.conv.weight.grad
+    )
+
+
+@pytest.mark.parametrize("fused", [pytest.param(True, marks=needs_extension), False])
+def test_aot_inductor_in_a_fresh_process(fused, tmp_path):
+    layer = ECALayer(8, fused=fused).requires_grad_(False)
+    x = make_case((2, 8, 5, 7), layout="channels_last").x
+    file = str(tmp_path / "layer.pt2")
+    torch._inductor.aoti_compile_and_package(exported(layer, x), package_path=file)
+    torch.save((x, layer(x)), tmp_path / "results.pt")
+    code = """
+import sys, torch
+if sys.argv[3] == "True":
+    import eca_fused
+package = torch._inductor.aoti_load_package(sys.argv[1])
+x, want = torch.load(sys.argv[2])
+torch.testing.assert_close(package(x), want)
+torch.testing.assert_close(package(torch.cat([x, x])), torch.cat([want, want]))
+print("same")
+"""
+    done = python(code, file, tmp_path / "results.pt", fused)
+    assert done.stdout.strip() == "same", done.stderr
+
+
+@needs_extension
+def test_saved_program_in_a_fresh_process(tmp_path):
+    layer, x = ECALayer(8).requires_grad_(False), make_case((2, 8, 5, 7)).x
+    torch.export.save(exported(layer, x), tmp_path / "layer.pt2")
+    torch.save((x, layer(x)), tmp_path / "results.pt")
+    code = """
+import sys, torch
+{}
+x, want = torch.load(sys.argv[2])
+assert torch.equal(torch.export.load(sys.argv[1]).module()(x), want)
+print("same")
+"""
+    files = tmp_path / "layer.pt2", tmp_path / "results.pt"
+    done = python(code.format("import eca_fused"), *files)
+    assert done.stdout.strip() == "same", done.stderr
+    done = python(code.format(""), *files)
+    assert done.returncode != 0
+    assert "eca_fused" in done.stderr
+
+
+# ---- TorchScript ----
+
+
+def torchscript(layer, how, x):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and says so
+        return torch.jit.script(layer) if how == "script" else torch.jit.trace(layer, (x,))
+
+
+@no_torchscript
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 5, 7), (2, 8, 3, 4, 5)], ids=name_of)
+def test_torchscript(shape, dtype, padding_mode, how):
+    case = make_case(shape, 5, dtype, padding_mode=padding_mode)
+    layer = ECALayer(kernel_size=5, padding_mode=padding_mode, dtype=dtype)
+    with torch.no_grad():
+        layer.conv.weight.copy_(case.weight)
+    scripted = torchscript(layer, how, case.x)
+
+    x = case.x.clone().requires_grad_()
+    y = scripted(x)
+    results = y.detach(), *torch.autograd.grad(y, (x, scripted.conv.weight), case.dy)
+    assert_as_accurate(results, case)
+    with torch.no_grad():
+        y, want = scripted(case.x), layer(case.x)
+    assert torch.equal(y, want)
+    # What was traced runs on another batch.
+    other = torch.cat([case.x, case.x])
+    torch.testing.assert_close(scripted(other), layer(other))
+
+
+@no_torchscript
+@needs_extension
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_torchscript_runs_the_kernels_where_no_gradient_is_needed(how):
+    layer, x = ECALayer(8), make_case((2, 8, 5, 7)).x
+    scripted = torchscript(layer, how, x)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), torch.profiler.profile() as profile:
+            scripted(x)
+        names = {event.name for event in profile.events()}
+        assert ("eca_fused::inference" in names) is not grad
+
+
+@no_torchscript
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_scripted_in_place(backend, fused):
+    layer = ECALayer(8, inplace=True, backend=backend, fused=fused)
+    x = make_case((2, 8, 5, 7)).x
+    scripted = torchscript(layer, "script", x)
+    with torch.no_grad():
+        want = ECALayer(8, backend=backend, fused=fused)
+        want.load_state_dict(layer.state_dict())
+        expected = want(x)
+        y = scripted(x)
+    assert y.data_ptr() == x.data_ptr()
+    torch.testing.assert_close(x, expected)
+    with pytest.raises(torch.jit.Error, match="in-place ECA would overwrite the x"):
+        scripted(x)
+
+
+@no_torchscript
+def test_a_script_names_a_wrong_padding_mode():
+    layer = ECALayer(8)
+    layer.padding_mode = "reflect"
+    with pytest.raises(torch.jit.Error, match="'zeros' or 'circular', got 'reflect'"):
+        torchscript(layer, "script", None)(torch.ones(2, 8))
+
+
+@no_torchscript
+def test_a_function_that_calls_eca_is_scripted():
+    def twice(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return eca_fused.eca(eca_fused.eca(x, weight, padding_mode="circular"), weight)
+
+    case = make_case((2, 8, 5, 7))
+    scripted = torchscript(twice, "script", None)
+    torch.testing.assert_close(scripted(case.x, case.weight), twice(case.x, case.weight))
+
+
+@no_torchscript
+def test_scripting_leaves_the_model_as_it_is():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), ECALayer(8))
+    before = list(model)
+    torchscript(model, "script", None)
+    assert all(a is b for a, b in zip(model, before, strict=True))
+
+
+@no_torchscript
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_torchscript_in_a_fresh_process(fused, how, tmp_path):
+    layer = ECALayer(8, fused=fused)
+    case = make_case((2, 8, 5, 7))
+    torchscript(layer, how, case.x).save(tmp_path / "layer.pt")
+    layer(case.x).backward(case.dy)
+    results = case.x, case.dy, layer(case.x).detach(), layer.conv.weight.grad
+    torch.save(results, tmp_path / "results.pt")
+    code = """
+import sys, torch
+{}
+x, dy, want, dweight = torch.load(sys.argv[2])
+layer = torch.jit.load(sys.argv[1])
+with torch.no_grad():
+    torch.testing.assert_close(layer(x), want)
+layer(x).backward(dy)
+torch.testing.assert_close(layer.conv.weight.grad, dweight, rtol=1e-5, atol=1e-5)
+print("same")
+"""
+    files = tmp_path / "layer.pt", tmp_path / "results.pt"
+    needed = fused and native.missing is None
+    done = python(code.format("import eca_fused" if needed else ""), *files)
+    assert done.stdout.strip() == "same", done.stderr
+    if needed:
+        assert "eca_fused::inference" in python(code.format(""), *files).stderr
+
+
+# ---- ONNX ----
+
+
+def onnx_session(program):
+    """An inference session, once the graph is known to have standard operators alone."""
+    model = program.model_proto
+    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
+    assert not model.functions
+    assert [o.domain for o in model.opset_import if o.domain not in ("", "ai.onnx")] == []
+    return onnxruntime.InferenceSession(model.SerializeToString())
+
+
+@needs_onnx
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
+@pytest.mark.parametrize("shape", [(2, 8), (2, 8, 7), (2, 8, 5, 7)], ids=name_of)
+def test_onnx(shape, dtype, padding_mode):
+    case = make_case(shape, 5, dtype, padding_mode=padding_mode)
+    layer = ECALayer(kernel_size=5, padding_mode=padding_mode, dtype=dtype)
+    program = torch.onnx.export(
+        layer,
+        (case.x,),
+        dynamo=True,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    session = onnx_session(program)
+    for x in (case.x, torch.cat([case.x, case.x, case.x])):
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(y), layer(x))
+
+
+@needs_onnx
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_onnx_of_a_network(layout):
+    parts = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), ECALayer(8, backend="auto"), nn.ReLU()
+    net = nn.Sequential(*parts).eval()
+    x = make_case((2, 3, 9, 9), layout=layout).x
+    with torch.no_grad():
+        program = torch.onnx.export(net, (x,), dynamo=True, verbose=False)
+        want = net(x)
+    session = onnx_session(program)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), want)
+
+
+@needs_onnx
+@needs_extension
+def test_onnx_of_an_exported_program_with_the_operator():
+    layer, x = ECALayer(8, backend="native"), make_case((2, 8, 5, 7)).x
+    with torch.no_grad():
+        program = exported(layer, x)
+        assert operators.inference.default in called(program.graph_module)
+        session = onnx_session(torch.onnx.export(program, dynamo=True, verbose=False))
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(y), layer(x))
+
+
+@needs_extension
+def test_the_form_for_onnx_does_not_replace_the_operators_own_strides():
+    # With a dynamic shape, torch would ask a decomposition for the strides of the result.
+    layer = ECALayer(5, backend="native")
+    x = make_case((4, 8, 5, 7)).x[:, :5]
+    program = exported(layer, x)
+    with torch.no_grad():
+        y = layer(x)
+        assert program.module()(x).stride() == y.stride()
+    (output,) = [n for n in program.graph.nodes if n.op == "output"]
+    assert tuple(output.args[0][0].meta["val"].stride()[1:]) == y.stride()[1:]
