@@ -1,1 +1,1 @@
-"""What examples/train.py is made of: options, data, processes, checkpoints, the loop, the picture."""
+"""What train.py is made of: options, data, processes, checkpoints, the loop, the results."""

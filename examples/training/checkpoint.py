@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -53,10 +53,10 @@ def save(
     at.wait()
     writing = folder / f"{UNDER_WAY}{name}"
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    tensors = {"model": model_state, "optimizer": optimizer_state}
+    tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant to be
-        dcp.save(tensors, checkpoint_id=writing, no_dist=not dist.is_initialized())
+        state_dict_saver.save(tensors, checkpoint_id=writing, no_dist=not dist.is_initialized())
     if at.first:
         earlier = [path for path in folder.glob("step-*") if path.name != name]
         with open(writing / "state.json", "w") as file:
@@ -126,10 +126,10 @@ def shown(options: dict[str, Any], names: list[str]) -> str:
 def load_tensors(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Give the network and the optimiser the weights and the state of a checkpoint."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    tensors = {"model": model_state, "optimizer": optimizer_state}
+    tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(tensors, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
+        state_dict_loader.load(tensors, checkpoint_id=checkpoint, no_dist=not dist.is_initialized())
     set_state_dict(
         model,
         optimizer,

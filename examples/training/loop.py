@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from eca_fused.models import BasicBlock, ResNet, set_fused
 
 from . import checkpoint
-from .digits import CLASSES, Digits, load_digits, mixed, portions, shifted, training_batch
+from .digits import CLASSES, load_digits, mixed, portions, shifted, training_batch
 from .options import Options, UsageError
 from .processes import Processes, average_statistics, launched, spread
 
@@ -89,7 +89,7 @@ class Run:
         self.scheduler = OneCycleLR(
             self.optimizer, options.lr, total_steps=self.steps + 1, cycle_momentum=False
         )
-        self.scaler = torch.amp.GradScaler(  # type: ignore[attr-defined]
+        self.scaler = torch.amp.GradScaler(
             at.device.type, init_scale=2.0**12, enabled=options.precision == "float16"
         )
         self.resume()
@@ -101,9 +101,11 @@ class Run:
         set_fused(model, not self.options.plain)
         # FSDP shards contiguous weights only; convolutions follow the layout of their input.
         if self.options.parallel == "ddp":
-            model.to(memory_format=self.layout)  # type: ignore[call-overload]
+            model.to(memory_format=self.layout)
         if self.options.compile:
-            model.compile(backend=self.options.compile)
+            # Under FSDP each block is compiled by itself: one piece of code in many forms.
+            torch.compiler.config.recompile_limit = 64
+            model.compile(backend=self.options.compile, dynamic=False)
         return model
 
     def resume(self) -> None:
@@ -143,9 +145,7 @@ class Run:
         """Train on this process's part of the next batch; its mean loss, on the device."""
         options, at = self.options, self.at
         epoch, number = divmod(self.step, self.steps_per_epoch)
-        batch = training_batch(
-            len(self.training), options.batch_size, options.seed, epoch, number
-        )
+        batch = training_batch(len(self.training), options.batch_size, options.seed, epoch, number)
         mine = batch[at.rank :: at.world]
         # The random numbers of a step follow from its number, whatever was drawn before.
         torch.manual_seed(mixed(options.seed, self.step, at.rank))

@@ -115,7 +115,8 @@ def spread(model: nn.Module, kind: str, processes: Processes) -> nn.Module:
     for module in model.modules():
         if isinstance(module, BasicBlock):
             fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def average_statistics(model: nn.Module, processes: Processes) -> None:
@@ -129,5 +130,6 @@ def average_statistics(model: nn.Module, processes: Processes) -> None:
     running = [b for b in model.buffers() if b.is_floating_point()]
     flat = torch.cat([b.reshape(-1) for b in running])
     flat = processes.sum(flat) / processes.world
-    for buffer, mean in zip(running, flat.split([b.numel() for b in running]), strict=True):
+    means = torch.split(flat, [b.numel() for b in running])
+    for buffer, mean in zip(running, means, strict=True):
         buffer.copy_(mean.view_as(buffer))
