@@ -243,7 +243,7 @@ def float64_losses(fused: bool) -> torch.Tensor:
     for step in range(8):
         mine = digits.training_batch(64, 16, 0, *divmod(step, 4))
         optimizer.zero_grad()
-        logits = model(training.images[mine].double())
+        logits = model(training.images[mine, :, ::2, ::2].double())
         loss = nn.functional.cross_entropy(logits, training.labels[mine])
         loss.backward()
         optimizer.step()
