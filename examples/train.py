@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ PACKAGES = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm
 def main(argv: Sequence[str]) -> int:
     """Train as the arguments say; the exit status."""
     # Of all processes the first alone speaks.
-    says = print if os.environ.get("RANK", "0") == "0" else lambda *args, **kwargs: None
+    first = os.environ.get("RANK", "0") == "0"
+    says = print if first else lambda *args, **kwargs: None
     missing = [name for module, name in PACKAGES.items() if not importlib.util.find_spec(module)]
     if missing:
         says(
@@ -41,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
         history = work(options)
     except UsageError as error:
         says(f"error: {error}", file=sys.stderr)
+        # torchrun ends all processes when one has failed: leave the first the time to say why.
+        time.sleep(0 if first else 5)
         return BAD_USE
     finally:
         processes.stop()

@@ -1,5 +1,6 @@
 """Training: the network, the steps, the evaluation, and where a run goes on from."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
@@ -105,6 +106,8 @@ class Run:
         if self.options.compile:
             # Under FSDP each block is compiled by itself: one piece of code in many forms.
             torch.compiler.config.recompile_limit = 64
+            # torch.compile warns on every machine without a GPU that it found none.
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
             model.compile(backend=self.options.compile, dynamic=False)
         return model
 
