@@ -1,0 +1,1 @@
+"""What train.py is made of: options, data, processes, checkpoints, the loop, the results."""

@@ -1,0 +1,135 @@
+"""The processes of a run, alone or under torchrun, and how the network is spread over them."""
+
+import inspect
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from eca_fused.models import BasicBlock
+
+from .options import UsageError
+
+__all__ = ["Processes", "average_statistics", "launched", "spread", "start", "stop"]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank, world: its number, and how many there are.
+        device: of the network and of its input.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prints and writes files."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """values, in place, as the sum over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, value: Any) -> Any:
+        """The value of the first process, in all of them."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
+def start() -> Processes:
+    """Meet the other processes: NCCL where each has a GPU, gloo on CPUs.
+
+    Raises:
+        UsageError: there are GPUs, but fewer than processes on this machine.
+    """
+    cuda = torch.cuda.is_available()
+    if not launched():
+        return Processes(0, 1, torch.device("cuda" if cuda else "cpu"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
+        raise UsageError(
+            f"expected at most one process for each of {torch.cuda.device_count()} GPUs, got "
+            f"{os.environ['LOCAL_WORLD_SIZE']}; lower --nproc-per-node, or hide the GPUs with "
+            "CUDA_VISIBLE_DEVICES="
+        )
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def spread(model: nn.Module, kind: str, processes: Processes) -> nn.Module:
+    """The network over all processes; the same one where there is just this.
+
+    Args:
+        model: with the same weights in every process, on its device.
+        kind: "ddp" or "fsdp".
+        processes: this one among the others.
+    """
+    if not dist.is_initialized():
+        return model
+    if kind == "ddp":
+        # The statistics of the batch norms are averaged where they are used: average_statistics().
+        # The argument has a new name in torch 2.15, which warns of the old one.
+        names = inspect.signature(DistributedDataParallel).parameters
+        new, old = "forward_sync_buffers", "broadcast_buffers"
+        off: dict[str, Any] = {new if new in names else old: False}
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **off)
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
+    # A block is gathered while it runs, and its taps with it: far too small to be worth a
+    # collective of their own.
+    for module in model.modules():
+        if isinstance(module, BasicBlock):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def average_statistics(model: nn.Module, processes: Processes) -> None:
+    """Give the batch norms of all processes the mean of their running statistics.
+
+    Each sees its own part of the batch. The mean is the same whether they meet after every step or
+    only where the statistics are used or saved, as these are linear in what was seen.
+    """
+    if processes.world == 1:
+        return
+    running = [b for b in model.buffers() if b.is_floating_point()]
+    flat = torch.cat([b.reshape(-1) for b in running])
+    flat = processes.sum(flat) / processes.world
+    means = torch.split(flat, [b.numel() for b in running])
+    for buffer, mean in zip(running, means, strict=True):
+        buffer.copy_(mean.view_as(buffer))
