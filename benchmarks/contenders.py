@@ -18,7 +18,7 @@ import eca_fused
 torch._functorch.config.donated_buffer = False
 
 Layer = Callable[[Tensor, Tensor], Tensor]
-KINDS = ("native", "triton", "eager", "timm", "compile", "existing memory")
+CHOICES = ("native", "triton", "eager", "timm", "compile", "existing memory")
 FORMS = ("shifted", "conv")
 MODES = ("default", "max-autotune-no-cudagraphs")
 
@@ -77,8 +77,10 @@ def timm_module(taps: Tensor) -> Any:
 
 def contenders(taps: Tensor) -> dict[str, Contender]:
     """All that need no compilation, by name."""
-    found = {"native": with_taps(fused("native"), taps)}
-    triton = eca_fused.backends()["triton"]
+    found = {}
+    native, triton = (eca_fused.backends()[name] for name in ("native", "triton"))
+    if taps.device.type in (native.devices or ()):
+        found["native"] = with_taps(fused("native"), taps)
     if triton and taps.device.type == "cuda":
         found["triton"] = with_taps(fused("triton"), taps)
     found["eager"] = with_taps(plain, taps)

@@ -89,8 +89,15 @@ class Cpu:
     def start(self) -> None:
         pass
 
+    def full_precision(self) -> None:
+        """Switch TF32 off: a tiny convolution in it is a bad measure of what is right."""
+
     def distinct(self, call_bytes: int) -> int:
         return 1
+
+    def cold(self, calls: int, call_bytes: int) -> bool:
+        """Whether so many calls' maps are too large together for a call to find its own in L2."""
+        return False
 
     def streaming(self) -> AbstractContextManager[object]:
         return contextlib.nullcontext()
@@ -126,15 +133,19 @@ class Gpu(Cpu):
     shortest_ms, budget_ms, fewest_rounds = 0.3, 800.0, 7
 
     def start(self) -> None:
-        # The tiny convolution in TF32 would be a worse measure of what is right.
-        torch.backends.cudnn.allow_tf32 = False
         gpu_timing.spin_up()
         stream: Any = torch.cuda.Stream
         self.stream = stream()
         self.l2 = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
+    def full_precision(self) -> None:
+        torch.backends.cudnn.allow_tf32 = False
+
     def distinct(self, call_bytes: int) -> int:
         return rotation(call_bytes, self.l2)
+
+    def cold(self, calls: int, call_bytes: int) -> bool:
+        return calls * call_bytes >= 3 * self.l2
 
     def streaming(self) -> AbstractContextManager[object]:
         torch.cuda.synchronize()

@@ -233,7 +233,7 @@ part_bench() {
   compile=$((seconds * 2 / 5))
   limited $((seconds + 60)) "$python" benchmarks/microbench.py --device cuda --seconds "$seconds" \
     --direction forward backward 'forward and backward' --compile-seconds "$compile" \
-    --output "$dir/bench.json"
+    --compile-mode default max-autotune-no-cudagraphs --output "$dir/bench.json"
   status=$?
   if [ -s "$dir/bench.json" ]; then
     limited 40 "$python" benchmarks/report.py "$dir/bench.json" --plot "$dir/bench.png" \

@@ -58,6 +58,7 @@ class Recording:
             for _ in range(2):
                 (warm_up or calls[0])()
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # during a capture the allocator cannot give anything back
             self.graph.capture_begin()
             try:
                 self.outputs = [call() for call in calls]

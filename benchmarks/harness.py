@@ -43,6 +43,11 @@ def restart_with_malloc(setting: str) -> None:
     os.execve(sys.executable, [sys.executable, *sys.argv], env)
 
 
+def recycles_heap() -> bool:
+    settings = all(os.environ.get(name) == value for name, value in RECYCLED_HEAP.items())
+    return settings and platform.libc_ver()[0] == "glibc"
+
+
 def machine(device: Device) -> dict[str, Any]:
     """What a result depends on, for the result file."""
     found = {
@@ -52,7 +57,7 @@ def machine(device: Device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "kernels": eca_fused.backends()["native"].detail,
-        "malloc": "recycled" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "default",
+        "malloc": "recycled" if recycles_heap() else "default",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -79,14 +84,20 @@ def gpu() -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "triton": triton,
         "tf32": torch.backends.cudnn.allow_tf32,
-        **nvidia_smi(),
+        **nvidia_smi(str(properties.uuid)),
     }
 
 
-def nvidia_smi() -> dict[str, str]:
-    """Driver and state of GPU 0, only read; empty where nvidia-smi does not run."""
+def nvidia_smi(uuid: str) -> dict[str, str]:
+    """Driver and state of a GPU, only read; empty where nvidia-smi does not run."""
     fields = ["driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw"]
-    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    command = [
+        "nvidia-smi",
+        "-i",
+        f"GPU-{uuid}",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -150,15 +161,16 @@ def summarise(samples: dict[str, list[float]], ideal_bytes: int | None = None) -
     """Statistics of every contender: us of a call, GB/s of ideal bytes, ratios round by round.
 
     of_copy is the copy's time over the contender's, its share of the copy's speed; times_ours is
-    the contender's time over that of our native kernels.
+    the contender's time over that of our native kernels (Triton's, where there are no native ones).
     """
+    ours = "native" if "native" in samples else "triton"
     found: dict[str, Any] = {}
     for name, values in samples.items():
         us = statistics_of(values)
         entry: dict[str, Any] = {"us": us}
         if ideal_bytes is not None:
             entry["gbps"] = ideal_bytes / us["median"] / 1e3
-        for ratio, other, inverse in (("of_copy", "copy", True), ("times_ours", "native", False)):
+        for ratio, other, inverse in (("of_copy", "copy", True), ("times_ours", ours, False)):
             if other in samples:
                 pairs = zip(samples[other], values, strict=True)
                 entry[ratio] = statistics_of([o / v if inverse else v / o for o, v in pairs])
@@ -173,15 +185,25 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:300]
 
 
+def positive(text: str) -> int:
+    """An option's argument, from 1 up."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 up, got {value}")
+    return value
+
+
 def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     """The options that all scripts have."""
     parser.add_argument("--device", choices=DEVICES, help="default: the GPU, if there is one")
-    parser.add_argument("--threads", type=int, help="of the CPU (default: as PyTorch chooses)")
+    parser.add_argument("--threads", type=positive, help="of the CPU (default: as PyTorch chooses)")
     parser.add_argument(
         "--malloc", choices=["recycled", "default"], default="recycled",
         help="of glibc, on a CPU: default takes new pages for every large output",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"samples (default {rounds})")
+    parser.add_argument(
+        "--rounds", type=positive, default=rounds, help=f"samples (default {rounds})"
+    )
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="picture to write")
 

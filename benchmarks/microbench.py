@@ -27,8 +27,8 @@ import torch._dynamo
 from cases import DIRECTIONS, DTYPES, LAYOUTS, NETWORKS, Case, all_cases, cpu_cases, gpu_cases, grid
 from checking import Judge
 from contenders import (
+    CHOICES,
     FORMS,
-    KINDS,
     MODES,
     Contender,
     Inputs,
@@ -39,7 +39,7 @@ from contenders import (
     record_copy,
     record_existing_memory,
 )
-from devices import Device, Recording, device_named
+from devices import Device, Gpu, Recording, device_named
 from gpu_timing import no_collection
 from harness import (
     add_options,
@@ -54,7 +54,7 @@ from harness import (
 )
 from plans import plan_of
 
-DEFAULT_SECONDS = 110
+DEFAULT_SECONDS = 85  # no layer is started after; one takes up to half a minute
 
 
 class Clock:
@@ -73,7 +73,11 @@ class Clock:
 
 
 def compile_all(
-    inputs: Inputs, args: argparse.Namespace, clock: Clock, left_out: list[str]
+    inputs: Inputs,
+    args: argparse.Namespace,
+    clock: Clock,
+    left_out: list[str],
+    failed: list[str],
 ) -> dict[str, Contender]:
     """The forms of torch.compile that there is time for, compiled for inference and training."""
     torch._dynamo.reset()
@@ -84,15 +88,15 @@ def compile_all(
             left_out.append(f"{name}: no time left for it")
             continue
         began = time.monotonic()
-        one = compiled(form, mode, inputs.taps)
         try:
+            one = compiled(form, mode, inputs.taps)
             with torch.no_grad():
                 one.call(inputs.xs[0])
             x = inputs.xs[0].detach().requires_grad_()
             torch.autograd.grad(one.call(x), (x, one.weight), inputs.dys[0])
             found[name] = one
         except Exception as reason:  # a contender that does not run is a result, not an end
-            left_out.append(f"{name}: {reason_of(reason)}")
+            failed.append(f"{name}: {reason_of(reason)}")
         clock.compile_left -= time.monotonic() - began
     return found
 
@@ -134,7 +138,9 @@ def measure_direction(
         for name, recording in recordings.items():
             found[name]["profiler_us"] = device.profiled_us(recording)
     row: dict[str, Any] = {**asdict(case), "direction": direction, "ideal_bytes": ideal}
-    row |= {"calls": recordings["copy"].calls, "contenders": found, "failed": failed}
+    calls = recordings["copy"].calls
+    row |= {"calls": calls, "cold": device.cold(calls, ideal)}
+    row |= {"contenders": found, "failed": failed}
     if device.kind == "cuda" and direction != "forward and backward":
         row["plan"] = plan_of(case, direction == "backward")
     return row
@@ -167,11 +173,13 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One layer: a row for each direction."""
     left_out: list[str] = []
+    failed: list[str] = []
     inputs = make_inputs(case, device)
     running = {n: c for n, c in contenders(inputs.taps).items() if n in args.contender}
     if "compile" in args.contender:
-        running |= compile_all(inputs, args, clock, left_out)
+        running |= compile_all(inputs, args, clock, left_out, failed)
     judge = Judge(inputs)
+    device.free()
     rows = []
     with no_collection():
         for direction in args.direction:
@@ -187,11 +195,12 @@ def measure(
             )
             rows.append(row)
             device.free()
-        if device.kind == "cuda" and "forward" in args.direction:
+        if isinstance(device, Gpu) and args.direction[0] == "forward":
             sound = {n: c for n, c in running.items() if n in rows[0]["contenders"]}
-            if 4 * case.map_bytes < getattr(device, "l2", 0):
+            if 4 * case.map_bytes < device.l2:
                 rows.append(measure_warm(inputs, sound, device, args.rounds))
     rows[0]["left_out"] = left_out
+    rows[0]["failed"] = failed + rows[0]["failed"]
     return rows
 
 
@@ -222,7 +231,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--direction", choices=DIRECTIONS, nargs="+", default=["forward", "backward"]
     )
     parser.add_argument(
-        "--contender", choices=KINDS, nargs="+", default=list(KINDS),
+        "--contender", choices=CHOICES, nargs="+", default=list(CHOICES),
         help="beside the copy; existing memory: x or an output that is there (on a CPU)",
     )  # fmt: skip
     parser.add_argument("--compile-mode", choices=MODES, nargs="*", default=list(MODES[:1]))
@@ -239,6 +248,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def too_large(case: Case, args: argparse.Namespace) -> bool:
+    return case.map_bytes > 1e6 * args.largest_map
+
+
 def selected(args: argparse.Namespace, device: Device) -> list[Case]:
     """The layers to measure, those that matter most first."""
     on_gpu = device.kind == "cuda"
@@ -246,7 +259,7 @@ def selected(args: argparse.Namespace, device: Device) -> list[Case]:
         return [
             case
             for case in all_cases()
-            if (on_gpu or case.map_bytes <= 1e6 * args.largest_map)
+            if (on_gpu or not too_large(case, args))
             and (not args.dtype or case.dtype in args.dtype)
             and (not args.layout or case.layout in args.layout)
             and (not args.batch or case.shape[0] in args.batch)
@@ -277,11 +290,15 @@ def run(args: argparse.Namespace, device: Device, cases: list[Case], result: dic
         try:
             # The profiler costs a second each time: a few layers are enough to compare with.
             rows = measure(case, args, clock, device, profile=i in (0, 5, 17))
+        except KeyboardInterrupt:
+            result["left_out"].append(f"{case} and all that follows: interrupted")
+            return 130
         except Exception as reason:  # out of memory, say: the others can still be measured
             result["left_out"].append(f"{case}: {reason_of(reason)}")
             print(f"FAILED {case}: {reason_of(reason)}", file=sys.stderr, flush=True)
             status = 1
             try:
+                device.free()
                 device.synchronize()
             except Exception:  # after an illegal access no call of this process will work
                 result["left_out"].append("all that follows: the GPU does not answer any more")
@@ -302,7 +319,12 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     prepare(args)
     device = device_named(args.device)
+    device.full_precision()
     result: dict[str, Any] = {"machine": machine(device), "rows": [], "left_out": []}
+    result["script"] = "microbench"
+    if args.full and device.kind == "cpu":
+        large = (case for case in all_cases() if too_large(case, args))
+        result["left_out"] += [f"{case}: larger than {args.largest_map:.0f} MB" for case in large]
     status = run(args, device, selected(args, device), result)
     if device.kind == "cuda" and not result["machine"]["dry_run"]:
         result["machine"]["after"] = gpu()

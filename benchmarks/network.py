@@ -5,12 +5,14 @@
 
 Inference, and a training step without the optimiser, in both memory layouts. The weights are the
 same in all three; the outputs of the fused network are checked against the plain one's before
-anything is timed. Needs torchvision. Memory is what a step allocates at most at a time, beside the
-weights and the images.
+anything is timed (microbench.py checks gradients). Convolutions run as PyTorch sets them, on a GPU
+in TF32; --precision bfloat16 is autocast. Needs torchvision. Memory is what a step allocates at
+most at a time, beside the weights and the images.
 """
 
 import argparse
 import copy
+import importlib.util
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -76,6 +78,7 @@ NETWORKS: dict[str, Callable[[str], nn.Module]] = {
 def built(name: str, device: Device, layout: str) -> dict[str, nn.Module]:
     """The network in its three kinds; both kinds of ECA have the same weights."""
     found = {kind: NETWORKS[name](kind) for kind in KINDS[:2]}
+    found["none"].load_state_dict(found["plain ECA"].state_dict(), strict=False)
     found["fused ECA"] = copy.deepcopy(found["plain ECA"])
     set_fused(found["fused ECA"], True)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
@@ -84,21 +87,36 @@ def built(name: str, device: Device, layout: str) -> dict[str, nn.Module]:
     return found
 
 
-def infer(network: nn.Module, images: Tensor) -> None:
-    with torch.no_grad():
+def precision_of(name: str, device: Device) -> Any:
+    """Autocast, or nothing for float32."""
+    enabled = name == "bfloat16"
+    return torch.autocast(torch.device(device.tensors).type, torch.bfloat16, enabled=enabled)
+
+
+def infer(network: nn.Module, images: Tensor, precision: str, device: Device) -> None:
+    with torch.no_grad(), precision_of(precision, device):
         network(images)
 
 
-def train(network: nn.Module, images: Tensor, labels: Tensor) -> None:
+def train(
+    network: nn.Module, images: Tensor, labels: Tensor, precision: str, device: Device
+) -> None:
     """Loss and gradients; images (N, 3, H, W), labels (N,)."""
-    loss = F.cross_entropy(network(images), labels)
+    with precision_of(precision, device):
+        loss = F.cross_entropy(network(images).float(), labels)
     torch.autograd.grad(loss, list(network.parameters()))
 
 
 def difference(networks: dict[str, nn.Module], images: Tensor) -> float:
-    """Largest difference of the logits of plain and fused ECA, relative to the largest logit."""
+    """Largest difference of the logits of plain and fused ECA, relative to the largest logit.
+
+    In float32 without TF32, and in evaluation mode.
+    """
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     with torch.no_grad():
-        plain, fused = (networks[kind](images) for kind in KINDS[1:])
+        plain, fused = (networks[kind].eval()(images) for kind in KINDS[1:])
+    torch.backends.cudnn.allow_tf32 = tf32
     return float((plain - fused).abs().max() / plain.abs().max())
 
 
@@ -140,12 +158,11 @@ def measure(
     images = torch.randn(args.batch, 3, args.size, args.size, device=device.tensors)
     images = images.contiguous(memory_format=memory_format)
     labels = torch.arange(args.batch, device=device.tensors) % 10
-    networks = built(name, device, layout)
     row: dict[str, Any] = {"network": name, "layout": layout, "mode": mode, "pass": pass_}
-    row |= {"batch": args.batch, "size": args.size, "failed": []}
-    for network in networks.values():
-        network.train(pass_ == "training step")
-    row["difference"] = difference({k: n.eval() for k, n in networks.items()}, images)
+    row |= {"batch": args.batch, "size": args.size, "precision": args.precision}
+    row |= {"contenders": {}, "failed": []}
+    networks = built(name, device, layout)
+    row["difference"] = difference(networks, images)
     # Fifty layers apart, roundings have grown; a wrong layer gives differences near one.
     if not row["difference"] < 1e-3:
         row["failed"].append(f"fused differs from plain by {row['difference']:.2g}")
@@ -153,26 +170,28 @@ def measure(
     for kind, network in networks.items():
         network.train(pass_ == "training step")
         runs: Any = torch.compile(network) if mode == "compiled" else network
-        step = partial(train, runs, images, labels)
+        arguments = (args.precision, device)
+        step = partial(train, runs, images, labels, *arguments)
         if pass_ == "inference":
-            step = partial(infer, runs, images)
+            step = partial(infer, runs, images, *arguments)
         try:
             step()
             steps[kind] = step
         except Exception as reason:  # a contender that does not run is a result, not an end
             row["failed"].append(f"{kind}: {reason_of(reason)}")
+    if not steps:
+        return row
     samples = interleaved(lambda kind: seconds(steps[kind], device), list(steps), args.rounds)
-    row["contenders"] = {
-        kind: {
+    for kind, values in samples.items():
+        entry = {
             "us": statistics_of([1e6 * s for s in values]),
             "images_per_s": args.batch / statistics_of(values)["median"],
-            "times_none": statistics_of(
-                [s / none for s, none in zip(values, samples["none"], strict=True)]
-            ),
             "peak_bytes": peak_bytes(steps[kind], device),
         }
-        for kind, values in samples.items()
-    }
+        if "none" in samples:
+            pairs = zip(values, samples["none"], strict=True)
+            entry["times_none"] = statistics_of([s / none for s, none in pairs])
+        row["contenders"][kind] = entry
     return row
 
 
@@ -183,20 +202,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--mode", choices=MODES, nargs="+", default=["eager"])
     parser.add_argument("--pass", dest="passes", choices=PASSES, nargs="+", default=list(PASSES))
     parser.add_argument("--layout", choices=LAYOUTS, nargs="+", default=list(LAYOUTS))
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 4 on a CPU)")
     parser.add_argument("--size", type=int, default=224, help="of the images (default 224)")
     args = parser.parse_args(argv)
+    if importlib.util.find_spec("torchvision") is None:
+        parser.error("the networks are torchvision's: pip install torchvision")
     prepare(args)
     device = device_named(args.device)
     args.batch = args.batch or (128 if device.tensors == "cuda" else 4)
-    result: dict[str, Any] = {"machine": machine(device), "rows": []}
+    result: dict[str, Any] = {"script": "network", "machine": machine(device), "rows": []}
     cases = list(product(args.network, args.layout, args.mode, args.passes))
+    failed = []
     for case in progress(cases, len(cases)):
-        result["rows"].append(measure(*case, args, device))
+        try:
+            result["rows"].append(measure(*case, args, device))
+            failed += result["rows"][-1]["failed"]
+        except Exception as reason:  # out of memory, say: the others can still be measured
+            failed.append(f"{' '.join(case)}: {reason_of(reason)}")
+        result["remarks"] = [f"FAILED {what}" for what in failed]
         write(args.output, result)
     print(tables.networks(result))
     print(f"Measured on {tables.where(result['machine'])}.")
-    failed = [what for row in result["rows"] for what in row["failed"]]
     for what in failed:
         print(f"FAILED {what}", file=sys.stderr)
     if args.plot:

@@ -19,6 +19,7 @@ import torch
 import torch._dynamo
 from contenders import timm_module
 from devices import Device, DryRun, device_named
+from gpu_timing import no_collection
 from harness import add_options, interleaved, machine, prepare, reason_of, summarise, write
 from torch import Tensor, nn
 
@@ -29,18 +30,25 @@ CALLS = {"cpu": 300, "cuda": 20}  # in a sample; so few that the kernels fit int
 Step = Callable[[], object]
 
 
-def modules(channels: int, taps: Tensor, backend: str = "auto") -> dict[str, nn.Module]:
+def modules(channels: int, taps: Tensor) -> dict[str, nn.Module]:
     """ECA layers with the same taps, by name."""
-    layer = eca_fused.ECALayer(channels, kernel_size=taps.shape[-1]).to(taps.device)
-    found: dict[str, nn.Module] = {"native": layer}
-    if taps.device.type == "cuda" and eca_fused.backends()["triton"]:
-        found["triton"] = eca_fused.ECALayer(
-            channels, kernel_size=taps.shape[-1], backend="triton"
-        ).to(taps.device)
-    found["eager"] = timm_module(taps) or eca_fused.ECALayer(channels, fused=False).to(taps.device)
-    found["compile"] = torch.compile(found["eager"], dynamic=False, fullgraph=True)  # type: ignore[assignment]
-    found["sigmoid"] = nn.Sigmoid()
-    return found
+
+    def layer(**options: Any) -> nn.Module:
+        made = eca_fused.ECALayer(channels, kernel_size=taps.shape[-1], **options).to(taps.device)
+        with torch.no_grad():
+            made.conv.weight.copy_(taps)
+        return made
+
+    found: dict[str, nn.Module] = {}
+    for name in ("native", "triton"):
+        if taps.device.type in (eca_fused.backends()[name].devices or ()):
+            found[name] = layer(backend=name)
+    found["eager"] = layer(fused=False)
+    module = timm_module(taps)
+    if module is not None:
+        found["timm"] = module
+    made: Any = torch.compile(module or found["eager"], dynamic=False, fullgraph=True)
+    return found | {"compile": made, "sigmoid": nn.Sigmoid()}
 
 
 def infer(module: nn.Module, x: Tensor) -> None:
@@ -73,7 +81,8 @@ def graphed(step: Step, device: Device) -> Step:
         step()
         return ()
 
-    recording: Any = device.record([once])
+    with no_collection():
+        recording: Any = device.record([once])
     return recording.replay  # type: ignore[no-any-return]
 
 
@@ -123,7 +132,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     prepare(args)
     device = device_named(args.device)
-    result: dict[str, Any] = {"machine": machine(device), "rows": []}
+    result: dict[str, Any] = {"script": "overhead", "machine": machine(device), "rows": []}
     for shape in SHAPES:
         for direction in ("forward", "forward and backward"):
             result["rows"].append(measure(shape, direction, device, args.rounds))

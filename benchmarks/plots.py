@@ -142,7 +142,7 @@ def scaling(result: Result, path: Path) -> None:
 
 
 def networks(result: Result, path: Path) -> None:
-    """Images a second of every network, with and without attention."""
+    """Time of every network in units of that without attention."""
     plt = pyplot()
     if plt is None or not result["rows"]:
         return
@@ -152,9 +152,9 @@ def networks(result: Result, path: Path) -> None:
     for axis, name in zip(axes[:, 0], names, strict=True):
         rows = [row for row in result["rows"] if row["network"] == name]
         for i, (kind, color) in enumerate(colors.items()):
-            at = [j + 0.27 * (i - 1) for j, row in enumerate(rows) if kind in row["contenders"]]
-            entries = [row["contenders"][kind] for row in rows if kind in row["contenders"]]
-            ratios = [entry["times_none"]["median"] for entry in entries]
+            entries = [row["contenders"].get(kind, {}).get("times_none") for row in rows]
+            at = [j + 0.27 * (i - 1) for j, entry in enumerate(entries) if entry]
+            ratios = [entry["median"] for entry in entries if entry]
             axis.bar(at, ratios, 0.25, color=color, label=kind)
             for x, value in zip(at, ratios, strict=True):
                 axis.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=7)

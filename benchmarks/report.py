@@ -35,34 +35,29 @@ def load(path: Path) -> Result:
     """
     try:
         result: Result = json.loads(path.read_text())
-        if "rows" not in result or "machine" not in result:
-            raise ValueError("it has no rows or no machine")
-    except (OSError, ValueError) as reason:
+        if not isinstance(result, dict) or not {"script", "machine", "rows"} <= result.keys():
+            raise ValueError("it does not say its script, machine and rows")
+        if not isinstance(result["rows"], list) or "device" not in result["machine"]:
+            raise ValueError("its rows are no list, or its machine has no device")
+    except (OSError, ValueError, TypeError) as reason:
         raise SystemExit(f"{path} is no result of these scripts: {reason}") from reason
     return result
 
 
-def kind_of(result: Result) -> str:
-    """Which script made it."""
-    row = result["rows"][0] if result["rows"] else {}
-    for kind, key in (("scaling", "axis"), ("network", "network"), ("layers", "ideal_bytes")):
-        if key in row:
-            return kind
-    return "overhead"
+TABLES = {"scaling": tables.scaling, "network": tables.networks, "overhead": tables.overhead}
+PLOTS = {"microbench": plots.layers, "scaling": plots.scaling, "network": plots.networks}
 
 
 def markdown(result: Result) -> str:
     """All that is to be said of a result."""
-    kind = kind_of(result)
-    if kind == "layers":
+    if result["script"] == "microbench":
         slower = tables.losses(result)
         parts = [tables.goals(result), tables.summary(result), tables.layers(result)]
         parts.append(tables.profiler(result))
         parts.append("Where another is faster:\n\n" + bullets(slower) if slower else "")
         parts.append(bullets(tables.remarks(result)))
     else:
-        make = {"scaling": tables.scaling, "network": tables.networks, "overhead": tables.overhead}
-        parts = [make[kind](result), bullets(result.get("remarks", []))]
+        parts = [TABLES[result["script"]](result), bullets(result.get("remarks", []))]
     parts.append(f"Measured on {tables.where(result['machine'])}.")
     return "\n\n".join(part for part in parts if part)
 
@@ -71,60 +66,61 @@ def bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def plot(result: Result, path: Path) -> None:
-    make = {"layers": plots.layers, "scaling": plots.scaling, "network": plots.networks}
-    kind = kind_of(result)
-    if kind in make:
-        make[kind](result, path)
-
-
 # ---- comparison ----
 
 Key = tuple[str, ...]
 
 
 def relative_times(result: Result) -> dict[Key, dict[str, float]]:
-    """Of our contenders on every row: time in units of the copy's."""
+    """Of our contenders on every row: time in units of the copy's, or of eager's without a copy."""
     found = {}
     for row in result["rows"]:
         for name in ("native", "triton"):
-            entry = row["contenders"].get(name, {})
-            if "of_copy" in entry:
-                share = entry["of_copy"]
-                head = (tables.layer_of(row), row["dtype"], row["layout"], row["direction"], name)
-                found[head] = {
-                    "median": 1 / share["median"],
-                    "low": 1 / share["p80"],
-                    "high": 1 / share["p20"],
-                }
+            times = row["contenders"]
+            if name not in times:
+                continue
+            if "of_copy" in times[name]:
+                share = times[name]["of_copy"]
+            elif "eager" in times and name == "native":
+                share = times["eager"]["times_ours"]
+            else:
+                continue
+            head = (row.get("axis", ""), "x".join(map(str, row["shape"])), str(row.get("k", "")))
+            head += (row["dtype"], row.get("layout", ""), row["direction"], name)
+            found[tuple(filter(None, head))] = {
+                "median": 1 / share["median"],
+                "low": 1 / share["p80"],
+                "high": 1 / share["p20"],
+            }
     return found
 
 
-def changes(before: Result, after: Result) -> tuple[list[str], list[str]]:
-    """What became slower, and what faster, beyond the spread of both."""
-    slower, faster = [], []
+def compare(before: Result, after: Result) -> tuple[str, int]:
+    """Text and exit status: 0 if nothing became slower or is missing, 2 if nothing is in both."""
     old, new = relative_times(before), relative_times(after)
-    for key in old.keys() & new.keys():
+    lines = [
+        f"{name}: {tables.where(result['machine'])}"
+        for name, result in (("before", before), ("after", after))
+    ]
+    for what in ("device", "gpu", "cpu", "threads", "malloc"):
+        a, b = before["machine"].get(what), after["machine"].get(what)
+        if a != b:
+            lines.append(f"measured with another {what}: {a} and {b}")
+    slower, faster = [], []
+    for key in sorted(old.keys() & new.keys()):
         a, b = old[key], new[key]
         change = f"{' '.join(key)}: {b['median'] / a['median']:.2f}x the time"
         if b["low"] > a["high"]:
-            slower.append(change)
+            slower.append(f"SLOWER {change}")
         elif b["high"] < a["low"]:
-            faster.append(change)
-    return sorted(slower), sorted(faster)
-
-
-def compare(before: Result, after: Result) -> tuple[str, bool]:
-    """Text, and whether anything became slower."""
-    both = relative_times(before).keys() & relative_times(after).keys()
-    slower, faster = changes(before, after)
-    lines = [
-        f"before: {tables.where(before['machine'])}",
-        f"after: {tables.where(after['machine'])}",
-    ]
-    lines.append(f"{len(both)} rows in both, {len(slower)} slower, {len(faster)} faster")
-    lines += [f"SLOWER {what}" for what in slower] + [f"faster {what}" for what in faster]
-    return "\n".join(lines), bool(slower)
+            faster.append(f"faster {change}")
+    missing = [f"MISSING {' '.join(key)}" for key in sorted(old.keys() - new.keys())]
+    both = len(old.keys() & new.keys())
+    lines.append(
+        f"{both} in both, {len(slower)} slower, {len(faster)} faster, {len(missing)} missing"
+    )
+    status = 2 if not both else int(bool(slower or missing))
+    return "\n".join([*lines, *slower, *missing, *faster]), status
 
 
 # ---- the README, and that of the results ----
@@ -144,13 +140,12 @@ def layer_figures(result: Result) -> list[str]:
         and row["direction"] in ("forward", "backward")
     ]
     usual = [row for row in both if row["shape"][0] == README_BATCH and row["dtype"] != "float16"]
-    kinds = ("eager", "compile", "triton", "native in place")
     slower = tables.losses(result)
     return [
         f"Batch {README_BATCH}:",
-        tables.summary({**result, "rows": usual}, tables.GROUPS[:1] + tables.GROUPS[2:], kinds),
+        tables.summary({**result, "rows": usual}, tables.GROUPS[:1] + tables.GROUPS[2:]),
         "All dtypes and both layouts:",
-        tables.summary({**result, "rows": both}, ("network", "batch", "direction"), kinds),
+        tables.summary({**result, "rows": both}, ("network", "batch", "direction")),
         tables.goals(result),
         "Where another is faster in four of five rounds:\n\n" + bullets(slower)
         if slower
@@ -163,13 +158,10 @@ def readme_figures() -> str:
     parts = []
     for path in committed():
         result = load(path)
-        kind = kind_of(result)
-        if kind == "layers" and "default" not in path.stem:
+        if result["script"] == "microbench" and result["machine"]["malloc"] == "recycled":
             parts += layer_figures(result)
-        elif kind == "overhead":
-            parts.append(tables.overhead(result))
-        elif kind == "network":
-            parts.append(tables.networks(result))
+        elif result["script"] in ("overhead", "network"):
+            parts.append(TABLES[result["script"]](result))
         else:
             continue
         parts.append(f"Measured on {tables.where(result['machine'])}.")
@@ -213,13 +205,16 @@ def main(argv: list[str]) -> int:
         parser.error("expected result files, two of them for --compare")
     results = [load(path) for path in args.results]
     if args.compare:
-        text, worse = compare(*results)
+        text, status = compare(*results)
         print(text)
-        return int(worse)
+        return status
     for result in results:
         print(markdown(result))
     if args.plot:
-        plot(results[0], args.plot)
+        script = results[0]["script"]
+        if script not in PLOTS:
+            parser.error(f"there is no picture of a result of {script}.py")
+        PLOTS[script](results[0], args.plot)
     return 0
 
 

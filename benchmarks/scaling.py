@@ -27,7 +27,6 @@ from microbench import measure_direction
 # Axis, and the layer that it starts from: samples, channels, height, width.
 AXES = {"N": (1, 256, 14, 14), "C": (8, 1, 28, 28), "S": (8, 64, 1, 1)}
 STEP = 1.15
-ROTATED = 4  # maps of a case in memory, beside those of the contenders
 TAPS = 5
 
 
@@ -47,9 +46,9 @@ def sizes(axis: str, dtype: str, layout: str, most_bytes: float) -> list[Case]:
 
 
 def memory_at_hand(device: Device) -> float:
-    """Bytes of the largest map that all contenders together leave room for."""
+    """Bytes of the largest map: of a GPU's memory, where contenders and checks take some 50."""
     if device.kind == "cuda" and device.tensors == "cuda":
-        return float(torch.cuda.mem_get_info()[0]) / 32
+        return float(torch.cuda.mem_get_info()[0]) / 64
     if device.tensors != device.kind:
         return 1 << 14  # a dry run
     return 256e6
@@ -113,8 +112,14 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     prepare(args)
     device = device_named(args.device)
+    device.full_precision()
     most = args.most_bytes or memory_at_hand(device)
-    result: dict[str, Any] = {"machine": machine(device), "rows": [], "remarks": []}
+    result: dict[str, Any] = {
+        "script": "scaling",
+        "machine": machine(device),
+        "rows": [],
+        "remarks": [],
+    }
     status = 0
     for layout in args.layout:
         for axis in args.axis:

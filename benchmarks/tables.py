@@ -10,7 +10,17 @@ Row = dict[str, Any]
 MB = 10**6
 
 # In the order of the columns. "compile" is the fastest of torch.compile's forms.
-KINDS = ("copy", "eager", "timm", "compile", "triton", "native in place")
+KINDS = (
+    "copy",
+    "eager",
+    "timm",
+    "compile",
+    "triton",
+    "native in place",
+    "eager given",
+    "copy given",
+)
+USUAL = ("eager", "compile", "triton", "native in place")
 RIVALS = ("eager", "timm", "compile")
 
 
@@ -62,10 +72,15 @@ def named(row: Row, kind: str) -> str | None:
     return min(forms, key=lambda name: median(row, name)) if forms else None
 
 
+def ours(row: Row) -> str | None:
+    """Our contender: the native kernels, or Triton's where there are none."""
+    return next((name for name in ("native", "triton") if name in row["contenders"]), None)
+
+
 def ratio(row: Row, kind: str) -> float | None:
     """Time of a contender in units of ours."""
     name = named(row, kind)
-    if name is None or "native" not in row["contenders"]:
+    if name is None or ours(row) is None:
         return None
     return median(row, name, "times_ours")
 
@@ -100,9 +115,11 @@ def plan_text(plan: Any) -> str:
 
 def cells(row: Row) -> list[str]:
     """Time, speed, share of the copy, and the ratios: what a table says of a row."""
-    own = row["contenders"].get("native")
-    found = ["failed", "-", "-", "-", "-"]
-    if own:
+    name = ours(row)
+    failed = any(what.startswith("native:") for what in row["failed"])
+    found = ["failed" if failed else "-", "-", "-", "-", "-"]
+    if name and not failed:
+        own = row["contenders"][name]
         us = own["us"]
         found = [f"{us[name]:.1f}" for name in ("median", "p20", "p80")]
         found += [f"{own['gbps']:.1f}", f"{own['of_copy']['median']:.2f}"]
@@ -149,6 +166,19 @@ def remarks(result: Result) -> list[str]:
         for row in result["rows"]
         for what in row.get("left_out", [])
     ]
+    lines += [
+        f"{layer_of(row)} {row['dtype']} {row['layout']} {row['direction']}: the maps of all calls "
+        "fit the L2 cache"
+        for row in result["rows"]
+        if result["machine"]["device"] == "cuda" and not row.get("cold", True)
+    ]
+    lines += [
+        f"{layer_of(row)} {row['dtype']} {row['layout']} {row['direction']}, {name}: "
+        f"{t['us']['median']:.1f} us by events, {t['profiler_us']:.1f} us in the profiler"
+        for row in result["rows"]
+        for name, t in row["contenders"].items()
+        if t.get("profiler_us") and abs(t["profiler_us"] / t["us"]["median"] - 1) > 0.15
+    ]
     return [*lines, *(f"left out: {what}" for what in result["left_out"])]
 
 
@@ -161,9 +191,7 @@ def span(values: Iterable[float | None]) -> str:
 GROUPS = ("network", "batch", "dtype", "layout", "direction")
 
 
-def summary(
-    result: Result, groups: Sequence[str] = GROUPS, kinds: Sequence[str] = KINDS[1:]
-) -> str:
+def summary(result: Result, groups: Sequence[str] = GROUPS, kinds: Sequence[str] = USUAL) -> str:
     """Markdown: ranges over the layers that have `groups` in common."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for network in NETWORKS:
@@ -172,9 +200,10 @@ def summary(
                 named = {**row, "network": network, "batch": row["shape"][0]}
                 found.setdefault(tuple(str(named[name]) for name in groups), []).append(row)
     return markdown(
-        [*groups, "share of copy", *(f"{kind} / ours" for kind in kinds)],
+        [*groups, "layers", "share of copy", *(f"{kind} / ours" for kind in kinds)],
         (
-            [*key, span(ratio(row, "copy") for row in rows).removesuffix("x")]
+            [*key, str(len({layer_of(row) for row in rows}))]
+            + [span(ratio(row, "copy") for row in rows).removesuffix("x")]
             + [span(ratio(row, kind) for row in rows) for kind in kinds]
             for key, rows in found.items()
         ),
@@ -187,7 +216,7 @@ def losses(result: Result) -> list[str]:
     for row in result["rows"]:
         for kind in RIVALS:
             name = named(row, kind)
-            if name and "native" in row["contenders"]:
+            if name and ours(row):
                 times = row["contenders"][name]["times_ours"]
                 if times["p80"] < 1:
                     found.append(
@@ -264,12 +293,12 @@ def gpu_goals(result: Result) -> Iterator[Goal]:
         yield what, ratios_of(inside, kind), goal, False
     for direction, goal in ONE_SAMPLE_GOALS.items():
         single = [
-            median(row, "native")
+            median(row, name)
             for row in rows
             if row["direction"] == direction
             and row["shape"][0] == 1
             and "resnet50" in network_of(row)
-            and "native" in row["contenders"]
+            and (name := ours(row))
         ]
         yield f"{direction}, ResNet-50, batch 1: at most {goal:.0f} us", single, goal, True
 
@@ -297,7 +326,7 @@ def overhead(result: Result) -> str:
     lines = []
     for row in result["rows"]:
         times = row["contenders"]
-        share = 1 / ratio_to(times, "eager") if "eager" in times and "native" in times else None
+        share = 1 / ratio_to(times, "eager") if "eager" in times and ours(row) else None
         shape = f"{'x'.join(map(str, row['shape']))}, {row['dtype']}"
         cells = [f"{times[n]['us']['median']:.1f} us" if n in times else "-" for n in names]
         lines.append([shape, row["direction"], *cells, text(share, "{:.2f}")])
@@ -309,16 +338,19 @@ def ratio_to(times: dict[str, Any], name: str) -> float:
 
 
 def networks(result: Result) -> str:
-    """Markdown: images a second of whole networks, and peak memory."""
-    head = ["network", "layout", "mode", "pass", "attention", "images/s", "time / without"]
+    """Markdown: speed of whole networks, and what a step allocates at most beside the weights."""
+    head = ["network", "images", "precision", "layout", "mode", "pass", "attention"]
+    head += ["images/s", "time / without"]
     lines = []
     for row in result["rows"]:
         for name, t in row["contenders"].items():
             memory = f"{t['peak_bytes'] / MB:.0f} MB" if t.get("peak_bytes") else "-"
-            times = [f"{t['images_per_s']:.1f}", text(t["times_none"]["median"])]
-            place = [row["network"], row["layout"], row["mode"], row["pass"]]
+            times = [f"{t['images_per_s']:.1f}", text(t.get("times_none", {}).get("median"))]
+            images = f"{row['batch']}x3x{row['size']}x{row['size']}"
+            place = [row["network"], images, row["precision"], row["layout"], row["mode"]]
+            place.append(row["pass"])
             lines.append([*place, name, *times, memory])
-    return markdown([*head, "memory"], lines)
+    return markdown([*head, "peak memory"], lines)
 
 
 def scaling(result: Result) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cases import DTYPES, LAYOUTS, Case
+from cases import DIRECTIONS, DTYPES, LAYOUTS, Case
 from checking import Judge
 from contenders import Inputs, make_inputs, record_copy
 from devices import Device, device_named
@@ -35,7 +35,6 @@ LAYERS = [
     Case((32, 256, 56, 56), 3, "bfloat16", "channels_last"),
     Case((32, 1024, 14, 14), 5, "bfloat16", "channels_last"),
 ]
-DIRECTIONS = ("forward", "backward")
 GROUPS = (1, 2, 4, 8, 16)
 THREADS = (128, 256)
 MOST_HALO = 1.6  # asked of the L2 cache, in units of the maps: beyond it, halos cost too much
@@ -183,7 +182,7 @@ def table(case: Case, direction: str, found: dict[str, Any], most: int = SHOWN) 
 
 def listing(case: Case, limits: Any) -> str:
     lines = []
-    for direction in DIRECTIONS:
+    for direction in DIRECTIONS[:2]:
         backward = direction == "backward"
         chosen = plan_of(case, backward, None, limits)
         plans = candidates(case, backward, limits)
@@ -206,7 +205,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--gpu", help="for --list: a GPU as sm_90:132 instead of the one here")
     parser.add_argument("--device", choices=["cuda", "dry-run"], default="cuda")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.gpu and not args.list:
+        parser.error("--gpu names another GPU for --list; what is measured is the one that is here")
+    return args
 
 
 def main(argv: list[str]) -> int:
@@ -219,12 +221,13 @@ def main(argv: list[str]) -> int:
         print("\n".join(listing(case, limits) for case in layers))
         return 0
     device = device_named(args.device)
+    device.full_precision()
     torch.manual_seed(0)
     result: dict[str, Any] = {"machine": machine(device), "limits": limits, "layers": []}
     status, end = 0, time.monotonic() + args.seconds
     for case in layers:
         inputs = make_inputs(case, device)
-        for direction in DIRECTIONS:
+        for direction in DIRECTIONS[:2]:
             if time.monotonic() > end:
                 print(f"left out: {case} {direction}: no time left")
                 continue

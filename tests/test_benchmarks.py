@@ -65,7 +65,7 @@ def row(shape=(32, 256, 56, 56), k=3, direction="forward", ideal=10**6, **ratios
 
 def result(*rows, device="cpu"):
     place = {"device": device, "dry_run": True}
-    return {"machine": place, "rows": list(rows), "left_out": []}
+    return {"script": "microbench", "machine": place, "rows": list(rows), "left_out": []}
 
 
 # ---- the committed results, and the README ----
@@ -139,7 +139,7 @@ def test_the_summary_gives_the_range_over_the_layers_of_a_network():
     rows = [row(eager=1.5, copy=0.9), row((32, 512, 28, 28), 5, eager=1.25, copy=0.8)]
     lines = tables.summary(result(*rows)).splitlines()
     assert lines[2].startswith(
-        "| resnet50 | 32 | bfloat16 | contiguous | forward | 0.80 to 0.90 | 1.25 to 1.50x | - |"
+        "| resnet50 | 32 | bfloat16 | contiguous | forward | 2 | 0.80 to 0.90 | 1.25 to 1.50x | - |"
     )
     assert len(lines) == 3
 
@@ -152,15 +152,23 @@ def test_a_comparison_names_what_changed_beyond_the_spread(tmp_path, capsys):
     paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
     assert report.main(["--compare", *paths]) == 1
     text = capsys.readouterr().out
-    assert "3 rows in both, 1 slower, 1 faster" in text
-    assert "SLOWER 1x2x3x4 k=3 bfloat16 contiguous forward native: 1.33x the time" in text
-    assert "faster 5x6x7x8 k=3 bfloat16 contiguous forward native: 0.71x the time" in text
+    assert "3 in both, 1 slower, 1 faster, 0 missing" in text
+    assert "SLOWER 1x2x3x4 3 bfloat16 contiguous forward native: 1.33x the time" in text
+    assert "faster 5x6x7x8 3 bfloat16 contiguous forward native: 0.71x the time" in text
     assert report.main(["--compare", paths[0], paths[0]]) == 0
+    # A contender that is gone is worse than a slow one, and nothing in common is no comparison.
+    (tmp_path / "b.json").write_text(json.dumps(result(row(copy=0.9), device="cuda")))
+    assert report.main(["--compare", *paths]) == 1
+    text = capsys.readouterr().out
+    assert "MISSING 1x2x3x4 3 bfloat16 contiguous forward native" in text
+    assert "measured with another device: cpu and cuda" in text
+    (tmp_path / "b.json").write_text(json.dumps(result()))
+    assert report.main(["--compare", *paths]) == 2
 
 
 def test_the_report_says_what_is_no_result(tmp_path):
     path = tmp_path / "x.json"
-    for text in ("", "[1", '{"rows": []}'):
+    for text in ("", "[1", "5", '{"rows": []}', '{"script": 1, "rows": [], "machine": {}}'):
         path.write_text(text)
         with pytest.raises(SystemExit, match="is no result of these scripts"):
             report.main([str(path)])
@@ -292,6 +300,10 @@ def test_options_choose_the_layers():
 @pytest.fixture(params=["cpu", "dry-run"])
 def device(request):
     return devices.device_named(request.param)
+
+
+def does_not_compile(form, mode, taps):
+    raise RuntimeError(f"no compiler for {form}")
 
 
 def wrong_contenders(taps):
@@ -434,6 +446,39 @@ def test_the_microbenchmark_compiles_both_forms(capsys, tmp_path):
 
 
 @needs_extension
+def test_a_form_that_does_not_compile_has_failed(monkeypatch, capsys):
+    monkeypatch.setattr(microbench, "compiled", does_not_compile)
+    arguments = ["--device", "dry-run", "--shape", "2", "4", "2", "2", "--rounds", "1"]
+    assert microbench.main([*arguments, "--contender", "eager", "compile"]) == 1
+    printed = capsys.readouterr()
+    assert "compile conv, default: RuntimeError: no compiler for conv" in printed.err
+    # What was not asked for has not failed.
+    row = next(line for line in printed.out.splitlines() if line.startswith("2x4x2x2 k=3"))
+    assert "failed" not in row
+
+
+@needs_extension
+def test_maps_that_fit_the_cache_are_measured_in_it_too(tmp_path):
+    path = tmp_path / "bench.json"
+    arguments = ["--device", "dry-run", "--shape", "1", "2", "2", "2", "--rounds", "1"]
+    arguments += ["--contender", "native", "eager", "--output", str(path)]
+    assert microbench.main(arguments) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [one["direction"] for one in rows] == ["forward", "backward", "warm forward"]
+    assert set(rows[2]["contenders"]) == {"copy", "native", "eager"}
+
+
+@needs_extension
+def test_the_full_grid_names_the_layers_that_are_too_large(tmp_path):
+    path = tmp_path / "bench.json"
+    arguments = ["--device", "cpu", "--full", "--largest-map", "0.001", "--output", str(path)]
+    assert microbench.main([*arguments, "--malloc", "default"]) == 0
+    found = json.loads(path.read_text())
+    assert found["rows"] == []
+    assert len(found["left_out"]) == len(cases.all_cases())
+
+
+@needs_extension
 def test_a_failing_contender_shows_in_the_exit_status(monkeypatch, capsys):
     monkeypatch.setattr(microbench, "contenders", wrong_contenders)
     arguments = ["--device", "dry-run", "--shape", "2", "4", "2", "2", "--compile-seconds", "0"]
@@ -500,7 +545,8 @@ def test_whole_networks(tmp_path, capsys):
         assert all(value > 0 for value in memory.values())
     assert report.main([str(path)]) == 0
     text = capsys.readouterr().out
-    assert "| mobilenetv2 | channels_last | eager | training step | fused ECA |" in text
+    place = "| mobilenetv2 | 2x3x32x32 | float32 | channels_last | eager | training step |"
+    assert f"{place} fused ECA |" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
