@@ -8,6 +8,7 @@ from cases import NETWORKS
 Result = dict[str, Any]
 Row = dict[str, Any]
 MB = 10**6
+FEW = 8  # layers that a remark names
 
 # In the order of the columns. "compile" is the fastest of torch.compile's forms.
 KINDS = (
@@ -179,7 +180,14 @@ def remarks(result: Result) -> list[str]:
         for name, t in row["contenders"].items()
         if t.get("profiler_us") and abs(t["profiler_us"] / t["us"]["median"] - 1) > 0.15
     ]
-    return [*lines, *(f"left out: {what}" for what in result["left_out"])]
+    reasons: dict[str, list[str]] = {}
+    for what in result["left_out"]:
+        layer, _, reason = what.partition(": ")
+        reasons.setdefault(reason, []).append(layer)
+    for reason, names in reasons.items():
+        which = ", ".join(names) if len(names) <= FEW else f"{len(names)} layers"
+        lines.append(f"left out, {reason}: {which}" if reason else f"left out: {which}")
+    return lines
 
 
 def span(values: Iterable[float | None]) -> str:

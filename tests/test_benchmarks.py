@@ -144,6 +144,13 @@ def test_the_summary_gives_the_range_over_the_layers_of_a_network():
     assert len(lines) == 3
 
 
+def test_what_was_left_out_is_named_or_counted():
+    one = result() | {"left_out": ["a: no time left", "b: no time left", "all that follows"]}
+    assert tables.remarks(one) == ["left out, no time left: a, b", "left out: all that follows"]
+    many = result() | {"left_out": [f"{i}: larger than 1 MB" for i in range(9)]}
+    assert tables.remarks(many) == ["left out, larger than 1 MB: 9 layers"]
+
+
 def test_a_comparison_names_what_changed_beyond_the_spread(tmp_path, capsys):
     before = result(row(copy=0.9), row((1, 2, 3, 4), copy=0.8), row((5, 6, 7, 8), copy=0.5))
     after = result(row(copy=0.93), row((1, 2, 3, 4), copy=0.6), row((5, 6, 7, 8), copy=0.7))

@@ -335,7 +335,7 @@ def test_the_common_suite_in_the_interpreter():
     code = (
         "import sys, pytest\nfrom test_triton import Sample\n"
         f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--durations=5', *{files}], "
-        f"plugins=[Sample({1 if whole else 17})]))"
+        f"plugins=[Sample({1 if whole else 31})]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
