@@ -8,7 +8,11 @@ import sys
 from collections.abc import Sequence
 
 # The module of each command has main(argv) -> exit status, and is imported only when it runs.
-COMMANDS = {"run": "eca_fused.demo.command", "plan": "eca_fused.plan_command"}
+COMMANDS = {
+    "run": "eca_fused.demo.command",
+    "plan": "eca_fused.plan_command",
+    "tables": "eca_fused.tables_command",
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -14,6 +14,29 @@ def check_padding_mode(padding_mode: str) -> None:
         raise ValueError(f"expected padding_mode 'zeros' or 'circular', got {padding_mode!r}")
 
 
+def check_channels(channels: int) -> None:
+    """Raise TypeError or ValueError unless channels is an int from 1 up."""
+    if isinstance(channels, bool) or not isinstance(channels, int):
+        raise TypeError(f"expected channels as an int, got {channels!r}")
+    if channels < 1:
+        raise ValueError(f"expected channels from 1 up, got {channels}; give the C of x")
+
+
+def check_map(x: Tensor, channels: int, spatial: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+    """Raise TypeError or ValueError unless x is a map of so many channels and spatial dimensions.
+
+    For the methods in plain PyTorch, which would broadcast a map that does not fit.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected x as a torch.Tensor, got {type(x).__name__}")
+    if x.dim() - 2 not in spatial or x.shape[1] != channels:
+        dims = str(spatial[0]) if len(spatial) == 1 else f"{spatial[0]} to {spatial[-1]}"
+        raise ValueError(
+            f"expected x of shape (N, {channels}, *spatial) with {dims} spatial dimensions, got "
+            f"{tuple(x.shape)}; build the layer for the channels of x, or reshape x"
+        )
+
+
 def check_kernel_size(k: int) -> None:
     """Raise TypeError or ValueError unless k is an odd int from 1 up."""
     if isinstance(k, bool) or not isinstance(k, int):

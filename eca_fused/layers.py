@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eca_fused.backend import check_backend
-from eca_fused.checks import check_kernel_size, check_padding_mode
+from eca_fused.checks import check_channels, check_kernel_size, check_padding_mode
 from eca_fused.functional import eca, eca_, plain
 
 __all__ = ["ECALayer", "kernel_size"]
@@ -29,10 +29,7 @@ def kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> int:
         TypeError: channels is not an int.
         ValueError: channels is less than 1, or gamma is zero.
     """
-    if isinstance(channels, bool) or not isinstance(channels, int):
-        raise TypeError(f"expected channels as an int, got {channels!r}")
-    if channels < 1:
-        raise ValueError(f"expected channels from 1 up, got {channels}; give the C of x")
+    check_channels(channels)
     if not (math.isfinite(gamma) and math.isfinite(beta)) or gamma == 0:
         raise ValueError(
             f"expected finite gamma and beta, gamma other than zero, got {gamma} and {beta}; "

@@ -1,0 +1,168 @@
+"""The channel attention methods that ECA-Net compares, but for ECA itself, which is ECALayer.
+
+Wang et al., "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks" (CVPR
+2020), table 1 and equations 2 to 6; SE is Hu et al., "Squeeze-and-Excitation Networks" (CVPR 2018).
+Without biases, as the published counts of parameters ask for.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from eca_fused.attention.base import BandAttention, ChannelAttention
+from eca_fused.checks import check_kernel_size
+from eca_fused.layers import kernel_size as adaptive
+
+__all__ = ["ECANS", "SE", "SEGroups", "SEVar1", "SEVar2"]
+
+
+class SE(ChannelAttention):
+    """Squeeze and excitation, gate = sigmoid(W2 relu(W1 mean)): 2 C^2 / r parameters.
+
+    Args:
+        channels: C, from 1 up.
+        reduction: r; there are C // r hidden channels, at least one.
+        device, dtype: of the weights, the dtype of x but under autocast.
+
+    Raises:
+        ValueError: reduction is less than 1.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 16,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels)
+        if reduction < 1:
+            raise ValueError(f"expected reduction from 1 up, got {reduction}; the paper has 16")
+        hidden = max(channels // reduction, 1)
+        self.fc = nn.Sequential(
+            nn.Linear(channels, hidden, bias=False, device=device, dtype=dtype),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, channels, bias=False, device=device, dtype=dtype),
+        )
+
+    def gate(self, mean: Tensor) -> Tensor:
+        return torch.sigmoid(self.fc(mean))
+
+
+class SEGroups(ChannelAttention):
+    """One fully connected layer in G groups, gate = sigmoid(GC_G(mean)): C^2 / G parameters.
+
+    SE-Var3 has one group, SE-GC1 sixteen, SE-GC2 C / 16 and SE-GC3 C / 8.
+
+    Args:
+        channels: C, a multiple of groups.
+        groups: G.
+        device, dtype: of the weights, the dtype of x but under autocast.
+
+    Raises:
+        ValueError: groups does not divide channels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        groups: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels)
+        if groups < 1 or channels % groups:
+            raise ValueError(
+                f"expected groups from 1 up that divide the channels, got {groups} for {channels} "
+                "channels; SE-GC1 and SE-GC2 need a multiple of 16, SE-GC3 one of 8"
+            )
+        # A convolution over one position is a fully connected layer, and knows groups.
+        self.fc = nn.Conv1d(
+            channels, channels, 1, groups=groups, bias=False, device=device, dtype=dtype
+        )
+
+    def gate(self, mean: Tensor) -> Tensor:
+        return torch.sigmoid(self.fc(mean.unsqueeze(-1)).squeeze(-1))
+
+
+class SEVar1(BandAttention):
+    """gate = sigmoid(mean): a band of one tap that is fixed at one, and no parameters.
+
+    Args:
+        channels, fused, backend: see BandAttention.
+        device, dtype: of the tap, which no state dict has; float32 or the dtype of x.
+    """
+
+    fixed: Tensor  # (1, 1, 1)
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        fused: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, fused=fused, backend=backend)
+        one = torch.ones(1, 1, 1, device=device, dtype=dtype)
+        self.register_buffer("fixed", one, persistent=False)
+
+    def taps(self) -> Tensor:
+        return self.fixed
+
+
+class ECANS(BandAttention):
+    """ECA with taps of each channel's own, not shared: k C parameters, `conv.weight` (C, 1, k).
+
+    The name and the shape are those of the authors' layer.
+
+    Args:
+        channels, padding_mode, fused, backend: see BandAttention.
+        kernel_size: k, odd, from 1 up; None for the adaptive rule (eca_fused.kernel_size()).
+        device, dtype: of the taps; they may stay in float32 under a half precision x.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int | None = None,
+        *,
+        padding_mode: str = "zeros",
+        fused: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, padding_mode=padding_mode, fused=fused, backend=backend)
+        k = adaptive(channels) if kernel_size is None else kernel_size
+        check_kernel_size(k)
+        # The module is there for its name in the state dict and for its initialisation; it is
+        # never called.
+        self.conv = nn.Conv1d(
+            channels, channels, k, groups=channels, bias=False, device=device, dtype=dtype
+        )
+
+    def taps(self) -> Tensor:
+        return self.conv.weight
+
+
+class SEVar2(ECANS):
+    """gate = sigmoid(w * mean): a band of one tap for each channel, C parameters.
+
+    Args:
+        channels, fused, backend: see BandAttention.
+        device, dtype: of the taps; they may stay in float32 under a half precision x.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        fused: bool = True,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, 1, fused=fused, backend=backend, device=device, dtype=dtype)

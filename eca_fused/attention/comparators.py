@@ -1,0 +1,126 @@
+"""Attention of other kinds that ECA-Net's tables compare with: CBAM and GSoP-Net's block.
+
+Both are plain PyTorch, with pooling and rescaling as the other methods have them.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from eca_fused.attention.base import ChannelAttention, pool, rescale
+from eca_fused.checks import check_map
+
+__all__ = ["CBAM", "GSoP"]
+
+
+class CBAM(ChannelAttention):
+    """A gate for each channel, then one for each pixel.
+
+    Woo et al., "CBAM: Convolutional Block Attention Module" (ECCV 2018), equations 2 and 3: the
+    channels' gates are sigmoid(mlp(mean) + mlp(max)), the pixels' sigmoid(bn(conv7x7([max, mean
+    over channels]))). The authors' code has the batch norm.
+
+    Args:
+        channels: C, from 1 up.
+        reduction: r; the MLP has C // r hidden channels, at least one.
+        bias: whether the MLP has biases, as the authors' code does.
+        device, dtype: of the parameters, the dtype of x but under autocast.
+
+    Shape:
+        x (N, C, H, W); the same shape and dtype out.
+
+    Raises:
+        ValueError: reduction is less than 1, or x does not fit.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 16,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels)
+        if reduction < 1:
+            raise ValueError(f"expected reduction from 1 up, got {reduction}; the paper has 16")
+        hidden = max(channels // reduction, 1)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, hidden, bias=bias, device=device, dtype=dtype),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, channels, bias=bias, device=device, dtype=dtype),
+        )
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False, device=device, dtype=dtype)
+        self.bn = nn.BatchNorm2d(1, device=device, dtype=dtype)
+
+    def channel_gate(self, x: Tensor) -> Tensor:
+        """The gates (N, C) of x (N, C, H, W)."""
+        return torch.sigmoid(self.mlp(pool(x)) + self.mlp(x.amax((2, 3))))
+
+    def pixel_gate(self, x: Tensor) -> Tensor:
+        """The gates (N, 1, H, W) of x (N, C, H, W)."""
+        seen = torch.cat((x.amax(1, keepdim=True), x.mean(1, keepdim=True)), 1)
+        return torch.sigmoid(self.bn(self.conv(seen)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_map(x, self.channels, (2,))
+        x = rescale(x, self.channel_gate(x))
+        return x * self.pixel_gate(x).to(x.dtype)
+
+
+class GSoP(ChannelAttention):
+    """Gates from the covariance of the channels, as in the blocks of GSoP-Net1.
+
+    Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019), section 3.2: the
+    channels are reduced to d, their covariance (d, d) goes through a convolution of each row, and
+    a fully connected layer makes C gates of it.
+
+    Args:
+        channels: C, from 1 up.
+        reduced: d.
+        stride: of the reduction; None for 2 up to 256 channels, else 1: GSoP-Net halves the maps of
+            its first stage, which are the largest.
+        device, dtype: of the parameters, the dtype of x but under autocast.
+
+    Shape:
+        x (N, C, H, W); the same shape and dtype out.
+
+    Raises:
+        ValueError: reduced or stride is less than 1, or x does not fit.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduced: int = 128,
+        *,
+        stride: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels)
+        stride = (2 if channels <= 256 else 1) if stride is None else stride
+        if reduced < 1 or stride < 1:
+            raise ValueError(
+                f"expected reduced and stride from 1 up, got {reduced} and {stride}; "
+                "the paper has 128, and 2 in the first stage"
+            )
+        self.reduce = nn.Conv2d(channels, reduced, 1, stride, device=device, dtype=dtype)
+        self.reduce_bn = nn.BatchNorm2d(reduced, device=device, dtype=dtype)
+        self.row_bn = nn.BatchNorm2d(reduced, device=device, dtype=dtype)
+        self.row_conv = nn.Conv2d(
+            reduced, 4 * reduced, (reduced, 1), groups=reduced, device=device, dtype=dtype
+        )
+        self.fc = nn.Conv2d(4 * reduced, channels, 1, device=device, dtype=dtype)
+
+    def channel_gate(self, x: Tensor) -> Tensor:
+        """The gates (N, C) of x (N, C, H, W)."""
+        small = torch.relu(self.reduce_bn(self.reduce(torch.relu(x)))).flatten(2)  # (N, d, S)
+        centred = small - small.mean(2, keepdim=True)
+        covariance = centred @ centred.transpose(1, 2) / small.shape[2]  # (N, d, d)
+        rows = self.row_conv(self.row_bn(covariance.unsqueeze(-1)))  # (N, 4d, 1, 1)
+        return torch.sigmoid(self.fc(rows)).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_map(x, self.channels, (2,))
+        return rescale(x, self.channel_gate(x))

@@ -1,0 +1,135 @@
+"""The tables of the ECA-Net poster (Wang et al., CVPR 2020), and how to build what they count.
+
+Accuracy is Top-1 and Top-5 on ImageNet-1K as reported there: nothing of it was measured here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from eca_fused.models import mobilenetv2, resnet
+
+__all__ = ["BACKBONES", "METHODS", "Backbone", "Method"]
+
+MEGA, GIGA = 2**20, 2**30  # what the poster's M and G are: 25,557,032 parameters are 24.37 M
+RESNET_TOLERANCE, MOBILENET_TOLERANCE = 0.005, 0.025  # of FLOPs; thop's rules have changed since
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table of methods, on ResNet-50.
+
+    Args:
+        name: a key of attention.METHODS.
+        gate: of the pooled vector y, as printed; s is the sigmoid.
+        formula: the parameters of one module as printed.
+        parameters: the same as a function of C.
+        top1, top5: as reported.
+    """
+
+    name: str
+    gate: str
+    formula: str
+    parameters: Callable[[int], int]
+    top1: str
+    top5: str
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A row of the table of backbones.
+
+    Args:
+        depth: of the ResNet; None for MobileNetV2.
+        method: as printed.
+        attention: a key of attention.METHODS.
+        parameters: in 2**20, as printed.
+        flops: as printed: in 2**30 for a ResNet, in 2**20 for MobileNetV2.
+        top1, top5: as reported.
+        options: of the attention.
+        note: what a reader must know.
+        held: whether a difference is an error.
+    """
+
+    depth: int | None
+    method: str
+    attention: str
+    parameters: str
+    flops: str
+    top1: str
+    top5: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    held: bool = True
+
+    @property
+    def network(self) -> str:
+        return "MobileNetV2" if self.depth is None else f"ResNet-{self.depth}"
+
+    @property
+    def flops_unit(self) -> int:
+        return MEGA if self.depth is None else GIGA
+
+    @property
+    def tolerance(self) -> float:
+        """The relative difference of FLOPs that is allowed."""
+        return MOBILENET_TOLERANCE if self.depth is None else RESNET_TOLERANCE
+
+    def build(self) -> nn.Module:
+        """The network on the meta device, without memory."""
+        arguments: dict[str, Any] = {"options": self.options, "device": "meta", "fused": False}
+        if self.depth is None:
+            return mobilenetv2(self.attention, **arguments)
+        return resnet(self.depth, self.attention, **arguments)
+
+
+METHODS = (
+    Method("none", "none", "0", lambda c: 0, "75.20", "92.25"),
+    Method(
+        "se", "s(f_{w1,w2}(y))", "2 C^2 / r, r = 16", lambda c: 2 * c * c // 16, "76.71", "93.38"
+    ),
+    Method("se_var1", "s(y)", "0", lambda c: 0, "76.00", "92.90"),
+    Method("se_var2", "s(w * y)", "C", lambda c: c, "77.07", "93.31"),
+    Method("se_var3", "s(W y)", "C^2", lambda c: c * c, "77.42", "93.64"),
+    Method("se_gc1", "s(GC_16(y))", "C^2 / 16", lambda c: c * c // 16, "76.95", "93.47"),
+    Method("se_gc2", "s(GC_{C/16}(y))", "16 C", lambda c: 16 * c, "76.98", "93.31"),
+    Method("se_gc3", "s(GC_{C/8}(y))", "8 C", lambda c: 8 * c, "76.96", "93.38"),
+    Method("eca_ns", "s(own k taps)", "k C, k = 3", lambda c: 3 * c, "77.35", "93.61"),
+    Method("eca", "s(C1D_k(y))", "k = 3", lambda c: 3, "77.43", "93.65"),
+)
+
+NO_BIAS = {"bias": False}
+NO_BIAS_NOTE = (
+    "the printed parameters are those of CBAM without biases in its MLP, unlike ResNet-34's"
+)
+GSOP_NOTE = (
+    "GSoP-Net1 as its authors' code has it, 28.29 * 10^6 parameters; the printed row fits that in "
+    "neither unit, how it was counted is not known, and so it is not held to a tolerance"
+)
+SE_MOBILE_NOTE = "the printed parameters are those of SE with reduction 8, on each block's output"
+
+BACKBONES = (
+    Backbone(18, "vanilla", "none", "11.148", "1.699", "70.40", "89.45"),
+    Backbone(18, "SENet", "se", "11.231", "1.700", "70.59", "89.78"),
+    Backbone(18, "ECA", "eca", "11.148", "1.700", "70.78", "89.92"),
+    Backbone(34, "vanilla", "none", "20.788", "3.427", "73.31", "91.40"),
+    Backbone(34, "SENet", "se", "20.938", "3.428", "73.87", "91.65"),
+    Backbone(34, "CBAM", "cbam", "20.943", "3.428", "74.01", "91.76"),
+    Backbone(34, "ECA", "eca", "20.788", "3.428", "74.21", "91.83"),
+    Backbone(50, "vanilla", "none", "24.37", "3.86", "75.20", "92.52"),
+    Backbone(50, "SENet", "se", "26.77", "3.87", "76.71", "93.38"),
+    Backbone(50, "CBAM", "cbam", "26.77", "3.87", "77.34", "93.69", NO_BIAS, NO_BIAS_NOTE),
+    Backbone(50, "GSoP-Net", "gsop", "28.05", "6.18", "77.68", "93.98", {}, GSOP_NOTE, held=False),
+    Backbone(50, "ECA", "eca", "24.37", "3.86", "77.48", "93.68"),
+    Backbone(101, "vanilla", "none", "42.49", "7.34", "76.83", "93.48"),
+    Backbone(101, "SENet", "se", "47.01", "7.35", "77.62", "93.93"),
+    Backbone(101, "CBAM", "cbam", "47.01", "7.35", "78.49", "94.31", NO_BIAS, NO_BIAS_NOTE),
+    Backbone(101, "ECA", "eca", "42.49", "7.35", "78.65", "94.34"),
+    Backbone(None, "vanilla", "none", "3.34", "319.4", "71.64", "90.20"),
+    Backbone(
+        None, "SENet", "se", "3.40", "320.1", "72.42", "90.67", {"reduction": 8}, SE_MOBILE_NOTE
+    ),
+    Backbone(None, "ECA", "eca", "3.34", "319.9", "72.56", "90.81"),
+)
