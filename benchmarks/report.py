@@ -139,12 +139,16 @@ def layer_figures(result: Result) -> list[str]:
         if {"resnet50", "mobilenetv2"} & {*tables.network_of(row)}
         and row["direction"] in ("forward", "backward")
     ]
-    usual = [row for row in both if row["shape"][0] == README_BATCH and row["dtype"] != "float16"]
+    usual = [
+        row
+        for row in both
+        if row["shape"][0] == README_BATCH and "resnet50" in tables.network_of(row)
+    ]
     slower = tables.losses(result)
     return [
-        f"Batch {README_BATCH}:",
-        tables.summary({**result, "rows": usual}, tables.GROUPS[:1] + tables.GROUPS[2:]),
-        "All dtypes and both layouts:",
+        f"ResNet-50, batch {README_BATCH}:",
+        tables.summary({**result, "rows": usual}, tables.GROUPS[2:]),
+        "float32 and bfloat16 in both layouts:",
         tables.summary({**result, "rows": both}, ("network", "batch", "direction")),
         tables.goals(result),
         "Where another is faster in four of five rounds:\n\n" + bullets(slower)
@@ -158,10 +162,13 @@ def readme_figures() -> str:
     parts = []
     for path in committed():
         result = load(path)
-        if result["script"] == "microbench" and result["machine"]["malloc"] == "recycled":
+        script, whole = result["script"], "float16" not in path.stem
+        if script == "microbench" and whole and result["machine"]["malloc"] == "recycled":
             parts += layer_figures(result)
-        elif result["script"] in ("overhead", "network"):
-            parts.append(TABLES[result["script"]](result))
+        elif script == "overhead":
+            parts.append(tables.overhead(result))
+        elif script == "network":
+            parts.append(tables.networks_in_short(result))
         else:
             continue
         parts.append(f"Measured on {tables.where(result['machine'])}.")

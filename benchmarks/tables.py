@@ -361,6 +361,19 @@ def networks(result: Result) -> str:
     return markdown([*head, "peak memory"], lines)
 
 
+def networks_in_short(result: Result) -> str:
+    """Markdown: the time of whole networks with attention in units of that without."""
+    head = ["network", "images", "precision", "layout", "mode", "pass"]
+    kinds = list(dict.fromkeys(n for row in result["rows"] for n in row["contenders"]))[1:]
+    lines = []
+    for row in result["rows"]:
+        images = f"{row['batch']}x3x{row['size']}x{row['size']}"
+        place = [row["network"], images, row["precision"], row["layout"], row["mode"], row["pass"]]
+        times = (row["contenders"].get(kind, {}).get("times_none", {}) for kind in kinds)
+        lines.append(place + [text(t.get("median")) for t in times])
+    return markdown([*head, *(f"{kind} / without" for kind in kinds)], lines)
+
+
 def scaling(result: Result) -> str:
     """Markdown: picoseconds per element at every size."""
     names = list(dict.fromkeys(n for row in result["rows"] for n in row["contenders"]))
