@@ -11,6 +11,7 @@ compiled alone has nothing to fuse with, and is faster with backend="native".
 from torch import Tensor
 
 from eca_fused import decomposed
+from eca_fused.checks import check
 from eca_fused.layout import output_strides
 from eca_fused.native import backward, forward
 
@@ -19,6 +20,7 @@ __all__ = ["backward", "forward", "inference", "inference_"]
 
 def inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
     """y in the memory format that the kernels give it."""
+    check(x, weight, "circular" if circular else "zeros")  # plain operations would broadcast
     y = decomposed.eca(x, weight, circular)
     strides = output_strides(x)
     return y if y.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(y)

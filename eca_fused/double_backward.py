@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from eca_fused.reference import convolve, padded
+from eca_fused.reference import padded
 
 __all__ = [
+    "convolve",
     "double_backward",
     "pixels_of",
     "plain_backward",
@@ -30,6 +31,12 @@ def total(map_: Tensor) -> Tensor:
 def spread(values: Tensor, map_: Tensor) -> Tensor:
     """Values (N, C) in a shape that broadcasts over the spatial positions of a map."""
     return values.reshape(values.shape + (1,) * (map_.dim() - 2))
+
+
+def convolve(values: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
+    """reference.convolve() without a convolution, whose inputs autocast would round."""
+    k = weight.shape[2]
+    return (padded(values, k // 2, padding_mode).unfold(1, k, 1) * weight[:, 0]).sum(-1)
 
 
 def transposed(values: Tensor, weight: Tensor, padding_mode: str) -> Tensor:

@@ -7,8 +7,14 @@ autograd, so that a derivative of what is made of them would silently lack a par
 import torch
 from torch import Tensor
 
-from eca_fused.double_backward import pixels_of, spread, taps_gradient, total, transposed
-from eca_fused.reference import convolve
+from eca_fused.double_backward import (
+    convolve,
+    pixels_of,
+    spread,
+    taps_gradient,
+    total,
+    transposed,
+)
 
 __all__ = ["backward_tangents", "forward_tangent"]
 

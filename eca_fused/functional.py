@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.overrides import handle_torch_function, has_torch_function
 
-from eca_fused import reference, scripting
+from eca_fused import decomposed, reference, scripting
 from eca_fused.backend import select, warn_once
 from eca_fused.checks import PADDING_MODES, check, check_padding_mode
 from eca_fused.double_backward import double_backward, plain_backward
@@ -103,9 +103,14 @@ _is_tracing = torch._C._is_tracing  # by torch.jit.trace; torch.jit.is_tracing()
 
 
 @functools.cache
-def _scripted() -> Any:
-    """What a trace records, which has a gradient if it is needed when the trace runs."""
-    return torch.jit.script(scripting.eca)
+def _scripted(inplace: bool) -> Any:
+    """What a trace records: whether a gradient is needed is known when the trace runs."""
+    return torch.jit.script(scripting.eca_ if inplace else scripting.eca)
+
+
+def _exporting_to_onnx() -> bool:
+    """ONNX knows standard operators only; any other export keeps ours."""
+    return is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str = "auto") -> Tensor:
@@ -145,8 +150,11 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str 
     if padding_mode not in PADDING_MODES:
         check_padding_mode(padding_mode)
     if _is_tracing():
-        return _scripted()(x, weight, padding_mode, backend)  # type: ignore[no-any-return]
+        return _scripted(False)(x, weight, padding_mode, backend)  # type: ignore[no-any-return]
     circular = padding_mode == "circular"
+    if _exporting_to_onnx():
+        check(x, weight, padding_mode)
+        return decomposed.eca(x, weight, circular)
     try:
         if _needs_grad(x, weight):
             return ECAFunction.apply(x, weight, circular, kernels)  # type: ignore[no-any-return]
@@ -175,6 +183,9 @@ def eca_(
         modes = {"padding_mode": padding_mode, "backend": backend}
         return handle_torch_function(eca_, (x,), x, weight, **modes)
     check(x, weight, padding_mode)
+    if _is_tracing():
+        name = "reference" if kernels is None else backend
+        return _scripted(True)(x, weight, padding_mode, name)  # type: ignore[no-any-return]
     if _needs_grad(x, weight):
         what = "x" if x.requires_grad else "the taps"
         raise RuntimeError(
@@ -190,6 +201,8 @@ def eca_(
     if kernels is None or _transformed():
         gate = reference.gate(x, weight, padding_mode)
         return x.mul_(gate.reshape(gate.shape + (1,) * (x.dim() - 2)))
+    if _exporting_to_onnx():
+        return x.copy_(decomposed.eca(x, weight, padding_mode == "circular"))
     kernels.inference_(x, weight, padding_mode == "circular")
     torch.autograd.graph.increment_version(x)
     return x

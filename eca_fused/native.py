@@ -9,7 +9,7 @@ import re
 
 import torch
 
-from eca_fused import decomposed, fakes, flops
+from eca_fused import fakes, flops
 
 __all__ = [
     "backward",
@@ -50,14 +50,6 @@ if missing is None:
     torch.library.register_fake("eca_fused::inference")(fakes.inference)
     torch.library.register_fake("eca_fused::inference_")(fakes.inference_)
     flops.register("")
-    # For torch.onnx.export, which knows standard operators only. Without the entries under "meta",
-    # FakeTensorMode would use them in place of the fakes where a shape is dynamic.
-    for _operator, _body, _fake in (
-        (forward, decomposed.forward, fakes.forward),
-        (inference, decomposed.eca, fakes.inference),
-    ):
-        torch._decomp.register_decomposition(_operator)(_body)
-        torch._decomp.register_decomposition(_operator, type="meta")(_fake)
 
 
 def runs_on(capability: tuple[int, int], compiled: str) -> bool:

@@ -268,3 +268,22 @@ def test_plain_operations_keep_the_contract_of_the_kernels(shape, own_taps):
     compiled.inference_(x, case.weight)
     assert y.stride() == native.inference(case.x, case.weight).stride()
     assert torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
+BAD_INPUT = {
+    "integer x": (torch.ones(2, 8, 3, 3, dtype=torch.int32), torch.ones(1, 1, 3)),
+    "even taps": (torch.ones(2, 8, 3, 3), torch.ones(1, 1, 4)),
+    "too many dimensions": (torch.ones(2, 8, 1, 1, 1, 1), torch.ones(1, 1, 3)),
+    "taps in float64": (torch.ones(2, 8, 3, 3), torch.ones(1, 1, 3, dtype=torch.float64)),
+}
+
+
+@pytest.mark.parametrize("what", BAD_INPUT)
+def test_what_eager_refuses_is_refused_in_inference(what):
+    torch._dynamo.reset()
+    x, weight = BAD_INPUT[what]
+    with pytest.raises((TypeError, ValueError)) as eager:
+        eca_fused.eca(x, weight)
+    with torch.no_grad(), pytest.raises((TypeError, ValueError)) as compiled:
+        torch.compile(eca_fused.eca)(x, weight)
+    assert str(compiled.value) == str(eager.value)

@@ -15,6 +15,7 @@ from torch import nn
 
 import eca_fused
 from eca_fused import ECALayer, native
+from eca_fused.models import BasicBlock, ResNet
 
 try:
     import onnxruntime
@@ -187,6 +188,30 @@ def test_scripted_in_place(backend, fused):
 
 
 @no_torchscript
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_trace_in_place_refuses_a_gradient(fused):
+    layer = ECALayer(8, inplace=True, fused=fused)
+    x = make_case((2, 8, 5, 7)).x
+    with torch.no_grad():
+        traced = torchscript(layer, "trace", x.clone())
+        want = eca_fused.eca(x, layer.conv.weight)
+        y = traced(own := x.clone())
+    assert y.data_ptr() == own.data_ptr()
+    torch.testing.assert_close(own, want)
+    with pytest.raises((RuntimeError, torch.jit.Error), match="in-place ECA would overwrite"):
+        traced(x.clone().requires_grad_() * 1)
+
+
+@no_torchscript
+def test_a_network_is_scripted():
+    network = ResNet(BasicBlock, [1, 1, 1, 1]).eval()
+    x = make_case((2, 3, 32, 32)).x
+    scripted = torchscript(network, "script", x)
+    with torch.no_grad():
+        torch.testing.assert_close(scripted(x), network(x))
+
+
+@no_torchscript
 def test_a_script_names_a_wrong_padding_mode():
     layer = ECALayer(8)
     layer.padding_mode = "reflect"
@@ -288,21 +313,8 @@ def test_onnx_of_a_network(layout):
     torch.testing.assert_close(torch.from_numpy(y), want)
 
 
-@needs_onnx
 @needs_extension
-def test_onnx_of_an_exported_program_with_the_operator():
-    layer, x = ECALayer(8, backend="native"), make_case((2, 8, 5, 7)).x
-    with torch.no_grad():
-        program = exported(layer, x)
-        assert operators.inference.default in called(program.graph_module)
-        session = onnx_session(torch.onnx.export(program, dynamo=True, verbose=False))
-        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(y), layer(x))
-
-
-@needs_extension
-def test_the_form_for_onnx_does_not_replace_the_operators_own_strides():
-    # With a dynamic shape, torch would ask a decomposition for the strides of the result.
+def test_an_exported_program_has_the_operators_own_strides():
     layer = ECALayer(5, backend="native")
     x = make_case((4, 8, 5, 7)).x[:, :5]
     program = exported(layer, x)

@@ -250,3 +250,27 @@ def test_deterministic_gradients_of_gradients(backend):
         assert same(penalty(), first)
     for got, want in zip(first, penalty(), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_tangents_and_second_derivatives_do_not_round_under_autocast(backend, dtype):
+    case = make_case((2, 8, 5, 7))
+    tangents = torch.randn_like(case.x), torch.randn_like(case.weight)
+
+    def layer(x, w):
+        return eca_fused.eca(x, w, backend=backend)
+
+    def penalty(x, w):
+        dx, dw = torch.autograd.grad(layer(x, w), (x, w), case.dy, create_graph=True)
+        return torch.autograd.grad(dx.square().sum() + dw.square().sum(), (x, w))
+
+    def both():
+        x, w = case.x.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        _, tangent = torch.func.jvp(layer, (case.x, case.weight), tangents)
+        return tangent, *penalty(x, w)
+
+    want = both()
+    with torch.autocast(DEVICE, dtype):
+        got = both()
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)

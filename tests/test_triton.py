@@ -20,7 +20,8 @@ pytest.importorskip("triton", reason="needs Triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
-GPU = types.SimpleNamespace(device=torch.device("cuda", 0))  # all that select() looks at
+# All that select() looks at.
+GPU = types.SimpleNamespace(device=torch.device("cuda", 0), is_cpu=False)
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:

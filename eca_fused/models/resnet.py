@@ -5,7 +5,7 @@ authors' checkpoints load.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,22 @@ PLANES = (64, 128, 256, 512)  # of the four stages, before a block's expansion
 POSITIONS = ("all", "last")
 
 
-class BasicBlock(nn.Module):
+class _Block(nn.Module):
+    """Has its attention under the name `key`, as a checkpoint of that method has it."""
+
+    key: str
+
+    def _attend(self, x: Tensor) -> Tensor:
+        # TorchScript knows attributes by constant names only.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            for name, module in self.named_children():
+                if name == self.key:
+                    x = module(x)
+            return x
+        return getattr(self, self.key)(x)  # type: ignore[no-any-return]
+
+
+class BasicBlock(_Block):
     """Two 3x3 convolutions, attention and the addition of the input (ResNet-18 and -34).
 
     Args:
@@ -61,12 +76,12 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         identity: Tensor = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
-        out = getattr(self, self.key)(self.bn2(self.conv2(out)))
+        out = self._attend(self.bn2(self.conv2(out)))
         out += identity
         return self.relu(out)  # type: ignore[no-any-return]
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(_Block):
     """A 1x1, a 3x3 and a 1x1 convolution, attention and the addition (ResNet-50 and up).
 
     The stride is on the 3x3 convolution, as in torchvision and in the authors' code.
@@ -104,7 +119,7 @@ class Bottleneck(nn.Module):
         identity: Tensor = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        out = getattr(self, self.key)(self.bn3(self.conv3(out)))
+        out = self._attend(self.bn3(self.conv3(out)))
         out += identity
         return self.relu(out)  # type: ignore[no-any-return]
 
@@ -140,10 +155,11 @@ class ResNet(nn.Module):
             last_stride does not fit.
     """
 
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
+    if TYPE_CHECKING:  # TorchScript would read annotations
+        layer1: nn.Sequential
+        layer2: nn.Sequential
+        layer3: nn.Sequential
+        layer4: nn.Sequential
 
     def __init__(
         self,
