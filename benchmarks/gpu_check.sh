@@ -23,7 +23,7 @@ budget=${ECA_FUSED_GPU_SECONDS:-480}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 usual_parts=(build tests plans determinism graphs devices triton sanitizer profile bench)
-all_parts=("${usual_parts[@]}" tune) # tuning takes two minutes: only where it is asked for
+all_parts=("${usual_parts[@]}" compile tune) # two minutes each: only where they are asked for
 
 common_tests=()
 for test in kernels values layouts gradients fuzz errors layer operators sensitivity \
@@ -106,6 +106,9 @@ part_tests() { pytest_part 170 6 -k "not triton" "${common_tests[@]}"; }
 part_plans() {
   pytest_part 90 1 -k "not same_bits and not graph and not not_the_current" tests/test_cuda.py
 }
+
+# Compiling takes most of it, on the host.
+part_compile() { pytest_part 150 8 tests/test_compile.py; }
 
 part_determinism() { pytest_part 60 1 -k same_bits tests/test_cuda.py; }
 
