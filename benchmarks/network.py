@@ -19,8 +19,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import plots
-import tables
+import report
 import torch
 import torch._dynamo
 import torch.nn.functional as F
@@ -211,24 +210,19 @@ def main(argv: list[str]) -> int:
     prepare(args)
     device = device_named(args.device)
     args.batch = args.batch or (128 if device.tensors == "cuda" else 4)
-    result: dict[str, Any] = {"script": "network", "machine": machine(device), "rows": []}
+    result: dict[str, Any] = {"script": "network", "machine": machine(device)}
+    result |= {"rows": [], "remarks": []}
     cases = list(product(args.network, args.layout, args.mode, args.passes))
-    failed = []
     for case in progress(cases, len(cases)):
         try:
-            result["rows"].append(measure(*case, args, device))
-            failed += result["rows"][-1]["failed"]
+            row = measure(*case, args, device)
+            result["rows"].append(row)
+            failed = row["failed"]
         except Exception as reason:  # out of memory, say: the others can still be measured
-            failed.append(f"{' '.join(case)}: {reason_of(reason)}")
-        result["remarks"] = [f"FAILED {what}" for what in failed]
+            failed = [reason_of(reason)]
+        result["remarks"] += [f"FAILED {' '.join(case)}: {what}" for what in failed]
         write(args.output, result)
-    print(tables.networks(result))
-    print(f"Measured on {tables.where(result['machine'])}.")
-    for what in failed:
-        print(f"FAILED {what}", file=sys.stderr)
-    if args.plot:
-        plots.networks(result, args.plot)
-    return int(bool(failed))
+    return report.show(result, args.plot)
 
 
 if __name__ == "__main__":

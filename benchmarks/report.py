@@ -22,6 +22,7 @@ import tables
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: made by benchmarks/report.py -->", "<!-- end of figures -->"
+GPU_RESULTS = ("bench", "networks", "sizes", "calls")
 README_BATCH = 32  # of the README's table
 
 Result = dict[str, Any]
@@ -60,6 +61,23 @@ def markdown(result: Result) -> str:
         parts = [TABLES[result["script"]](result), bullets(result.get("remarks", []))]
     parts.append(f"Measured on {tables.where(result['machine'])}.")
     return "\n\n".join(part for part in parts if part)
+
+
+def failures(result: Result) -> list[str]:
+    """What was wrong or did not run, a line each."""
+    lines = tables.remarks(result) if result["script"] == "microbench" else result["remarks"]
+    return [line for line in lines if line.startswith("FAILED")]
+
+
+def show(result: Result, picture: Path | None) -> int:
+    """What a script says at its end. The exit status: 1 if something failed."""
+    if result["script"] == "microbench":
+        print(tables.for_terminal(result))
+    else:
+        print(markdown(result))
+    if picture:
+        PLOTS[result["script"]](result, picture)
+    return int(bool(failures(result)))
 
 
 def bullets(lines: list[str]) -> str:
@@ -128,7 +146,8 @@ def compare(before: Result, after: Result) -> tuple[str, int]:
 
 def committed() -> list[Path]:
     """The result files in the repository; gpu_check.sh makes a folder for a GPU."""
-    return sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*/bench.json")])
+    of_gpus = [path for name in GPU_RESULTS for path in RESULTS.glob(f"*/{name}.json")]
+    return sorted([*RESULTS.glob("*.json"), *of_gpus])
 
 
 def layer_figures(result: Result) -> list[str]:
