@@ -660,7 +660,6 @@ def test_host_time_of_small_calls(monkeypatch, tmp_path, capsys):
 
 @needs_extension
 def test_whole_networks(tmp_path, capsys):
-    pytest.importorskip("torchvision", reason="needs torchvision: pip install torchvision")
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install eca-fused[demo]")
     path, picture = tmp_path / "network.json", tmp_path / "network.png"
     arguments = ["--device", "dry-run", "--rounds", "1", "--batch", "2", "--size", "32"]
