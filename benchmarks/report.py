@@ -13,6 +13,7 @@ p80, of both results.
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,12 @@ def show(result: Result, picture: Path | None) -> int:
     if picture:
         PLOTS[result["script"]](result, picture)
     return int(bool(failures(result)))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Each name once: "a, b and c"."""
+    *head, last = dict.fromkeys(names)
+    return f"{', '.join(head)} and {last}" if head else last
 
 
 def bullets(lines: list[str]) -> str:
@@ -167,12 +174,12 @@ def layer_figures(result: Result) -> list[str]:
     return [
         f"ResNet-50, batch {README_BATCH}:",
         tables.summary({**result, "rows": usual}, tables.GROUPS[2:]),
-        "float32 and bfloat16 in both layouts:",
+        f"{listed(row['dtype'] for row in both)}, in both layouts:",
         tables.summary({**result, "rows": both}, ("network", "batch", "direction")),
         tables.goals(result),
         "Where another is faster in four of five rounds:\n\n" + bullets(slower)
         if slower
-        else "On none of these rows another is faster in four of five rounds.",
+        else f"On none of the {len(result['rows'])} rows another is faster in four of five rounds.",
     ]
 
 
@@ -181,8 +188,8 @@ def readme_figures() -> str:
     parts = []
     for path in committed():
         result = load(path)
-        script, whole = result["script"], "float16" not in path.stem
-        if script == "microbench" and whole and result["machine"]["malloc"] == "recycled":
+        script = result["script"]
+        if script == "microbench" and result["machine"]["malloc"] == "recycled":
             parts += layer_figures(result)
         elif script == "overhead":
             parts.append(tables.overhead(result))
