@@ -4,9 +4,10 @@
 #   benchmarks/gpu_check.sh [DIR] [PART...]      --list names the parts, --dry-run runs none
 #
 # DIR (default: benchmarks/results/<name of the GPU>) gets log.txt with everything, summary.json,
-# bench.json, bench.png and table.md, and tune.json if tuning was asked for. Every part has a verdict:
-# ok, FAILED, or "not available" with the reason; a part that fails does not keep the next from
-# running. The exit status is 0 if none failed. Settings of the card are read and never changed.
+# bench.json, bench.png and table.md, and what the parts that were asked for make: tune.json, and
+# networks.json, sizes.json and calls.json, of network.py, scaling.py and overhead.py, with pictures.
+# Every part has a verdict: ok, FAILED, or "not available" with the reason; a part that fails does not
+# keep the next from running. The exit status is 0 if none failed. Settings of the card are read and never changed.
 #
 #   PYTHON=python3                the Python with torch; needs pytest, ninja, pybind11
 #   ECA_FUSED_GPU_SECONDS=480     when no more part is started; a part under way ends soon after
@@ -23,7 +24,8 @@ budget=${ECA_FUSED_GPU_SECONDS:-480}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 usual_parts=(build tests plans determinism graphs devices triton sanitizer profile bench)
-all_parts=("${usual_parts[@]}" compile tune) # two minutes each: only where they are asked for
+# These take minutes: only where they are asked for.
+all_parts=("${usual_parts[@]}" tune compile networks sizes calls)
 
 common_tests=()
 for test in kernels values layouts gradients fuzz errors layer operators sensitivity \
@@ -265,6 +267,30 @@ part_tune() {
   else verdict "FAILED: status $status"
   fi
 }
+
+# script_part NAME SECONDS ARGUMENTS...: a script of benchmarks/ that writes NAME.json
+script_part() {
+  name=$1 seconds=$2 script=$3
+  shift 3
+  limited "$seconds" "$python" "benchmarks/$script" --device cuda --output "$dir/$name.json" "$@" \
+    >"$work/$name" 2>&1
+  status=$?
+  cat "$work/$name"
+  printf '\nDETAILS\n'
+  grep -E '^(- )?FAILED|per element' "$work/$name" | cut -c1-200 | head -n 20
+  if [ "$status" -eq 0 ]; then verdict "ok: $(grep -c '^| ' "$work/$name") lines of tables"
+  else verdict "FAILED: status $status"
+  fi
+}
+
+part_networks() {
+  script_part networks 400 network.py --mode eager compiled --precision bfloat16 \
+    --plot "$dir/networks.png"
+}
+
+part_sizes() { script_part sizes 400 scaling.py --dtype bfloat16 --plot "$dir/sizes.png"; }
+
+part_calls() { script_part calls 200 overhead.py; }
 
 # ---- arguments ----
 

@@ -5,12 +5,14 @@ import json
 import math
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,17 +86,17 @@ def gpu() -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "triton": triton,
         "tf32": torch.backends.cudnn.allow_tf32,
-        **nvidia_smi(str(properties.uuid)),
+        **gpu_state(),
     }
 
 
-def nvidia_smi(uuid: str) -> dict[str, str]:
-    """Driver and state of a GPU, only read; empty where nvidia-smi does not run."""
+def gpu_state() -> dict[str, str]:
+    """Driver, clocks, temperature and power, only read; empty where nvidia-smi does not run."""
     fields = ["driver_version", "clocks.sm", "clocks.mem", "temperature.gpu", "power.draw"]
     command = [
         "nvidia-smi",
         "-i",
-        f"GPU-{uuid}",
+        f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}",
         f"--query-gpu={','.join(fields)}",
         "--format=csv,noheader",
     ]
@@ -119,12 +121,14 @@ def interleaved(
     """Samples of each name, one a round, all of them in every round.
 
     Machines that others share drift: only what was measured side by side can be compared. Each
-    round starts with another name, and the first rounds do not count.
+    round has another order, as who comes before leaves its data in the caches, and the first rounds
+    do not count.
     """
     found: dict[str, list[float]] = {name: [] for name in names}
+    order, shuffle = list(names), random.Random(0).shuffle
     for round_ in range(rounds + WARM_UP_ROUNDS):
-        first = round_ % len(names)
-        for name in names[first:] + names[:first]:
+        shuffle(order)
+        for name in order:
             value = sample(name)
             if round_ >= WARM_UP_ROUNDS:
                 found[name].append(value)
@@ -209,7 +213,13 @@ def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Set malloc and threads, before anything is measured; may start this process anew."""
+    """Set malloc and threads, before anything is measured; may start this process anew.
+
+    Raises:
+        SystemExit: a picture is wanted, and cannot be made.
+    """
+    if getattr(args, "plot", None) and find_spec("matplotlib") is None:
+        raise SystemExit("a picture needs matplotlib: pip install matplotlib")
     if args.device == "cpu" or (args.device is None and not torch.cuda.is_available()):
         restart_with_malloc(args.malloc)
     if args.threads:

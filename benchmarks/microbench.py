@@ -17,11 +17,12 @@ in the result as left out.
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+import report
 import torch
 import torch._dynamo
 from cases import DIRECTIONS, DTYPES, LAYOUTS, NETWORKS, Case, all_cases, cpu_cases, gpu_cases, grid
@@ -45,6 +46,7 @@ from harness import (
     add_options,
     call_times,
     gpu,
+    gpu_state,
     machine,
     prepare,
     progress,
@@ -170,7 +172,7 @@ def measure_warm(
 
 def measure(
     case: Case, args: argparse.Namespace, clock: Clock, device: Device, profile: bool = False
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """One layer: a row for each direction."""
     left_out: list[str] = []
     failed: list[str] = []
@@ -180,7 +182,7 @@ def measure(
         running |= compile_all(inputs, args, clock, left_out, failed)
     judge = Judge(inputs)
     device.free()
-    rows = []
+    sound: dict[str, Contender] = {}
     with no_collection():
         for direction in args.direction:
             row = measure_direction(
@@ -193,15 +195,14 @@ def measure(
                 profile=profile,
                 existing_memory="existing memory" in args.contender,
             )
-            rows.append(row)
+            if direction == args.direction[0]:
+                row |= {"left_out": left_out, "failed": failed + row["failed"]}
+            if direction == "forward":
+                sound = {name: running[name] for name in running if name in row["contenders"]}
+            yield row
             device.free()
-        if isinstance(device, Gpu) and args.direction[0] == "forward":
-            sound = {n: c for n, c in running.items() if n in rows[0]["contenders"]}
-            if 4 * case.map_bytes < device.l2:
-                rows.append(measure_warm(inputs, sound, device, args.rounds))
-    rows[0]["left_out"] = left_out
-    rows[0]["failed"] = failed + rows[0]["failed"]
-    return rows
+        if isinstance(device, Gpu) and sound and 4 * case.map_bytes < device.l2:
+            yield measure_warm(inputs, sound, device, args.rounds)
 
 
 # ---- the script ----
@@ -280,6 +281,15 @@ def describe(row: dict[str, Any]) -> str:
     return f"{case} {row['direction']}: {', '.join(times)}"
 
 
+def announce(case: Case, row: dict[str, Any]) -> int:
+    """Say what was measured where no progress bar does, and what failed. 1 if something did."""
+    for fault in row["failed"]:
+        print(f"FAILED {case} {row['direction']}: {fault}", file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        print(describe(row), flush=True)
+    return int(bool(row["failed"]))
+
+
 def run(args: argparse.Namespace, device: Device, cases: list[Case], result: dict[str, Any]) -> int:
     """Measure all layers, write the result after each, and return the exit status."""
     clock, status = Clock(args.seconds, args.compile_seconds), 0
@@ -289,7 +299,9 @@ def run(args: argparse.Namespace, device: Device, cases: list[Case], result: dic
             continue
         try:
             # The profiler costs a second each time: a few layers are enough to compare with.
-            rows = measure(case, args, clock, device, profile=i in (0, 5, 17))
+            for row in measure(case, args, clock, device, profile=i in (0, 5, 17)):
+                result["rows"].append(row)
+                status |= announce(case, row)
         except KeyboardInterrupt:
             result["left_out"].append(f"{case} and all that follows: interrupted")
             return 130
@@ -303,14 +315,8 @@ def run(args: argparse.Namespace, device: Device, cases: list[Case], result: dic
             except Exception:  # after an illegal access no call of this process will work
                 result["left_out"].append("all that follows: the GPU does not answer any more")
                 break
-            continue
-        result["rows"] += rows
-        for row in rows:
-            for fault in row["failed"]:
-                print(f"FAILED {case} {row['direction']}: {fault}", file=sys.stderr, flush=True)
-                status = 1
-            if not sys.stderr.isatty():
-                print(describe(row), flush=True)
+        if device.kind == "cuda" and not result["machine"]["dry_run"]:
+            result["rows"][-1]["gpu"] = gpu_state()
         write(args.output, result)
     return status
 
@@ -329,18 +335,7 @@ def main(argv: list[str]) -> int:
     if device.kind == "cuda" and not result["machine"]["dry_run"]:
         result["machine"]["after"] = gpu()
     write(args.output, result)
-    show(result, args.plot)
-    return status
-
-
-def show(result: dict[str, Any], picture: Path | None) -> None:
-    # Here, as matplotlib is not needed to measure.
-    import plots
-    import tables
-
-    print(tables.for_terminal(result))
-    if picture:
-        plots.layers(result, picture)
+    return report.show(result, args.plot) or status
 
 
 if __name__ == "__main__":

@@ -6,21 +6,19 @@
 Inference, and a training step without the optimiser, in both memory layouts. The weights are the
 same in all three; the outputs of the fused network are checked against the plain one's before
 anything is timed (microbench.py checks gradients). Convolutions run as PyTorch sets them, on a GPU
-in TF32; --precision bfloat16 is autocast. Needs torchvision. Memory is what a step allocates at
-most at a time, beside the weights and the images.
+in TF32; --precision bfloat16 is autocast. Memory is what a step allocates at most at a time, beside
+the weights and the images.
 """
 
 import argparse
 import copy
-import importlib.util
 import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
 
-import plots
-import tables
+import report
 import torch
 import torch._dynamo
 import torch.nn.functional as F
@@ -39,8 +37,7 @@ from harness import (
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-import eca_fused
-from eca_fused.models import eca_resnet50, set_fused
+from eca_fused.models import mobilenetv2, resnet, set_fused
 
 PASSES = ("inference", "training step")
 MODES = ("eager", "compiled")
@@ -48,37 +45,18 @@ KINDS = ("none", "plain ECA", "fused ECA")
 Step = Callable[[], object]
 
 
-def resnet50(kind: str) -> nn.Module:
-    import torchvision
-
-    if kind == "none":
-        return torchvision.models.resnet50()  # type: ignore[no-any-return]
-    return eca_resnet50("3557", fused=kind == "fused ECA")
-
-
-def mobilenet_v2(kind: str) -> nn.Module:
-    """ECA behind every block, with the authors' taps: one below 96 channels, else three."""
-    import torchvision
-
-    network: nn.Module = torchvision.models.mobilenet_v2()
-    if kind != "none":
-        for block in network.modules():
-            if type(block).__name__ == "InvertedResidual":
-                k = 1 if block.out_channels < 96 else 3
-                block.conv.append(eca_fused.ECALayer(kernel_size=k, fused=kind == "fused ECA"))
-    return network
-
-
-NETWORKS: dict[str, Callable[[str], nn.Module]] = {
-    "resnet50": resnet50,
-    "mobilenetv2": mobilenet_v2,
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "resnet50": partial(resnet, 50),
+    "mobilenetv2": mobilenetv2,
 }
 
 
 def built(name: str, device: Device, layout: str) -> dict[str, nn.Module]:
     """The network in its three kinds; both kinds of ECA have the same weights."""
-    found = {kind: NETWORKS[name](kind) for kind in KINDS[:2]}
-    found["none"].load_state_dict(found["plain ECA"].state_dict(), strict=False)
+    found = {"none": NETWORKS[name]("none"), "plain ECA": NETWORKS[name]("eca", fused=False)}
+    unknown = found["none"].load_state_dict(found["plain ECA"].state_dict(), strict=False)
+    if unknown.missing_keys:
+        raise RuntimeError(f"without attention, {name} has other weights: {unknown.missing_keys}")
     found["fused ECA"] = copy.deepcopy(found["plain ECA"])
     set_fused(found["fused ECA"], True)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
@@ -206,29 +184,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 4 on a CPU)")
     parser.add_argument("--size", type=int, default=224, help="of the images (default 224)")
     args = parser.parse_args(argv)
-    if importlib.util.find_spec("torchvision") is None:
-        parser.error("the networks are torchvision's: pip install torchvision")
     prepare(args)
     device = device_named(args.device)
     args.batch = args.batch or (128 if device.tensors == "cuda" else 4)
-    result: dict[str, Any] = {"script": "network", "machine": machine(device), "rows": []}
+    result: dict[str, Any] = {"script": "network", "machine": machine(device)}
+    result |= {"rows": [], "remarks": []}
     cases = list(product(args.network, args.layout, args.mode, args.passes))
-    failed = []
     for case in progress(cases, len(cases)):
         try:
-            result["rows"].append(measure(*case, args, device))
-            failed += result["rows"][-1]["failed"]
+            row = measure(*case, args, device)
+            result["rows"].append(row)
+            failed = row["failed"]
         except Exception as reason:  # out of memory, say: the others can still be measured
-            failed.append(f"{' '.join(case)}: {reason_of(reason)}")
-        result["remarks"] = [f"FAILED {what}" for what in failed]
+            failed = [reason_of(reason)]
+        result["remarks"] += [f"FAILED {' '.join(case)}: {what}" for what in failed]
         write(args.output, result)
-    print(tables.networks(result))
-    print(f"Measured on {tables.where(result['machine'])}.")
-    for what in failed:
-        print(f"FAILED {what}", file=sys.stderr)
-    if args.plot:
-        plots.networks(result, args.plot)
-    return int(bool(failed))
+    return report.show(result, args.plot)
 
 
 if __name__ == "__main__":

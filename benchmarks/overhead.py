@@ -12,9 +12,10 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
-import tables
+import report
 import torch
 import torch._dynamo
 from contenders import timm_module
@@ -132,17 +133,14 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     prepare(args)
     device = device_named(args.device)
-    result: dict[str, Any] = {"script": "overhead", "machine": machine(device), "rows": []}
-    for shape in SHAPES:
-        for direction in ("forward", "forward and backward"):
-            result["rows"].append(measure(shape, direction, device, args.rounds))
-            write(args.output, result)
-    print(tables.overhead(result))
-    print(f"Measured on {tables.where(result['machine'])}.")
-    failed = [what for row in result["rows"] for what in row["failed"]]
-    for what in failed:
-        print(f"FAILED {what}", file=sys.stderr)
-    return int(bool(failed))
+    result: dict[str, Any] = {"script": "overhead", "machine": machine(device)}
+    result |= {"rows": [], "remarks": []}
+    for shape, direction in product(SHAPES, ("forward", "forward and backward")):
+        row = measure(shape, direction, device, args.rounds)
+        result["rows"].append(row)
+        result["remarks"] += [f"FAILED {shape} {direction}: {what}" for what in row["failed"]]
+        write(args.output, result)
+    return report.show(result, None)
 
 
 if __name__ == "__main__":

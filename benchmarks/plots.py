@@ -1,6 +1,5 @@
 """Pictures from results."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,15 @@ MOST_GROUPS = 6  # lines of pictures
 
 
 def pyplot() -> Any:
-    """matplotlib without a display, or None."""
+    """matplotlib without a display.
+
+    Raises:
+        SystemExit: it is not there.
+    """
     try:
         import matplotlib
     except ImportError:
-        print("no picture: matplotlib is not installed", file=sys.stderr)
-        return None
+        raise SystemExit("a picture needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -62,7 +64,7 @@ def finish(figure: Any, axes: Any, path: Path, result: Result, what: str) -> Non
 def layers(result: Result, path: Path) -> None:
     """Every contender's share of the copy's speed, over the size of the layer's ideal bytes."""
     plt = pyplot()
-    if plt is None or not result["rows"]:
+    if not result["rows"]:
         return
     groups = list(dict.fromkeys((row["dtype"], row["layout"]) for row in result["rows"]))
     groups = groups[:MOST_GROUPS]
@@ -107,7 +109,7 @@ def shares(axis: Any, rows: list[dict[str, Any]], kind: str) -> None:
 def scaling(result: Result, path: Path) -> None:
     """Time per element over the size of the map, a picture for each axis and direction."""
     plt = pyplot()
-    if plt is None or not result["rows"]:
+    if not result["rows"]:
         return
     axes_named = list(dict.fromkeys((row["axis"], row["layout"]) for row in result["rows"]))
     directions = list(dict.fromkeys(row["direction"] for row in result["rows"]))
@@ -144,7 +146,7 @@ def scaling(result: Result, path: Path) -> None:
 def networks(result: Result, path: Path) -> None:
     """Time of every network in units of that without attention."""
     plt = pyplot()
-    if plt is None or not result["rows"]:
+    if not result["rows"]:
         return
     names = list(dict.fromkeys(row["network"] for row in result["rows"]))
     figure, axes = plt.subplots(len(names), 1, figsize=(11, 3 * len(names) + 1), squeeze=False)

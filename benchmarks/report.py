@@ -13,6 +13,7 @@ p80, of both results.
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import tables
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: made by benchmarks/report.py -->", "<!-- end of figures -->"
+GPU_RESULTS = ("bench", "networks", "sizes", "calls")
 README_BATCH = 32  # of the README's table
 
 Result = dict[str, Any]
@@ -60,6 +62,29 @@ def markdown(result: Result) -> str:
         parts = [TABLES[result["script"]](result), bullets(result.get("remarks", []))]
     parts.append(f"Measured on {tables.where(result['machine'])}.")
     return "\n\n".join(part for part in parts if part)
+
+
+def failures(result: Result) -> list[str]:
+    """What was wrong or did not run, a line each."""
+    lines = tables.remarks(result) if result["script"] == "microbench" else result["remarks"]
+    return [line for line in lines if line.startswith("FAILED")]
+
+
+def show(result: Result, picture: Path | None) -> int:
+    """What a script says at its end. The exit status: 1 if something failed."""
+    if result["script"] == "microbench":
+        print(tables.for_terminal(result))
+    else:
+        print(markdown(result))
+    if picture:
+        PLOTS[result["script"]](result, picture)
+    return int(bool(failures(result)))
+
+
+def listed(names: Iterable[str]) -> str:
+    """Each name once: "a, b and c"."""
+    *head, last = dict.fromkeys(names)
+    return f"{', '.join(head)} and {last}" if head else last
 
 
 def bullets(lines: list[str]) -> str:
@@ -128,7 +153,8 @@ def compare(before: Result, after: Result) -> tuple[str, int]:
 
 def committed() -> list[Path]:
     """The result files in the repository; gpu_check.sh makes a folder for a GPU."""
-    return sorted([*RESULTS.glob("*.json"), *RESULTS.glob("*/bench.json")])
+    of_gpus = [path for name in GPU_RESULTS for path in RESULTS.glob(f"*/{name}.json")]
+    return sorted([*RESULTS.glob("*.json"), *of_gpus])
 
 
 def layer_figures(result: Result) -> list[str]:
@@ -148,12 +174,12 @@ def layer_figures(result: Result) -> list[str]:
     return [
         f"ResNet-50, batch {README_BATCH}:",
         tables.summary({**result, "rows": usual}, tables.GROUPS[2:]),
-        "float32 and bfloat16 in both layouts:",
+        f"{listed(row['dtype'] for row in both)}, in both layouts:",
         tables.summary({**result, "rows": both}, ("network", "batch", "direction")),
         tables.goals(result),
         "Where another is faster in four of five rounds:\n\n" + bullets(slower)
         if slower
-        else "On none of these rows another is faster in four of five rounds.",
+        else f"On none of the {len(result['rows'])} rows another is faster in four of five rounds.",
     ]
 
 
@@ -162,8 +188,8 @@ def readme_figures() -> str:
     parts = []
     for path in committed():
         result = load(path)
-        script, whole = result["script"], "float16" not in path.stem
-        if script == "microbench" and whole and result["machine"]["malloc"] == "recycled":
+        script = result["script"]
+        if script == "microbench" and result["machine"]["malloc"] == "recycled":
             parts += layer_figures(result)
         elif script == "overhead":
             parts.append(tables.overhead(result))

@@ -1,21 +1,26 @@
 """Times ECA as samples, channels or pixels grow, from one pixel to the memory at hand.
 
-    python benchmarks/scaling.py                                 # maps up to 256 MB on a CPU
-    python benchmarks/scaling.py --most-bytes 8e9 --output scaling.json --plot scaling.png
+    python benchmarks/scaling.py                            # up to 8 GB, as far as memory goes
+    python benchmarks/scaling.py --most-bytes 256e6 --output scaling.json --plot scaling.png
 
 Where memory is what bounds it, the time per element must be flat. A step of more than 15 % from a
 size to the next is reported, with the step of the copy beside it: where the copy has it too, a
-cache has ended; where it has not, the kernels have a cliff.
+cache has ended; where it has not, the kernels have a cliff. Sizes between the powers of two are
+measured as well, as cliffs hide there: rows that are no multiple of a vector, and tiles that just
+fit or just do not.
 """
 
 import argparse
+import os
 import sys
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import pairwise, product
 from typing import Any
 
-import plots
+import report
 import tables
 import torch
+import torch._dynamo
 from cases import DIRECTIONS, DTYPES, LAYOUTS, Case
 from checking import Judge
 from contenders import Contender, compiled, contenders, make_inputs
@@ -28,30 +33,32 @@ from microbench import measure_direction
 AXES = {"N": (1, 256, 14, 14), "C": (8, 1, 28, 28), "S": (8, 64, 1, 1)}
 STEP = 1.15
 TAPS = 5
+LARGEST = 8e9  # bytes of a map
+ALONE = 256e6  # bytes of a map from which the contenders are measured one by one
 
 
 def sizes(axis: str, dtype: str, layout: str, most_bytes: float) -> list[Case]:
-    """The layers of an axis, each twice as large as the one before (S: four times)."""
+    """The layers of an axis: 1, 2, 3, 4, 6, 8, 11, 16, ... samples, channels, or pixels a side."""
     n, c, h, w = AXES[axis]
     found: list[Case] = []
-    while True:
-        case = Case((n, c, h, w), TAPS, dtype, layout)
+    for side in dict.fromkeys(round(2 ** (i / 2)) for i in range(64)):
+        shape = {"N": (side, c, h, w), "C": (n, side, h, w), "S": (n, c, side, side)}[axis]
+        case = Case(shape, TAPS, dtype, layout)
         if case.map_bytes > most_bytes:
-            return found
+            break
         found.append(case)
-        if axis == "S":
-            h, w = 2 * h, 2 * w
-        else:
-            n, c = (2 * n, c) if axis == "N" else (n, 2 * c)
+    return found
 
 
 def memory_at_hand(device: Device) -> float:
-    """Bytes of the largest map: of a GPU's memory, where contenders and checks take some 50."""
-    if device.kind == "cuda" and device.tensors == "cuda":
-        return float(torch.cuda.mem_get_info()[0]) / 64
+    """Bytes of the largest map, which a contender, the copy and the check need a dozen times."""
     if device.tensors != device.kind:
         return 1 << 14  # a dry run
-    return 256e6
+    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 16
+    if device.kind == "cuda":
+        # The exact results, in float64, are in the host's memory.
+        return min(LARGEST, float(torch.cuda.mem_get_info()[0]) / 12, host)
+    return min(LARGEST, host)
 
 
 def steps(rows: list[dict[str, Any]]) -> list[str]:
@@ -61,41 +68,73 @@ def steps(rows: list[dict[str, Any]]) -> list[str]:
         group = ("axis", "layout", "direction")
         if any(before[name] != after[name] for name in group):
             continue
-        copy = per_element(after, "copy") / per_element(before, "copy")
         for name in ("native", "triton"):
             if name in before["contenders"] and name in after["contenders"]:
-                step = per_element(after, name) / per_element(before, name)
-                if step > STEP:
-                    found.append(
-                        f"{name}, {after['layout']}, {after['direction']}, {after['axis']} grows: "
-                        f"{step:.2f}x per element from {tables.layer_of(before)} to "
-                        f"{tables.layer_of(after)} (the copy {copy:.2f}x)"
-                    )
+                step = growth(before, after, name, "median", "median")
+                if step <= STEP:
+                    continue
+                copy = growth(before, after, "copy", "median", "median")
+                noise = growth(before, after, name, "p80", "p20") <= 1
+                found.append(
+                    f"{name}, {after['layout']}, {after['direction']}, {after['axis']} grows: "
+                    f"{step:.2f}x per element from {tables.layer_of(before)} to "
+                    f"{tables.layer_of(after)} (the copy {copy:.2f}x)"
+                    + (", within the noise" if noise else "")
+                )
     return found
 
 
-def per_element(row: dict[str, Any], name: str) -> float:
-    return float(row["contenders"][name]["ps_per_element"])
+def growth(before: dict[str, Any], after: dict[str, Any], name: str, low: str, high: str) -> float:
+    """Time per element after, in units of that before, by these two statistics."""
+    times = (
+        one["contenders"][name]["us"][which] / one["ideal_bytes"]
+        for one, which in ((before, low), (after, high))
+    )
+    first, second = times
+    return float(second / first)
+
+
+def together(case: Case, running: dict[str, Contender]) -> list[dict[str, Contender]]:
+    """Who is measured side by side: all, unless what each keeps for itself fills the memory."""
+    if case.map_bytes < ALONE:
+        return [running]
+    return [{name: one} for name, one in running.items()]
 
 
 def measure(
     case: Case, axis: str, args: argparse.Namespace, device: Device
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
+    """One layer: a row for each direction."""
     inputs = make_inputs(case, device)
     running: dict[str, Contender] = contenders(inputs.taps)
     if args.compile:
         torch._dynamo.reset()
         running["compile shifted"] = compiled("shifted", "default", inputs.taps)
     judge = Judge(inputs)
-    rows = []
     with no_collection():
         for direction in args.direction:
-            row = measure_direction(direction, inputs, running, judge, device, rounds=args.rounds)
+            row: dict[str, Any] = {"contenders": {}, "failed": []}
+            for some in together(case, running):
+                found = measure_direction(
+                    direction, inputs, some, judge, device, rounds=args.rounds
+                )
+                row = {
+                    **found,
+                    "contenders": found["contenders"] | row["contenders"],
+                    "failed": row["failed"] + found["failed"],
+                }
+                device.free()
             for entry in row["contenders"].values():
                 entry["ps_per_element"] = 1e6 * entry["us"]["median"] / inputs.xs[0].numel()
-            rows.append({**row, "axis": axis, "map_bytes": case.map_bytes})
-            device.free()
-    return rows
+            yield {**row, "axis": axis, "map_bytes": case.map_bytes}
+
+
+def remarks(rows: list[dict[str, Any]]) -> list[str]:
+    """What failed, and the steps, of the rows of an axis in order of size."""
+    found = [f"FAILED {tables.layer_of(row)}: {what}" for row in rows for what in row["failed"]]
+    for direction in DIRECTIONS:
+        found += steps([row for row in rows if row["direction"] == direction])
+    return found
 
 
 def main(argv: list[str]) -> int:
@@ -108,7 +147,9 @@ def main(argv: list[str]) -> int:
         "--direction", choices=DIRECTIONS[:2], nargs="+", default=list(DIRECTIONS[:2])
     )
     parser.add_argument("--most-bytes", type=float, help="of a map (default: what memory allows)")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile, at every size")
+    parser.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
+    )
     args = parser.parse_args(argv)
     prepare(args)
     device = device_named(args.device)
@@ -120,31 +161,21 @@ def main(argv: list[str]) -> int:
         "rows": [],
         "remarks": [],
     }
-    status = 0
-    for layout in args.layout:
-        for axis in args.axis:
-            cases = sizes(axis, args.dtype, layout, most)
-            rows: list[dict[str, Any]] = []
-            for case in progress(cases, len(cases)):
-                try:
-                    rows += measure(case, axis, args, device)
-                except Exception as reason:  # out of memory, say
-                    result["remarks"].append(f"left out: {case}: {reason_of(reason)}")
-                    status = 1
-            order = {direction: i for i, direction in enumerate(args.direction)}
-            rows.sort(key=lambda row: order[row["direction"]])
-            for row in rows:
-                result["remarks"] += [f"FAILED {what}" for what in row["failed"]]
-            result["remarks"] += steps(rows)
-            result["rows"] += rows
+    known: list[str] = []
+    for layout, axis in product(args.layout, args.axis):
+        cases, rows = sizes(axis, args.dtype, layout, most), []
+        for case in progress(cases, len(cases)):
+            try:
+                for row in measure(case, axis, args, device):
+                    rows.append(row)
+                    result["rows"].append(row)
+            except Exception as reason:  # out of memory, say: the others can still be measured
+                known.append(f"FAILED {case}: {reason_of(reason)}")
+                device.free()
+            result["remarks"] = known + remarks(rows)
             write(args.output, result)
-    status |= any(what.startswith("FAILED") for what in result["remarks"])
-    print(tables.scaling(result))
-    print("\n".join(result["remarks"]))
-    print(f"Measured on {tables.where(result['machine'])}.")
-    if args.plot:
-        plots.scaling(result, args.plot)
-    return status
+        known = result["remarks"]
+    return report.show(result, args.plot)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,28 @@ torch.Size([8, 256, 56, 56])
 from eca_fused import reference
 from eca_fused._version import __version__
 from eca_fused.backend import Backend, backends, use_backend
+from eca_fused.checkpoints import CheckpointError, load_checkpoint
+from eca_fused.conversion import Conversion, convert, revert
 from eca_fused.functional import ECAFunction, eca, eca_
 from eca_fused.layers import ECALayer, kernel_size
 from eca_fused.planning import Plan, plan
 
 __all__ = [
     "Backend",
+    "CheckpointError",
+    "Conversion",
     "ECAFunction",
     "ECALayer",
     "Plan",
     "__version__",
     "backends",
+    "convert",
     "eca",
     "eca_",
     "kernel_size",
+    "load_checkpoint",
     "plan",
     "reference",
+    "revert",
     "use_backend",
 ]

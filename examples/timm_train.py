@@ -17,20 +17,18 @@ from typing import Any
 
 from torch import nn
 
-from eca_fused import ECALayer
+import eca_fused
 
 timm: Any = importlib.import_module("timm")
-timm_eca: Any = importlib.import_module("timm.layers.eca")
 
 __all__ = ["fuse", "register"]
 
-PADDING_MODES = {timm_eca.EcaModule: "zeros", timm_eca.CecaModule: "circular"}
-
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Replace the ECA modules of a timm model, in place, by ECALayers with the same parameters.
+    """Turn the ECA modules of a timm model into fused ECALayers, in place: all of them or none.
 
-    Names, and so checkpoints and optimisers, stay as they are.
+    Names, and so checkpoints and optimisers, stay as they are. eca_fused.convert() is the way to
+    turn some of them.
 
     Args:
         model: any module that holds EcaModules or CecaModules of timm.
@@ -41,32 +39,16 @@ def fuse(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is none, or one is not plain ECA.
     """
-    found = [name for name, module in model.named_modules() if type(module) in PADDING_MODES]
-    if not found:
+    report = eca_fused.convert(model)
+    if report.left:
+        eca_fused.revert(model)
+        raise ValueError(f"expected plain ECA alone, so nothing was fused; without that:\n{report}")
+    if not report.converted:
         raise ValueError(
             f"expected a model with timm's EcaModule or CecaModule, found none in "
             f"{type(model).__name__}; timm.list_models('*eca*') names some"
         )
-    for name in found:
-        check_plain(name, model.get_submodule(name))
-    for name in found:
-        theirs: Any = model.get_submodule(name)
-        ours = ECALayer(
-            kernel_size=theirs.conv.kernel_size[0], padding_mode=PADDING_MODES[type(theirs)]
-        )
-        ours.conv.weight = theirs.conv.weight
-        model.set_submodule(name, ours.train(theirs.training))
     return model
-
-
-def check_plain(name: str, module: Any) -> None:
-    """Raise ValueError unless a module is ECA as in the paper: one convolution and a sigmoid."""
-    more = getattr(module, "conv2", None) is not None or module.conv.bias is not None
-    if more or type(module.gate).__name__ != "Sigmoid":
-        raise ValueError(
-            f"expected {name} as one convolution without bias and a sigmoid, got {module}; "
-            "ECALayer has no other form, so leave this model as it is"
-        )
 
 
 def register(name: str) -> str:

@@ -1,5 +1,6 @@
 """The benchmark scripts: what they report follows from what they measured."""
 
+import argparse
 import contextlib
 import gc
 import json
@@ -86,6 +87,18 @@ def test_a_result_says_where_it_was_measured(path):
     assert all(entry["failed"] == [] for entry in found["rows"])
 
 
+def test_on_a_cpu_no_layer_of_resnet50_and_mobilenetv2_is_slower_than_a_rival():
+    results = [report.load(path) for path in RESULTS]
+    layers = [r for r in results if r["script"] == "microbench" and r["machine"]["device"] == "cpu"]
+    whole = [r for r in layers if {"float32", "bfloat16"} <= {one["dtype"] for one in r["rows"]}]
+    assert whole
+    names = {"resnet50", "mobilenetv2"}
+    for found in whole:
+        rows = [one for one in found["rows"] if names & {*tables.network_of(one)}]
+        assert {name for one in rows for name in tables.network_of(one)} >= names
+        assert tables.losses({**found, "rows": rows}) == []
+
+
 @pytest.mark.parametrize("path", report.FIGURES, ids=lambda p: p.parent.name)
 def test_the_figures_in_texts_are_those_of_the_results(path):
     text = path.read_text()
@@ -94,6 +107,11 @@ def test_the_figures_in_texts_are_those_of_the_results(path):
 
 
 # ---- what tables say ----
+
+
+def test_names_are_listed_once():
+    assert report.listed(["a", "b", "a", "c"]) == "a, b and c"
+    assert report.listed(["a", "a"]) == "a"
 
 
 def test_of_the_forms_of_torch_compile_the_fastest_counts():
@@ -183,32 +201,102 @@ def test_the_report_says_what_is_no_result(tmp_path):
         report.main([str(tmp_path / "nothing.json")])
 
 
-def test_a_step_in_time_per_element_is_found():
-    def size(n, direction, **ps):
-        entries = {name: {"ps_per_element": value} for name, value in ps.items()}
-        return {**row((n, 1, 1, 1), direction=direction), "axis": "N", "contenders": entries}
+def grown(samples, direction="forward", low=0.95, high=1.05, **us):
+    """A row of an axis: times in us, with their spread."""
+    entries = {
+        name: {"us": {"median": value, "p20": low * value, "p80": high * value}}
+        for name, value in us.items()
+    }
+    return {**row((samples, 1, 1, 1), direction=direction, ideal=samples), "axis": "N",
+            "contenders": entries}  # fmt: skip
 
-    rows = [size(1, "forward", native=100, copy=50), size(2, "forward", native=110, copy=50)]
-    rows += [size(4, "forward", native=132, copy=50), size(1, "backward", native=900, copy=60)]
+
+def test_a_step_in_time_per_element_is_found():
+    rows = [grown(1, native=100, copy=50), grown(2, native=220, copy=100)]
+    rows += [grown(4, native=528, copy=200), grown(1, "backward", native=900, copy=60)]
     assert scaling.steps(rows) == [
         "native, contiguous, forward, N grows: 1.20x per element from 2x1x1x1 k=3 to "
         "4x1x1x1 k=3 (the copy 1.00x)"
     ]
 
 
+def test_a_step_within_the_noise_is_called_so():
+    wide = {"low": 0.7, "high": 1.3}
+    (found,) = scaling.steps(
+        [grown(1, native=100, copy=50), grown(2, native=240, copy=100, **wide)]
+    )
+    assert found.endswith("1.20x per element from 1x1x1x1 k=3 to 2x1x1x1 k=3 (the copy 1.00x), "
+                          "within the noise")  # fmt: skip
+
+
+def test_sizes_are_more_than_powers_of_two():
+    shapes = [case.shape for case in scaling.sizes("C", "float32", "contiguous", 10e6)]
+    channels = [1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, 181, 256, 362]
+    assert shapes == [(8, c, 28, 28) for c in channels]
+    sides = [case.shape[2:] for case in scaling.sizes("S", "float32", "contiguous", 1e5)]
+    assert sides == [(1, 1), (2, 2), (3, 3), (4, 4), (6, 6)]
+
+
+@needs_extension
+def test_large_maps_are_measured_one_contender_at_a_time(device, monkeypatch):
+    seen = []
+
+    def recorded(direction, inputs, running, *rest, **options):
+        seen.append(sorted(running))
+        return microbench.measure_direction(direction, inputs, running, *rest, **options)
+
+    monkeypatch.setattr(scaling, "measure_direction", recorded)
+    args = argparse.Namespace(compile=False, direction=["forward", "backward"], rounds=1)
+    together = list(scaling.measure(CASE, "N", args, device))
+    assert seen == 2 * [["eager", "native", "timm"]]
+    monkeypatch.setattr(scaling, "ALONE", 1)
+    seen.clear()
+    apart = list(scaling.measure(CASE, "N", args, device))
+    assert seen == 2 * [["native"], ["eager"], ["timm"]]
+    for some, alone in zip(together, apart, strict=True):
+        assert set(some["contenders"]) == set(alone["contenders"])
+        assert alone["failed"] == []
+
+
 # ---- how times are taken ----
 
 
-def test_rounds_are_interleaved_and_the_first_do_not_count():
+def test_rounds_are_interleaved_in_any_order_and_the_first_do_not_count():
     order = []
 
     def sample(name):
         order.append(name)
         return float(len(order))
 
-    found = harness.interleaved(sample, ["a", "b", "c"], rounds=2)
-    assert order == [*"abc", *"bca", *"cab", *"abc"]
-    assert found == {"a": [8.0, 10.0], "b": [9.0, 11.0], "c": [7.0, 12.0]}
+    found = harness.interleaved(sample, ["a", "b", "c"], rounds=40)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert len(rounds) == 40 + harness.WARM_UP_ROUNDS
+    assert set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"}
+    counted = 3 * harness.WARM_UP_ROUNDS
+    for name, values in found.items():
+        assert values == [i + 1 for i in range(counted, len(order)) if order[i] == name]
+
+
+def test_a_short_call_is_made_once_before_it_is_timed_and_keeps_its_output(monkeypatch):
+    clock, alive, most = [0.0], [], []
+
+    def call():
+        clock[0] += 1 if len(seen) else 100  # the first one of a sample finds cold caches
+        seen.append(clock[0])
+        made = torch.zeros(1)
+        alive.append(weakref.ref(made))
+        most.append(sum(ref() is not None for ref in alive))
+        return (made,)
+
+    seen = []
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: clock[0])
+    recording = devices.Direct([call])
+    recording.forget()
+    seen.clear(), alive.clear(), most.clear()
+    assert recording.sample(5) == 1000.0
+    assert most == [1, 1, 2, 2, 2, 2]
+    seen.clear()
+    assert recording.sample(1) == 100_000.0
 
 
 def test_statistics():
@@ -408,6 +496,30 @@ def test_the_form_for_compilation_is_the_same_function():
 
 
 @needs_extension
+def test_a_layer_that_fails_half_way_keeps_what_was_measured(monkeypatch, tmp_path):
+    def copy(direction, case, device):
+        if direction == "backward":
+            raise RuntimeError("out of memory")
+        return contenders.record_copy(direction, case, device)
+
+    monkeypatch.setattr(microbench, "record_copy", copy)
+    path = tmp_path / "bench.json"
+    arguments = ["--device", "dry-run", "--shape", "2", "4", "2", "2", "--rounds", "1"]
+    arguments += ["--contender", "native", "--output", str(path)]
+    assert microbench.main(arguments) == 1
+    found = json.loads(path.read_text())
+    assert [one["direction"] for one in found["rows"]] == ["forward"]
+    assert found["left_out"] == ["bfloat16 contiguous 2x4x2x2 k=3: RuntimeError: out of memory"]
+
+
+def test_a_picture_that_cannot_be_made_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    for script in (microbench, scaling):
+        with pytest.raises(SystemExit, match="a picture needs matplotlib"):
+            script.main(["--device", "dry-run", "--plot", "picture.png"])
+
+
+@needs_extension
 def test_the_microbenchmark_writes_a_result_that_the_report_reads(monkeypatch, tmp_path, capsys):
     small = [CASE, cases.Case((2, 16, 5, 5), 5, "float32", "contiguous")]
     monkeypatch.setattr(microbench, "gpu_cases", lambda: small)
@@ -509,16 +621,35 @@ def test_the_time_limit_leaves_layers_out(tmp_path):
 def test_sizes_grow_from_one_pixel(tmp_path, capsys):
     path, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
     arguments = ["--device", "dry-run", "--rounds", "1", "--layout", "contiguous"]
-    arguments += ["--axis", "S", "C", "--output", str(path)]
+    arguments += ["--axis", "S", "N", "--no-compile", "--output", str(path)]
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install eca-fused[demo]")
-    assert scaling.main([*arguments, "--plot", str(picture)]) == 0
-    rows = json.loads(path.read_text())["rows"]
-    shapes = [one["shape"] for one in rows if one["axis"] == "S" and one["direction"] == "forward"]
-    assert shapes[:2] == [[8, 64, 1, 1], [8, 64, 2, 2]]
+    more = ["--most-bytes", "500000", "--plot", str(picture)]
+    assert scaling.main([*arguments, *more]) == 0
+    found = json.loads(path.read_text())
+    assert not [what for what in found["remarks"] if what.startswith("FAILED")]
+    rows = found["rows"]
+    shapes = {
+        axis: [
+            one["shape"] for one in rows if one["axis"] == axis and one["direction"] == "forward"
+        ]
+        for axis in "SN"
+    }
+    assert shapes["S"][:3] == [[8, 64, 1, 1], [8, 64, 2, 2], [8, 64, 3, 3]]
+    assert shapes["N"] == [[1, 256, 14, 14], [2, 256, 14, 14]]
     assert all(one["contenders"]["native"]["ps_per_element"] > 0 for one in rows)
     assert report.main([str(path)]) == 0
     assert "| S | 8x64x1x1 k=5 | contiguous | forward | 0.00 |" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_extension
+def test_sizes_are_compiled_too(tmp_path):
+    path = tmp_path / "scaling.json"
+    arguments = ["--device", "dry-run", "--rounds", "1", "--layout", "contiguous", "--axis", "C"]
+    arguments += ["--direction", "forward", "--most-bytes", "30000", "--output", str(path)]
+    assert scaling.main(arguments) == 0
+    (one,) = json.loads(path.read_text())["rows"]
+    assert {"copy", "native", "eager", "compile shifted"} <= one["contenders"].keys()
 
 
 @needs_extension
@@ -535,7 +666,6 @@ def test_host_time_of_small_calls(monkeypatch, tmp_path, capsys):
 
 @needs_extension
 def test_whole_networks(tmp_path, capsys):
-    pytest.importorskip("torchvision", reason="needs torchvision: pip install torchvision")
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install eca-fused[demo]")
     path, picture = tmp_path / "network.json", tmp_path / "network.png"
     arguments = ["--device", "dry-run", "--rounds", "1", "--batch", "2", "--size", "32"]
@@ -650,10 +780,12 @@ def test_parts_of_the_gpu_check(tmp_path):
     listed = check("--list").stdout.split()
     assert listed[0] == "build"
     assert {"tests", "sanitizer", "determinism", "graphs", "profile", "bench", "tune"} <= {*listed}
+    assert listed[-3:] == ["networks", "sizes", "calls"]
     chosen = check("--dry-run", "out", "bench", "tests", cwd=tmp_path).stdout.splitlines()
     assert chosen == [f"DIR {tmp_path}/out", "would run bench", "would run tests"]
     usual = check("--dry-run", cwd=tmp_path).stdout.splitlines()[1:]
-    assert usual == [f"would run {part}" for part in listed if part not in ("compile", "tune")]
+    asked = ("tune", "networks", "sizes", "calls", "compile")
+    assert usual == [f"would run {part}" for part in listed if part not in asked]
     for wrong in (["out", "nonsense"], ["--nonsense"]):
         done = check(*wrong)
         assert done.returncode == 2

@@ -1,0 +1,99 @@
+"""Which network of models/ a state dict is of, from the names and shapes of its tensors alone."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from eca_fused.models import BasicBlock, Bottleneck, MobileNetV2, ResNet
+
+__all__ = ["Architecture", "infer"]
+
+RESNET_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.")
+BLOCKS = 17  # of MobileNetV2; the first has no expansion, so its attention comes one place earlier
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network that a state dict may be of.
+
+    Args:
+        title: for messages.
+        build: from keyword options (fused, backend, device, dtype) to the network.
+        tensors: of the state dict, under the names that they have in the network.
+    """
+
+    title: str
+    build: Callable[..., nn.Module]
+    tensors: Mapping[str, Tensor]
+
+
+def infer(tensors: Mapping[str, Tensor]) -> Architecture | None:
+    """The network of some tensors, which need not all fit; None if they are of none known here.
+
+    ResNets of any depth, with torchvision's names and ECA under `eca` as the authors have it, or
+    under `se` as timm has it, and MobileNetV2 with the names of both. Every layer's k is that of
+    its taps. Without ECA, attention is "none".
+
+    Args:
+        tensors: by their names, without prefixes of wrappers.
+    """
+    if {"conv1.weight", "layer1.0.conv1.weight"} <= tensors.keys():
+        return _resnet(_timms_names(tensors))
+    if {"features.0.0.weight", "features.1.conv.0.0.weight"} <= tensors.keys():
+        return _mobilenetv2(tensors)
+    return None
+
+
+def _resnet(tensors: Mapping[str, Tensor]) -> Architecture:
+    blocks = {(int(m[1]), int(m[2])) for m in map(RESNET_BLOCK.match, tensors) if m}
+    # A stage of which nothing is there has one block, whose names are then missing.
+    layers = [max(sum(s == stage for s, _ in blocks), 1) for stage in (1, 2, 3, 4)]
+    block = Bottleneck if "layer1.0.conv3.weight" in tensors else BasicBlock
+    taps = [f"layer{s}.{i}.eca.conv.weight" for s in (1, 2, 3, 4) for i in range(layers[s - 1])]
+    name, sizes = _attention(tensors, taps)
+    classes = _classes(tensors, "fc.weight")
+    dtype = _dtype(tensors["conv1.weight"])
+    build = partial(ResNet, block, layers, sizes, classes, attention=name, dtype=dtype)
+    depth = sum(layers) * (3 if block is Bottleneck else 2) + 2
+    return Architecture(f"ResNet-{depth} with attention {name!r}", build, tensors)
+
+
+def _mobilenetv2(tensors: Mapping[str, Tensor]) -> Architecture:
+    taps = [f"features.{i}.conv.{3 if i == 1 else 4}.conv.weight" for i in range(1, BLOCKS + 1)]
+    name, sizes = _attention(tensors, taps)
+    classes = _classes(tensors, "classifier.1.weight")
+    dtype = _dtype(tensors["features.0.0.weight"])
+    build = partial(MobileNetV2, sizes, classes, attention=name, dtype=dtype)
+    return Architecture(f"MobileNetV2 with attention {name!r}", build, tensors)
+
+
+def _attention(tensors: Mapping[str, Tensor], taps: list[str]) -> tuple[str, list[int] | None]:
+    """The method, and the kernel size of each block's taps if it is ECA."""
+    if not any(name in tensors for name in taps):
+        return "none", None
+    return "eca", [_kernel_size(tensors.get(name)) for name in taps]
+
+
+def _kernel_size(taps: Tensor | None) -> int:
+    """k of taps (1, 1, k); 3 for what are no taps, which then do not fit."""
+    return taps.shape[-1] if taps is not None and taps.dim() and taps.shape[-1] % 2 else 3
+
+
+def _classes(tensors: Mapping[str, Tensor], name: str) -> int:
+    """Rows of the classifier; 1000 where there is none, which is then missing."""
+    weight = tensors.get(name)
+    return weight.shape[0] if weight is not None and weight.dim() and weight.shape[0] else 1000
+
+
+def _dtype(weight: Tensor) -> torch.dtype | None:
+    return weight.dtype if weight.is_floating_point() else None
+
+
+def _timms_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Taps under `se`, where timm has any attention, under `eca`."""
+    timms = re.compile(r"(layer[1-4]\.\d+)\.se\.conv\.weight")
+    return {timms.sub(r"\1.eca.conv.weight", name): tensor for name, tensor in tensors.items()}

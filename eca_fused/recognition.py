@@ -1,0 +1,217 @@
+"""Which modules of other people compute ECA: told by what they compute, not by their names."""
+
+import copy
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
+
+from eca_fused import reference
+from eca_fused.checks import PADDING_MODES
+from eca_fused.layers import ECALayer
+
+__all__ = ["NotPlainECA", "check_class", "looks_like_eca", "padding_mode"]
+
+# Where timm has its modules, and had them once; it need not be installed.
+TIMM = ("timm.layers.eca", "timm.models.layers.eca")
+NAMES = ("EcaModule", "CecaModule", "eca_layer")
+POOLS: dict[type[nn.Module], int] = {  # with the spatial dimensions of their maps
+    nn.AdaptiveAvgPool1d: 1,
+    nn.AdaptiveAvgPool2d: 2,
+    nn.AdaptiveAvgPool3d: 3,
+}
+SPATIAL = (4, 3, 2)  # of the maps of the trial, as many as the module pools
+# What a class has of its own without doing more than its forward.
+HARMLESS = {"__init__", "forward", "extra_repr", "__repr__", "__annotate__", "__annotate_func__"}
+
+
+class NotPlainECA(Exception):
+    """A module that looks like ECA, but that ECALayer cannot stand for. The message says why."""
+
+
+def looks_like_eca(module: nn.Module) -> bool:
+    """Whether a module is ECA by its class, timm's or the authors', or by its parts.
+
+    The parts are a global average pooling and a Conv1d of one channel, both direct children.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return getattr(module, "original_name", None) in NAMES
+    if _known(type(module)) is not None:
+        return True
+    if isinstance(module, nn.Sequential) or _pooled(module) is None:
+        return False
+    return any(isinstance(m, nn.Conv1d) and _one_channel(m) for m in module.children())
+
+
+def padding_mode(module: nn.Module) -> str:
+    """The padding mode, "zeros" or "circular", of a module that looks like ECA.
+
+    The forward of its class runs on small maps in float64, with random taps and without its hooks,
+    and must give the output and the gradients of ECA. The taps are not the module's: zeros would
+    hide the padding. The module stays as it is, and so do torch's random numbers.
+
+    Raises:
+        NotPlainECA: it computes anything else, or has more than ECALayer would keep.
+    """
+    check_class(module)
+    _check_parts(module)
+    # Outside of modes such as FakeTensorMode, whose results have no values.
+    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+        trials = [_results(module, training) for training in (False, True)]
+        for mode in PADDING_MODES:
+            expected = _expected(module, mode)
+            if all(_agree(got, expected) for got in trials):
+                return mode
+    gates = [type(m).__name__ for m in module.children() if _could_be_a_gate(m)]
+    other = f" (its gate is {gates[0]})" if gates and gates[0] != "Sigmoid" else ""
+    raise NotPlainECA(f"computes something else than sigmoid(conv1d(mean(x))) * x{other}")
+
+
+def check_class(module: nn.Module) -> None:
+    """Raise NotPlainECA if another forward in a module's class would drop something it does."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise NotPlainECA("is compiled by TorchScript; convert the model before torch.jit.script")
+    if "forward" in vars(module):
+        raise NotPlainECA("has a forward of its own on the instance, as some wrappers give it")
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise NotPlainECA("was compiled by its compile(); convert the model before")
+    own = _own_names(type(module))
+    if own:
+        more = " and more" if len(own) > 3 else ""
+        raise NotPlainECA(
+            f"its class has {', '.join(own[:3])}{more} of its own, which ECALayer lacks"
+        )
+
+
+def _own_names(cls: type) -> list[str]:
+    """What a class has beyond a known class that it derives from, or beyond a forward."""
+    known = _known(cls)
+    derived = cls.__mro__[: cls.__mro__.index(known)] if known is not None else ()
+    own: list[str] = []
+    for base in cls.__mro__:
+        if base is nn.Module or (base is known and base.__name__ != "eca_layer"):
+            break
+        harmless = HARMLESS - {"forward"} if base in derived else HARMLESS
+        for name, value in vars(base).items():
+            if name not in harmless and (callable(value) or not name.startswith("__")):
+                own.append(name)
+    return own
+
+
+def _known(cls: type) -> type | None:
+    """The class of timm, of the authors or of this package that a class is or derives from."""
+    for base in cls.__mro__:
+        timms = base.__module__ in TIMM and base.__name__ in NAMES
+        if timms or base.__name__ == "eca_layer" or base is ECALayer:
+            return base
+    return None
+
+
+def _pooled(module: nn.Module) -> int | None:
+    """The number of spatial dimensions that a child of a module pools to one pixel."""
+    for child in module.children():
+        dims = POOLS.get(type(child))
+        if dims is not None and child.output_size in (1, (1,) * dims):
+            return dims
+    return None
+
+
+def _one_channel(conv: nn.Conv1d) -> bool:
+    return conv.in_channels == conv.out_channels == 1
+
+
+def _could_be_a_gate(module: nn.Module) -> bool:
+    return type(module) not in POOLS and not isinstance(module, nn.Conv1d)
+
+
+def _check_parts(module: nn.Module) -> None:
+    conv = getattr(module, "conv", None)
+    if not isinstance(conv, nn.Conv1d):
+        raise NotPlainECA("has no Conv1d under the name conv, where ECALayer has its taps")
+    hooked = [name for name, part in module.named_modules() if _has_hooks(name, part)]
+    if hooked:
+        raise NotPlainECA(
+            f"has hooks on {', '.join(hooked)}, which the fused layer would not call; "
+            "torch.nn.utils.weight_norm and prune are such hooks, parametrizations are not"
+        )
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    taps = ("conv.weight", "conv.parametrizations.weight.")
+    others = [name for name, _ in tensors if name != taps[0] and not name.startswith(taps[1])]
+    if others:
+        raise NotPlainECA(f"has {', '.join(others)} besides its taps")
+    if type(conv) is not nn.Conv1d and not parametrize.is_parametrized(conv):
+        raise NotPlainECA(f"its convolution is a {type(conv).__name__}, not a Conv1d")
+    if not _one_channel(conv) or conv.kernel_size[0] % 2 == 0:
+        raise NotPlainECA(f"its convolution is not of one channel and an odd kernel size: {conv}")
+
+
+def _has_hooks(name: str, part: nn.Module) -> bool:
+    """Hooks of the module itself stay, and those of parametrizations are still called."""
+    if not name or name.startswith("conv.parametrizations"):
+        return False
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(part) or any(vars(part)[kind] for kind in kinds)
+
+
+def _arguments(module: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """x (2, C, *spatial), taps (1, 1, k) and dy (2, C, *spatial) of the trial, random."""
+    k = module.conv.kernel_size[0]
+    g = torch.Generator("cpu").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64, device="cpu")
+
+    shape = (2, 2 * k + 2, *SPATIAL[: _pooled(module) or 2])
+    channels = normal(*shape[:2]).reshape(shape[:2] + (1,) * (len(shape) - 2))
+    return normal(*shape) + channels, normal(1, 1, k), normal(*shape)
+
+
+def _results(module: Any, training: bool) -> tuple[Tensor, ...]:
+    """y, dx and dw of a module's own forward on the arguments of the trial."""
+    x, taps, dy = _arguments(module)
+    conv = nn.Conv1d(
+        1,
+        1,
+        module.conv.kernel_size,
+        stride=module.conv.stride,
+        padding=module.conv.padding,
+        dilation=module.conv.dilation,
+        bias=False,
+        padding_mode=module.conv.padding_mode,
+        device="meta",  # draws no random numbers
+    )
+    conv.weight = nn.Parameter(taps)
+    try:
+        parts = {name: copy.deepcopy(m) for name, m in module._modules.items() if name != "conv"}
+        twin = copy.copy(module)
+        vars(twin)["_modules"] = {**parts, "conv": conv}
+        twin.train(training)
+        before = dict(vars(twin))
+        y = type(module).forward(twin, x.requires_grad_())
+        gradients = torch.autograd.grad(y, (x, conv.weight), dy)
+    except Exception as error:
+        shape = tuple(x.shape)
+        raise NotPlainECA(f"its forward fails on a map of shape {shape}: {error}") from error
+    stored = [name for name, value in vars(twin).items() if value is not before.get(name)]
+    if stored:
+        raise NotPlainECA(f"its forward stores {', '.join(stored)}, which ECALayer does not")
+    return y.detach(), *gradients
+
+
+def _expected(module: nn.Module, mode: str) -> tuple[Tensor, ...]:
+    x, taps, dy = _arguments(module)
+    x.requires_grad_()
+    taps.requires_grad_()
+    y = reference.eca(x, taps, padding_mode=mode)
+    return y.detach(), *torch.autograd.grad(y, (x, taps), dy)
+
+
+def _agree(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    # A forward that rounds to float32 in between is ECA too; what is not differs far more.
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+        for a, b in zip(got, expected, strict=True)
+    )

@@ -1,0 +1,598 @@
+"""convert() and revert(): what is recognised, what stays the same, what is left and why."""
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support import needs_extension
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrizations, parametrize, prune
+
+import eca_fused
+from eca_fused import ECALayer, convert, revert
+from eca_fused.models import Bottleneck, ResNet
+
+Results = tuple[Tensor, ...]
+
+
+class eca_layer(nn.Module):
+    """ECA under the authors' name, with their parts."""
+
+    def __init__(self, channel: int, k_size: int = 3) -> None:
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.conv = nn.Conv1d(1, 1, k_size, padding=k_size // 2, bias=False)
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.avg_pool(x).flatten(2).transpose(1, 2)  # (N, 1, C)
+        gate: Tensor = self.sigmoid(self.conv(mean)).transpose(1, 2)
+        return x * gate[..., None]
+
+
+class WrapAround(nn.Module):
+    """Not of a known name: cECA by its parts."""
+
+    def __init__(self, k_size: int) -> None:
+        super().__init__()
+        self.gap = nn.AdaptiveAvgPool2d((1, 1))
+        modes = {"padding": "same", "padding_mode": "circular", "bias": False}
+        self.conv = nn.Conv1d(1, 1, k_size, **modes)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.conv(self.gap(x).flatten(2).mT)
+        return x * torch.sigmoid(rows).mT[..., None]
+
+
+class Sequences(nn.Module):
+    """Not of a known name: ECA over sequences, its sigmoid a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool1d(1)
+        self.conv = nn.Conv1d(1, 1, 5, padding=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv(self.pool(x).mT).sigmoid().mT
+
+
+class C2f(nn.Module):
+    """A detector's block: bottlenecks that share an input and are concatenated, ECA in each."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.cv1 = nn.Conv2d(channels, channels, 1)
+        self.m = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(half, half, 3, padding=1), nn.SiLU(), eca_layer(half))
+            for _ in range(2)
+        )
+        self.cv2 = nn.Conv2d(2 * channels, channels, 1)
+        self.eca = eca_layer(channels, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = list(self.cv1(x).chunk(2, 1))
+        maps += [maps[-1] + block(maps[-1]) for block in self.m]
+        return self.eca(self.cv2(torch.cat(maps, 1)))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """A segmentation network: attention by name before and after each joint with the encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList([nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 16, 3, 2, 1)])
+        self.attention = nn.ModuleDict({"skip": eca_layer(24), "out": nn.Sequential(eca_layer(8))})
+        self.up = nn.Conv2d(24, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.encoder[0](x)
+        coarse = nn.functional.interpolate(self.encoder[1](fine), scale_factor=2.0)
+        joint = self.attention["skip"](torch.cat([coarse, fine], 1))
+        return self.attention["out"](self.up(joint))  # type: ignore[no-any-return]
+
+
+def results(model: nn.Module, x: Tensor) -> Results:
+    """The output of a model, and the gradients of x and of all parameters that have one."""
+    x = x.detach().requires_grad_()
+    y = model(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
+    inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
+    return y.detach(), *torch.autograd.grad(y, inputs, dy)
+
+
+def assert_same(got: Results, want: Results) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def image(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (2, 8, 6, 5)), dtype=torch.float64)
+
+
+# ---- what is converted ----
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "padding_mode"),
+    [
+        (eca_layer(8), (2, 8, 6, 5), "zeros"),
+        (eca_layer(8, 1), (2, 8, 6, 5), "zeros"),
+        (WrapAround(5), (2, 8, 6, 5), "circular"),
+        (Sequences(), (2, 8, 6), "zeros"),
+        (ECALayer(8, fused=False), (2, 8, 6, 5), "zeros"),
+        (ECALayer(8, fused=False, padding_mode="circular"), (2, 8, 6), "circular"),
+    ],
+)
+def test_modules(module: Any, shape: tuple[int, ...], padding_mode: str) -> None:
+    module, x = copy.deepcopy(module).double(), image(*shape)
+    before, want, name = type(module), results(module, x), type(module).__name__
+    report = convert(module)
+    assert report.converted == {"": name}
+    assert report.left == {}
+    assert type(module) is ECALayer
+    assert (module.fused, module.padding_mode) == (True, padding_mode)
+    assert (module.backend, module.inplace) == ("auto", False)
+    assert_same(results(module, x), want)
+    assert revert(module) == 1
+    assert type(module) is before
+    assert all(torch.equal(a, b) for a, b in zip(results(module, x), want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "number"), [(C2f, (2, 8, 6, 5), 3), (Decoder, (2, 3, 8, 12), 2)]
+)
+def test_networks(network: Any, shape: tuple[int, ...], number: int) -> None:
+    model = (network(8) if network is C2f else network()).double()
+    x = image(*shape)
+    want = results(model, x)
+    report = convert(model)
+    assert len(report.converted) == number
+    assert not any(type(m) is eca_layer for m in model.modules())
+    assert_same(results(model, x), want)
+
+
+def test_taps_of_zero_do_not_hide_the_padding() -> None:
+    module = WrapAround(3).double()
+    nn.init.zeros_(module.conv.weight)
+    convert(module)
+    nn.init.ones_(module.conv.weight)
+    twin = WrapAround(3).double()
+    nn.init.ones_(twin.conv.weight)
+    x = image()
+    torch.testing.assert_close(module(x), twin(x))
+
+
+def test_a_root_and_modules_without_memory() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), eca_layer(8))
+    assert convert(model).converted == {"1": "eca_layer"}
+    assert model(torch.empty(1, 3, 4, 4, device="meta")).is_meta
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_dtype_and_memory_format_stay(dtype: torch.dtype) -> None:
+    model = nn.Sequential(eca_layer(8)).to(dtype)
+    convert(model)
+    x = torch.randn(2, 8, 6, 5, dtype=dtype).to(memory_format=torch.channels_last)
+    y = model(x)
+    assert y.dtype == model[0].conv.weight.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_options() -> None:
+    model = nn.Sequential(eca_layer(8), ECALayer(8, fused=False))
+    convert(model, backend="reference", inplace=True)
+    assert [(m.backend, m.inplace) for m in model] == [("reference", True)] * 2  # type: ignore[union-attr]
+    x = torch.randn(2, 8, 6, 5)
+    with torch.no_grad():
+        assert model(x) is x
+    with pytest.raises(ValueError, match="expected backend as one of"):
+        convert(model, backend="cudnn")
+    with pytest.raises(TypeError, match=r"expected model as a torch\.nn\.Module, got str"):
+        convert("resnet50")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"expected model as a torch\.nn\.Module, got list"):
+        revert([model])  # type: ignore[arg-type]
+
+
+# ---- what stays the same ----
+
+
+def test_the_same_objects_before_and_after() -> None:
+    model = C2f(8)
+    model.eca.conv.weight.requires_grad_(False)
+    model.m[0].eval()
+    modules, parameters = list(model.modules()), dict(model.named_parameters())
+    modes = [m.training for m in modules]
+    state, inner = model.state_dict(), [dict(vars(m)) for m in modules]
+    convert(model)
+    assert list(model.modules()) == modules
+    assert all(p is parameters[n] for n, p in model.named_parameters())
+    assert [m.training for m in modules] == modes
+    assert not model.eca.conv.weight.requires_grad
+    assert list(model.state_dict()) == list(state)
+    model.load_state_dict(state)
+    assert revert(model) == 3
+    assert [dict(vars(m)) for m in modules] == inner
+    assert revert(model) == 0
+
+
+def test_an_optimizer_goes_on() -> None:
+    plain, x = C2f(8).double(), image()
+    model = copy.deepcopy(plain)
+    ours = torch.optim.Adam(model.parameters(), lr=0.1)
+    theirs = torch.optim.Adam(plain.parameters(), lr=0.1)
+    for step in range(3):
+        if step == 1:
+            convert(model)
+        for network, optimizer in ((model, ours), (plain, theirs)):
+            optimizer.zero_grad()
+            network(x).square().mean().backward()
+            optimizer.step()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+        assert ours.state[a]["step"] == 3
+
+
+def test_hooks_of_every_kind_stay() -> None:
+    module, seen = eca_layer(8), []
+    parent = nn.Sequential(module)
+    handles = [
+        module.register_forward_pre_hook(
+            lambda m, a, k: seen.append("before"), with_kwargs=True, prepend=True
+        ),
+        module.register_forward_hook(lambda m, a, k, y: seen.append("after"), with_kwargs=True),
+        module.register_forward_hook(lambda m, a, y: seen.append("always"), always_call=True),
+        module.register_full_backward_pre_hook(lambda m, g: seen.append("gradient before")),
+        module.register_full_backward_hook(lambda m, g, h: seen.append("gradient after")),
+        module.register_state_dict_pre_hook(lambda m, p, k: seen.append("saving")),
+        module._register_state_dict_hook(lambda m, s, p, i: seen.append("saved")),
+        module.register_load_state_dict_pre_hook(lambda m, *a: seen.append("loading")),
+        module.register_load_state_dict_post_hook(lambda m, k: seen.append("loaded")),
+    ]
+
+    def run() -> list[str]:
+        seen.clear()
+        parent(image().float()).sum().backward()
+        parent.load_state_dict(parent.state_dict())
+        with pytest.raises(Exception, match=r"int|unpack|shape|tensor"):
+            module(5)
+        return list(seen)
+
+    want = run()
+    assert len(set(want)) == len(handles)
+    convert(parent)
+    assert run() == want
+    module.register_forward_hook(lambda m, a, y: seen.append("new"))
+    assert "new" in run()
+    revert(parent)
+    assert "new" in run()
+    for handle in handles:
+        handle.remove()
+    assert set(run()) == {"new"}
+
+
+def test_hooks_do_not_see_the_trial() -> None:
+    module, calls, state = eca_layer(8), [], torch.get_rng_state()
+    module.register_forward_hook(lambda m, a, y: calls.append(y))
+    module.eval()
+    with torch.inference_mode():
+        assert convert(module).converted
+    assert calls == []
+    assert not module.sigmoid.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad(), torch.device("meta"), torch.autocast("cpu"), FakeTensorMode()],
+    ids=lambda mode: type(mode).__name__,
+)
+def test_under_modes(mode: Any) -> None:
+    model = nn.Sequential(eca_layer(8), WrapAround(3))
+    with mode:
+        report = convert(model)
+    assert list(report.converted) == ["0", "1"]
+    assert [m.padding_mode for m in model] == ["zeros", "circular"]  # type: ignore[union-attr]
+
+
+def test_a_module_in_several_places() -> None:
+    shared = eca_layer(8)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.ReLU())})
+    assert convert(model).converted == {"a": "eca_layer"}
+    assert model["a"] is model["b"][0] is shared  # type: ignore[index]
+    assert len(list(model.parameters())) == 1
+
+
+def test_nothing_outside_of_the_model_changes() -> None:
+    other, classes = eca_layer(8), (eca_layer, nn.Module, nn.Conv1d, nn.Sigmoid, ECALayer)
+    before = [dict(vars(cls)) for cls in classes]
+    convert(nn.Sequential(eca_layer(8), WrapAround(3)))
+    assert [dict(vars(cls)) for cls in classes] == before
+    assert type(other) is type(eca_layer(8)) is eca_layer
+    assert type(other).forward is eca_layer.forward
+
+
+def saved_and_loaded(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded]
+)
+def test_copies_compute_and_revert(copied: Any) -> None:
+    model, x = C2f(8).double(), image()
+    want = results(model, x)
+    convert(model)
+    twin = copied(model)
+    assert type(twin.eca) is ECALayer
+    assert_same(results(twin, x), want)
+    with torch.no_grad():
+        twin.eca.conv.weight += 1
+    assert revert(twin) == 3
+    assert type(twin.eca) is eca_layer
+    assert type(model.eca) is ECALayer
+    with torch.no_grad():
+        twin.eca.conv.weight -= 1
+    assert_same(results(twin, x), want)
+
+
+def test_twice() -> None:
+    model = nn.Sequential(
+        eca_layer(8), ECALayer(8), ECALayer(8, fused=False, backend="native", inplace=True)
+    )
+    first = convert(model, backend="reference")
+    assert first.already_fused == ("1",)
+    second = convert(model)
+    assert (second.converted, second.left) == ({}, {})
+    assert second.already_fused == ("0", "1", "2")
+    assert model[2].inplace
+    assert [m.backend for m in model] == ["reference", "auto", "reference"]  # type: ignore[union-attr]
+    assert revert(model) == 2
+    assert [type(m) for m in model] == [eca_layer, ECALayer, ECALayer]
+    assert [m.fused for m in model[1:]] == [True, False]  # type: ignore[union-attr]
+    assert [m.backend for m in model[1:]] == ["auto", "native"]  # type: ignore[union-attr]
+
+
+def test_parametrized_taps_stay() -> None:
+    module, x = eca_layer(8, 5).double(), image()
+    parametrizations.weight_norm(module.conv)
+    want, names = results(module, x), [n for n, _ in module.named_parameters()]
+    assert convert(module).converted
+    assert [n for n, _ in module.named_parameters()] == names
+    assert_same(results(module, x), want)
+    revert(module)
+    assert parametrize.is_parametrized(module.conv)
+    assert_same(results(module, x), want)
+
+
+# ---- wrappers and compilers ----
+
+
+@needs_extension
+def test_compiled_afterwards() -> None:
+    model, x = C2f(8).double(), image()
+    want = results(model, x)
+    convert(model)
+    assert_same(results(torch.compile(model, fullgraph=True, backend="aot_eager"), x), want)
+
+
+def test_of_a_compiled_model_the_inner_modules() -> None:
+    model, x = C2f(8).double(), image()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    want = results(compiled, x)
+    assert len(convert(compiled).converted) == 3  # type: ignore[arg-type]
+    assert type(model.eca) is ECALayer
+    assert_same(results(compiled, x), want)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    if not torch.distributed.is_available():
+        pytest.skip("needs a torch with torch.distributed")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_in_distributed_data_parallel() -> None:
+    model, x = C2f(8).double(), image()
+    want = results(model, x)[2:]
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    report = convert(wrapped)
+    assert "module.eca" in report.converted
+    y = wrapped(x)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype))
+    assert_same(tuple(p.grad for p in model.parameters()), want)  # type: ignore[arg-type]
+
+
+def test_scripted_afterwards() -> None:
+    model, x = C2f(8).double(), image()
+    want = results(model, x)
+    convert(model)
+    assert_same(results(torch.jit.script(model), x), want)
+
+
+def test_traced_by_fx_afterwards() -> None:
+    model, x = Decoder().double(), image(2, 3, 8, 12)
+    want = results(model, x)
+    convert(model)
+    assert_same(results(torch.fx.symbolic_trace(model), x), want)
+
+
+# ---- what is left, and why ----
+
+
+class Logging(eca_layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class WithMethods(eca_layer):
+    def gate_of(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Parts(nn.Module):
+    """The parts of ECA; a class that derives from it makes something of them."""
+
+    def __init__(self, k: int = 3, bias: bool = False) -> None:
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d((1, 1))
+        self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=bias)
+        self.act: nn.Module = nn.Sigmoid()
+
+
+def parts(forward: Any, **arguments: Any) -> nn.Module:
+    """A module of the parts of ECA, in a class that has a forward alone."""
+    return type("Other", (Parts,), {"forward": forward})(**arguments)  # type: ignore[no-any-return]
+
+
+def gated(module: Any, x: Tensor, mean_of: Tensor) -> Tensor:
+    gate: Tensor = module.act(module.conv(module.avg_pool(mean_of).flatten(2).mT))
+    return x * gate.mT[..., None]
+
+
+def plain(module: Any, x: Tensor) -> Tensor:
+    return gated(module, x, x)
+
+
+def storing(module: Any, x: Tensor) -> Tensor:
+    module.last = x
+    return plain(module, x)
+
+
+def without_gradient(module: Any, x: Tensor) -> Tensor:
+    return gated(module, x, x.detach())
+
+
+def dropping(module: Any, x: Tensor) -> Tensor:
+    return nn.functional.dropout(plain(module, x), training=module.training)
+
+
+def of_64_channels(module: Any, x: Tensor) -> Tensor:
+    assert x.shape[1] == 64, "64 channels only"
+    return plain(module, x)
+
+
+def changed(change: Any, module: nn.Module) -> nn.Module:
+    change(module)
+    return module
+
+
+def with_a_scale(self: Any) -> None:
+    self.scale = nn.Parameter(torch.zeros(1))
+
+
+def with_another_name(self: Any) -> None:
+    self.conv1d = self.conv
+    del self.conv
+
+
+LEFT = {
+    "residual": (lambda: parts(lambda m, x: x + plain(m, x)), "computes something else than sig"),
+    "other gate": (
+        lambda: changed(lambda m: setattr(m, "act", nn.Hardsigmoid()), parts(plain)),
+        r"computes something else .*\(its gate is Hardsigmoid\)",
+    ),
+    "other gradient": (lambda: parts(without_gradient), "computes something else"),
+    "dropout": (lambda: parts(dropping), "computes something else"),
+    "stores": (lambda: parts(storing), "its forward stores last, which"),
+    "fails": (
+        lambda: parts(of_64_channels),
+        r"fails on a map of shape \(2, 8, 4, 3\): 64 channels",
+    ),
+    "over x": (lambda: parts(lambda m, x: x.mul_(plain(m, x))), "its forward fails on a map"),
+    "bias": (lambda: parts(plain, bias=True), "has conv.bias besides its taps"),
+    "even": (lambda: parts(plain, k=4), "not of one channel and an odd kernel size"),
+    "scale": (lambda: changed(with_a_scale, parts(plain)), "has scale besides its taps"),
+    "name": (lambda: changed(with_another_name, parts(plain)), "no Conv1d under the name conv"),
+    "methods": (lambda: WithMethods(8), "its class has gate_of of its own, which ECALayer lacks"),
+    "subclass": (lambda: Logging(8), "its class has forward of its own"),
+    "our subclass": (
+        lambda: type("Mine", (ECALayer,), {"forward": plain})(8, fused=False),
+        "its class has forward of its own",
+    ),
+    "hook": (
+        lambda: changed(lambda m: m.conv.register_forward_hook(print), eca_layer(8)),
+        "has hooks on conv, which the fused layer would not call",
+    ),
+    "hook on the gate": (
+        lambda: changed(lambda m: m.sigmoid.register_full_backward_hook(print), eca_layer(8)),
+        "has hooks on sigmoid",
+    ),
+    "pruning": (
+        lambda: changed(lambda m: prune.l1_unstructured(m.conv, "weight", 1), eca_layer(8)),
+        "has hooks on conv",
+    ),
+    "instance": (
+        lambda: changed(lambda m: setattr(m, "forward", lambda x: x), eca_layer(8)),
+        "has a forward of its own on the instance",
+    ),
+    "compiled": (lambda: changed(lambda m: m.compile(), eca_layer(8)), r"compiled by its compile"),
+    "scripted": (lambda: torch.jit.script(eca_layer(8)), "is compiled by TorchScript"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_left_with_the_reason(case: str) -> None:
+    make, reason = LEFT[case]
+    module, other = make(), eca_layer(8)
+    model = nn.Sequential(module, other)
+    cls, names = type(module), dict(vars(module))
+    report = convert(model)
+    assert report.converted == {"1": "eca_layer"}
+    assert list(report.left) == ["0"]
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(report.left["0"])
+    assert type(module) is cls
+    assert dict(vars(module)) == names
+    assert revert(model) == 1
+
+
+def test_the_parts_alone_are_eca() -> None:
+    assert convert(parts(plain)).converted == {"": "Other"}
+
+
+def test_what_is_not_eca_is_not_spoken_of() -> None:
+    model = nn.Sequential(
+        nn.Conv1d(1, 1, 3),
+        nn.AdaptiveAvgPool2d(1),
+        eca_fused.attention.make("se", 8),
+        eca_fused.attention.make("cbam", 8),
+        nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Conv1d(1, 1, 3)),
+    )
+    assert convert(model) == eca_fused.Conversion({}, {})
+    assert str(convert(model)) == "no ECA modules found"
+
+
+def test_revert_refuses_a_class_that_is_not_its_own() -> None:
+    model = nn.Sequential(eca_layer(8), eca_layer(8))
+    convert(model)
+    model[1].__class__ = type("Sharded", (ECALayer,), {})
+    with pytest.raises(RuntimeError, match=r"expected 1 as the ECALayer .* got Sharded"):
+        revert(model)
+    assert type(model[0]) is ECALayer
+
+
+def test_report() -> None:
+    model = ResNet(Bottleneck, (2, 2, 1, 1), fused=False, device="meta")
+    model.layer4[0].eca.forward = print
+    model.add_module("last", ECALayer())
+    assert str(convert(model)).splitlines() == [
+        "converted 5, left 1",
+        "  ECALayer: layer1.0.eca, layer1.1.eca, layer2.0.eca, layer2.1.eca and 1 more",
+        "  left ECALayer: has a forward of its own on the instance, as some wrappers give it: "
+        "layer4.0.eca",
+        "  fused before: last",
+    ]
