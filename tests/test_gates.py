@@ -14,7 +14,7 @@ from eca_fused import ECALayer, attention, gates_command
 from eca_fused.__main__ import main
 from eca_fused.demo import class_gates, photographs, pictures
 from eca_fused.demo.network import hooked
-from eca_fused.models import mobilenetv2, resnet
+from eca_fused.models import BasicBlock, ResNet, mobilenetv2, resnet
 
 image = pytest.importorskip("PIL.Image", reason="needs pillow: make test installs it")
 pytest.importorskip("matplotlib", reason="needs matplotlib: make test installs it")
@@ -217,6 +217,18 @@ def test_the_weights_of_a_checkpoint(
     assert "andom" not in drawn[0].get_suptitle()
 
 
+def test_the_network_is_that_of_the_checkpoint(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ResNet(BasicBlock, (1, 2, 1, 1), "3535", 7).half()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "own.pt")
+    arguments = [str(folder / "sharks"), "--checkpoint", str(tmp_path / "own.pt"), "--size", "64"]
+    assert main(["gates", *arguments, "--output", str(tmp_path / "g.png")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("ResNet-12 with ECA, weights of own.pt\n")
+    assert "\nlayer2.1.eca       128 " in printed
+
+
 def test_the_photographs_of_the_main_job_without_arguments(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], drawn: list[Any]
 ) -> None:
@@ -265,16 +277,22 @@ def test_images_that_cannot_be_used(folder: Path, capsys: pytest.CaptureFixture[
 
 def test_checkpoints_that_cannot_be_used(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(resnet(18, "se").state_dict(), folder / "se.pt")
+    torch.save(resnet(18, "none").state_dict(), folder / "none.pt")
     (folder / "text.pt").write_text("no checkpoint")
     for name, message in (
-        ("nowhere.pt", "nowhere.pt: "),
-        ("text.pt", "text.pt: "),
-        ("se.pt", "choose what they were trained as with --model and --attention"),
+        ("nowhere.pt", "No such file or directory: "),
+        ("text.pt", "text.pt"),
+        ("se.pt", "se.pt"),
     ):
         arguments = [str(folder / "sharks"), "--checkpoint", str(folder / name)]
-        text = refused(arguments, capsys)
-        assert message in text
-        assert len(text.splitlines()[-1]) < 600
+        assert message in refused(arguments, capsys)
+    for name, message in (
+        ("none.pt", "none.pt as weights of a network with attention, it has none"),
+        ("se.pt", "if it is of another attention than ECA, give --model and --attention"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["gates", str(folder / "sharks"), "--checkpoint", str(folder / name)])
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ __all__ = [
     "find_classes",
     "gates_of",
     "last_layers",
-    "load_weights",
     "mean_gates",
     "randomise",
 ]
@@ -106,33 +105,6 @@ def batches(images: Sequence[Image], side: int) -> Iterator[Tensor]:
 
 
 # ---- the network ----
-
-
-def load_weights(model: nn.Module, file: Path) -> None:
-    """Give the model the weights of a file.
-
-    Raises:
-        ValueError: the file cannot be read, or its weights do not fit.
-    """
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no checkpoint may fail in any way
-        raise ValueError(
-            f"expected a checkpoint that torch.save() wrote, cannot read {file}: {shortened(error)}"
-        ) from error
-    try:
-        model.load_state_dict(state)
-    except Exception as error:
-        raise ValueError(
-            f"the weights of {file} do not fit; choose what they were trained as with --model and "
-            f"--attention: {shortened(error)}"
-        ) from error
-
-
-def shortened(error: Exception) -> str:
-    """A message as one line, without what follows of a list of hundreds of names."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:300] + " ..."
 
 
 def randomise(model: nn.Module, classes: Classes, side: int) -> None:
