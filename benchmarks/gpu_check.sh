@@ -25,7 +25,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 usual_parts=(build tests plans determinism graphs devices triton sanitizer profile bench)
 # These take minutes: only where they are asked for.
-all_parts=("${usual_parts[@]}" tune networks sizes calls)
+all_parts=("${usual_parts[@]}" tune compile networks sizes calls)
 
 common_tests=()
 for test in kernels values layouts gradients fuzz errors layer operators sensitivity \
@@ -108,6 +108,9 @@ part_tests() { pytest_part 170 6 -k "not triton" "${common_tests[@]}"; }
 part_plans() {
   pytest_part 90 1 -k "not same_bits and not graph and not not_the_current" tests/test_cuda.py
 }
+
+# Compiling takes most of it, on the host.
+part_compile() { pytest_part 150 8 tests/test_compile.py; }
 
 part_determinism() { pytest_part 60 1 -k same_bits tests/test_cuda.py; }
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 # The module of each command has main(argv) -> exit status, and is imported only when it runs.
 COMMANDS = {
     "run": "eca_fused.demo.command",
+    "gates": "eca_fused.gates_command",
     "plan": "eca_fused.plan_command",
     "tables": "eca_fused.tables_command",
 }

@@ -111,9 +111,17 @@ _triton_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _default = os.environ.get("ECA_FUSED_BACKEND", "auto")
 
 
+def named(backend: str) -> str:
+    """The backend that a name stands for: what use_backend() chose, for "auto"."""
+    return _default if backend == "auto" else backend
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Make `name` what backend="auto" means inside a with block, in all threads.
+
+    What torch.jit.trace() or torch.export() makes keeps what "auto" meant in the meantime; of this,
+    torch.jit.script() sees nothing.
 
     Args:
         name: "auto", "native", "triton" or "reference".

@@ -1,6 +1,8 @@
 """eca(): checks, choice of the backend, and the autograd function around the kernels."""
 
 import functools
+import warnings
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -8,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_exporting
+from torch.jit._trace import TracerWarning
 from torch.overrides import handle_torch_function, has_torch_function
 
 from eca_fused import decomposed, reference, scripting
-from eca_fused.backend import select, warn_once
+from eca_fused.backend import named, select, warn_once
 from eca_fused.checks import PADDING_MODES, check, check_padding_mode
 from eca_fused.double_backward import double_backward, plain_backward
 from eca_fused.transforms import transformed_eca
@@ -94,12 +97,19 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+_is_tracing = torch._C._is_tracing  # by torch.jit.trace; torch.jit.is_tracing() takes longer
+
+
+def _quietly(function: Callable[..., Any], *args: Any) -> Any:
+    """Call it without a trace's warnings that it has the numbers of channels and taps for fixed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracerWarning)
+        return function(*args)
+
+
 def _in_reference(x: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
     check(x, weight, padding_mode)
     return reference.eca(x, weight, padding_mode=padding_mode)
-
-
-_is_tracing = torch._C._is_tracing  # by torch.jit.trace; torch.jit.is_tracing() takes longer
 
 
 @functools.cache
@@ -122,7 +132,8 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str 
 
     Differentiable any number of times, by torch.func's transforms and in forward mode too. The
     kernels compute y and its gradients; plain PyTorch computes gradients of gradients, tangents,
-    and everything for taps that vmap() batches.
+    everything for taps that vmap() batches, and transforms inside torch.compile() or
+    functionalize(), whatever the backend.
 
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
@@ -139,18 +150,21 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str 
         ValueError: a shape, device, the padding mode or the backend does not fit.
         RuntimeError: the backend that was asked for cannot be used here.
     """
-    kernels = select(x, backend) if isinstance(x, Tensor) else None
+    tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
+    kernels = select(x, backend) if tensors else None
     if kernels is None:
-        if not isinstance(x, Tensor) and has_torch_function((x,)):  # such as a proxy of torch.fx
+        if not tensors and has_torch_function((x, weight)):  # such as a proxy of torch.fx
             modes = {"padding_mode": padding_mode, "backend": backend}
-            return handle_torch_function(eca, (x,), x, weight, **modes)
+            return handle_torch_function(eca, (x, weight), x, weight, **modes)
+        if _is_tracing():
+            return _quietly(_in_reference, x, weight, padding_mode)  # type: ignore[no-any-return]
         return _in_reference(x, weight, padding_mode)
     if _transformed():
         return transformed_eca(x, weight, padding_mode, kernels)
     if padding_mode not in PADDING_MODES:
         check_padding_mode(padding_mode)
     if _is_tracing():
-        return _scripted(False)(x, weight, padding_mode, backend)  # type: ignore[no-any-return]
+        return _scripted(False)(x, weight, padding_mode, named(backend))  # type: ignore[no-any-return]
     circular = padding_mode == "circular"
     if _exporting_to_onnx():
         check(x, weight, padding_mode)
@@ -178,14 +192,16 @@ def eca_(
     Raises:
         RuntimeError: also where a gradient would need the x that is overwritten.
     """
-    kernels = select(x, backend) if isinstance(x, Tensor) else None
-    if not isinstance(x, Tensor) and has_torch_function((x,)):
+    tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
+    if not tensors and has_torch_function((x, weight)):
         modes = {"padding_mode": padding_mode, "backend": backend}
-        return handle_torch_function(eca_, (x,), x, weight, **modes)
-    check(x, weight, padding_mode)
+        return handle_torch_function(eca_, (x, weight), x, weight, **modes)
+    kernels = select(x, backend) if tensors else None
     if _is_tracing():
-        name = "reference" if kernels is None else backend
+        _quietly(check, x, weight, padding_mode)
+        name = "reference" if kernels is None else named(backend)
         return _scripted(True)(x, weight, padding_mode, name)  # type: ignore[no-any-return]
+    check(x, weight, padding_mode)
     if _needs_grad(x, weight):
         what = "x" if x.requires_grad else "the taps"
         raise RuntimeError(

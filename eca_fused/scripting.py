@@ -2,6 +2,9 @@
 
 A scripted layer runs the compiled operator where no gradient is needed, so that a process which
 loads it has to `import eca_fused` first. With fused=False it needs torch alone.
+
+A script cannot see Python's state: use_backend() and ECA_FUSED_BACKEND do nothing for it. What is
+traced keeps what "auto" meant in the meantime. Neither has Triton kernels, and says so.
 """
 
 import torch
@@ -31,16 +34,82 @@ if "cuda" in native.devices:
     def _has_kernels(x: Tensor) -> bool:
         return x.is_cpu or x.is_cuda
 
-else:
+elif native.missing is None:
 
     def _has_kernels(x: Tensor) -> bool:
         return x.is_cpu
+
+else:
+
+    def _has_kernels(x: Tensor) -> bool:
+        return False
 
 
 def _circular(padding_mode: str) -> bool:
     if padding_mode not in ["zeros", "circular"]:
         raise ValueError(f"expected padding_mode 'zeros' or 'circular', got '{padding_mode}'")
     return padding_mode == "circular"
+
+
+def _check(x: Tensor, weight: Tensor, padding_mode: str) -> None:
+    """Raise where checks.check() does, which TorchScript cannot compile.
+
+    For plain operations, which would broadcast; the compiled operators check by themselves.
+    """
+    if x.dim() < 2 or x.dim() > 5:
+        raise ValueError(
+            f"expected x of shape (N, C, *spatial) with 0 to 3 spatial dimensions, got {x.shape}; "
+            "add or merge dimensions with reshape()"
+        )
+    if x.dtype not in [torch.float32, torch.float64, torch.float16, torch.bfloat16]:
+        raise TypeError(
+            "expected x of dtype float32, float64, float16 or bfloat16; "
+            "convert it, for example with x.float()"
+        )
+    channels = x.shape[1]
+    if weight.dim() != 3 or weight.shape[1] != 1 or weight.shape[0] not in [1, channels]:
+        raise ValueError(
+            f"expected taps of shape (1, 1, k), or (C, 1, k) = ({channels}, 1, k) for taps of each "
+            f"channel's own, got {weight.shape}; bring them to one of these with reshape()"
+        )
+    k = weight.shape[2]
+    if k % 2 == 0:
+        raise ValueError(
+            f"expected an odd number of taps k, got {k}: the kernel is centred on its channel; "
+            f"use {k + 1}"
+        )
+    if weight.dtype not in [torch.float32, x.dtype]:
+        raise TypeError(
+            "expected taps of dtype float32, or of the dtype of x; "
+            "convert them, for example with layer.to(x.dtype)"
+        )
+    if weight.device != x.device:
+        raise ValueError(
+            f"expected the taps on the device of x, {x.device}, got {weight.device}; "
+            "move them, for example with layer.to(x.device)"
+        )
+    if padding_mode == "circular" and k // 2 > channels:
+        raise ValueError(
+            f"circular padding would wrap around more than once: k = {k} needs {k // 2} channels "
+            f"or more, x has {channels}; use fewer taps or padding_mode='zeros'"
+        )
+
+
+def _without_kernels(x: Tensor, backend: str) -> bool:
+    """Whether plain operations are asked for, or all that there is."""
+    if backend == "triton":
+        raise RuntimeError(
+            "backend 'triton' cannot be used in TorchScript, which has no Triton kernels; "
+            "let it be 'auto' before the model is scripted or traced"
+        )
+    if backend not in ["auto", "native", "reference"]:
+        raise ValueError(f"expected backend as one of auto, native, reference, got '{backend}'")
+    if backend == "native" and not _has_kernels(x):
+        raise RuntimeError(
+            f"backend 'native' cannot be used: there are no compiled kernels for {x.device} here; "
+            "let it be 'auto' before the model is scripted or traced"
+        )
+    return backend == "reference" or not _has_kernels(x)
 
 
 def _needs_grad(x: Tensor, weight: Tensor) -> bool:
@@ -57,29 +126,35 @@ def _check_not_needed(x: Tensor, weight: Tensor) -> None:
 
 def plain(x: Tensor, weight: Tensor, padding_mode: str, inplace: bool) -> Tensor:
     """y, without the compiled operators. Args as for eca()."""
+    circular = _circular(padding_mode)
+    _check(x, weight, padding_mode)
     if inplace:
         _check_not_needed(x, weight)
-    y = decomposed.eca(x, weight, _circular(padding_mode))
+    y = decomposed.eca(x, weight, circular)
     return x.copy_(y) if inplace else y
 
 
 def eca(x: Tensor, weight: Tensor, padding_mode: str = "zeros", backend: str = "auto") -> Tensor:
-    """eca() with a gradient from autograd, through plain operations.
+    """eca() with a gradient from autograd, through plain operations whatever the backend.
 
     Args:
         x: (N, C, *spatial).
         weight: (1 or C, 1, k).
-        padding_mode, backend: as of eca().
+        padding_mode: as of eca().
+        backend: "auto", "native" or "reference".
+
+    Raises:
+        torch.jit.Error: where eca() raises, and for the backend "triton".
     """
-    if backend == "reference" or _needs_grad(x, weight) or not _has_kernels(x):
+    if _without_kernels(x, backend) or _needs_grad(x, weight):
         return plain(x, weight, padding_mode, False)
     return _inference(x, weight, _circular(padding_mode))
 
 
 def eca_(x: Tensor, weight: Tensor, padding_mode: str = "zeros", backend: str = "auto") -> Tensor:
-    """eca_(). Args as for eca()."""
-    _check_not_needed(x, weight)
-    if backend == "reference" or not _has_kernels(x):
+    """eca_(). Args and errors as for eca()."""
+    if _without_kernels(x, backend):
         return plain(x, weight, padding_mode, True)
+    _check_not_needed(x, weight)
     _inference_(x, weight, _circular(padding_mode))
     return x

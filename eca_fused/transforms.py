@@ -31,9 +31,13 @@ def transformed_eca(x: Tensor, weight: Tensor, padding_mode: str, kernels: Modul
     for all samples. Taps of each channel's own would do for samples side by side as channels, but
     0 * inf would carry one sample's overflow into its neighbour, and room between the samples takes
     a copy of x, which is more traffic than plain PyTorch's forward pass.
+
+    In plain PyTorch without one, for a backend that was asked for by name too, are calls under
+    torch.compile() and func.functionalize(): neither knows the rules of such functions, and what
+    they make goes on to a compiler, which fuses plain operations.
     """
     check(x, weight, padding_mode)
-    if torch.compiler.is_compiling() or _functionalized():  # which do not know such rules
+    if torch.compiler.is_compiling() or _functionalized():
         return reference.eca(x, weight, padding_mode=padding_mode)
     if _batched(weight):
         warn_once("eca_fused runs in plain PyTorch for taps batched by vmap(), which is slower")
@@ -114,9 +118,9 @@ class TransformedECA(torch.autograd.Function):
         circular: bool,
         kernels: ModuleType,
     ) -> tuple[tuple[Tensor, ...], int]:
-        folded = _fold(info.batch_size, in_dims[0], x)
-        results = TransformedECA.apply(folded, weight, circular, kernels)
-        return tuple(_split(info.batch_size, t) for t in results), 0
+        size, samples = info.batch_size, _samples(in_dims[0], x)
+        results = TransformedECA.apply(_fold(size, in_dims[0], x), weight, circular, kernels)
+        return tuple(_split(size, t, samples) for t in results), 0
 
 
 class _TransformedBackward(torch.autograd.Function):
@@ -204,19 +208,26 @@ class _TransformedBackward(torch.autograd.Function):
         groups: int,
         kernels: ModuleType,
     ) -> tuple[tuple[Tensor, Tensor], int]:
-        size = info.batch_size
+        size, samples = info.batch_size, _samples(in_dims[1], x)
         dy, x = _fold(size, in_dims[0], dy), _fold(size, in_dims[1], x)
         mean, gate = _fold(size, in_dims[3], mean), _fold(size, in_dims[4], gate)
         results = _TransformedBackward.apply(
             dy, x, weight, mean, gate, circular, need_dx, need_dweight, size * groups, kernels
         )
-        dx, dweight = (_split(size, t) for t in results)
+        dx, dweight = (_split(size, *r) for r in zip(results, (samples, groups), strict=True))
         return (dx, dweight), 0
 
 
-def _split(parts: int, t: Tensor | None) -> Any:
-    """(parts * n, ...) to (parts, n, ...); None stays."""
-    return None if t is None else t.reshape(parts, t.shape[0] // parts, *t.shape[1:])
+def _samples(dim: int | None, t: Tensor) -> int:
+    """n of a batch of tensors (n, ...) in this dimension, which may be empty."""
+    return t.shape[1 if dim == 0 else 0]
+
+
+def _split(parts: int, t: Tensor | None, n: int = 0) -> Any:
+    """(parts * n, ...) to (parts, n, ...); None stays. Of no parts, the shape does not tell n."""
+    if t is None:
+        return None
+    return t.reshape(parts, t.shape[0] // parts if parts else n, *t.shape[1:])
 
 
 def _each(function: Callable[..., Any], *groups: Tensor | None) -> Any:

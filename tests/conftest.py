@@ -8,6 +8,7 @@ from support import DEVICE
 # The files whose tests run on ECA_FUSED_TEST_DEVICE. The others are about the CPU, the build, the
 # demonstration or the scripts, which that device does not change.
 ON_ANY_DEVICE = {
+    "test_compile",
     "test_cuda",
     "test_errors",
     "test_fuzz",

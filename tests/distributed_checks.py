@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,7 +47,11 @@ def network() -> nn.Module:
     ).eval()
 
 
-def check(make: Callable[[], nn.Module], spread: Callable[[nn.Module], nn.Module]) -> None:
+def check(
+    make: Callable[[], nn.Module],
+    spread: Callable[[nn.Module], nn.Module],
+    layout: torch.memory_format = torch.contiguous_format,
+) -> None:
     """The gradients of a network over two processes are those of one with the whole batch."""
     torch.manual_seed(0)
     alone = make().double()
@@ -57,7 +62,7 @@ def check(make: Callable[[], nn.Module], spread: Callable[[nn.Module], nn.Module
         alone.zero_grad()
         together.zero_grad()
         alone(x).square().mean().backward()
-        together(x[rank::world]).square().mean().backward()
+        together(x[rank::world].contiguous(memory_format=layout)).square().mean().backward()
         for a, b in zip(alone.parameters(), together.parameters(), strict=True):
             if a.grad is None:
                 assert b.grad is None or not b.grad.any()
@@ -84,18 +89,32 @@ def fsdp(model: nn.Module) -> nn.Module:
     return model
 
 
-CHECKS = {
+def compiled(spread: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """Compile before spreading, as examples/train.py does."""
+
+    def both(model: nn.Module) -> nn.Module:
+        model.compile(backend="aot_eager", dynamic=False)
+        return spread(model)
+
+    return both
+
+
+CHECKS: dict[str, tuple[Any, ...]] = {
     "ddp": (network, ddp()),
     "static_graph": (network, ddp(static_graph=True)),
     "gradient_as_bucket_view": (network, ddp(gradient_as_bucket_view=True)),
     "find_unused_parameters": (Unused, ddp(find_unused_parameters=True)),
     "fsdp": (network, fsdp),
+    "ddp, compiled, channels_last": (network, compiled(ddp()), torch.channels_last),
+    "fsdp, compiled, channels_last": (network, compiled(fsdp), torch.channels_last),
 }
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    for name, (make, spread) in CHECKS.items():
-        check(make, spread)
+    for name, arguments in CHECKS.items():
+        check(*arguments)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert bool(graphs) == ("compiled" in name), graphs
         if dist.get_rank() == 0:
             print("passed", name, flush=True)
     dist.destroy_process_group()

@@ -784,7 +784,7 @@ def test_parts_of_the_gpu_check(tmp_path):
     chosen = check("--dry-run", "out", "bench", "tests", cwd=tmp_path).stdout.splitlines()
     assert chosen == [f"DIR {tmp_path}/out", "would run bench", "would run tests"]
     usual = check("--dry-run", cwd=tmp_path).stdout.splitlines()[1:]
-    asked = ("tune", "networks", "sizes", "calls")
+    asked = ("tune", "networks", "sizes", "calls", "compile")
     assert usual == [f"would run {part}" for part in listed if part not in asked]
     for wrong in (["out", "nonsense"], ["--nonsense"]):
         done = check(*wrong)

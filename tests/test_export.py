@@ -220,6 +220,103 @@ def test_a_script_names_a_wrong_padding_mode():
 
 
 @no_torchscript
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("own_taps", [True, False])
+def test_a_trace_warns_of_nothing(own_taps, inplace, fused):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(make_case((2, 8), 5, own_taps=own_taps).weight)
+
+        def forward(self, x):
+            run = eca_fused.eca_ if inplace else eca_fused.eca
+            return run(x, self.weight, backend="auto" if fused else "reference")
+
+    net, x = Net(), make_case((2, 8, 5, 7)).x
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", "`torch.jit.trace` is deprecated", DeprecationWarning)
+        traced = torch.jit.trace(net, (x.clone(),))
+        for other in (torch.cat([x, x, x]), make_case((1, 8, 3, 4)).x):
+            torch.testing.assert_close(traced(other.clone()), net(other.clone()))
+
+
+@no_torchscript
+def test_what_a_script_cannot_do_it_refuses():
+    x = make_case((2, 8, 5, 7)).x
+    with pytest.raises(torch.jit.Error, match="'triton' cannot be used in TorchScript"):
+        torchscript(ECALayer(8, backend="triton"), "script", None)(x)
+    layer = ECALayer(8)
+    layer.backend = "fast"
+    with pytest.raises(torch.jit.Error, match="one of auto, native, reference, got 'fast'"):
+        torchscript(layer, "script", None)(x)
+    on_meta = ECALayer(8, backend="native", device="meta")
+    with pytest.raises(torch.jit.Error, match="no compiled kernels for meta"):
+        torchscript(on_meta, "script", None)(x.to("meta"))
+
+
+@no_torchscript
+@needs_extension
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_trace_keeps_what_use_backend_said(inplace):
+    layer, x = ECALayer(8, inplace=inplace), make_case((2, 8, 5, 7)).x
+    with torch.no_grad():
+        want = eca_fused.eca(x, layer.conv.weight)
+        with eca_fused.use_backend("reference"):
+            plain = torchscript(layer, "trace", x.clone())
+        fused = torchscript(layer, "trace", x.clone())
+        for traced, kernels in ((plain, False), (fused, True)):
+            with torch.profiler.profile() as profile:
+                torch.testing.assert_close(traced(x.clone()), want)
+            names = {event.name for event in profile.events()}
+            assert bool(names & {"eca_fused::inference", "eca_fused::inference_"}) is kernels
+
+
+BAD_INPUT = {
+    "no channels": (torch.ones(8), torch.ones(1, 1, 3), "got [8]"),
+    "too many dimensions": (torch.ones(2, 8, 1, 1, 1, 1), torch.ones(1, 1, 3), "0 to 3 spatial"),
+    "integers": (torch.ones(2, 8, dtype=torch.int32), torch.ones(1, 1, 3), "convert it"),
+    "taps of two dimensions": (torch.ones(2, 8), torch.ones(1, 3), "(1, 1, k), or (C, 1, k)"),
+    "taps of other channels": (torch.ones(2, 8), torch.ones(4, 1, 3), "(8, 1, k)"),
+    "even taps": (torch.ones(2, 8), torch.ones(1, 1, 4), "odd number of taps k, got 4"),
+    "taps in float64": (
+        torch.ones(2, 8),
+        torch.ones(1, 1, 3, dtype=torch.float64),
+        "expected taps of dtype",
+    ),
+    "taps elsewhere": (torch.ones(2, 8), torch.ones(1, 1, 3, device="meta"), "on the device of x"),
+}
+
+
+@no_torchscript
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("what", BAD_INPUT)
+def test_a_script_names_what_is_wrong(what, grad, backend):
+    def run(x: torch.Tensor, weight: torch.Tensor, backend: str) -> torch.Tensor:
+        return eca_fused.eca(x, weight, backend=backend)
+
+    x, weight, message = BAD_INPUT[what]
+    with pytest.raises((TypeError, ValueError)) as eager:
+        eca_fused.eca(x, weight, backend=backend)
+    assert message in str(eager.value).replace("(8,)", "[8]")
+    weight = weight.requires_grad_(grad)
+    with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, torch.jit.Error)) as scripted:
+        torchscript(run, "script", None)(x, weight, backend)
+    plain = grad or backend == "reference" or native.missing is not None
+    # The compiled operators have messages of their own.
+    assert (message if plain else "expected ") in str(scripted.value)
+
+
+@no_torchscript
+def test_a_script_names_circular_taps_that_wrap_around_twice():
+    layer = ECALayer(kernel_size=9, padding_mode="circular", fused=False)
+    with pytest.raises(torch.jit.Error, match="wrap around more than once: k = 9 needs 4 channels"):
+        torchscript(layer, "script", None)(torch.ones(2, 3))
+
+
+@no_torchscript
 def test_a_function_that_calls_eca_is_scripted():
     def twice(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return eca_fused.eca(eca_fused.eca(x, weight, padding_mode="circular"), weight)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import BACKENDS, LAYOUTS, MODES, make_case, plain
+from support import BACKENDS, LAYOUTS, MODES, make_case, needs_extension, plain
 from torch.autograd import gradcheck, gradgradcheck
 
 import eca_fused
@@ -97,6 +97,7 @@ def test_gradient_penalty_in_lower_precision(backend, dtype):
         assert (got.double() - want).abs().max() <= allowed
 
 
+@needs_extension
 @pytest.mark.parametrize("needs", [("x",), ("weight",), ("x", "weight")])
 def test_only_needed_gradients_are_computed(backend, needs):
     asked = []

@@ -1,4 +1,4 @@
-"""torch.ops.eca_fused.*: registration, fakes, and a first contact with torch.compile."""
+"""torch.ops.eca_fused.*: schemas, fakes and strides by opcheck; a layer under torch.compile."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import DEVICE, DTYPES, LAYOUTS, make_case, name_of, needs_extension
+from support import DEVICE, DTYPES, LAYOUTS, in_layout, make_case, name_of, needs_extension
 
 import eca_fused
 from eca_fused import native
@@ -23,6 +23,11 @@ VIEWS = {
     "transposed": lambda t: t.transpose(-1, -2),
     "expanded": lambda t: t[:1].expand_as(t),
 }
+
+
+def check_in_place(x, weight, circular=False):
+    x = x.clone(memory_format=torch.preserve_format)
+    torch.library.opcheck(ops.inference_, (x, weight, circular))
 
 
 def check_operators(x, weight, circular=False):
@@ -50,6 +55,8 @@ def test_opcheck_for_every_shape(shape, dtype, layout):
 def test_opcheck_for_taps(shape, k, circular):
     case = make_case(shape, k=k, own_taps=circular)
     check_operators(case.x, case.weight, circular)
+    layout = "channels_last" if circular else "contiguous"
+    check_in_place(in_layout(case.x, layout), case.weight, circular)
 
 
 @pytest.mark.parametrize("taps_dtype", [None, torch.float32], ids=["same", "single"])
@@ -57,6 +64,7 @@ def test_opcheck_for_taps(shape, k, circular):
 def test_opcheck_for_more_taps_than_channels(dtype, taps_dtype):
     case = make_case((1, 1, 3, 3), k=9, dtype=dtype, taps_dtype=taps_dtype)
     check_operators(case.x, case.weight)
+    check_in_place(case.x, case.weight)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -95,6 +95,28 @@ def test_symbolic_trace_of_in_place_inference():
     assert torch.equal(x, want)
 
 
+@pytest.mark.parametrize("function", [eca_fused.eca, eca_fused.eca_])
+def test_symbolic_trace_where_the_taps_alone_are_traced(function):
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("x", make_case((2, 8, 5, 7)).x)
+
+        def forward(self, weight):
+            return function(self.x, weight, padding_mode="circular")
+
+    net = Fixed()
+    before = net.x.clone()
+    traced = torch.fx.symbolic_trace(net)
+    assert calls(traced) == [function]
+    for taps in (3, 5):
+        weight = torch.randn(1, 1, taps)
+        with torch.no_grad():
+            traced.x.copy_(before)
+            want = eca_fused.eca(before, weight, padding_mode="circular")
+            assert torch.equal(traced(weight), want)
+
+
 def test_symbolic_trace_of_eca_resnet():
     net = ResNet(Bottleneck, (1, 1, 1, 1), "3557", 10).eval()
     traced = torch.fx.symbolic_trace(net)

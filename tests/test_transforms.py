@@ -21,6 +21,7 @@ from support import (
     plain,
 )
 from torch import func, nn
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -293,6 +294,55 @@ def test_shapes_of_one_example(backend, shape):
         )
 
     torch.testing.assert_close(results(fused(case, backend)), results(plain(case)))
+
+
+# Plain PyTorch is no measure here: its convolution knows no batch of none.
+EMPTY = [
+    name
+    for name in TRANSFORMS
+    if name.startswith("vmap") and name not in ("vmap, last dimension", "vmap in chunks")
+]
+
+
+@pytest.mark.parametrize("name", [name for name in EMPTY if name not in ON_PLAIN_PYTORCH])
+def test_a_batch_of_none(backend, name):
+    case = batch_of_cases()
+    want = TRANSFORMS[name](fused(case, backend), case)
+    case.many = Case(case.many.x[:0], case.many.weight, case.many.dy[:0])
+    got = TRANSFORMS[name](fused(case, backend), case)
+    leaves = torch.utils._pytree.tree_leaves
+    for ours, of_three in zip(leaves(got), leaves(want), strict=True):
+        assert ours.shape == (0, *of_three.shape[1:])
+
+
+def test_gradients_of_a_batch_of_none_are_zero(backend):
+    case = batch_of_cases()
+    case.many = Case(case.many.x[:0], case.many.weight, case.many.dy[:0])
+    for name in ("grad of vmap", "grad of vmap of grad"):
+        dx, dweight = TRANSFORMS[name](fused(case, backend), case)
+        assert dx.shape == case.many.x.shape
+        assert torch.equal(dweight, torch.zeros_like(case.weight))
+
+
+@pytest.mark.parametrize("name", ["grad", "vmap", "vmap of grad", "jvp"])
+def test_compiled_transforms_are_right_and_in_plain_pytorch(backend, name, calls):
+    torch._dynamo.reset()
+    case = batch_of_cases("circular", dtype=torch.float32)
+    # A function as arguments have it: the compiler takes no case apart.
+    names = ("x", "weight", "dy")
+
+    def computed(*tensors):
+        one, many = Case(*tensors[:3], "circular"), Case(*tensors[3:])
+        one.many = many
+        return TRANSFORMS[name](fused(one, backend), one)
+
+    tensors = [getattr(c, n) for c in (case, case.many) for n in names]
+    counter = CompileCounter()
+    got = torch.compile(computed, fullgraph=True, backend=counter)(*tensors)
+    assert counter.frame_count == 1
+    assert (calls.forward, calls.backward) == (0, 0)
+    torch.testing.assert_close(got, TRANSFORMS[name](plain(case), case))
+    torch._dynamo.reset()
 
 
 def test_gradients_of_each_example_for_a_network(backend):

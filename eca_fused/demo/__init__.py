@@ -3,6 +3,7 @@
 command.py       options, exit status, JSON
 main_job.py      the order of the steps, the result
 photographs.py   the input
+class_gates.py   the gates for images of different classes: `python -m eca_fused gates`
 network.py       the network with seeded weights, and what is observed inside it
 check.py         fused and plain PyTorch against float64; comparison.py is what it finds
 timing.py        what is timed; measure.py is how

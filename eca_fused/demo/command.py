@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -102,9 +102,10 @@ def settings(argv: Sequence[str]) -> tuple[Settings, bool]:
     return made, args.json
 
 
-def missing_packages() -> list[str]:
-    """The optional packages that are not installed, by the names under which pip knows them."""
-    return [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
+def missing_packages(needed: Collection[str] = PACKAGES) -> list[str]:
+    """Of the needed modules in PACKAGES those that are not installed, by pip's names for them."""
+    found = importlib.util.find_spec
+    return [name for module, name in PACKAGES.items() if module in needed and not found(module)]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from eca_fused.layers import ECALayer
 from eca_fused.models import Bottleneck, ResNet, eca_resnet50, set_fused
 
-__all__ = ["KERNEL_SIZES", "build", "fused_copy", "gates", "layer_inputs", "moved_gates", "outputs"]
+__all__ = [
+    "KERNEL_SIZES",
+    "adapt",
+    "build",
+    "fused_copy",
+    "gates",
+    "layer_inputs",
+    "moved_gates",
+    "outputs",
+]
 
 KERNEL_SIZES = "3557"
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -36,6 +45,12 @@ def build(images: Tensor, seed: int) -> ResNet:
         for module in network.modules():
             if isinstance(module, Bottleneck):
                 nn.init.normal_(module.bn3.bias)
+    adapt(network, images)
+    return network
+
+
+def adapt(network: nn.Module, images: Tensor) -> None:
+    """Give the batch norms of a network the statistics of images (P, 3, H, W); evaluation mode."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -44,7 +59,7 @@ def build(images: Tensor, seed: int) -> ResNet:
         network.train()(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return network.eval()
+    network.eval()
 
 
 def fused_copy(network: ResNet) -> ResNet:

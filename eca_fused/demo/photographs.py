@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Photograph", "crop", "fill_batch", "load_photographs", "preprocess"]
+__all__ = ["Photograph", "crop", "fill_batch", "load_photographs", "preprocess", "read_photograph"]
 
 # Mean and standard deviation of ImageNet's red, green and blue, as every ImageNet model uses them.
 MEAN = (0.485, 0.456, 0.406)
@@ -40,6 +40,26 @@ def load_photographs() -> list[Photograph]:
         Photograph(Path(name).stem, torch.from_numpy(image.copy()))
         for name, image in zip(samples.filenames, samples.images, strict=True)
     ]
+
+
+def read_photograph(file: Path) -> Photograph:
+    """A photograph from a file that Pillow reads, upright as the camera was held.
+
+    Raises:
+        ImportError: Pillow is not installed.
+        ValueError: the file is no image, or a part of one.
+    """
+    pillow, turn = importlib.import_module("PIL.Image"), importlib.import_module("PIL.ImageOps")
+    try:
+        with pillow.open(file) as opened:
+            image = turn.exif_transpose(opened).convert("RGB")
+    except Exception as error:  # a broken file may fail in any way
+        raise ValueError(
+            f"expected {file} as an image, cannot read it: {type(error).__name__}: {error}"
+        ) from error
+    width, height = image.size
+    data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return Photograph(file.stem, data.reshape(height, width, 3))
 
 
 def crop(pixels: Tensor, size: int = 224) -> Tensor:
