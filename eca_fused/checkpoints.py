@@ -128,7 +128,8 @@ def _read(path: Path) -> Any:
         found = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
         if not found:
             raise CheckpointError(
-                f"{path} is no whole file of torch.save(): {' '.join(str(error).split())[:200]}"
+                f"{path} is no whole file of torch.save(), or of another kind; download it again, "
+                "and name files of safetensors .safetensors"
             ) from error
         raise CheckpointError(
             f"{path} is refused, and nothing of it was run: expected tensors and plain values, got "
