@@ -17,7 +17,7 @@ from eca_fused import decomposed, reference, scripting
 from eca_fused.backend import named, select, warn_once
 from eca_fused.checks import PADDING_MODES, check, check_padding_mode
 from eca_fused.double_backward import double_backward, plain_backward
-from eca_fused.transforms import transformed_eca
+from eca_fused.transforms import transformed_backward, transformed_eca
 
 __all__ = ["ECAFunction", "eca", "eca_"]
 
@@ -43,11 +43,16 @@ class ECAFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, gate = ctx.saved_tensors
         need_dx, need_dweight = ctx.needs_input_grad[:2]
-        if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy):
-            # Under is_grads_batched=True, a function inside this one would not be recorded.
-            warn_once("eca_fused computes gradients with is_grads_batched in plain PyTorch: slower")
-            mode = "circular" if ctx.circular else "zeros"
-            return *plain_backward(dy, x, weight, padding_mode=mode), None, None
+        if not is_compiling():
+            if torch._C._functorch.is_legacy_batchedtensor(dy):
+                # Under is_grads_batched=True, a function inside this one would not be recorded.
+                warn_once(
+                    "eca_fused computes gradients with is_grads_batched in plain PyTorch: slower"
+                )
+                mode = "circular" if ctx.circular else "zeros"
+                return *plain_backward(dy, x, weight, padding_mode=mode), None, None
+            if _transformed():  # around this backward pass alone, with a dual or batched dy
+                return *transformed_backward(ctx, dy, x, weight, mean, gate), None, None
         # Gradients of these gradients are asked for only under create_graph=True.
         run = _ECABackward.apply if torch.is_grad_enabled() else ctx.kernels.backward
         extra = (ctx.kernels,) if torch.is_grad_enabled() else ()

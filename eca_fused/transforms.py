@@ -21,7 +21,7 @@ from eca_fused.checks import check
 from eca_fused.double_backward import double_backward, taps_gradient
 from eca_fused.forward_mode import backward_tangents, forward_tangent
 
-__all__ = ["transformed_eca"]
+__all__ = ["transformed_backward", "transformed_eca"]
 
 
 def transformed_eca(x: Tensor, weight: Tensor, padding_mode: str, kernels: ModuleType) -> Tensor:
@@ -43,6 +43,23 @@ def transformed_eca(x: Tensor, weight: Tensor, padding_mode: str, kernels: Modul
         warn_once("eca_fused runs in plain PyTorch for taps batched by vmap(), which is slower")
         return reference.eca(x, weight, padding_mode=padding_mode)
     return TransformedECA.apply(x, weight, padding_mode == "circular", kernels)[0]  # type: ignore[no-any-return]
+
+
+def transformed_backward(
+    ctx: Any, dy: Tensor, *saved: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dweight inside transforms, None where not needed; the forward pass may lie outside.
+
+    Args:
+        ctx: of ECAFunction or TransformedECA.
+        dy: (N, C, *spatial).
+        saved: x, weight, mean and gate. A checkpoint allows ctx.saved_tensors to be read once.
+    """
+    need_dx, need_dweight = ctx.needs_input_grad[:2]
+    dx, dweight = _TransformedBackward.apply(
+        dy, *saved, ctx.circular, need_dx, need_dweight, 1, ctx.kernels
+    )
+    return dx if need_dx else None, dweight[0] if need_dweight else None
 
 
 def _batched(t: Tensor) -> bool:
@@ -97,11 +114,7 @@ class TransformedECA(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return None, None, None, None
-        need_dx, need_dweight = ctx.needs_input_grad[:2]
-        dx, dweight = _TransformedBackward.apply(
-            dy, *ctx.saved_tensors, ctx.circular, need_dx, need_dweight, 1, ctx.kernels
-        )
-        return dx if need_dx else None, dweight[0] if need_dweight else None, None, None
+        return *transformed_backward(ctx, dy, *ctx.saved_tensors), None, None
 
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, tweight: Tensor | None, *_: None) -> tuple[Any, ...]:
@@ -191,7 +204,8 @@ class _TransformedBackward(torch.autograd.Function):
                 ),
                 *(_split(ctx.groups, t) for t in (tdy, tx, dy, x)),
             )
-        return tdx.flatten(0, 1) if need_dx else None, tdweight if need_dweight else None
+        # flatten() has no rule for the batches of torch.autograd.functional.
+        return tdx.reshape(x.shape) if need_dx else None, tdweight if need_dweight else None
 
     @staticmethod
     def vmap(

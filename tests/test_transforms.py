@@ -411,6 +411,75 @@ def test_dual_numbers(backend, dual, create_graph):
     torch.testing.assert_close(ours, want)
 
 
+# What is done with the gradients of a y that was computed before, outside of any transform.
+OF_GRADIENTS = {
+    "vmap": lambda f, c: func.vmap(f)(c.many.dy),
+    "jvp": lambda f, c: func.jvp(f, (c.dy,), (c.many.dy[1],)),
+    "grad": lambda f, c: func.grad(lambda g: sum((t**2).sum() for t in f(g)))(c.dy),
+    "vmap of jvp": lambda f, c: func.vmap(lambda g: func.jvp(f, (c.dy,), (g,)))(c.many.dy),
+}
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", OF_GRADIENTS)
+def test_transforms_of_a_backward_pass_alone(backend, name, create_graph, calls):
+    case = batch_of_cases()
+
+    def results(function):
+        x, w = case.x.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        y = function(x, w)
+
+        def gradients(dy):
+            return torch.autograd.grad(
+                y, (x, w), dy, retain_graph=True, create_graph=create_graph or name == "grad"
+            )
+
+        found = torch.utils._pytree.tree_leaves(OF_GRADIENTS[name](gradients, case))
+        if create_graph:
+            found += torch.autograd.grad(sum(t.pow(2).sum() for t in found), (x, w))
+        return found
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # as of a batch that runs one by one
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
+        ours = results(fused(case, backend))
+    assert calls.backward > 0
+    torch.testing.assert_close(ours, results(plain(case)))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_dual_gradient_of_what_is_not_dual(backend, create_graph):
+    case = batch_of_cases()
+
+    def tangents(function):
+        x, w = case.x.clone().requires_grad_(), case.weight.clone().requires_grad_()
+        y = function(x, w)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(case.dy, case.many.dy[1])
+            gradients = torch.autograd.grad(y, (x, w), dual, create_graph=create_graph)
+            return [t for g in gradients for t in forward_ad.unpack_dual(g)]
+
+    ours = tangents(fused(case, backend))
+    assert all(t is not None for t in ours)
+    torch.testing.assert_close(ours, tangents(plain(case)))
+
+
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_hessians_of_torch_autograd_functional(backend, strategy):
+    case = batch_of_cases()
+    # Its batches are older than torch.func's, and have rules of their own.
+    ours, want = (
+        torch.autograd.functional.hessian(
+            loss_of(function(case)),
+            (case.x, case.weight),
+            vectorize=function is not plain,
+            outer_jacobian_strategy=strategy if function is not plain else "reverse-mode",
+        )
+        for function in (lambda case: fused(case, backend), plain)
+    )
+    torch.testing.assert_close(ours, want)
+
+
 def test_arguments_are_checked_in_transforms_too(backend):
     case = batch_of_cases()
     with pytest.raises(ValueError, match=r"got \(4, 3\)|expected x of shape"):
