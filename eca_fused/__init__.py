@@ -12,6 +12,7 @@ from eca_fused.backend import Backend, backends, use_backend
 from eca_fused.functional import ECAFunction, eca, eca_
 from eca_fused.layers import ECALayer, kernel_size
 from eca_fused.planning import Plan, plan
+from eca_fused.pool_rescale import pool, rescale
 
 __all__ = [
     "Backend",
@@ -24,6 +25,8 @@ __all__ = [
     "eca_",
     "kernel_size",
     "plan",
+    "pool",
     "reference",
+    "rescale",
     "use_backend",
 ]

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
 from eca_fused import decomposed, reference, scripting
 from eca_fused.backend import select, warn_once
 from eca_fused.checks import PADDING_MODES, check, check_padding_mode
 from eca_fused.double_backward import double_backward, plain_backward
+from eca_fused.modes import exporting_to_onnx, is_tracing, transformed
 from eca_fused.transforms import transformed_eca
 
 __all__ = ["ECAFunction", "eca", "eca_"]
@@ -89,28 +89,15 @@ def _needs_grad(x: Tensor, weight: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
-def _transformed() -> bool:
-    """Inside torch.func's transforms or forward-mode AD, which have rules of their own."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def _in_reference(x: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
     check(x, weight, padding_mode)
     return reference.eca(x, weight, padding_mode=padding_mode)
-
-
-_is_tracing = torch._C._is_tracing  # by torch.jit.trace; torch.jit.is_tracing() takes longer
 
 
 @functools.cache
 def _scripted(inplace: bool) -> Any:
     """What a trace records: whether a gradient is needed is known when the trace runs."""
     return torch.jit.script(scripting.eca_ if inplace else scripting.eca)
-
-
-def _exporting_to_onnx() -> bool:
-    """ONNX knows standard operators only; any other export keeps ours."""
-    return is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str = "auto") -> Tensor:
@@ -145,14 +132,14 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str 
             modes = {"padding_mode": padding_mode, "backend": backend}
             return handle_torch_function(eca, (x,), x, weight, **modes)
         return _in_reference(x, weight, padding_mode)
-    if _transformed():
+    if transformed():
         return transformed_eca(x, weight, padding_mode, kernels)
     if padding_mode not in PADDING_MODES:
         check_padding_mode(padding_mode)
-    if _is_tracing():
+    if is_tracing():
         return _scripted(False)(x, weight, padding_mode, backend)  # type: ignore[no-any-return]
     circular = padding_mode == "circular"
-    if _exporting_to_onnx():
+    if exporting_to_onnx():
         check(x, weight, padding_mode)
         return decomposed.eca(x, weight, circular)
     try:
@@ -183,7 +170,7 @@ def eca_(
         modes = {"padding_mode": padding_mode, "backend": backend}
         return handle_torch_function(eca_, (x,), x, weight, **modes)
     check(x, weight, padding_mode)
-    if _is_tracing():
+    if is_tracing():
         name = "reference" if kernels is None else backend
         return _scripted(True)(x, weight, padding_mode, name)  # type: ignore[no-any-return]
     if _needs_grad(x, weight):
@@ -198,10 +185,10 @@ def eca_(
             "x was made in inference mode and cannot be written in place outside of it; "
             "call this in torch.inference_mode(), or on x.clone()"
         )
-    if kernels is None or _transformed():
+    if kernels is None or transformed():
         gate = reference.gate(x, weight, padding_mode)
         return x.mul_(gate.reshape(gate.shape + (1,) * (x.dim() - 2)))
-    if _exporting_to_onnx():
+    if exporting_to_onnx():
         return x.copy_(decomposed.eca(x, weight, padding_mode == "circular"))
     kernels.inference_(x, weight, padding_mode == "circular")
     torch.autograd.graph.increment_version(x)

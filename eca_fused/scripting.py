@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eca_fused import decomposed, native
 
-__all__ = ["eca", "eca_", "plain"]
+__all__ = ["check_map", "eca", "eca_", "linked_pool", "linked_rescale", "plain", "pool", "rescale"]
 
 if native.missing is None:
 
@@ -19,7 +19,14 @@ if native.missing is None:
     def _inference_(x: Tensor, weight: Tensor, circular: bool) -> None:
         torch.ops.eca_fused.inference_(x, weight, circular)
 
+    def _pool(x: Tensor) -> Tensor:
+        return torch.ops.eca_fused.pool(x)  # type: ignore[no-any-return]
+
+    def _rescale(x: Tensor, gate: Tensor) -> Tensor:
+        return torch.ops.eca_fused.rescale(x, gate)  # type: ignore[no-any-return]
+
 else:
+    _pool, _rescale = decomposed.pool, decomposed.rescale
     _inference = decomposed.eca
 
     def _inference_(x: Tensor, weight: Tensor, circular: bool) -> None:
@@ -35,6 +42,18 @@ else:
 
     def _has_kernels(x: Tensor) -> bool:
         return x.is_cpu
+
+
+def check_map(x: Tensor, channels: int, spatial: int | None = None) -> None:
+    """As in checks.py."""
+    least, most = 0, 3
+    if spatial is not None:
+        least, most = spatial, spatial
+    if x.dim() - 2 < least or x.dim() - 2 > most or x.shape[1] != channels:
+        raise ValueError(
+            f"expected x of shape (N, {channels}, *spatial) with {least} to {most} spatial "
+            f"dimensions, got {x.shape}; build the layer for the channels of x, or reshape x"
+        )
 
 
 def _circular(padding_mode: str) -> bool:
@@ -83,3 +102,27 @@ def eca_(x: Tensor, weight: Tensor, padding_mode: str = "zeros", backend: str = 
         return plain(x, weight, padding_mode, True)
     _inference_(x, weight, _circular(padding_mode))
     return x
+
+
+def pool(x: Tensor, backend: str = "auto") -> Tensor:
+    """pool() with a gradient from autograd. Args as for pool()."""
+    if backend == "reference" or not _has_kernels(x):
+        return decomposed.pool(x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return decomposed.pool(x)
+    return _pool(x)
+
+
+def rescale(x: Tensor, gate: Tensor, backend: str = "auto") -> Tensor:
+    """rescale() with a gradient from autograd. Args as for rescale()."""
+    if backend == "reference" or _needs_grad(x, gate) or not _has_kernels(x):
+        return decomposed.rescale(x, gate)
+    return _rescale(x, gate)
+
+
+def linked_pool(x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
+    return pool(x, backend), None
+
+
+def linked_rescale(x: Tensor, gate: Tensor, token: Tensor | None, backend: str) -> Tensor:
+    return rescale(x, gate, backend)
