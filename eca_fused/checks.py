@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
+from eca_fused.modes import is_tracing
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PADDING_MODES = ("zeros", "circular")
 MAX_SPATIAL_DIMS = 3
@@ -31,6 +33,8 @@ def check_map(x: Tensor, channels: int, spatial: int | None = None) -> None:
     For gates of so many channels, whose network would give an error of its own, or broadcast. None
     is any number of spatial dimensions from 0 to 3.
     """
+    if is_tracing():  # by torch.jit.trace, which would record none of this, and warns of it
+        return
     if not isinstance(x, Tensor):
         if has_torch_function((x,)):  # a proxy of torch.fx, which has no shape yet
             return

@@ -1,7 +1,7 @@
 """The compiled extension: loads it, or says why it is missing, and describes its operators.
 
-`forward`, `backward`, `inference` and `inference_` are this backend's side of the contract, and
-`pool`, `rescale` and `rescale_backward` for the two ends alone; a backend is a module that has these.
+`forward`, `backward`, `inference` and `inference_` are this backend's side of the contract, with
+`pool`, `rescale` and `rescale_backward` for the two ends alone; a backend is a module that has all.
 """
 
 import functools

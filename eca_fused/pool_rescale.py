@@ -1,11 +1,11 @@
 """pool() and rescale(): the two ends of channel attention, for gates that are made in between.
 
-rescale(x, gate(pool(x))) is any method of the kind of squeeze and excitation. As two functions they
-move more memory than eca(), which knows its gate: in units of x, forward 3 instead of 2, as the gates
-need all of x before its first element is rescaled (modelled: what is read and written, nothing found
-in a cache). Backward, dy and x give dgate and, in the same pass, gate * dy: 3. The share of the mean,
-dmean / S, is a view that autograd adds to it: 2 more. linked() has both in one: dgate first, 2, then
-gate * dy + dmean / S when dmean is known, 2. Plain PyTorch moves 10.
+rescale(x, gate(pool(x))) is squeeze and excitation, with any gate. Maps that are read or written,
+modelled, with nothing found in a cache: forward 3, as a gate needs all of x before any of it is
+rescaled. Backward, one pass over dy and x gives dgate and gate * dy, which is 3; the share of the
+mean, dmean / S, is a view that autograd adds to it, 2 more. Layers link the two: rescaling gives
+dgate alone, 2, and pooling, whose turn comes when dmean is known, gate * dy + dmean / S, 2. Plain
+PyTorch takes 3 and 10.
 """
 
 import functools
@@ -49,7 +49,7 @@ def _plain_backward(
 
 
 def _plainly(dy: Tensor) -> bool:
-    """Whether gradients are to be differentiable (create_graph=True) or batched (is_grads_batched)."""
+    """Whether gradients are to be differentiable (create_graph) or batched (is_grads_batched)."""
     return torch.is_grad_enabled() or (
         not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy)
     )
@@ -107,10 +107,10 @@ def _scripted(name: str) -> Any:
 def pool(x: Tensor, *, backend: str = "auto") -> Tensor:
     """Means over the spatial positions, the global average pooling of channel attention.
 
-    Summed in float32 (float64 for float64 x) and rounded once, to the dtype of x: that is what a gate
-    network takes whose weights have this dtype. x is read as by eca(), slices in place. The gradient is
-    a view of (N, C) numbers, which takes no memory. Plain PyTorch computes derivatives inside
-    torch.func's transforms and in forward mode, and torch.compile traces plain operations on the CPU.
+    Summed in float32 (float64 for float64 x) and rounded once, to the dtype of x, which a network
+    of this dtype takes. x is read as by eca(), slices in place. The gradient is a view of N C
+    numbers. Plain PyTorch computes inside torch.func's transforms and in forward mode, and on the
+    CPU torch.compile gets plain operations to merge with their neighbours.
 
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
@@ -125,7 +125,7 @@ def pool(x: Tensor, *, backend: str = "auto") -> Tensor:
         RuntimeError: the backend that was asked for cannot be used here.
     """
     if not isinstance(x, Tensor) and has_torch_function((x,)):  # such as a proxy of torch.fx
-        return handle_torch_function(pool, (x,), x, backend=backend)  # type: ignore[no-any-return]
+        return handle_torch_function(pool, (x,), x, backend=backend)
     kernels = _kernels(x, backend) if isinstance(x, Tensor) else None
     if kernels is None:
         check_x(x)
@@ -147,10 +147,9 @@ def pool(x: Tensor, *, backend: str = "auto") -> Tensor:
 def rescale(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
     """Every channel of x by its gate, y[n, c, s] = gate[n, c] * x[n, c, s].
 
-    Computed in float32 (float64 for float64 x) and rounded once. The gradients for x and the gate come
-    from one pass over dy and x; x is kept for the backward pass only where the gate needs a gradient.
-    Gradients of these gradients are plain PyTorch's, as are derivatives inside torch.func's transforms
-    and in forward mode.
+    Computed in float32 (float64 for float64 x) and rounded once. The gradients for x and the gate
+    come from one pass over dy and x, which is kept only where the gate needs a gradient. Gradients
+    that are to be differentiated (create_graph=True) are plain PyTorch's; else as for pool().
 
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
@@ -166,7 +165,7 @@ def rescale(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
         RuntimeError: the backend that was asked for cannot be used here.
     """
     if not isinstance(x, Tensor) and has_torch_function((x, gate)):
-        return handle_torch_function(rescale, (x, gate), x, gate, backend=backend)  # type: ignore[no-any-return]
+        return handle_torch_function(rescale, (x, gate), x, gate, backend=backend)
     kernels = _kernels(x, backend) if isinstance(x, Tensor) else None
     if kernels is None:
         check_gate(x, gate)
@@ -189,11 +188,11 @@ def rescale(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 class _LinkedPool(torch.autograd.Function):
-    """mean of x, and a token to give to _LinkedRescale, whose backward leaves gate * dy to this one.
+    """mean of x, and a token for _LinkedRescale, whose backward leaves gate * dy to this one.
 
-    The gate's network comes in between: dmean is known only after dgate is. What this one needs then,
-    dy and gate, arrives as an attribute of the token's gradient, so each backward pass brings its
-    own, however many there are, and nothing outlives one.
+    Between the two comes that of the gate's network: dmean is known only after dgate is. dy and
+    gate arrive as an attribute of the token's gradient, so that each backward pass brings its own,
+    however many there are, and none leaves anything behind.
     """
 
     @staticmethod
@@ -208,7 +207,7 @@ class _LinkedPool(torch.autograd.Function):
             return None if dmean is None else _spread_evenly(dmean, ctx.shape), None
         dy, gate = dtoken.left
         if _plainly(dy):
-            dx, _ = _plain_backward(dy, None, gate, True, False)
+            dx: Any = _plain_backward(dy, None, gate, True, False)[0]
             return dx if dmean is None else dx + _spread_evenly(dmean, ctx.shape), None
         if dmean is None:
             return ctx.kernels.rescale(dy, gate), None
@@ -244,7 +243,7 @@ def linked_pool(x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
     The token is for one call. Args and errors as for pool().
     """
     if not isinstance(x, Tensor) and has_torch_function((x,)):
-        return handle_torch_function(linked_pool, (x,), x, backend)  # type: ignore[no-any-return]
+        return handle_torch_function(linked_pool, (x,), x, backend)
     if not isinstance(x, Tensor) or not (torch.is_grad_enabled() and x.requires_grad):
         return pool(x, backend=backend), None
     kernels = None if is_tracing() or torch.compiler.is_compiling() else _kernels(x, backend)
@@ -257,7 +256,7 @@ def linked_pool(x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
 def linked_rescale(x: Tensor, gate: Tensor, token: Tensor | None, backend: str) -> Tensor:
     """rescale(x, gate) with the token that linked_pool() gave. Args and errors as for rescale()."""
     if not isinstance(x, Tensor) and has_torch_function((x,)):
-        return handle_torch_function(linked_rescale, (x,), x, gate, token, backend)  # type: ignore[no-any-return]
+        return handle_torch_function(linked_rescale, (x,), x, gate, token, backend)
     kernels = None if token is None else _kernels(x, backend)
     if token is None or kernels is None:
         return rescale(x, gate, backend=backend)

@@ -1,4 +1,4 @@
-"""ECA, and its pooling and rescaling, in plain PyTorch: the definition that every kernel is checked against.
+"""ECA and its two ends in plain PyTorch: the definition that every kernel is checked against.
 
 Formulas: Wang et al., "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks"
 (CVPR 2020), equations 7 to 9; the taps of each channel (ECA-NS) are equation 6.

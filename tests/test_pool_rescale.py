@@ -1,4 +1,4 @@
-"""pool() and rescale(), and attention methods on them: values, gradients, memory, errors, compilers."""
+"""pool() and rescale(), and attention on them: values, gradients, memory, errors, compilers."""
 
 import copy
 import pickle
@@ -18,6 +18,7 @@ from support import (
     needs_extension,
     normal,
 )
+from test_export import called
 from test_fuzz import random_case
 from test_kernels import SHAPES
 from torch import Tensor, nn
@@ -130,17 +131,13 @@ def test_any_number_of_threads(shape, dtype, layout, backend, threads):
 
 @each_backend
 @pytest.mark.parametrize(
-    ("shape", "dtype", "layout"),
-    [
-        ((13, 96, 99, 101), torch.float32, "contiguous"),
-        ((13, 96, 99, 101), torch.float32, "channels_last"),
-        ((100, 1700, 9, 11), torch.bfloat16, "contiguous"),
-    ],
+    ("dtype", "layout"),
+    [(torch.float32, "contiguous"), (torch.bfloat16, "channels_last")],
     ids=name_of,
 )
-def test_map_larger_than_the_caches(shape, dtype, layout, backend):
-    # From 16 MB on, outputs are streamed; rows that are not whole lines.
-    case = make_case(shape, dtype=dtype, layout=layout)
+def test_large_maps(dtype, layout, backend):
+    # Rows that are not whole lines; outputs are streamed where the caches have less than 32 MB.
+    case = make_case((5, 96, 99, 101), dtype=dtype, layout=layout)
     check(case, make_gate(case), backend)
 
 
@@ -321,12 +318,11 @@ def test_a_layer_rounds_its_gradient_once(dtype, layout, backend):
     layer = Remembers(8, backend=backend)
     case = make_case((2, 8, 9, 7), dtype=dtype, layout=layout)
     x = case.x.requires_grad_()
-    (dx,) = torch.autograd.grad(y := layer(x), x, case.dy, retain_graph=True)
-    y.backward(case.dy)
+    layer(x).backward(case.dy)
     gate, dmean, g = layer.made.double(), layer.mean.grad.double(), case.dy.double()
     share = spread(dmean / 63, g)
     scale = g.abs() + share.abs()
-    assert_near("dx", dx, spread(gate, g) * g + share, scale, dtype, accumulator=sums_dtype(x))
+    assert_near("dx", x.grad, spread(gate, g) * g + share, scale, dtype, accumulator=sums_dtype(x))
 
 
 @each_backend
@@ -481,7 +477,7 @@ def test_x_is_kept_for_the_gates_gradient_alone(needed, backend):
             ValueError,
             r"gate of shape \(N, C\) = \(2, 4\).*got \(2, 4, 1\); bring it to that with flatten",
         ),
-        (torch.ones(2, 4, 3), torch.ones(1, 4), ValueError, r"got \(1, 4\)"),
+        (torch.ones(2, 4, 3), torch.ones(1, 4), ValueError, r"a gate of .*got \(1, 4\)"),
         (
             torch.ones(2, 4, 3),
             torch.ones(2, 4, dtype=torch.int64),
@@ -661,7 +657,7 @@ def test_compiles_without_a_graph_break(backend):
         pytest.skip("needs a GPU: torch.compile cannot trace into the interpreter")
     torch.compiler.reset()
     layer, case = layer_of(torch.float32, backend), make_case((2, 8, 6, 6), layout="channels_last")
-    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True)
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(case.x), layer(case.x))
     for a, b in zip(gradients(compiled, case), gradients(layer, case), strict=True):
@@ -674,8 +670,7 @@ def test_exports_with_the_operators(strict):
     layer, case = layer_of(torch.float32, "auto").eval(), make_case((2, 8, 6, 6))
     batch = torch.export.Dim("batch", min=1, max=1000)
     program = torch.export.export(layer, (case.x,), dynamic_shapes={"x": {0: batch}}, strict=strict)
-    called = {node.target for node in program.graph.nodes}
-    assert {native.pool, native.rescale} <= called
+    assert {native.pool, native.rescale} <= called(program.graph_module)
     x = torch.cat([case.x, case.x])
     torch.testing.assert_close(program.module()(x), layer(x))
 

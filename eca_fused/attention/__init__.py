@@ -51,8 +51,8 @@ class Method:
         title: as the papers write it.
         build: from channels and keyword options to the module.
         key: the name of the module in the blocks of a network, and so in state dicts.
-        fused: has the options fused and backend: SE-Var1, SE-Var2, ECA-NS and ECA are one operation of
-            the fused kernels, the others use their pooling and rescaling.
+        fused: has the options fused and backend. SE-Var1, SE-Var2, ECA-NS and ECA are one operation
+            of the fused kernels, the others use their pooling and rescaling.
         sized: has the option kernel_size.
     """
 

@@ -35,7 +35,8 @@ class ChannelAttention(nn.Module):
 
     Raises:
         TypeError: channels is not an int, or x is no tensor.
-        ValueError: channels < 1, an unknown backend, or x has other channels or too many dimensions.
+        ValueError: channels < 1, an unknown backend, or x has other channels or too many
+            dimensions.
     """
 
     # TorchScript leaves out what it excludes: with fused=False, the compiled operators.

@@ -368,7 +368,12 @@ def pool(x: Tensor, mean: Tensor) -> None:
 
 
 def rescale(x: Tensor, gate: Tensor, shift: Tensor | None, y: Tensor) -> None:
-    """Write y = gate * x, plus shift, for x (N, C, *spatial) with elements, gate and shift (N, C)."""
+    """Write y = gate * x, plus shift, for x (N, C, *spatial) that has elements.
+
+    Args:
+        gate, shift: (N, C), of any floating dtype; None for no shift.
+        y: like x.
+    """
     planes = in_planes(x)
     source = readable(x, planes)
     p = _problem(planes, [source, y])
@@ -377,7 +382,13 @@ def rescale(x: Tensor, gate: Tensor, shift: Tensor | None, y: Tensor) -> None:
 
 
 def rescale_backward(dy: Tensor, x: Tensor, gate: Tensor, dx: Tensor | None, dgate: Tensor) -> None:
-    """Write dgate = sum(dy * x) and dx = gate * dy, for a map that has elements; None: not needed."""
+    """Write dgate = sum(dy * x) and dx = gate * dy, for a map that has elements.
+
+    Args:
+        dy, x: (N, C, *spatial).
+        gate, dgate: (N, C), of any floating dtype.
+        dx: like x; None if it is not needed.
+    """
     planes = in_planes(x)
     maps = [readable(x, planes), readable(dy, planes)] + ([] if dx is None else [dx])
     p = _problem(planes, maps)
