@@ -206,7 +206,7 @@ class _LinkedPool(torch.autograd.Function):
         if dtoken is None:  # what is differentiated is made of the mean alone
             return None if dmean is None else _spread_evenly(dmean, ctx.shape), None
         dy, gate = dtoken.left
-        if _plainly(dy):
+        if _plainly(dy) or (dmean is not None and _plainly(dmean)):
             dx: Any = _plain_backward(dy, None, gate, True, False)[0]
             return dx if dmean is None else dx + _spread_evenly(dmean, ctx.shape), None
         if dmean is None:

@@ -288,6 +288,7 @@ SUITE = [
     "test_memory.py",
     "test_instruments.py",
     "test_triton_operators.py",
+    "test_pool_rescale.py",
 ]
 # What the interpreter does badly: up to minutes each, for what the CPU's caches or threads would
 # notice, what repeats a call for every element, what runs often on one case or on a large map, and
