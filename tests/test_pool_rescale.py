@@ -135,8 +135,8 @@ def test_any_number_of_threads(shape, dtype, layout, backend, threads):
     [(torch.float32, "contiguous"), (torch.bfloat16, "channels_last")],
     ids=name_of,
 )
-def test_large_maps(dtype, layout, backend):
-    # Rows that are not whole lines; outputs are streamed where the caches have less than 32 MB.
+def test_map_larger_than_the_caches(dtype, layout, backend):
+    # Than the usual ones: from 16 MB on outputs are streamed then. Rows that are not whole lines.
     case = make_case((5, 96, 99, 101), dtype=dtype, layout=layout)
     check(case, make_gate(case), backend)
 
@@ -326,7 +326,7 @@ def test_a_layer_rounds_its_gradient_once(dtype, layout, backend):
 
 
 @each_backend
-def test_second_derivatives_of_a_layer(backend):
+def test_finite_differences_of_a_layer(backend):
     layer = attention.SE(3, 1, backend=backend, dtype=torch.float64)
     x = small(2, 3, 2, 3)
     for check_grad in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
@@ -667,7 +667,7 @@ def test_compiles_without_a_graph_break(backend):
 @needs_extension
 @pytest.mark.parametrize("strict", [True, False])
 def test_exports_with_the_operators(strict):
-    layer, case = layer_of(torch.float32, "auto").eval(), make_case((2, 8, 6, 6))
+    layer, case = layer_of(torch.float32, "native").eval(), make_case((2, 8, 6, 6))
     batch = torch.export.Dim("batch", min=1, max=1000)
     program = torch.export.export(layer, (case.x,), dynamic_shapes={"x": {0: batch}}, strict=strict)
     assert {native.pool, native.rescale} <= called(program.graph_module)
