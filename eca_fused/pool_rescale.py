@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from eca_fused import compiled, decomposed, reference, scripting
+from eca_fused import decomposed, reference, scripting
 from eca_fused.backend import select
 from eca_fused.checks import check_gate, check_x
 from eca_fused.double_backward import spread, total
@@ -95,7 +95,10 @@ def _kernels(x: Tensor, backend: str) -> ModuleType | None:
     Transforms differentiate that, and torch.compile merges it with its neighbours.
     """
     kernels = select(x, backend)
-    return None if kernels is compiled or transformed() else kernels
+    # By its name, as it cannot be imported without the extension.
+    if kernels is None or kernels.__name__ == "eca_fused.compiled" or transformed():
+        return None
+    return kernels
 
 
 @functools.cache

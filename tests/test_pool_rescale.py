@@ -18,7 +18,7 @@ from support import (
     needs_extension,
     normal,
 )
-from test_export import called
+from test_export import called, needs_onnx, onnx_session
 from test_fuzz import random_case
 from test_kernels import SHAPES
 from torch import Tensor, nn
@@ -665,6 +665,25 @@ def test_compiles_without_a_graph_break(backend):
 
 
 @needs_extension
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU's: run it without ECA_FUSED_TEST_DEVICE")
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_only_a_backend_by_name_hides_operations_from_a_compiler(backend):
+    torch.compiler.reset()
+    graphs = []
+    layer, x = layer_of(torch.float32, backend), make_case((2, 8, 6, 6)).x
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    with torch.no_grad():
+        torch.compile(layer, fullgraph=True, backend=keep, dynamic=True)(x)
+    (graph,) = graphs
+    ours = {native.pool, native.rescale}
+    assert called(graph) & ours == (ours if backend == "native" else set())
+
+
+@needs_extension
 @pytest.mark.parametrize("strict", [True, False])
 def test_exports_with_the_operators(strict):
     layer, case = layer_of(torch.float32, "native").eval(), make_case((2, 8, 6, 6))
@@ -683,3 +702,11 @@ def test_surgery():
         assert torch.equal(a, b)
     y = torch.func.functional_call(layer, dict(again.named_parameters()), (case.x,))
     assert torch.equal(y, want[0])
+
+
+@needs_onnx
+def test_onnx_has_standard_operators_alone():
+    layer, x = layer_of(torch.float32, "auto").eval(), make_case((2, 8, 5, 7)).x
+    session = onnx_session(torch.onnx.export(layer, (x,), dynamo=True, verbose=False))
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.cpu().numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), layer(x).detach().cpu())
