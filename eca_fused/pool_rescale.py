@@ -206,19 +206,19 @@ class _LinkedPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dmean: Tensor | None, dtoken: Any) -> tuple[Tensor | None, None]:
-        if dtoken is None:  # what is differentiated is made of the mean alone
+        if dtoken is None:
             return None if dmean is None else _spread_evenly(dmean, ctx.shape), None
         dy, gate = dtoken.left
-        if _plainly(dy) or (dmean is not None and _plainly(dmean)):
-            dx: Any = _plain_backward(dy, None, gate, True, False)[0]
-            return dx if dmean is None else dx + _spread_evenly(dmean, ctx.shape), None
         if dmean is None:
             return ctx.kernels.rescale(dy, gate), None
+        if _plainly(dmean):
+            dx: Any = _plain_backward(dy, None, gate, True, False)[0]
+            return dx + _spread_evenly(dmean, ctx.shape), None
         return ctx.kernels.rescale(dy, gate, _widened(dmean) / math.prod(ctx.shape[2:])), None
 
 
 class _LinkedRescale(torch.autograd.Function):
-    """y = gate * x, whose gradient for x _LinkedPool computes."""
+    """y = gate * x, whose gradient for x _LinkedPool computes, or this one in plain PyTorch."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, token: Tensor, kernels: ModuleType) -> Tensor:
@@ -229,12 +229,11 @@ class _LinkedRescale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate = ctx.saved_tensors
-        dgate = None
-        if ctx.needs_input_grad[1]:
-            if _plainly(dy):
-                _, dgate = _plain_backward(dy, x, gate, False, True)
-            else:
-                _, dgate = ctx.kernels.rescale_backward(dy, x, gate, False)
+        need_dgate = ctx.needs_input_grad[1]
+        # Compiled autograd traces this, and knows no attributes of tensors.
+        if torch.compiler.is_compiling() or _plainly(dy):
+            return *_plain_backward(dy, x, gate, True, need_dgate), None, None
+        dgate = ctx.kernels.rescale_backward(dy, x, gate, False)[1] if need_dgate else None
         dtoken: Any = torch.empty(0, dtype=dy.dtype, device=dy.device)
         dtoken.left = dy, gate
         return None, dgate, dtoken, None
@@ -252,8 +251,11 @@ def linked_pool(x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
     kernels = None if is_tracing() or torch.compiler.is_compiling() else _kernels(x, backend)
     if kernels is None:
         return pool(x, backend=backend), None
-    check_x(x)
-    return _LinkedPool.apply(x, kernels)  # type: ignore[no-any-return]
+    try:
+        return _LinkedPool.apply(x, kernels)  # type: ignore[no-any-return]
+    except RuntimeError:
+        check_x(x)
+        raise
 
 
 def linked_rescale(x: Tensor, gate: Tensor, token: Tensor | None, backend: str) -> Tensor:
@@ -263,8 +265,11 @@ def linked_rescale(x: Tensor, gate: Tensor, token: Tensor | None, backend: str) 
     kernels = None if token is None else _kernels(x, backend)
     if token is None or kernels is None:
         return rescale(x, gate, backend=backend)
-    check_gate(x, gate)
-    return _LinkedRescale.apply(x, gate, token, kernels)  # type: ignore[no-any-return]
+    try:
+        return _LinkedRescale.apply(x, gate, token, kernels)  # type: ignore[no-any-return]
+    except (RuntimeError, AttributeError, TypeError):
+        check_gate(x, gate)
+        raise
 
 
 def plain_pool(x: Tensor) -> Tensor:

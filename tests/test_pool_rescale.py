@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
 from support import (
     BACKENDS,
     DEVICE,
@@ -503,6 +504,20 @@ def test_errors(x, gate, error, message, backend):
                 eca_fused.pool(x, backend=backend)
 
 
+@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("needs", [False, True])
+def test_a_gate_that_does_not_fit_its_layer(needs, backend):
+    class Wrong(attention.ChannelAttention):
+        def gate(self, mean):
+            return mean[:, :2]
+
+    x = make_case((2, 4, 3, 3)).x.requires_grad_(needs)
+    with pytest.raises(ValueError, match=r"gate of shape \(N, C\) = \(2, 4\).*got \(2, 2\)"):
+        Wrong(4, backend=backend)(x)
+    with pytest.raises(TypeError, match="expected x of dtype .*got torch.complex64"):
+        Wrong(4, backend=backend)(x.detach().to(torch.complex64).requires_grad_(needs))
+
+
 def test_unknown_backend():
     x, gate = torch.ones(2, 4, 3), torch.ones(2, 4)
     for call in (
@@ -662,6 +677,18 @@ def test_compiles_without_a_graph_break(backend):
         torch.testing.assert_close(compiled(case.x), layer(case.x))
     for a, b in zip(gradients(compiled, case), gradients(layer, case), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_compiled_autograd(backend):
+    layer, case = layer_of(torch.float64, backend), make_case((2, 8, 5, 4), dtype=torch.float64)
+    want = gradients(layer, case)[1:]
+    x = case.x.requires_grad_()
+    y = layer(x)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        y.backward(case.dy)
+    for a, b in zip((x, *layer.parameters()), want, strict=True):
+        torch.testing.assert_close(a.grad, b)
 
 
 @needs_extension
