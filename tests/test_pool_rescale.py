@@ -514,7 +514,7 @@ def test_a_gate_that_does_not_fit_its_layer(needs, backend):
     x = make_case((2, 4, 3, 3)).x.requires_grad_(needs)
     with pytest.raises(ValueError, match=r"gate of shape \(N, C\) = \(2, 4\).*got \(2, 2\)"):
         Wrong(4, backend=backend)(x)
-    with pytest.raises(TypeError, match="expected x of dtype .*got torch.complex64"):
+    with pytest.raises(TypeError, match=r"expected x of dtype .*got torch\.complex64"):
         Wrong(4, backend=backend)(x.detach().to(torch.complex64).requires_grad_(needs))
 
 
