@@ -151,12 +151,11 @@ def eca_mobilenetv2(
 
 
 def set_fused(model: nn.Module, fused: bool) -> int:
-    """Switch the attention of a model between the fused operation and plain PyTorch.
+    """Switch the attention of a model between the fused kernels and plain PyTorch.
 
     Args:
-        model: any module that holds ECALayers, or others that run on the fused kernels: SE-Var1,
-            SE-Var2 and ECA-NS.
-        fused: True for the fused operation.
+        model: any module that holds ECALayers, or other layers of eca_fused.attention.
+        fused: True for the fused kernels.
 
     Returns:
         The number of these layers.
@@ -164,7 +163,7 @@ def set_fused(model: nn.Module, fused: bool) -> int:
     Raises:
         ValueError: the model has none.
     """
-    kinds = (ECALayer, methods.BandAttention)
+    kinds = (ECALayer, methods.ChannelAttention)
     layers = [module for module in model.modules() if isinstance(module, kinds)]
     if not layers:
         raise ValueError(f"expected a model with ECALayers, found none in {type(model).__name__}")
