@@ -47,7 +47,7 @@ class Rules:
 
 
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
-    """The number of elements of all parameters, or of the trainable ones; shared ones count once."""
+    """The number of elements of all parameters or of the trainable ones, shared ones once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
@@ -132,10 +132,10 @@ def count_flops(
     average pool one for each element that it reads and each that it writes; activations, maximum
     pools and products of tensors nothing.
 
-    MMDETECTION has those of MMDetection 1 (mmdet/utils/flops_counter.py): as above, but one for each
-    bias that a convolution adds; a batch norm two for each element, one without affine parameters;
-    pools of both kinds one for each element that they read, and ReLU too, where it is a module. It
-    counts a transposed convolution on the map that it writes.
+    MMDETECTION has those of MMDetection 1 (mmdet/utils/flops_counter.py): as above, but one for
+    each bias that a convolution adds; a batch norm two for each element, one without affine
+    parameters; pools of both kinds one for each element that they read, and ReLU too, where it is
+    a module. Both count a transposed convolution on the map that it writes.
 
     Attention counts its average pool and its taps like that, whether or not a fused kernel computes
     them, and what else is made of modules as these.

@@ -179,7 +179,7 @@ BACKBONES = (
 )
 
 RELU_NOTE = (
-    "counted too high by 0.02 G: torchvision has the ReLU of the region proposals as a module, which "
+    "counted higher by 0.02 G: torchvision has the ReLU of the region proposals as a module, which "
     "counts, and those of the box head as functions, which do not; MMDetection the other way round"
 )
 

@@ -55,10 +55,10 @@ UNITS = (
     f"{100 * RESNET_TOLERANCE:g} % (ResNets) or {100 * MOBILENET_TOLERANCE:g} % (MobileNetV2)."
 )
 DETECTOR_UNITS = (
-    f"Detectors on MS-COCO, on ResNet-{DETECTOR_DEPTH}. M is 10^6 trainable parameters: the ResNet's "
-    "stem and first stage are frozen,\nthe parameters of batch norms are not; the R-CNNs have 81 "
-    "classes, with the background, RetinaNet 80. GFLOPs are\n10^9 multiply-adds at 1280x800 as "
-    "MMDetection 1 counts them, on 1000 regions, 100 for masks. Parameters must\nagree in every "
+    f"Detectors on MS-COCO, on ResNet-{DETECTOR_DEPTH}. M is 10^6 trainable parameters: the "
+    "ResNet's stem and first stage are frozen,\nthe parameters of batch norms are not; the R-CNNs "
+    "have 81 classes, with the background, RetinaNet 80.\nGFLOPs are 10^9 multiply-adds at 1280x800 "
+    "as MMDetection 1 counts them, on 1000 regions, 100 for masks.\nParameters must agree in every "
     f"printed digit, GFLOPs within {100 * DETECTOR_TOLERANCE:g} %."
 )
 
@@ -341,7 +341,9 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(document(methods, backbones, detectors), indent=2, allow_nan=False))
     else:
         show(methods, backbones, detectors, in_markdown=args.format == "markdown")
-    wrong = [row.agrees for row in (*methods, *backbones, *detectors)].count(False)
+    agree: list[bool | None] = [row.agrees for row in methods]
+    agree += [row.agrees for row in backbones] + [row.agrees for row in detectors]
+    wrong = agree.count(False)
     if wrong:
         print(f"error: {wrong} rows are outside their tolerance: agrees is NO", file=sys.stderr)
         return OUTSIDE

@@ -5,8 +5,8 @@ This module alone needs torchvision, so eca_fused.models does not import it:
 >>> from eca_fused.models.detection import faster_rcnn  # doctest: +SKIP
 >>> model = faster_rcnn(50, "eca")  # doctest: +SKIP
 
-What torchvision leaves open is as in MMDetection (Chen et al., 2019), in which the authors of ECA-Net
-trained theirs. State dicts are named as torchvision's detectors, with the attention in the blocks.
+What torchvision leaves open is as in MMDetection (Chen et al., 2019), in which the authors of
+ECA-Net trained theirs. State dicts are named as torchvision's, with the attention in the blocks.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ try:
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 except Exception as error:  # one that does not fit torch fails with a RuntimeError
     raise ImportError(
-        f"the detectors need torchvision, in the release that belongs to torch {torch.__version__}: "
-        "pip install 'eca-fused[detection]'"
+        "the detectors need torchvision, in the release that belongs to torch "
+        f"{torch.__version__}: pip install 'eca-fused[detection]'"
     ) from error
 
 __all__ = [
@@ -108,20 +108,20 @@ def detector(
 ) -> nn.Module:
     """A detector with random weights, on a ResNet with any channel attention.
 
-    Faster R-CNN (Ren et al., 2015), Mask R-CNN (He et al., 2017) and RetinaNet (Lin et al., 2017), on
-    a feature pyramid (Lin et al., 2017). Weights of a ResNet trained on ImageNet load by
+    Faster R-CNN (Ren et al., 2015), Mask R-CNN (He et al., 2017) and RetinaNet (Lin et al., 2017),
+    on a feature pyramid (Lin et al., 2017). Weights of a ResNet trained on ImageNet load by
     `model.backbone.body.load_state_dict(weights, strict=False)`, which leaves only fc.* unused.
 
     Args:
         name: "faster_rcnn", "mask_rcnn" or "retinanet".
         depth: of the ResNet: 18, 34, 50, 101 or 152.
         attention: the method, a key of attention.METHODS; "none" for none.
-        kernel_sizes: "authors" for those of the authors' detector, or, where they published none, of
-            their ImageNet network of this depth; or as ResNet takes them.
+        kernel_sizes: "authors" for those of the authors' detector, or, where they published none,
+            of their ImageNet network of this depth; or as ResNet takes them.
         num_classes: of objects, without the background.
         channels: of the pyramid's maps.
-        trainable_layers: how many parts of the ResNet train, counted from the last: 3 leaves its stem
-            and its first stage as they are, 5 trains all, 0 none.
+        trainable_layers: how many parts of the ResNet train, counted from the last: 3 leaves its
+            stem and its first stage as they are, 5 trains all, 0 none.
         norm_eval: batch norms of the ResNet use their running statistics in training too, for the
             small batches of detectors; their weights and biases train.
         body: other options of resnet(): options, fused, backend.
@@ -129,10 +129,10 @@ def detector(
         options: others of torchvision's class, such as min_size, max_size and box_score_thresh.
 
     Returns:
-        torchvision's FasterRCNN, MaskRCNN or RetinaNet: in training from lists of images (3, H, W) in
-        0 to 1 and of targets to a dict of losses, else from images to a list of dicts of boxes (D, 4),
-        labels (D,), scores (D,) and masks (D, 1, H, W). Labels count from 1 with the R-CNNs and from 0
-        with RetinaNet: DETECTORS[name].first_label.
+        torchvision's FasterRCNN, MaskRCNN or RetinaNet: in training from lists of images (3, H, W)
+        in 0 to 1 and of targets to a dict of losses, else from images to a list of dicts of boxes
+        (D, 4), labels (D,), scores (D,) and masks (D, 1, H, W). Labels count from 1 with the R-CNNs
+        and from 0 with RetinaNet: DETECTORS[name].first_label.
 
     Raises:
         TypeError: kernel_sizes is neither a string, a sequence of ints nor None; an unknown option.
@@ -234,7 +234,7 @@ class FixedRegions(nn.Module):
 
 
 def _freeze(network: nn.Module, trainable_layers: int) -> None:
-    """Leave all but so many parts of a ResNet as they are, counted from the last: see detector()."""
+    """Leave all but so many parts of a ResNet, counted from the last, as they are."""
     if trainable_layers not in range(len(STAGES) + 2):
         raise ValueError(f"expected trainable_layers from 0 to 5, got {trainable_layers!r}")
     if trainable_layers > len(STAGES):

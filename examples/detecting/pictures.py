@@ -1,12 +1,14 @@
-"""The picture of a run of detect.py: scenes with the boxes of what is there and of what was found."""
+"""The picture of a run of detect.py: scenes with what is there and what was found, and the loss."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from training.results import smoothed
 
@@ -41,7 +43,8 @@ def draw_run(
         figure = Figure(figsize=(13, 6.6), layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         figure.supxlabel(note, x=0.01, ha="left", fontsize=9, color=GREY)
-        left, right = figure.subfigures(1, 2, width_ratios=[1, 1.1])
+        parts: Any = figure.subfigures(1, 2, width_ratios=[1, 1.1])
+        left, right = parts
         for axes, scene, detections in zip(left.subplots(2, 2).flat, scenes, found, strict=True):
             draw_scene(axes, scene, detections)
         handles = [
@@ -77,7 +80,7 @@ def draw_scene(axes: Axes, scene: Scene, found: dict[str, Tensor]) -> None:
         )
 
 
-def draw_box(axes: Axes, box: Sequence[float], colour: str, **style: object) -> None:
+def draw_box(axes: Axes, box: Sequence[float], colour: str, **style: Any) -> None:
     x, y, right, bottom = box
     axes.add_patch(
         Rectangle((x - 0.5, y - 0.5), right - x, bottom - y, fill=False, edgecolor=colour, **style)
@@ -92,5 +95,5 @@ def draw_losses(axes: Axes, losses: Sequence[float]) -> None:
     axes.set_xlabel("steps")
     axes.set_ylabel("loss")
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y")
