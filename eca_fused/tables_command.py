@@ -57,9 +57,9 @@ UNITS = (
 DETECTOR_UNITS = (
     f"Detectors on MS-COCO, on ResNet-{DETECTOR_DEPTH}. M is 10^6 trainable parameters: the "
     "ResNet's stem and first stage are frozen,\nthe parameters of batch norms are not; the R-CNNs "
-    "have 81 classes, with the background, RetinaNet 80.\nGFLOPs are 10^9 multiply-adds at 1280x800 "
-    "as MMDetection 1 counts them, on 1000 regions, 100 for masks.\nParameters must agree in every "
-    f"printed digit, GFLOPs within {100 * DETECTOR_TOLERANCE:g} %."
+    "have 81 classes, with the background, RetinaNet 80.\nGFLOPs are 10^9 multiply-adds at "
+    "1280x800 as MMDetection 1 counts them, on 1000 regions, 100 for masks.\nParameters must "
+    f"agree in every printed digit, GFLOPs within {100 * DETECTOR_TOLERANCE:g} %."
 )
 
 

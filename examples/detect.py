@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from detecting.scenes import CLASSES, SMALLEST, Scene, make_scene, matched
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
 from training.options import natural, positive, rate
 
 from eca_fused.attention import METHODS
 from eca_fused.demo.command import PACKAGES_MISSING, missing_packages
 from eca_fused.demo.console import Progress
-from eca_fused.demo.network import take_statistics
-from eca_fused.demo.photographs import Photograph, load_photographs, preprocess
+from eca_fused.demo.photographs import Photograph, load_photographs
 from eca_fused.published import TITLES
 
 DEPTHS = (18, 34, 50, 101, 152)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
         say(f"error: {error}")
         return PACKAGES_MISSING
     photographs = load_photographs()
-    model = build(detection, args, photographs)
+    model = build(detection, args)
     first_label = detection.DETECTORS[args.detector].first_label
     losses = train(model, args, photographs, first_label)
     # Of another seed: none of them was trained on.
@@ -94,10 +94,10 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     form = made.add_mutually_exclusive_group()
     form.add_argument("--fused", action="store_true", help="on the fused kernels (default)")
     form.add_argument("--plain", action="store_true", help="attention in plain PyTorch")
-    add("--steps", type=positive, default=60, metavar="N", help="default: 60")
+    add("--steps", type=positive, default=100, metavar="N", help="default: 100")
     add("--batch-size", type=positive, default=2, metavar="N", help="scenes in a step (2)")
     add("--size", type=positive, default=256, metavar="N", help="side of a scene in pixels (256)")
-    add("--lr", type=rate, default=3e-4, help="learning rate of AdamW (0.0003)")
+    add("--lr", type=rate, default=5e-4, help="highest learning rate of AdamW (0.0005)")
     add("--seed", type=natural, default=0, metavar="N", help="default: 0")
     add(
         "--output",
@@ -116,12 +116,8 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def build(detection: Any, args: argparse.Namespace, photographs: Sequence[Photograph]) -> nn.Module:
-    """The detector, its batch norms with the statistics of the photographs.
-
-    A detector's batch norms keep the statistics that its ResNet was trained with. Random weights
-    have none: without these, maps would grow from block to block.
-    """
+def build(detection: Any, args: argparse.Namespace) -> nn.Module:
+    """The detector, all of which trains: a ResNet from ImageNet would keep its statistics."""
     torch.manual_seed(args.seed)
     model: nn.Module = detection.detector(
         args.detector,
@@ -129,13 +125,13 @@ def build(detection: Any, args: argparse.Namespace, photographs: Sequence[Photog
         args.attention,
         num_classes=len(CLASSES),
         trainable_layers=5,
+        norm_eval=False,
         body={"fused": not args.plain},
         channels=WIDTH,
         min_size=args.size,
         max_size=args.size,
         **({} if args.detector == "retinanet" else SAMPLES),
     )
-    take_statistics(model.get_submodule("backbone.body"), preprocess(photographs, args.size))
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -146,6 +142,7 @@ def train(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=1e-4)
+    scheduler = OneCycleLR(optimizer, args.lr, total_steps=args.steps + 1, cycle_momentum=False)
     losses: list[dict[str, float]] = []
     progress = Progress(args.steps)
     model.train()
@@ -162,6 +159,7 @@ def train(
         # The first gradients of random weights are large.
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)
         optimizer.step()
+        scheduler.step()
         losses.append({name: float(part.detach()) for name, part in parts.items()})
     progress.close()
     return losses
@@ -198,8 +196,8 @@ def title(args: argparse.Namespace) -> str:
 def note(args: argparse.Namespace) -> str:
     return (
         f"Shapes painted over two photographs, at {args.size}x{args.size}; the scenes shown were "
-        f"not trained on.\nBatch {args.batch_size}, AdamW at {args.lr:g}, seed {args.seed}; boxes "
-        f"with a score from {SURE} up. Line: mean of the steps around."
+        f"not trained on.\nBatch {args.batch_size}, AdamW up to {args.lr:g}, seed {args.seed}; "
+        f"boxes with a score from {SURE} up. Line: mean of the steps around."
     )
 
 

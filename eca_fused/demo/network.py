@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,7 @@ from torch import Tensor, nn
 from eca_fused.layers import ECALayer
 from eca_fused.models import Bottleneck, ResNet, eca_resnet50, set_fused
 
-__all__ = [
-    "KERNEL_SIZES",
-    "build",
-    "fused_copy",
-    "gates",
-    "layer_inputs",
-    "moved_gates",
-    "outputs",
-    "take_statistics",
-]
-
-Network = TypeVar("Network", bound=nn.Module)
+__all__ = ["KERNEL_SIZES", "build", "fused_copy", "gates", "layer_inputs", "moved_gates", "outputs"]
 
 KERNEL_SIZES = "3557"
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -47,15 +36,6 @@ def build(images: Tensor, seed: int) -> ResNet:
         for module in network.modules():
             if isinstance(module, Bottleneck):
                 nn.init.normal_(module.bn3.bias)
-    return take_statistics(network, images)
-
-
-def take_statistics(network: Network, images: Tensor) -> Network:
-    """Give the batch norms the statistics of the images, in place: (P, 3, H, W), at least two.
-
-    Returns:
-        The network, in evaluation mode.
-    """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -11,8 +11,8 @@ from eca_fused.demo.photographs import Photograph, crop
 __all__ = ["CLASSES", "SMALLEST", "Scene", "make_scene", "matched"]
 
 CLASSES = ("disc", "rectangle")
-# Okabe and Ito's, but for those that hide in a sky or in a shadow.
-COLOURS = ((0.90, 0.62, 0.0), (0.0, 0.62, 0.45), (0.94, 0.89, 0.26), (0.84, 0.37, 0.0))
+# Okabe and Ito's. A class has colours of its own: a few steps learn colour, not shape.
+COLOURS = (((0.90, 0.62, 0.0), (0.94, 0.89, 0.26)), ((0.0, 0.62, 0.45), (0.0, 0.45, 0.70)))
 SHAPES = 3  # in a scene at most
 COVER = 0.85  # of what is below a shape; the rest shines through
 TRIES = 20  # to find a place for a shape that touches no other
@@ -74,7 +74,7 @@ def make_scene(photographs: Sequence[Photograph], size: int, generator: torch.Ge
         if any(touch(box, other) for other in boxes):
             continue
         mask = painted(CLASSES[kind], box, size)
-        colour = torch.tensor(COLOURS[draw(0, len(COLOURS) - 1)]).view(3, 1, 1)
+        colour = torch.tensor(COLOURS[kind][draw(0, 1)]).view(3, 1, 1)
         image = torch.where(mask, COVER * colour + (1 - COVER) * image, image)
         boxes.append(box)
         classes.append(kind)
