@@ -194,14 +194,16 @@ def test_frozen_parts(trainable_layers: int, first: str | None) -> None:
 @pytest.mark.parametrize(("norm_eval", "expected"), [(True, set()), (False, {"layer3", "layer4"})])
 def test_which_batch_norms_keep_their_statistics(norm_eval: bool, expected: set[str]) -> None:
     model = detection.retinanet(18, trainable_layers=2, norm_eval=norm_eval, device="meta")
-    assert model.train() is model
     body = model.get_submodule("backbone.body")
-    training = {
-        name.partition(".")[0]
-        for name, module in body.named_modules()
-        if isinstance(module, nn.BatchNorm2d) and module.training
-    }
-    assert training == expected
+
+    def training() -> set[str]:
+        found = body.named_modules()
+        norms = {n: m for n, m in found if isinstance(m, nn.BatchNorm2d)}
+        return {name.partition(".")[0] for name, norm in norms.items() if norm.training}
+
+    assert training() == expected  # a new module is in training mode
+    assert model.train() is model
+    assert training() == expected
     assert not any(module.training for module in model.eval().modules())
 
 
@@ -475,6 +477,21 @@ def test_options_that_do_not_fit(
     with pytest.raises(SystemExit, match="2"):
         detect.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_without_torchvision_the_example_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detect, "missing_packages", list)
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    monkeypatch.delitem(sys.modules, "eca_fused.models.detection")
+    assert detect.main([*TINY, "--output", str(tmp_path)]) == 3
+    err = capsys.readouterr().err
+    assert err.startswith("error: the detectors need torchvision, in the release that belongs to")
+    monkeypatch.setattr(detect, "missing_packages", lambda: ["matplotlib", "tqdm"])
+    assert detect.main([*TINY, "--output", str(tmp_path)]) == 3
+    err = capsys.readouterr().err
+    assert err == "error: matplotlib, tqdm not installed; pip install 'eca-fused[demo]'\n"
 
 
 def test_an_output_that_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

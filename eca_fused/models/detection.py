@@ -80,6 +80,7 @@ class Pyramid(BackboneWithFPN):  # type: ignore[misc]
     def __init__(self, *arguments: Any, norm_eval: bool) -> None:
         super().__init__(*arguments)
         self.norm_eval = norm_eval
+        self.train()  # what a new module is, so its batch norms too are as they shall be
 
     def train(self, mode: bool = True) -> "Pyramid":
         super().train(mode)
