@@ -4,6 +4,7 @@ import copy
 import csv
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,17 @@ def test_it_learns_a_batch(name: str) -> None:
     assert len(taps) == 8
     assert all(p.grad is None or p.grad.abs().max() > 0 for p in taps.values())
     assert all(torch.equal(b, statistics[n]) for n, b in model.named_buffers())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_where_labels_begin(name: str) -> None:
+    model = small(name, num_classes=2).train()
+    scene = some_scenes(1)[0]
+    last = targets_of(name, [replace(scene, classes=torch.ones_like(scene.classes))])
+    assert all(loss.isfinite() for loss in model([scene.image], last).values())
+    beyond = targets_of(name, [replace(scene, classes=torch.full_like(scene.classes, 2))])
+    with pytest.raises(IndexError, match="out of bounds"):
+        model([scene.image], beyond)
 
 
 @needs_extension

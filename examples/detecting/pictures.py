@@ -66,8 +66,8 @@ def draw_scene(axes: Axes, scene: Scene, found: dict[str, Tensor]) -> None:
         draw_box(axes, box, "black", linewidth=1.6)
         draw_box(axes, box, THERE, linewidth=1.6, linestyle=(0, (3, 3)))
     size = scene.image.shape[1]
-    rows = zip(found["boxes"].tolist(), found["classes"], found["scores"], strict=True)
-    for box, kind, score in rows:
+    rows = [*zip(found["boxes"].tolist(), found["classes"], found["scores"], strict=True)]
+    for box, kind, score in reversed(rows):  # the surest last, above the others
         draw_box(axes, box, FOUND, linewidth=2)
         axes.text(
             box[0],
