@@ -1,6 +1,7 @@
 """ResNets and MobileNetV2 with ECA, with another channel attention, or with none.
 
 One definition of each network; parameters are named as torchvision's and as the ECA-Net authors'.
+The detectors, in detection.py, need torchvision, and are imported from there.
 """
 
 from collections.abc import Sequence
