@@ -57,4 +57,24 @@ struct Backward {
   void* dweight;       // (1 or channels, k), written
 };
 
+// Sums over the pixels: the means of x or, with dy, dgate = sum(dy * x). A gate's gradient asks for
+// dx = gate * dy too, which is written while dy is at hand; a null dx.data skips it.
+struct Reduce {
+  Problem problem;   // whose taps count for nothing
+  Map x;             // (samples, channels, pixels)
+  Map dy;            // (samples, channels, pixels), or a null pointer
+  Map dx;            // (samples, channels, pixels), written
+  const void* gate;  // (samples, channels), read where dx is written
+  void* result;      // (samples, channels), written; float, or double for float64 maps, as gate
+};
+
+// y = gate * x, plus shift unless that is null.
+struct Scale {
+  Problem problem;    // whose taps count for nothing
+  Map x;              // (samples, channels, pixels)
+  Map y;              // (samples, channels, pixels), written
+  const void* gate;   // (samples, channels), float, or double for float64 maps
+  const void* shift;  // (samples, channels), likewise
+};
+
 }  // namespace eca

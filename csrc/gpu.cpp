@@ -143,6 +143,20 @@ void run(const Call& call, Pass pass, int32_t device, Run kernels) {
   kernels(call, plan, memory);
 }
 
+// Pooling and rescaling apart, whose plans are made without a search.
+template <class Call, class Run>
+void run_apart(const Call& call, int32_t device, Run kernels) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Plan plan = cuda::plan_of(call, description(device));
+  Tensor keep_workspace;
+  cuda::Memory memory{nullptr, nullptr, current_stream(device)};
+  if (plan.workspace > 0) {
+    keep_workspace = bytes_on(device, plan.workspace);
+    memory.workspace = keep_workspace.data_ptr();
+  }
+  kernels(call, plan, memory);
+}
+
 }  // namespace
 
 void set_wish(const Wish* wish) {
@@ -175,6 +189,10 @@ void forward(const Forward& f, int32_t device) { run(f, Pass::kForward, device, 
 void backward(const Backward& b, int32_t device) {
   run(b, Pass::kBackward, device, cuda::backward);
 }
+
+void reduce(const Reduce& r, int32_t device) { run_apart(r, device, cuda::reduce); }
+
+void scale(const Scale& s, int32_t device) { run_apart(s, device, cuda::scale); }
 
 }  // namespace eca::gpu
 

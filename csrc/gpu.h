@@ -12,6 +12,9 @@ namespace eca::gpu {
 void forward(const Forward& f, int32_t device);
 void backward(const Backward& b, int32_t device);
 
+void reduce(const Reduce& r, int32_t device);
+void scale(const Scale& s, int32_t device);
+
 // Sizes that every call of this process uses from now on instead of the planner's choice, or null
 // for that choice: for tuning and for tests. A call that cannot run so throws std::invalid_argument.
 // Throws the same for sizes with which no kernel can be launched.

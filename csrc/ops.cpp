@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -82,11 +83,27 @@ int32_t accumulator_code(const Tensor& x) {
   return dtype_code(x) == kFloat64Code ? kFloat64Code : kFloat32Code;
 }
 
-Problem problem_of(const Tensor& x, const Tensor& weight, bool circular) {
+// Of a map alone; the taps are one that nothing reads.
+Problem problem_of(const Tensor& x) {
   check(x.dim() >= 2 && x.dim() <= 5,
         "expected x of shape (N, C, *spatial) with 0 to 3 spatial dimensions, got ", shape{x},
         "; add or merge dimensions with reshape()");
-  const int64_t C = x.size(1);
+  int64_t pixels = 1;
+  for (int64_t i = 2; i < x.dim(); ++i) pixels *= x.size(i);
+  return {dtype_of(x, "x"),
+          Layout::kPlanes,
+          x.size(0),
+          x.size(1),
+          pixels,
+          Dtype::kFloat32,
+          1,
+          false,
+          false};
+}
+
+Problem problem_of(const Tensor& x, const Tensor& weight, bool circular) {
+  Problem p = problem_of(x);
+  const int64_t C = p.channels;
   check(weight.dim() == 3 && weight.size(1) == 1 && (weight.size(0) == 1 || weight.size(0) == C),
         "expected taps of shape (1, 1, k), or (C, 1, k) = (", C, ", 1, k), got ", shape{weight});
   const int64_t k = weight.size(2);
@@ -96,24 +113,29 @@ Problem problem_of(const Tensor& x, const Tensor& weight, bool circular) {
         " needs ", k / 2, " channels or more, x has ", C, "; use fewer taps or zero padding");
   check(device_of(weight) == device_of(x),
         "expected the taps on the device of x; move them with .to()");
-  const Dtype dtype = dtype_of(x, "x"), taps_dtype = dtype_of(weight, "taps");
-  check(taps_dtype == dtype || taps_dtype == Dtype::kFloat32,
+  p.taps_dtype = dtype_of(weight, "taps");
+  check(p.taps_dtype == p.dtype || p.taps_dtype == Dtype::kFloat32,
         "expected taps of dtype float32 or of the dtype of x; convert them with .to()");
-  int64_t pixels = 1;
-  for (int64_t i = 2; i < x.dim(); ++i) pixels *= x.size(i);
-  return {dtype, Layout::kPlanes,     x.size(0), C, pixels, taps_dtype,
-          k,     weight.size(0) != 1, circular};
+  p.kernel_size = k;
+  p.taps_per_channel = weight.size(0) != 1;
+  p.circular = circular;
+  return p;
 }
 
-void check_same(const Tensor& t, const char* name, const Tensor& x, int64_t dims, int32_t dtype) {
+// The first sizes of x, and its device.
+void check_beside(const Tensor& t, const char* name, const Tensor& x, int64_t dims) {
   bool same = t.dim() == dims;
   for (int64_t i = 0; same && i < dims; ++i) same = t.size(i) == x.size(i);
   check(same, "expected ", name, " with the first ", dims, " sizes of x ", shape{x}, ", got ",
         shape{t});
+  check(device_of(t) == device_of(x), "expected ", name, " on the device of x; move it with .to()");
+}
+
+void check_same(const Tensor& t, const char* name, const Tensor& x, int64_t dims, int32_t dtype) {
+  check_beside(t, name, x, dims);
   check(dtype_code(t) == dtype, "expected ", name,
         dims == 2 ? " of dtype float32, or float64 for float64 x" : " of the dtype of x",
         "; convert it with .to()");
-  check(device_of(t) == device_of(x), "expected ", name, " on the device of x; move it with .to()");
 }
 
 // ---- layouts; layout.py has the same rules, for the strides that fake tensors report ----
@@ -181,10 +203,12 @@ Tensor empty_output(const Tensor& x, const View& view, const Problem& p) {
 }
 
 // (samples, channels)
-Tensor empty_channels(const Tensor& x) {
+Tensor empty_channels(const Tensor& x, int32_t dtype) {
   const int64_t sizes[] = {x.size(0), x.size(1)}, strides[] = {x.size(1), 1};
-  return empty(x, sizes, strides, 2, accumulator_code(x));
+  return empty(x, sizes, strides, 2, dtype);
 }
+
+Tensor empty_channels(const Tensor& x) { return empty_channels(x, accumulator_code(x)); }
 
 Tensor empty_unused(const Tensor& like) {
   const int64_t size = 0, stride = 1;
@@ -205,6 +229,14 @@ Tensor readable(const Tensor& x, const View& view, Layout layout) {
 // Asking first saves a call through the dispatcher.
 Tensor as_contiguous(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// A tensor (samples, channels), contiguous and in this dtype.
+Tensor channels_in(const Tensor& t, int32_t dtype) {
+  if (dtype_code(t) == dtype) return as_contiguous(t);
+  Tensor copy = empty_channels(t, dtype);
+  torch::stable::copy_(copy, t);
+  return copy;
 }
 
 // The strides of a tensor that can be read in p.layout. Its own view may be another one: with one
@@ -248,6 +280,20 @@ void run_kernels(const Backward& b, const Device& device) {
   if (device.type == kCudaType) return gpu::backward(b, device.index);
 #endif
   cpu::kernels().backward(b, thread_pool());
+}
+
+void run_kernels(const Reduce& r, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return gpu::reduce(r, device.index);
+#endif
+  cpu::kernels().reduce(r, thread_pool());
+}
+
+void run_kernels(const Scale& s, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return gpu::scale(s, device.index);
+#endif
+  cpu::kernels().scale(s, thread_pool());
 }
 
 void run_forward(Problem p, const Tensor& x, const View& view, const Tensor& y,
@@ -339,6 +385,62 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Ten
   return {dx, dweight};
 }
 
+constexpr Map kNoMap{nullptr, 0, 0};
+
+Tensor pool(const Tensor& x) {
+  Problem p = problem_of(x);
+  const View view = view_of(x, p);
+  p.layout = view.layout;
+  const Tensor mean = empty_channels(x);
+  if (p.samples == 0 || p.channels == 0) return channels_in(mean, dtype_code(x));
+  const Tensor source = readable(x, view, p.layout);
+  run_kernels(Reduce{p, map_of(source, p), kNoMap, kNoMap, nullptr, mean.data_ptr()}, device_of(x));
+  return channels_in(mean, dtype_code(x));
+}
+
+void check_gate(const Tensor& t, const char* name, const Tensor& x) {
+  check_beside(t, name, x, 2);
+  dtype_of(t, name);
+}
+
+Tensor rescale(const Tensor& x, const Tensor& gate, const std::optional<Tensor>& shift) {
+  Problem p = problem_of(x);
+  check_gate(gate, "gate", x);
+  if (shift) check_gate(*shift, "shift", x);
+  const View view = view_of(x, p);
+  p.layout = view.layout;
+  Tensor y = empty_output(x, view, p);
+  if (p.samples * p.channels * p.pixels == 0) return y;
+  const Tensor source = readable(x, view, p.layout), a = channels_in(gate, accumulator_code(x)),
+               b = shift ? channels_in(*shift, accumulator_code(x)) : a;
+  run_kernels(
+      Scale{p, map_of(source, p), map_of(y, p), a.data_ptr(), shift ? b.data_ptr() : nullptr},
+      device_of(x));
+  return y;
+}
+
+std::tuple<Tensor, Tensor> rescale_backward(const Tensor& dy, const Tensor& x, const Tensor& gate,
+                                            bool need_dx) {
+  Problem p = problem_of(x);
+  check_same(dy, "dy", x, x.dim(), dtype_code(x));
+  check_gate(gate, "gate", x);
+  const View view = view_of(x, p);
+  p.layout = view.layout;
+  const Tensor dx = need_dx ? empty_output(x, view, p) : empty_unused(x);
+  Tensor dgate = empty_channels(x);
+  if (p.samples * p.channels * p.pixels == 0) {
+    torch::stable::zero_(dgate);
+  } else {
+    const Tensor source = readable(x, view, p.layout),
+                 gradient = readable(dy, view_of(dy, p), p.layout),
+                 a = channels_in(gate, accumulator_code(x));
+    run_kernels(Reduce{p, map_of(source, p), map_of(gradient, p), need_dx ? map_of(dx, p) : kNoMap,
+                       a.data_ptr(), dgate.data_ptr()},
+                device_of(x));
+  }
+  return {dx, channels_in(dgate, dtype_code(gate))};
+}
+
 }  // namespace
 }  // namespace eca
 
@@ -351,6 +453,11 @@ STABLE_TORCH_LIBRARY(eca_fused, m) {
   m.def(
       "backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor gate, bool circular=False, "
       "bool need_dx=True, bool need_dweight=True) -> (Tensor dx, Tensor dweight)");
+  m.def("pool(Tensor x) -> Tensor");
+  m.def("rescale(Tensor x, Tensor gate, Tensor? shift=None) -> Tensor");
+  m.def(
+      "rescale_backward(Tensor dy, Tensor x, Tensor gate, bool need_dx=True) -> (Tensor dx, Tensor "
+      "dgate)");
 }
 
 template <class Library>
@@ -359,6 +466,9 @@ static void implement(Library& m) {
   m.impl("inference", TORCH_BOX(&eca::inference));
   m.impl("inference_", TORCH_BOX(&eca::inference_));
   m.impl("backward", TORCH_BOX(&eca::backward));
+  m.impl("pool", TORCH_BOX(&eca::pool));
+  m.impl("rescale", TORCH_BOX(&eca::rescale));
+  m.impl("rescale_backward", TORCH_BOX(&eca::rescale_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) { implement(m); }

@@ -14,6 +14,7 @@ from eca_fused.conversion import Conversion, convert, revert
 from eca_fused.functional import ECAFunction, eca, eca_
 from eca_fused.layers import ECALayer, kernel_size
 from eca_fused.planning import Plan, plan
+from eca_fused.pool_rescale import pool, rescale
 
 __all__ = [
     "Backend",
@@ -30,7 +31,9 @@ __all__ = [
     "kernel_size",
     "load_checkpoint",
     "plan",
+    "pool",
     "reference",
+    "rescale",
     "revert",
     "use_backend",
 ]

@@ -1,7 +1,12 @@
 """What eca() accepts, in one place, with messages that say what to do."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
+
+from eca_fused.modes import is_tracing
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PADDING_MODES = ("zeros", "circular")
@@ -22,19 +27,34 @@ def check_channels(channels: int) -> None:
         raise ValueError(f"expected channels from 1 up, got {channels}; give the C of x")
 
 
-def check_map(x: Tensor, channels: int, spatial: tuple[int, ...] = (0, 1, 2, 3)) -> None:
+def check_map(x: Tensor, channels: int, spatial: int | None = None) -> None:
     """Raise TypeError or ValueError unless x is a map of so many channels and spatial dimensions.
 
-    For the methods in plain PyTorch, which would broadcast a map that does not fit.
+    For gates of so many channels, whose network would give an error of its own, or broadcast. None
+    is any number of spatial dimensions from 0 to 3.
     """
+    if is_tracing():  # by torch.jit.trace, which would record none of this, and warns of it
+        return
     if not isinstance(x, Tensor):
+        if has_torch_function((x,)):  # a proxy of torch.fx, which has no shape yet
+            return
         raise TypeError(f"expected x as a torch.Tensor, got {type(x).__name__}")
-    if x.dim() - 2 not in spatial or x.shape[1] != channels:
-        dims = str(spatial[0]) if len(spatial) == 1 else f"{spatial[0]} to {spatial[-1]}"
+    least, most = (0, MAX_SPATIAL_DIMS) if spatial is None else (spatial, spatial)
+    if not least <= x.dim() - 2 <= most or x.shape[1] != channels:
+        dims = f"{least}" if least == most else f"{least} to {most}"
         raise ValueError(
             f"expected x of shape (N, {channels}, *spatial) with {dims} spatial dimensions, got "
             f"{tuple(x.shape)}; build the layer for the channels of x, or reshape x"
         )
+
+
+def _scripted_check_map() -> Callable[..., None]:
+    from eca_fused import scripting
+
+    return scripting.check_map
+
+
+check_map.__prepare_scriptable__ = _scripted_check_map  # type: ignore[attr-defined]
 
 
 def check_kernel_size(k: int) -> None:
@@ -48,6 +68,65 @@ def check_kernel_size(k: int) -> None:
         )
 
 
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"expected {name} as a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"expected {name} as a dense tensor, got layout {tensor.layout}; use to_dense()"
+        )
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(
+            f"expected {name} of dtype float32, float64, float16 or bfloat16, "
+            f"got {tensor.dtype}; convert it, for example with {name}.float()"
+        )
+
+
+def _check_dims(x: Tensor) -> None:
+    if not 2 <= x.dim() <= 2 + MAX_SPATIAL_DIMS:
+        raise ValueError(
+            f"expected x of shape (N, C, *spatial) with 0 to {MAX_SPATIAL_DIMS} spatial "
+            f"dimensions, got {tuple(x.shape)}; add or merge dimensions with reshape()"
+        )
+
+
+def check_x(x: Tensor) -> None:
+    """Check the argument of pool().
+
+    Raises:
+        TypeError: x is no tensor, or has an unsupported dtype.
+        ValueError: it has no shape of a map.
+    """
+    _check_tensor("x", x)
+    _check_dims(x)
+    _check_floating("x", x)
+
+
+def check_gate(x: Tensor, gate: Tensor) -> None:
+    """Check the arguments of rescale().
+
+    Raises:
+        TypeError: x or gate is no tensor, or has an unsupported dtype.
+        ValueError: a shape or the device of the gate does not fit.
+    """
+    check_x(x)
+    _check_tensor("gate", gate)
+    if gate.shape != x.shape[:2]:
+        raise ValueError(
+            f"expected a gate of shape (N, C) = {tuple(x.shape[:2])} for x {tuple(x.shape)}, got "
+            f"{tuple(gate.shape)}; bring it to that with flatten(1) or expand()"
+        )
+    _check_floating("gate", gate)
+    if gate.device != x.device:
+        raise ValueError(
+            f"expected the gate on the device of x, {x.device}, got {gate.device}; "
+            "move it with gate.to(x.device)"
+        )
+
+
 def check(x: Tensor, weight: Tensor, padding_mode: str) -> None:
     """Check the arguments of eca().
 
@@ -56,23 +135,10 @@ def check(x: Tensor, weight: Tensor, padding_mode: str) -> None:
         ValueError: a shape, the padding mode or the device of the taps does not fit.
     """
     check_padding_mode(padding_mode)
-    for name, tensor in (("x", x), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"expected {name} as a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(
-                f"expected {name} as a dense tensor, got layout {tensor.layout}; use to_dense()"
-            )
-    if not 2 <= x.dim() <= 2 + MAX_SPATIAL_DIMS:
-        raise ValueError(
-            f"expected x of shape (N, C, *spatial) with 0 to {MAX_SPATIAL_DIMS} spatial "
-            f"dimensions, got {tuple(x.shape)}; add or merge dimensions with reshape()"
-        )
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            "expected x of dtype float32, float64, float16 or bfloat16, "
-            f"got {x.dtype}; convert it, for example with x.float()"
-        )
+    _check_tensor("x", x)
+    _check_tensor("weight", weight)
+    _check_dims(x)
+    _check_floating("x", x)
     channels = x.shape[1]
     if weight.dim() != 3 or weight.shape[1] != 1 or weight.shape[0] not in (1, channels):
         raise ValueError(

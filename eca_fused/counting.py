@@ -1,7 +1,8 @@
-"""Parameters and FLOPs of a network, FLOPs as thop counts them."""
+"""Parameters and FLOPs of a network, FLOPs as thop or as MMDetection counts them."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,66 +12,43 @@ from torch.nn.modules.conv import _ConvNd
 
 from eca_fused.attention import ECANS, ChannelAttention, ECALayer, ECAVariant, GSoP
 
-__all__ = ["count_flops", "count_parameters"]
+__all__ = ["MMDETECTION", "THOP", "Rules", "count_flops", "count_parameters"]
+
+Rule = Callable[[Any, Tensor, Tensor], int]  # of a module, its first input and its output
 
 
-def count_parameters(model: nn.Module) -> int:
-    """The number of elements of all parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_flops(model: nn.Module, shape: Sequence[int] = (1, 3, 224, 224)) -> int:
-    """Multiply-adds of one call in evaluation mode, by the rules of thop 0.1.1.
-
-    Convolutions and fully connected layers count one for each product, without biases; a batch norm
-    four for each element, two without affine parameters; an average pool one for each element that
-    it reads and each that it writes; activations, maximum pools and products of tensors nothing.
-    Attention counts its average pool and its taps like that, whether or not a fused kernel computes
-    them, and what else is made of modules as these.
+@dataclass(frozen=True)
+class Rules:
+    """What a counter of FLOPs counts.
 
     Args:
-        model: any module of one tensor; on the meta device nothing is computed.
-        shape: of its input.
-
-    Raises:
-        ValueError: the model has a layer with parameters that there is no rule for.
+        name: of the counter.
+        rules: kinds of modules with their rule; the first that fits holds.
     """
-    total = 0
 
-    def add(rule: Callable[[Any, Tensor, Tensor], int]) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            nonlocal total
-            total += rule(module, inputs[0], output)
+    name: str
+    rules: Sequence[tuple[Any, Rule]]
 
-        return hook
+    def of(self, module: nn.Module) -> Rule | None:
+        """The rule of a module; None for what counts nothing.
 
-    rules = [(module, _rule(module)) for module in model.modules()]
-    handles = [
-        module.register_forward_hook(add(rule)) for module, rule in rules if rule is not None
-    ]
-    training = [module for module in model.modules() if module.training]
-    try:
-        like = next(model.parameters(), torch.empty(()))
-        with torch.no_grad():
-            model.eval()(torch.zeros(*shape, device=like.device, dtype=like.dtype))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
-    return total
+        Raises:
+            ValueError: the module has parameters, and no rule.
+        """
+        for kinds, rule in self.rules:
+            if isinstance(module, kinds):
+                return rule
+        if any(True for _ in module.parameters(recurse=False)):
+            raise ValueError(
+                f"expected layers that {self.name} has a rule for, got {type(module).__name__}; "
+                "add its rule to eca_fused/counting.py"
+            )
+        return None
 
 
-def _rule(module: nn.Module) -> Callable[[Any, Tensor, Tensor], int] | None:
-    for kinds, rule in RULES:
-        if isinstance(module, kinds):
-            return rule
-    if any(True for _ in module.parameters(recurse=False)):
-        raise ValueError(
-            f"expected layers that thop has a rule for, got {type(module).__name__}; "
-            "add its rule to eca_fused/counting.py"
-        )
-    return None
+def count_parameters(model: nn.Module, trainable: bool = False) -> int:
+    """The number of elements of all parameters or of the trainable ones, shared ones once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 def _convolution(module: _ConvNd, x: Tensor, y: Tensor) -> int:
@@ -93,24 +71,104 @@ def _pooled(module: nn.Module, x: Tensor, y: Tensor) -> int:
     return x.numel() + x.shape[0] * x.shape[1]
 
 
-def _band(module: Any, x: Tensor, y: Tensor) -> int:
+def _taps(module: Any, x: Tensor) -> int:
     k: int = module.conv.weight.shape[2]
-    return _pooled(module, x, y) + x.shape[0] * x.shape[1] * k
+    return x.shape[0] * x.shape[1] * k
+
+
+def _band(module: Any, x: Tensor, y: Tensor) -> int:
+    return _pooled(module, x, y) + _taps(module, x)
+
+
+def _read(module: nn.Module, x: Tensor, y: Tensor) -> int:
+    return x.numel()
 
 
 def _nothing(module: nn.Module, x: Tensor, y: Tensor) -> int:
     return 0
 
 
-# The first that fits holds. What a method of attention has in modules that it calls, such as the
-# layers of SE, is counted there; the taps of a band are in a module that is never called.
-RULES: list[tuple[Any, Callable[[Any, Tensor, Tensor], int]]] = [
-    ((GSoP, nn.Identity), _nothing),
-    ((ECALayer, ECANS), _band),
-    (ECAVariant, lambda module, x, y: (_band if module.conv2 is None else _pooled)(module, x, y)),
-    (ChannelAttention, _pooled),
-    (_ConvNd, _convolution),
-    (nn.Linear, _linear),
-    (_BatchNorm, _norm),
-    (nn.AdaptiveAvgPool2d, _average),
-]
+def _with_bias(module: _ConvNd, x: Tensor, y: Tensor) -> int:
+    return _convolution(module, x, y) + (0 if module.bias is None else y.numel())
+
+
+# What a method of attention has in modules that it calls, such as the layers of SE, is counted
+# there; the taps of a band are in a module that is never called.
+THOP = Rules(
+    "thop",
+    (
+        ((GSoP, nn.Identity), _nothing),
+        ((ECALayer, ECANS), _band),
+        (ECAVariant, lambda m, x, y: (_band if m.conv2 is None else _pooled)(m, x, y)),
+        (ChannelAttention, _pooled),
+        (_ConvNd, _convolution),
+        (nn.Linear, _linear),
+        (_BatchNorm, _norm),
+        (nn.AdaptiveAvgPool2d, _average),
+    ),
+)
+MMDETECTION = Rules(
+    "MMDetection",
+    (
+        ((GSoP, nn.Identity), _nothing),
+        ((ECALayer, ECANS), lambda m, x, y: _read(m, x, y) + _taps(m, x)),
+        (ECAVariant, lambda m, x, y: _read(m, x, y) + (_taps(m, x) if m.conv2 is None else 0)),
+        (ChannelAttention, _read),
+        (_ConvNd, _with_bias),
+        (nn.Linear, _linear),
+        (_BatchNorm, lambda m, x, y: (2 if m.affine else 1) * x.numel()),
+        ((nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.ReLU), _read),
+    ),
+)
+
+
+def count_flops(
+    model: nn.Module, shape: Sequence[int] = (1, 3, 224, 224), rules: Rules = THOP
+) -> int:
+    """Multiply-adds of one call in evaluation mode.
+
+    THOP has the rules of thop 0.1.1: convolutions and fully connected layers count one for each
+    product, without biases; a batch norm four for each element, two without affine parameters; an
+    average pool one for each element that it reads and each that it writes; activations, maximum
+    pools and products of tensors nothing.
+
+    MMDETECTION has those of MMDetection 1 (mmdet/utils/flops_counter.py): as above, but one for
+    each bias that a convolution adds; a batch norm two for each element, one without affine
+    parameters; pools of both kinds one for each element that they read, and ReLU too, where it is
+    a module. Both count a transposed convolution on the map that it writes.
+
+    Attention counts its average pool and its taps like that, whether or not a fused kernel computes
+    them, and what else is made of modules as these.
+
+    Args:
+        model: any module of one tensor; on the meta device nothing is computed.
+        shape: of its input.
+        rules: THOP or MMDETECTION.
+
+    Raises:
+        ValueError: the model has a layer with parameters that there is no rule for.
+    """
+    total = 0
+
+    def add(rule: Rule) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal total
+            total += rule(module, inputs[0], output)
+
+        return hook
+
+    found = [(module, rules.of(module)) for module in model.modules()]
+    handles = [
+        module.register_forward_hook(add(rule)) for module, rule in found if rule is not None
+    ]
+    training = [module for module in model.modules() if module.training]
+    try:
+        like = next(model.parameters(), torch.empty(()))
+        with torch.no_grad():
+            model.eval()(torch.zeros(*shape, device=like.device, dtype=like.dtype))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+    return total

@@ -10,7 +10,7 @@ torch.jit.script compiles this file too, and reads only a part of Python.
 import torch
 from torch import Tensor
 
-__all__ = ["eca", "forward"]
+__all__ = ["eca", "forward", "pool", "rescale"]
 
 
 def _padded(values: Tensor, r: int, circular: bool) -> Tensor:
@@ -36,11 +36,26 @@ def _widened(x: Tensor) -> Tensor:
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
+def _mean(x: Tensor) -> Tensor:
+    if x.dim() == 2:
+        return x
+    return x.mean([i for i in range(2, x.dim())])  # noqa: C416  # TorchScript has no list(range())
+
+
+def pool(x: Tensor) -> Tensor:
+    """The operator pool(), but differentiable: (N, C, *spatial) to (N, C)."""
+    return _mean(_widened(x)).to(x.dtype)
+
+
+def rescale(x: Tensor, gate: Tensor) -> Tensor:
+    """The operator rescale(), likewise, for a gate (N, C)."""
+    wide = _widened(x)
+    return (wide * _spread(gate.to(wide.dtype), x)).to(x.dtype)
+
+
 def _mean_and_gate(x: Tensor, weight: Tensor, circular: bool) -> tuple[Tensor, Tensor]:
     """(N, C) each, in the dtype of x."""
-    mean = x
-    if x.dim() > 2:
-        mean = x.mean([i for i in range(2, x.dim())])  # noqa: C416  # TorchScript has no list(range())
+    mean = _mean(x)
     channels, k = x.shape[1], weight.shape[2]
     rows = _padded(mean, k // 2, circular)
     taps = weight.to(x.dtype)

@@ -3,10 +3,18 @@
 import torch
 from torch import Tensor
 
-from eca_fused.checks import check
+from eca_fused.checks import check, check_gate, check_x
 from eca_fused.layout import output_strides
 
-__all__ = ["backward", "forward", "inference", "inference_"]
+__all__ = [
+    "backward",
+    "forward",
+    "inference",
+    "inference_",
+    "pool",
+    "rescale",
+    "rescale_backward",
+]
 
 
 def _mode(circular: bool) -> str:
@@ -47,3 +55,20 @@ def backward(
     dx = _like(x) if need_dx else x.new_empty(0)
     dweight = weight.new_empty(weight.shape if need_dweight else 0)
     return dx, dweight
+
+
+def pool(x: Tensor) -> Tensor:
+    check_x(x)
+    return x.new_empty(x.shape[:2])
+
+
+def rescale(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> Tensor:
+    check_gate(x, gate)
+    return _like(x)
+
+
+def rescale_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, need_dx: bool = True
+) -> tuple[Tensor, Tensor]:
+    check_gate(x, gate)
+    return _like(x) if need_dx else x.new_empty(0), gate.new_empty(gate.shape)

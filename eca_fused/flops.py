@@ -4,7 +4,7 @@ Its convention: convolutions and products of matrices count, 2 for each multipli
 addition, and nothing else does. Of ECA that is the convolution over channels, 2 N C k forward and
 as many again for the gradient of its input and for that of the taps: the numbers of the definition
 in plain PyTorch. Sums, sigmoids and products with the gates, 2 per element of x forward, do not
-count.
+count, so that pool() and rescale() have none.
 """
 
 import gc

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 from torch.jit._trace import TracerWarning
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -17,6 +16,7 @@ from eca_fused import decomposed, reference, scripting
 from eca_fused.backend import named, select, warn_once
 from eca_fused.checks import PADDING_MODES, check, check_padding_mode
 from eca_fused.double_backward import double_backward, plain_backward
+from eca_fused.modes import exporting_to_onnx, is_tracing, transformed
 from eca_fused.transforms import transformed_backward, transformed_eca
 
 __all__ = ["ECAFunction", "eca", "eca_"]
@@ -97,14 +97,6 @@ def _needs_grad(x: Tensor, weight: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
-def _transformed() -> bool:
-    """Inside torch.func's transforms or forward-mode AD, which have rules of their own."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-_is_tracing = torch._C._is_tracing  # by torch.jit.trace; torch.jit.is_tracing() takes longer
-
-
 def _quietly(function: Callable[..., Any], *args: Any) -> Any:
     """Call it without a trace's warnings that it has the numbers of channels and taps for fixed."""
     with warnings.catch_warnings():
@@ -121,11 +113,6 @@ def _in_reference(x: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
 def _scripted(inplace: bool) -> Any:
     """What a trace records: whether a gradient is needed is known when the trace runs."""
     return torch.jit.script(scripting.eca_ if inplace else scripting.eca)
-
-
-def _exporting_to_onnx() -> bool:
-    """ONNX knows standard operators only; any other export keeps ours."""
-    return is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str = "auto") -> Tensor:
@@ -161,17 +148,17 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str 
         if not tensors and has_torch_function((x, weight)):  # such as a proxy of torch.fx
             modes = {"padding_mode": padding_mode, "backend": backend}
             return handle_torch_function(eca, (x, weight), x, weight, **modes)
-        if _is_tracing():
+        if is_tracing():
             return _quietly(_in_reference, x, weight, padding_mode)  # type: ignore[no-any-return]
         return _in_reference(x, weight, padding_mode)
-    if _transformed():
+    if transformed():
         return transformed_eca(x, weight, padding_mode, kernels)
     if padding_mode not in PADDING_MODES:
         check_padding_mode(padding_mode)
-    if _is_tracing():
+    if is_tracing():
         return _scripted(False)(x, weight, padding_mode, named(backend))  # type: ignore[no-any-return]
     circular = padding_mode == "circular"
-    if _exporting_to_onnx():
+    if exporting_to_onnx():
         check(x, weight, padding_mode)
         return decomposed.eca(x, weight, circular)
     try:
@@ -202,7 +189,7 @@ def eca_(
         modes = {"padding_mode": padding_mode, "backend": backend}
         return handle_torch_function(eca_, (x, weight), x, weight, **modes)
     kernels = select(x, backend) if tensors else None
-    if _is_tracing():
+    if is_tracing():
         _quietly(check, x, weight, padding_mode)
         name = "reference" if kernels is None else named(backend)
         return _scripted(True)(x, weight, padding_mode, name)  # type: ignore[no-any-return]
@@ -219,10 +206,10 @@ def eca_(
             "x was made in inference mode and cannot be written in place outside of it; "
             "call this in torch.inference_mode(), or on x.clone()"
         )
-    if kernels is None or _transformed():
+    if kernels is None or transformed():
         gate = reference.gate(x, weight, padding_mode)
         return x.mul_(gate.reshape(gate.shape + (1,) * (x.dim() - 2)))
-    if _exporting_to_onnx():
+    if exporting_to_onnx():
         return x.copy_(decomposed.eca(x, weight, padding_mode == "circular"))
     kernels.inference_(x, weight, padding_mode == "circular")
     torch.autograd.graph.increment_version(x)

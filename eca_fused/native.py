@@ -1,7 +1,7 @@
 """The compiled extension: loads it, or says why it is missing, and describes its operators.
 
-`forward`, `backward`, `inference` and `inference_` are this backend's side of the contract; a
-backend is a module that has these four.
+`forward`, `backward`, `inference` and `inference_` are this backend's side of the contract, with
+`pool`, `rescale` and `rescale_backward` for the two ends alone; a backend is a module that has all.
 """
 
 import functools
@@ -18,6 +18,9 @@ __all__ = [
     "inference",
     "inference_",
     "missing",
+    "pool",
+    "rescale",
+    "rescale_backward",
     "unsupported",
 ]
 
@@ -37,6 +40,9 @@ try:
     backward = torch.ops.eca_fused.backward.default
     inference = torch.ops.eca_fused.inference.default
     inference_ = torch.ops.eca_fused.inference_.default
+    pool = torch.ops.eca_fused.pool.default
+    rescale = torch.ops.eca_fused.rescale.default
+    rescale_backward = torch.ops.eca_fused.rescale_backward.default
 except Exception as error:  # a broken build may fail in any way, and must not break the import
     devices = frozenset()
     missing = (
@@ -45,10 +51,8 @@ except Exception as error:  # a broken build may fail in any way, and must not b
     )
 
 if missing is None:
-    torch.library.register_fake("eca_fused::forward")(fakes.forward)
-    torch.library.register_fake("eca_fused::backward")(fakes.backward)
-    torch.library.register_fake("eca_fused::inference")(fakes.inference)
-    torch.library.register_fake("eca_fused::inference_")(fakes.inference_)
+    for _name in fakes.__all__:
+        torch.library.register_fake(f"eca_fused::{_name}")(getattr(fakes, _name))
     flops.register("")
 
 

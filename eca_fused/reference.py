@@ -1,4 +1,4 @@
-"""ECA in plain PyTorch: the definition that every kernel is checked against.
+"""ECA and its two ends in plain PyTorch: the definition that every kernel is checked against.
 
 Formulas: Wang et al., "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks"
 (CVPR 2020), equations 7 to 9; the taps of each channel (ECA-NS) are equation 6.
@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["convolve", "eca", "gate"]
+__all__ = ["convolve", "eca", "gate", "pool", "rescale"]
+
+
+def pool(x: Tensor) -> Tensor:
+    """Means over the spatial positions: (N, C, *spatial) to (N, C), the dtype of x."""
+    return x.mean(tuple(range(2, x.dim()))) if x.dim() > 2 else x
+
+
+def rescale(x: Tensor, gate: Tensor) -> Tensor:
+    """x (N, C, *spatial) times the gate (N, C) of each channel, in the shape and dtype of x."""
+    return x * gate.to(x.dtype).reshape(gate.shape + (1,) * (x.dim() - 2))
 
 
 def padded(values: Tensor, r: int, padding_mode: str) -> Tensor:
@@ -50,8 +60,7 @@ def gate(x: Tensor, weight: Tensor, padding_mode: str = "zeros") -> Tensor:
     Returns:
         (N, C), the dtype of x, each in 0 to 1.
     """
-    mean = x.mean(tuple(range(2, x.dim()))) if x.dim() > 2 else x  # (N, C)
-    z = convolve(mean.to(weight.dtype), weight, padding_mode)
+    z = convolve(pool(x).to(weight.dtype), weight, padding_mode)
     return torch.sigmoid(z).to(x.dtype)
 
 
@@ -66,5 +75,4 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros") -> Tensor:
     Returns:
         A tensor of the shape and dtype of x.
     """
-    a = gate(x, weight, padding_mode)
-    return x * a.reshape(a.shape + (1,) * (x.dim() - 2))
+    return rescale(x, gate(x, weight, padding_mode))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eca_fused import decomposed, native
 
-__all__ = ["eca", "eca_", "plain"]
+__all__ = ["check_map", "eca", "eca_", "linked_pool", "linked_rescale", "plain", "pool", "rescale"]
 
 if native.missing is None:
 
@@ -22,7 +22,14 @@ if native.missing is None:
     def _inference_(x: Tensor, weight: Tensor, circular: bool) -> None:
         torch.ops.eca_fused.inference_(x, weight, circular)
 
+    def _pool(x: Tensor) -> Tensor:
+        return torch.ops.eca_fused.pool(x)  # type: ignore[no-any-return]
+
+    def _rescale(x: Tensor, gate: Tensor) -> Tensor:
+        return torch.ops.eca_fused.rescale(x, gate)  # type: ignore[no-any-return]
+
 else:
+    _pool, _rescale = decomposed.pool, decomposed.rescale
     _inference = decomposed.eca
 
     def _inference_(x: Tensor, weight: Tensor, circular: bool) -> None:
@@ -43,6 +50,18 @@ else:
 
     def _has_kernels(x: Tensor) -> bool:
         return False
+
+
+def check_map(x: Tensor, channels: int, spatial: int | None = None) -> None:
+    """As in checks.py."""
+    least, most = 0, 3
+    if spatial is not None:
+        least, most = spatial, spatial
+    if x.dim() - 2 < least or x.dim() - 2 > most or x.shape[1] != channels:
+        raise ValueError(
+            f"expected x of shape (N, {channels}, *spatial) with {least} to {most} spatial "
+            f"dimensions, got {x.shape}; build the layer for the channels of x, or reshape x"
+        )
 
 
 def _circular(padding_mode: str) -> bool:
@@ -158,3 +177,25 @@ def eca_(x: Tensor, weight: Tensor, padding_mode: str = "zeros", backend: str = 
     _check_not_needed(x, weight)
     _inference_(x, weight, _circular(padding_mode))
     return x
+
+
+def pool(x: Tensor, backend: str = "auto") -> Tensor:
+    """pool() with a gradient from autograd. Args as for pool()."""
+    if _without_kernels(x, backend) or (torch.is_grad_enabled() and x.requires_grad):
+        return decomposed.pool(x)
+    return _pool(x)
+
+
+def rescale(x: Tensor, gate: Tensor, backend: str = "auto") -> Tensor:
+    """rescale() with a gradient from autograd. Args as for rescale()."""
+    if _without_kernels(x, backend) or _needs_grad(x, gate):
+        return decomposed.rescale(x, gate)
+    return _rescale(x, gate)
+
+
+def linked_pool(x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
+    return pool(x, backend), None
+
+
+def linked_rescale(x: Tensor, gate: Tensor, token: Tensor | None, backend: str) -> Tensor:
+    return rescale(x, gate, backend)

@@ -101,6 +101,10 @@ def raw(t: Tensor) -> bytes:
     return bytes(t.contiguous().view(torch.uint8).numpy().data) if t.numel() else b""
 
 
+def _sums_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 class HostGpu:
     """A process with the kernels, started again after a fault."""
 
@@ -146,12 +150,16 @@ class HostGpu:
             "namespace eca::cuda {",
             "template <class T> void run_forward(Forward, const Plan&, const Memory&) {}",
             "template <class T> void run_backward(const Backward&, const Plan&, const Memory&) {}",
+            "template <class T> void run_reduce(const Reduce&, const Plan&, const Memory&) {}",
+            "template <class T> void run_scale(const Scale&, const Plan&, const Memory&) {}",
         ]
         for dtype, name in zip(DTYPES, names, strict=True):
             if str(dtype).removeprefix("torch.") not in self.dtypes:
                 call = "const Plan&, const Memory&"
                 lines.append(f"template void run_forward<{name}>(Forward, {call});")
                 lines.append(f"template void run_backward<{name}>(const Backward&, {call});")
+                lines.append(f"template void run_reduce<{name}>(const Reduce&, {call});")
+                lines.append(f"template void run_scale<{name}>(const Scale&, {call});")
         path = self.folder / "absent.cpp"
         path.write_text("\n".join([*lines, "}", ""]))
         return path
@@ -206,7 +214,7 @@ class HostGpu:
         maps: list[View],
         small: bytes,
         *,
-        backward: bool,
+        operation: int,
         wants: tuple[bool, bool, bool, bool],
         gpu: dict[str, int],
         wish: Wish | None,
@@ -217,7 +225,7 @@ class HostGpu:
         n, c, s = x.shape
         w = wish or Wish()
         numbers = [
-            backward, DTYPES.index(x.dtype), channels_last, n, c, s, DTYPES.index(weight.dtype),
+            operation, DTYPES.index(x.dtype), channels_last, n, c, s, DTYPES.index(weight.dtype),
             weight.shape[2], weight.shape[0] != 1, circular, *wants, seed, resident, count,
             *gpu.values(), wish is not None, w.two_passes, w.tile, w.group, w.threads,
         ]  # fmt: skip
@@ -255,14 +263,12 @@ class HostGpu:
         if in_place:
             out = v
         plan, traffic = self._send(
-            x, weight, circular, channels_last, [v, out, none, none], b"", backward=False,
+            x, weight, circular, channels_last, [v, out, none, none], b"", operation=0,
             wants=(in_place, want_mean, False, False), gpu=gpu, wish=wish, seed=seed,
             resident=resident, count=count,
         )  # fmt: skip
         y = in_shape(self._tensor(out.memory), out, x, channels_last)
-        small = torch.empty(
-            x.shape[:2], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32
-        )
+        small = torch.empty(x.shape[:2], dtype=_sums_dtype(x))
         mean, gate = (self._tensor(small).reshape(small.shape) for _ in range(2))
         return Outcome((y, mean, gate), plan, traffic)
 
@@ -289,9 +295,53 @@ class HostGpu:
         none = View(x[:0], 0, 0, 0)
         plan, traffic = self._send(
             x, weight, circular, channels_last, [v, none, g, out],
-            raw(mean) + raw(gate) + raw(g.memory), backward=True,
+            raw(mean) + raw(gate) + raw(g.memory), operation=1,
             wants=(False, False, want_dx, want_dweight), gpu=gpu, wish=wish, seed=seed,
             resident=resident, count=count,
         )  # fmt: skip
         dx = in_shape(self._tensor(out.memory), out, x, channels_last)
         return Outcome((dx, self._tensor(weight).reshape(weight.shape)), plan, traffic)
+
+    def reduce(
+        self,
+        x: Tensor,
+        dy: Tensor | None = None,
+        gate: Tensor | None = None,
+        *,
+        channels_last: bool = False,
+        gpu: dict[str, int] = H200,
+        seed: int = 1,
+    ) -> Outcome:
+        """The means (N, C) of x (N, C, S); with dy the sums of dy * x, and with gate dx too."""
+        v, out, none = view(x, channels_last), like(x, channels_last), View(x[:0], 0, 0, 0)
+        g = none if dy is None else view(dy, channels_last)
+        small = torch.empty(x.shape[:2], dtype=_sums_dtype(x))
+        plan, _ = self._send(
+            x, x.new_ones(1, 1, 1), False, channels_last, [v, none, g, out],
+            raw(small if gate is None else gate) + raw(g.memory), operation=2,
+            wants=(False, dy is not None, gate is not None, False), gpu=gpu, wish=None, seed=seed,
+            resident=0, count=False,
+        )  # fmt: skip
+        result = self._tensor(small).reshape(small.shape)
+        dx = in_shape(self._tensor(out.memory), out, x, channels_last)
+        return Outcome((result, dx), plan)
+
+    def scale(
+        self,
+        x: Tensor,
+        gate: Tensor,
+        shift: Tensor | None = None,
+        *,
+        channels_last: bool = False,
+        gpu: dict[str, int] = H200,
+        seed: int = 1,
+    ) -> Outcome:
+        """y = gate * x + shift, of x (N, C, S), gate and shift (N, C)."""
+        v, out, none = view(x, channels_last), like(x, channels_last), View(x[:0], 0, 0, 0)
+        plan, _ = self._send(
+            x, x.new_ones(1, 1, 1), False, channels_last, [v, out, none, none],
+            raw(gate) + raw(gate if shift is None else shift), operation=3,
+            wants=(False, shift is not None, False, False), gpu=gpu, wish=None, seed=seed,
+            resident=0, count=False,
+        )  # fmt: skip
+        return Outcome((in_shape(self._tensor(out.memory), out, x, channels_last),), plan)

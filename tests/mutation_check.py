@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from host_gpu import A100, H200, ROOT, SANITIZED, Fault, HostGpu, Refused, Wish
 from support import LAYOUTS, MODES, assert_as_accurate, make_case
+from test_cuda_kernels import check_apart
 
 
 @dataclass
@@ -154,6 +155,18 @@ MUTATIONS = [
         "for (int part = 0; part < max(1, t.parts - 1); ++part)",
     ),
     Mutation(
+        "one part lost of sums without gates",
+        "cuda/two_pass.h",
+        "for (int part = thread_index() % 32; part < t.parts; part += 32)",
+        "for (int part = thread_index() % 32; part < max(1, t.parts - 1); part += 32)",
+    ),
+    Mutation(
+        "a sum taken for a mean",
+        "cuda/launch.h",
+        "r.dy.data ? int64_t(1) : p.pixels",
+        "int64_t(1)",
+    ),
+    Mutation(
         "shared memory one element short",
         "plan.cpp",
         "place(&s.held, (held + V) * size);",
@@ -189,6 +202,9 @@ def check(gpu: HostGpu) -> None:
             except Refused:
                 continue
             assert_as_accurate((y, *grads), case)
+        if not own_taps and mode == "zeros":
+            for of in (tiny, H200):
+                check_apart(gpu, case.x, case.dy, layout, of)
 
 
 def verdict(mutation: Mutation | None, folder: Path) -> str:

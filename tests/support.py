@@ -121,15 +121,36 @@ def magnitudes(case: Case) -> Results:
     return x, g + (dm / pixels).reshape(dm.shape + (1,) * len(spatial)), dw
 
 
-def assert_as_accurate(results: Results, case: Case) -> None:
-    """Results are no farther from float64 than plain PyTorch's in the same dtype, plus a floor.
-
-    In half precision the floor is all that is allowed: plain PyTorch rounds means and gates to half
-    precision too, which would hide faults, and the kernels do not.
+def assert_near(
+    name: str,
+    got: Tensor,
+    want: Tensor,
+    terms: Tensor,
+    dtype: torch.dtype,
+    accumulator: torch.dtype,
+    more: float = 0,
+) -> None:
+    """A result of a dtype is no farther from that in float64 than the floor, and `more`.
 
     The floor is what no implementation can avoid: half a unit in the last place of the result for
     its one rounding to dtype, and 8 units of the accumulator relative to the magnitude of the terms
     (sum, mean, taps, sigmoid and product round about once each).
+    """
+    assert got.dtype == dtype, f"{name} has dtype {got.dtype}"
+    assert got.shape == want.shape, f"{name} has shape {tuple(got.shape)}"
+    if got.numel() == 0:
+        return
+    floor = torch.finfo(dtype).eps / 2 * want.abs().max()
+    floor = floor + 8 * torch.finfo(accumulator).eps * terms.abs().max()
+    error, allowed = (got.double() - want).abs().max(), floor + more
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_as_accurate(results: Results, case: Case) -> None:
+    """Results are no farther from float64 than plain PyTorch's in the same dtype, plus a floor.
+
+    In half precision the floor of assert_near() is all that is allowed: plain PyTorch rounds means
+    and gates to half precision too, which would hide faults, and the kernels do not.
     """
     exact = run(plain(case), case, torch.float64)
     usual = run(plain(case), case)
@@ -138,16 +159,9 @@ def assert_as_accurate(results: Results, case: Case) -> None:
         ("y", "dx", "dweight"), results, exact, usual, magnitudes(case), strict=True
     ):
         dtype = case.weight.dtype if name == "dweight" else case.x.dtype
-        assert got.dtype == dtype, f"{name} has dtype {got.dtype}"
-        assert got.shape == want.shape, f"{name} has shape {tuple(got.shape)}"
-        if got.numel() == 0:
-            continue
-        floor = torch.finfo(dtype).eps / 2 * want.abs().max()
-        floor = floor + 8 * torch.finfo(accumulator).eps * scale.max()
-        error = (got.double() - want).abs().max()
-        half = case.x.dtype in (torch.float16, torch.bfloat16)
-        allowed = floor + (0 if half else (other.double() - want).abs().max())
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+        half = case.x.dtype in (torch.float16, torch.bfloat16) or got.numel() == 0
+        usual_error = 0 if half else float((other.double() - want).abs().max())
+        assert_near(name, got, want, scale, dtype, accumulator, usual_error)
 
 
 def grid(**axes: list[object]) -> list[dict[str, object]]:

@@ -176,5 +176,5 @@ def test_environment_sets_the_default():
 
 def test_importing_the_package_imports_no_optional_one():
     optional = ["triton", "timm", "torchvision", "sklearn", "matplotlib"]
-    code = f"import sys, eca_fused; print([m for m in {optional} if m in sys.modules])"
+    code = f"import sys, eca_fused.models; print([m for m in {optional} if m in sys.modules])"
     assert python(code).stdout.strip() == "[]"

@@ -15,7 +15,7 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 DTYPES = {"float32": "f", "float64": "d", "float16": "6__half", "bfloat16": "13__nv_bfloat16"}
 KERNELS = [
     "forward_on_chip", "backward_on_chip", "sum_planes", "sum_pixels", "rescale_planes",
-    "rescale_pixels", "make_gates", "make_shifts", "sum_dweight",
+    "rescale_pixels", "make_gates", "make_shifts", "sum_dweight", "add_parts",
 ]  # fmt: skip
 LAYOUTS = {"planes": "0", "pixels": "1"}
 # What __launch_bounds__ of csrc/plan.h leaves a thread.

@@ -11,7 +11,16 @@ from dataclasses import replace
 import pytest
 import torch
 from host_gpu import A100, H200, SANITIZED, Fault, HostGpu, Refused, Wish, missing
-from support import DTYPES, LAYOUTS, MODES, Case, assert_as_accurate, make_case, name_of
+from support import (
+    DTYPES,
+    LAYOUTS,
+    MODES,
+    Case,
+    assert_as_accurate,
+    assert_near,
+    make_case,
+    name_of,
+)
 
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
@@ -358,3 +367,58 @@ def test_streaming_accesses_are_coalesced(gpu, layout, shape, wish, dtype):
                 streaming += 1
                 assert site["bytes"] >= 0.95 * 32 * site["sectors"], site
     assert streaming >= 4  # x, y; dy, x and dx, where dy and x may come the same way
+
+
+# ---- pooling and rescaling apart ----
+
+APART_SHAPES = [*SHAPES, (1, 6, 5000), (2, 16, 4900), (3, 5, 2001)]
+
+
+def apart_cases():
+    every = itertools.product(DTYPES, LAYOUTS, (H200, TINY), (1, 2))
+    for number, (dtype, layout, of, turn) in enumerate(every):
+        for shape in APART_SHAPES[(number + turn) % 3 :: 3]:
+            words = (name_of(dtype), layout, "h200" if of is H200 else "tiny", name_of(shape))
+            yield pytest.param(dtype, layout, of, shape, id="-".join(words) + f"-{turn}")
+
+
+@pytest.mark.parametrize(("dtype", "layout", "of", "shape"), list(apart_cases()))
+def test_sums_and_rescaling_apart(gpu, dtype, layout, of, shape):
+    case = make_case(shape, dtype=dtype, layout=layout)
+    check_apart(gpu, case.x, case.dy, layout, of)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["batch", "channels", "odd channels"])
+@pytest.mark.parametrize("pixels", [16, 25])
+def test_slices_apart(gpu, dtype, layout, name, pixels):
+    whole = make_case((4, 64, pixels), dtype=dtype, layout=layout)
+    check_apart(gpu, SLICES[name](whole.x), SLICES[name](whole.dy), layout, TINY)
+
+
+def check_apart(gpu, x, dy, layout, of):
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    generator = torch.Generator().manual_seed(3)
+    gate, shift = (
+        torch.randn(x.shape[:2], generator=generator, dtype=accumulator) for _ in range(2)
+    )
+    how = {"channels_last": layout != "contiguous", "gpu": of}
+    v, g, a = x.double(), dy.double(), gate.double()[..., None]
+
+    def near(name, got, want, terms, dtype):
+        assert_near(name, got, want, terms, dtype, accumulator)
+
+    mean, _ = gpu.reduce(x, **how).tensors
+    near("mean", mean, v.mean(2), v.abs().mean(2), accumulator)
+    products = (v * g).abs().sum(2)
+    dgate, dx = gpu.reduce(x, dy, gate, **how).tensors
+    near("dgate", dgate, (v * g).sum(2), products, accumulator)
+    near("dx", dx, a * g, a * g, x.dtype)
+    alone, unwritten = gpu.reduce(x, dy, **how).tensors
+    near("dgate alone", alone, (v * g).sum(2), products, accumulator)
+    assert unwritten.isnan().all()
+    near("y", gpu.scale(x, gate, **how).tensors[0], a * v, a * v, x.dtype)
+    b = shift.double()[..., None]
+    terms = (a * v).abs() + b.abs()
+    near("shifted", gpu.scale(x, gate, shift, **how).tensors[0], a * v + b, terms, x.dtype)

@@ -25,7 +25,7 @@ from eca_fused.models import (
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BLOCKS[152] = (3, 8, 36, 3)
-FUSED = [name for name, method in attention.METHODS.items() if method.fused]
+FUSED = ["se", "se_var1", "se_var2", "eca_ns", "eca", "cbam"]
 # Stage two has 24 channels, which is no multiple of 16.
 MOBILE = [name for name in attention.METHODS if name not in ("se_gc1", "se_gc2")]
 

@@ -1,7 +1,9 @@
 """`python -m eca_fused tables`, and the counts under it: the poster's figures, thop's rules."""
 
 import copy
+import importlib.util
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +13,15 @@ from torch import Tensor, nn
 
 from eca_fused import attention, published, tables_command
 from eca_fused.__main__ import main
-from eca_fused.counting import count_flops, count_parameters
+from eca_fused.counting import MMDETECTION, count_flops, count_parameters
 from eca_fused.models import ResNet, mobilenetv2, resnet
 
 needs_thop = "thop's own count is compared: pip install thop"
 ROWS = {(row.network, row.method): row for row in published.BACKBONES}
+needs_torchvision = pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None,
+    reason="the detectors are made of torchvision's parts: make test",
+)
 
 
 def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -25,13 +31,17 @@ def document(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 @pytest.fixture
 def two_rows(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The tables with two networks only, which are quick to count."""
+    """The tables with two networks and no detector, which are quick to count."""
     rows = (ROWS["ResNet-18", "ECA"], replace(ROWS["ResNet-18", "SENet"], note="a note"))
     monkeypatch.setattr(tables_command, "BACKBONES", rows)
+    monkeypatch.setattr(tables_command, "DETECTORS", ())
     return monkeypatch
 
 
-def test_every_figure_is_within_its_tolerance(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_figure_is_within_its_tolerance(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables_command, "DETECTORS", ())  # they have a test of their own
     found = document(capsys)
     assert len(found["methods"]) == 10
     for row in found["methods"]:
@@ -81,7 +91,7 @@ def test_text_and_markdown(capsys: pytest.CaptureFixture[str], two_rows: Any) ->
     assert main(["tables", "--format", "markdown"]) == 0
     lines = capsys.readouterr().out.splitlines()
     tables = [line for line in lines if line.startswith("|")]
-    assert len(tables) == 2 + 10 + 2 + 2
+    assert len(tables) == 2 + 10 + 2 + 2 + 2
     assert "| ECA | s(C1D_k(y)) | k = 3 | 3 | 3 | 0 | yes | 77.43 | 93.65 |" in tables
     start = "| ResNet-18 | ECA | 11.148 | 11.148 | 0.000 | 1.700 G |"
     assert sum(line.startswith(start) for line in tables) == 1
@@ -116,7 +126,103 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--format" in capsys.readouterr().err
 
 
+# ---- detectors ----
+
+
+@needs_torchvision
+def test_detectors_agree_in_every_digit(capsys: pytest.CaptureFixture[str], two_rows: Any) -> None:
+    two_rows.setattr(tables_command, "DETECTORS", published.DETECTORS)
+    found = document(capsys)["detectors"]
+    printed = {(row.title, row.method): row for row in published.DETECTORS}
+    assert len(found) == len(printed) == 9
+    for row in found:
+        reported = printed[row["detector"], row["method"]]
+        assert f"{row['parameters'] / 1e6:.2f}" == reported.parameters, reported
+        # torchvision's ReLUs of the region proposals, but not those of the box head.
+        relus = 256 * (64000 + 16000 + 4000 + 1000 + 260) - 2 * 1000 * 1024
+        flops = row["flops"] - (0 if row["detector"] == "RetinaNet" else relus)
+        assert f"{flops / 1e9:.2f}" == reported.flops, reported
+        assert row["flops_reported"] == float(reported.flops) * 1e9
+        assert row["ap_reported"] == float(reported.ap)
+        assert row["agrees"] is True
+
+
+@needs_torchvision
+@pytest.mark.parametrize(
+    ("name", "parameters", "flops"),
+    [("faster_rcnn", "41.53", "207.18"), ("mask_rcnn", "44.18", "275.69")],
+)
+def test_the_authors_detectors_on_resnet50(name: str, parameters: str, flops: str) -> None:
+    """The table of the authors' checkpoints, with the kernel sizes that these have."""
+    from eca_fused.models.detection import FixedRegions, detector
+
+    model = detector(name, 50, device="meta", body={"fused": False})
+    counted = count_flops(FixedRegions(model), tables_command.DETECTOR_INPUT, MMDETECTION)
+    assert f"{count_parameters(model, trainable=True) / 1e6:.2f}" == parameters
+    assert counted / 1e9 == pytest.approx(float(flops), rel=published.DETECTOR_TOLERANCE)
+
+
+@needs_torchvision
+@pytest.mark.parametrize("changes", [{"parameters": "60.51"}, {"flops": "283.00"}])
+def test_a_detector_outside_its_tolerance_fails(
+    capsys: pytest.CaptureFixture[str], two_rows: pytest.MonkeyPatch, changes: dict[str, str]
+) -> None:
+    row = replace(published.DETECTORS[0], **changes)
+    two_rows.setattr(tables_command, "DETECTORS", (row,))
+    assert main(["tables"]) == 1
+    captured = capsys.readouterr()
+    line = next(line for line in captured.out.splitlines() if line.startswith("Faster R-CNN"))
+    assert line.split()[-2:] == ["NO", "38.7"]
+    assert captured.err == "error: 1 rows are outside their tolerance: agrees is NO\n"
+
+
+def test_without_torchvision_the_rows_say_so(
+    capsys: pytest.CaptureFixture[str], two_rows: pytest.MonkeyPatch
+) -> None:
+    two_rows.setattr(tables_command, "DETECTORS", published.DETECTORS)
+    two_rows.setitem(sys.modules, "torchvision.models", None)
+    two_rows.delitem(sys.modules, "eca_fused.models.detection", raising=False)
+    assert main(["tables"]) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("Mask R-CNN"))
+    assert " ".join(line.split()) == "Mask R-CNN vanilla [2] 63.17 - - 351.65 - - - 39.4"
+    last = out.splitlines()[-1]
+    assert last.startswith("[2] not counted: the detectors need torchvision, in the release that ")
+    assert last.endswith("pip install 'eca-fused[detection]'.")
+    row = document(capsys)["detectors"][0]
+    assert [row[key] for key in ("parameters", "flops", "flops_difference", "agrees")] == [None] * 4
+
+
 # ---- the count ----
+
+
+def test_mmdetections_rules() -> None:
+    layers = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.ConvTranspose2d(8, 4, 2, 2),
+        attention.make("eca", 4, kernel_size=3),
+        attention.make("se", 4, reduction=2),
+        attention.ECAVariant(4, 5),
+        nn.Flatten(),
+        nn.Linear(4 * 64, 5),
+    )
+    convolution = 8 * 64 * (3 * 9 + 1)  # with the biases
+    norm, relu, pool = 2 * 8 * 64, 8 * 64, 8 * 64
+    transposed = 4 * 64 * (8 * 4 + 1)  # on the map that it writes
+    eca, se, variant = 4 * 64 + 4 * 3, 4 * 64 + 2 * 4 * 2 + 2, 4 * 64 + 4 * 5
+    total = convolution + norm + relu + pool + transposed + eca + se + variant + 4 * 64 * 5
+    assert count_flops(layers, (1, 3, 8, 8), MMDETECTION) == total
+    with pytest.raises(ValueError, match="MMDetection has a rule for, got LayerNorm"):
+        count_flops(nn.Sequential(nn.LayerNorm(4)), (1, 4), MMDETECTION)
+
+
+def test_trainable_parameters() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    model[0].requires_grad_(False)
+    assert (count_parameters(model), count_parameters(model, trainable=True)) == (16 + 25, 25)
 
 
 class PlainSE(nn.Module):

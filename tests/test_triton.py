@@ -244,7 +244,7 @@ SHAPES = [
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize(("shape", "k", "dtype", "layout"), SHAPES, ids=name_of)
 def test_compiles_without_spills(shape, k, dtype, layout, architecture, tmp_path, monkeypatch):
-    from triton_aot import compiled, recorded, usage
+    from triton_aot import recorded
 
     from eca_fused.triton_kernels import launch
 
@@ -262,15 +262,43 @@ def test_compiles_without_spills(shape, k, dtype, layout, architecture, tmp_path
 
     launches = recorded(both_passes, monkeypatch)
     assert {"forward_resident", "gates"} & {one.kernel.__name__ for one in launches}
+    check_code(launches, architecture, tmp_path, whole_lines=shape[-1] % 28 == 0)
+
+
+def check_code(launches, architecture, folder, whole_lines):
+    from triton_aot import compiled, usage
+
     for one in launches:
         kernel = compiled(one, architecture)
-        used = usage(kernel, tmp_path)
+        used = usage(kernel, folder)
         assert used.stack == 0, f"{one.kernel.__name__} spills: {used}"
         assert used.shared <= 48 * 1024, f"{one.kernel.__name__}: {used}"
-        whole_lines = shape[-1] % 28 == 0 and one.kernel.__name__ in ("scale", "forward_resident")
-        if whole_lines:
+        if whole_lines and one.kernel.__name__ in ("scale", "forward_resident"):
             assert "ld.global.v4.b32" in kernel.asm["ptx"]
             assert "st.global.v4.b32" in kernel.asm["ptx"]
+
+
+@compiles
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pooling_and_rescaling_compile_without_spills(layout, tmp_path, monkeypatch):
+    from triton_aot import recorded
+
+    from eca_fused.triton_kernels import launch
+
+    x = in_layout(torch.empty(32, 256, 56, 56, dtype=torch.bfloat16, device="meta"), layout)
+    half = torch.empty(32, 256, dtype=torch.bfloat16, device="meta")
+    gate = torch.empty(32, 256, device="meta")
+
+    def both_passes():
+        launch.pool(x, half)
+        launch.rescale(x, gate, None, torch.empty_like(x))
+        launch.rescale_backward(x, x, gate, None, gate)
+        launch.rescale(x, gate, gate, torch.empty_like(x))
+
+    launches = recorded(both_passes, monkeypatch)
+    names = [one.kernel.__name__ for one in launches]
+    assert names == ["sums", "finish", "scale", "sums", "finish", "scale"]
+    check_code(launches, 90, tmp_path, whole_lines=True)
 
 
 # ---- the common suite ----
@@ -288,6 +316,7 @@ SUITE = [
     "test_memory.py",
     "test_instruments.py",
     "test_triton_operators.py",
+    "test_pool_rescale.py",
 ]
 # What the interpreter does badly: up to minutes each, for what the CPU's caches or threads would
 # notice, what repeats a call for every element, what runs often on one case or on a large map, and

@@ -205,10 +205,10 @@ install_extras() {
   step "Installing the packages for: $1 (about a minute)" \
     pip install -q -c "$state/constraints.txt" "eca-fused[$1]"
   # A torch from an index of its own, such as one without CUDA, may not load the torchvision of the
-  # default index. Only timm, which some tests compare with, needs it.
+  # default index. Only the detectors, timm and tests that compare with them need it.
   if [ -z "$had_torchvision" ] && has torchvision &&
     ! "$env/bin/python" -c 'import torchvision' >"$log" 2>&1; then
-    step "Removing torchvision, which does not load in this torch; tests that need timm are skipped" \
+    step "Removing torchvision, which does not load in this torch; tests that need it are skipped" \
       pip uninstall -q -y torchvision
     echo "    To run them, install the torchvision that belongs to torch $(torch_version "$env/bin/python")."
   fi

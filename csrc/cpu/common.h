@@ -50,3 +50,11 @@ void parallel(const ThreadPool& pool, int64_t count, int64_t grain, const F& bod
 
 // Fewer elements than this are not worth a second thread (PyTorch's own limit).
 constexpr int64_t kGrain = 32768;
+
+// Streaming stores pay only where input and output do not fit into the caches together, and never
+// where the lines that are written are in a cache already.
+template <class T>
+bool streams(const Problem& p, const Map& out, const Map& in) {
+  const int64_t bytes = p.samples * p.channels * p.pixels * (int64_t)sizeof(T);
+  return out.data != in.data && 2 * bytes > last_level_cache_bytes();
+}

@@ -18,6 +18,8 @@ struct Kernels {
   const char* name;
   void (*forward)(const Forward&, const ThreadPool&);
   void (*backward)(const Backward&, const ThreadPool&);
+  void (*reduce)(const Reduce&, const ThreadPool&);
+  void (*scale)(const Scale&, const ThreadPool&);
 };
 
 namespace baseline {

@@ -16,7 +16,7 @@
 namespace eca::cpu::avx2 {
 #include "simd.h"
 #include "kernels.h"
-const Kernels kernels{"avx2", forward, backward};
+const Kernels kernels{"avx2", forward, backward, reduce, scale};
 }  // namespace eca::cpu::avx2
 
 #if defined(__clang__)

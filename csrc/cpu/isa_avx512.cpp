@@ -18,7 +18,7 @@
 namespace eca::cpu::avx512 {
 #include "simd.h"
 #include "kernels.h"
-const Kernels kernels{"avx512", forward, backward};
+const Kernels kernels{"avx512", forward, backward, reduce, scale};
 }  // namespace eca::cpu::avx512
 
 #if defined(__clang__)

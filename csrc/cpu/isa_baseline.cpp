@@ -6,5 +6,5 @@
 namespace eca::cpu::baseline {
 #include "simd.h"
 #include "kernels.h"
-const Kernels kernels{"baseline", forward, backward};
+const Kernels kernels{"baseline", forward, backward, reduce, scale};
 }  // namespace eca::cpu::baseline

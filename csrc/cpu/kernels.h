@@ -12,14 +12,7 @@
 #include "taps.h"
 #include "planes.h"
 #include "pixels.h"
-
-// Streaming stores pay only where input and output do not fit into the caches together, and never
-// where the lines that are written are in a cache already.
-template <class T>
-bool streams(const Problem& p, const Map& out, const Map& in) {
-  const int64_t bytes = p.samples * p.channels * p.pixels * (int64_t)sizeof(T);
-  return out.data != in.data && 2 * bytes > last_level_cache_bytes();
-}
+#include "apart.h"
 
 template <class T>
 void forward_as(const Forward& f, const ThreadPool& pool) {

@@ -1,4 +1,7 @@
 // The contract on CUDA: which dtype's kernels, and what the planner needs to know of a call.
+#include <limits>
+#include <type_traits>
+
 #include "cuda.h"
 
 #include "device.h"
@@ -9,23 +12,45 @@ template <class T>
 void run_forward(Forward f, const Plan& plan, const Memory& memory);
 template <class T>
 void run_backward(const Backward& b, const Plan& plan, const Memory& memory);
+template <class T>
+void run_reduce(const Reduce& r, const Plan& plan, const Memory& memory);
+template <class T>
+void run_scale(const Scale& s, const Plan& plan, const Memory& memory);
 
-void forward(const Forward& f, const Plan& plan, const Memory& memory) {
-  switch (f.problem.dtype) {
-    case Dtype::kFloat32: return run_forward<float>(f, plan, memory);
-    case Dtype::kFloat64: return run_forward<double>(f, plan, memory);
-    case Dtype::kFloat16: return run_forward<half>(f, plan, memory);
-    case Dtype::kBFloat16: return run_forward<bfloat16>(f, plan, memory);
+namespace {
+
+// Calls f with a null pointer of the type that stands for the dtype.
+template <class F>
+void visit(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::kFloat32: return f(static_cast<float*>(nullptr));
+    case Dtype::kFloat64: return f(static_cast<double*>(nullptr));
+    case Dtype::kFloat16: return f(static_cast<half*>(nullptr));
+    case Dtype::kBFloat16: return f(static_cast<bfloat16*>(nullptr));
   }
 }
 
+template <class T>
+using Pointee = std::remove_pointer_t<T>;
+
+}  // namespace
+
+void forward(const Forward& f, const Plan& plan, const Memory& memory) {
+  visit(f.problem.dtype,
+        [&](auto* type) { run_forward<Pointee<decltype(type)>>(f, plan, memory); });
+}
+
 void backward(const Backward& b, const Plan& plan, const Memory& memory) {
-  switch (b.problem.dtype) {
-    case Dtype::kFloat32: return run_backward<float>(b, plan, memory);
-    case Dtype::kFloat64: return run_backward<double>(b, plan, memory);
-    case Dtype::kFloat16: return run_backward<half>(b, plan, memory);
-    case Dtype::kBFloat16: return run_backward<bfloat16>(b, plan, memory);
-  }
+  visit(b.problem.dtype,
+        [&](auto* type) { run_backward<Pointee<decltype(type)>>(b, plan, memory); });
+}
+
+void reduce(const Reduce& r, const Plan& plan, const Memory& memory) {
+  visit(r.problem.dtype, [&](auto* type) { run_reduce<Pointee<decltype(type)>>(r, plan, memory); });
+}
+
+void scale(const Scale& s, const Plan& plan, const Memory& memory) {
+  visit(s.problem.dtype, [&](auto* type) { run_scale<Pointee<decltype(type)>>(s, plan, memory); });
 }
 
 namespace {
@@ -55,6 +80,29 @@ Access access_of(const Forward& f) {
 Access access_of(const Backward& b) {
   const Access sources = both(access_of(b.problem, b.dy), access_of(b.problem, b.x));
   return b.dx.data ? both(sources, access_of(b.problem, b.dx)) : sources;
+}
+
+namespace {
+
+// Chunks are for what is read twice; what is not is one chunk, as for a cache without end.
+Plan in_passes(const Problem& p, Pass pass, const Access& access, Gpu gpu, bool twice) {
+  if (!twice) gpu.l2 = std::numeric_limits<int64_t>::max();
+  const Wish two_passes{true, 0, 0, 0};
+  return make_plan(p, pass, access, gpu, &two_passes);
+}
+
+}  // namespace
+
+Plan plan_of(const Reduce& r, const Gpu& gpu) {
+  Access access = access_of(r.problem, r.x);
+  if (r.dy.data) access = both(access, access_of(r.problem, r.dy));
+  if (r.dx.data) access = both(access, access_of(r.problem, r.dx));
+  return in_passes(r.problem, reduce_pass(r), access, gpu, r.dx.data != nullptr);
+}
+
+Plan plan_of(const Scale& s, const Gpu& gpu) {
+  const Access access = both(access_of(s.problem, s.x), access_of(s.problem, s.y));
+  return in_passes(s.problem, Pass::kForward, access, gpu, false);
 }
 
 }  // namespace eca::cuda

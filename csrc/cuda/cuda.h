@@ -23,6 +23,15 @@ struct Memory {
 // mean and gate may be null, where nothing needs them. Throws std::runtime_error.
 void forward(const Forward& f, const Plan& plan, const Memory& memory);
 void backward(const Backward& b, const Plan& plan, const Memory& memory);
+void reduce(const Reduce& r, const Plan& plan, const Memory& memory);
+void scale(const Scale& s, const Plan& plan, const Memory& memory);
+
+// The kernels of strategy C, in which pooling and rescaling are apart.
+Plan plan_of(const Reduce& r, const Gpu& gpu);
+Plan plan_of(const Scale& s, const Gpu& gpu);
+
+// Which pass of the planner a reduction is like: dy is a second map to read.
+inline Pass reduce_pass(const Reduce& r) { return r.dy.data ? Pass::kBackward : Pass::kForward; }
 
 // How a call's maps lie, for make_plan().
 Access access_of(const Forward& f);

@@ -90,4 +90,31 @@ void run_backward(const Backward& b, const Plan& plan, const Memory& memory) {
          sum_dweight<T>, b, t, work);
 }
 
+template <class T>
+void run_reduce(const Reduce& r, const Plan& plan, const Memory& memory) {
+  const Problem& p = r.problem;
+  const Tiling& t = plan.tiling;
+  const bool planes = p.layout == Layout::kPlanes;
+  const Workspace work = arrange(p, reduce_pass(r), plan, memory);
+  for_each_chunk<T>(p, t, memory, [&](const Chunk& chunk, const ChunkLaunches& how) {
+    launch(how.sums, planes ? sum_planes<T, Rescale> : sum_pixels<T, Rescale>, p, r.x, r.dy, t,
+           chunk, work, Rescale{});
+    launch(how.gates, add_parts<T>, p, t, chunk, work, r.result, r.dy.data ? int64_t(1) : p.pixels);
+    if (r.dx.data)
+      launch(how.rescale, planes ? rescale_planes<T, Rescale> : rescale_pixels<T, Rescale>, p, r.dy,
+             r.dx, r.gate, nullptr, t, chunk, Rescale{});
+  });
+}
+
+template <class T>
+void run_scale(const Scale& s, const Plan& plan, const Memory& memory) {
+  const Problem& p = s.problem;
+  const Tiling& t = plan.tiling;
+  const bool planes = p.layout == Layout::kPlanes;
+  for_each_chunk<T>(p, t, memory, [&](const Chunk& chunk, const ChunkLaunches& how) {
+    launch(how.rescale, planes ? rescale_planes<T, Rescale> : rescale_pixels<T, Rescale>, p, s.x,
+           s.y, s.gate, s.shift, t, chunk, Rescale{});
+  });
+}
+
 }  // namespace eca::cuda

@@ -192,6 +192,21 @@ inline __device__ bool find_channel(const Problem& p, const Chunk& chunk, int64_
   return i < chunk.count * p.channels;
 }
 
+// What the sums come to, divided: (samples, channels).
+template <class T>
+__global__ void __launch_bounds__(kMostThreads)
+    add_parts(Problem p, Tiling t, Chunk chunk, Workspace work, void* result, int64_t divisor) {
+  using A = Accumulator<T>;
+  int64_t sample, c;
+  if (!find_channel(p, chunk, &sample, &c)) return;
+  const int64_t i = sample * p.channels + c;
+  A total = 0;
+  for (int part = thread_index() % 32; part < t.parts; part += 32)
+    total += value_at(static_cast<const A*>(work.sums) + part * p.samples * p.channels + i);
+  total = warp_sum(total);
+  if (thread_index() % 32 == 0) put(static_cast<A*>(result) + i, total / A(divisor));
+}
+
 // mean and gate (samples, channels), of all samples.
 template <class T>
 __global__ void __launch_bounds__(kMostThreads)

@@ -51,14 +51,15 @@ class Method:
         title: as the papers write it.
         build: from channels and keyword options to the module.
         key: the name of the module in the blocks of a network, and so in state dicts.
-        fused: runs on the fused kernels, with the options fused and backend.
+        fused: has the options fused and backend. SE-Var1, SE-Var2, ECA-NS and ECA are one operation
+            of the fused kernels, the others use their pooling and rescaling.
         sized: has the option kernel_size.
     """
 
     title: str
     build: Callable[..., nn.Module]
     key: str = "se"
-    fused: bool = False
+    fused: bool = True
     sized: bool = False
 
 
@@ -89,16 +90,16 @@ def _gc3(channels: int, **options: Any) -> nn.Module:
 
 
 METHODS = {
-    "none": Method("Vanilla", _none, key="attention"),
+    "none": Method("Vanilla", _none, key="attention", fused=False),
     "se": Method("SE", SE),
-    "se_var1": Method("SE-Var1", SEVar1, fused=True),
-    "se_var2": Method("SE-Var2", SEVar2, fused=True),
+    "se_var1": Method("SE-Var1", SEVar1),
+    "se_var2": Method("SE-Var2", SEVar2),
     "se_var3": Method("SE-Var3", _var3),
     "se_gc1": Method("SE-GC1", _gc1),
     "se_gc2": Method("SE-GC2", _gc2),
     "se_gc3": Method("SE-GC3", _gc3),
-    "eca_ns": Method("ECA-NS", ECANS, key="eca", fused=True, sized=True),
-    "eca": Method("ECA", ECALayer, key="eca", fused=True, sized=True),
+    "eca_ns": Method("ECA-NS", ECANS, key="eca", sized=True),
+    "eca": Method("ECA", ECALayer, key="eca", sized=True),
     "cbam": Method("CBAM", CBAM, key="cbam"),
     "gsop": Method("GSoP", GSoP, key="gsop"),
 }

@@ -6,56 +6,49 @@ from torch import Tensor, nn
 from eca_fused import reference
 from eca_fused.backend import check_backend
 from eca_fused.checks import check_channels, check_map, check_padding_mode
-from eca_fused.functional import eca
+from eca_fused.functional import eca, plain
+from eca_fused.pool_rescale import (
+    linked_pool,
+    linked_rescale,
+    plain_pool,
+    plain_rescale,
+    pool,
+    rescale,
+)
 
 __all__ = ["BandAttention", "ChannelAttention", "pool", "rescale"]
-
-
-def pool(x: Tensor) -> Tensor:
-    """Mean over the spatial positions, in the dtype of x.
-
-    Args:
-        x: (N, C, *spatial).
-
-    Returns:
-        (N, C).
-    """
-    return x.mean(tuple(range(2, x.dim()))) if x.dim() > 2 else x
-
-
-def rescale(x: Tensor, gate: Tensor) -> Tensor:
-    """Every channel of x by its gate.
-
-    Args:
-        x: (N, C, *spatial).
-        gate: (N, C), any floating dtype.
-
-    Returns:
-        A tensor of the shape and dtype of x.
-    """
-    return x * gate.to(x.dtype).reshape(gate.shape + (1,) * (x.dim() - 2))
 
 
 class ChannelAttention(nn.Module):
     """y = gate(mean(x)) * x, with one gate for each sample and channel.
 
-    A method overrides gate(); pooling and rescaling are the same for all.
+    A method overrides gate(); pooling and rescaling are the same for all, and fused: see
+    eca_fused.pool() and eca_fused.rescale().
 
     Args:
         channels: C, from 1 up.
+        fused: False computes in plain PyTorch, with the same parameters.
+        backend: "auto", "native", "triton" or "reference", see eca_fused.eca().
 
     Shape:
         x (N, C, *spatial), 0 to 3 spatial dimensions; the same shape and dtype out.
 
     Raises:
         TypeError: channels is not an int, or x is no tensor.
-        ValueError: channels < 1, or x has other channels or too many dimensions.
+        ValueError: channels < 1, an unknown backend, or x has other channels or too many
+            dimensions.
     """
 
-    def __init__(self, channels: int) -> None:
+    # TorchScript leaves out what it excludes: with fused=False, the compiled operators.
+    __constants__ = ("fused",)
+
+    def __init__(self, channels: int, *, fused: bool = True, backend: str = "auto") -> None:
         super().__init__()
         check_channels(channels)
+        check_backend(backend)
         self.channels = channels
+        self.fused = fused
+        self.backend = backend
 
     def gate(self, mean: Tensor) -> Tensor:
         """The gates (N, C), each in 0 to 1, of the means (N, C)."""
@@ -63,7 +56,10 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.channels)
-        return rescale(x, self.gate(pool(x)))
+        if not self.fused:
+            return plain_rescale(x, self.gate(plain_pool(x)))
+        mean, token = linked_pool(x, self.backend)
+        return linked_rescale(x, self.gate(mean), token, self.backend)
 
 
 class BandAttention(ChannelAttention):
@@ -89,12 +85,9 @@ class BandAttention(ChannelAttention):
         fused: bool = True,
         backend: str = "auto",
     ) -> None:
-        super().__init__(channels)
+        super().__init__(channels, fused=fused, backend=backend)
         check_padding_mode(padding_mode)
-        check_backend(backend)
         self.padding_mode = padding_mode
-        self.fused = fused
-        self.backend = backend
 
     def taps(self) -> Tensor:
         """The band, (1, 1, k) or (C, 1, k)."""
@@ -107,8 +100,9 @@ class BandAttention(ChannelAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.channels)
-        backend = self.backend if self.fused else "reference"
-        return eca(x, self.taps(), padding_mode=self.padding_mode, backend=backend)
+        if not self.fused:
+            return plain(x, self.taps(), self.padding_mode, False)
+        return eca(x, self.taps(), padding_mode=self.padding_mode, backend=self.backend)
 
     def extra_repr(self) -> str:
         return (

@@ -21,6 +21,7 @@ class SE(ChannelAttention):
     Args:
         channels: C, from 1 up.
         reduction: r; there are C // r hidden channels, at least one.
+        fused, backend: see ChannelAttention.
         device, dtype: of the weights, the dtype of x but under autocast.
 
     Raises:
@@ -32,10 +33,12 @@ class SE(ChannelAttention):
         channels: int,
         reduction: int = 16,
         *,
+        fused: bool = True,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channels)
+        super().__init__(channels, fused=fused, backend=backend)
         if reduction < 1:
             raise ValueError(f"expected reduction from 1 up, got {reduction}; the paper has 16")
         hidden = max(channels // reduction, 1)
@@ -57,6 +60,7 @@ class SEGroups(ChannelAttention):
     Args:
         channels: C, a multiple of groups.
         groups: G.
+        fused, backend: see ChannelAttention.
         device, dtype: of the weights, the dtype of x but under autocast.
 
     Raises:
@@ -68,10 +72,12 @@ class SEGroups(ChannelAttention):
         channels: int,
         groups: int = 1,
         *,
+        fused: bool = True,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channels)
+        super().__init__(channels, fused=fused, backend=backend)
         if groups < 1 or channels % groups:
             raise ValueError(
                 f"expected groups from 1 up that divide the channels, got {groups} for {channels} "

@@ -1,13 +1,20 @@
 """Attention of other kinds that ECA-Net's tables compare with: CBAM and GSoP-Net's block.
 
-Both are plain PyTorch, with pooling and rescaling as the other methods have them.
+Their gates are plain PyTorch; pooling and rescaling by channels are those of the other methods.
 """
 
 import torch
 from torch import Tensor, nn
 
-from eca_fused.attention.base import ChannelAttention, pool, rescale
+from eca_fused.attention.base import ChannelAttention
 from eca_fused.checks import check_map
+from eca_fused.pool_rescale import (
+    linked_pool,
+    linked_rescale,
+    plain_pool,
+    plain_rescale,
+    rescale,
+)
 
 __all__ = ["CBAM", "GSoP"]
 
@@ -23,6 +30,7 @@ class CBAM(ChannelAttention):
         channels: C, from 1 up.
         reduction: r; the MLP has C // r hidden channels, at least one.
         bias: whether the MLP has biases, as the authors' code does.
+        fused, backend: see ChannelAttention.
         device, dtype: of the parameters, the dtype of x but under autocast.
 
     Shape:
@@ -38,10 +46,12 @@ class CBAM(ChannelAttention):
         reduction: int = 16,
         *,
         bias: bool = True,
+        fused: bool = True,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channels)
+        super().__init__(channels, fused=fused, backend=backend)
         if reduction < 1:
             raise ValueError(f"expected reduction from 1 up, got {reduction}; the paper has 16")
         hidden = max(channels // reduction, 1)
@@ -53,9 +63,9 @@ class CBAM(ChannelAttention):
         self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(1, device=device, dtype=dtype)
 
-    def channel_gate(self, x: Tensor) -> Tensor:
-        """The gates (N, C) of x (N, C, H, W)."""
-        return torch.sigmoid(self.mlp(pool(x)) + self.mlp(x.amax((2, 3))))
+    def channel_gate(self, mean: Tensor, peak: Tensor) -> Tensor:
+        """The gates (N, C) of the means and maxima (N, C)."""
+        return torch.sigmoid(self.mlp(mean) + self.mlp(peak))
 
     def pixel_gate(self, x: Tensor) -> Tensor:
         """The gates (N, 1, H, W) of x (N, C, H, W)."""
@@ -63,8 +73,13 @@ class CBAM(ChannelAttention):
         return torch.sigmoid(self.bn(self.conv(seen)))
 
     def forward(self, x: Tensor) -> Tensor:
-        check_map(x, self.channels, (2,))
-        x = rescale(x, self.channel_gate(x))
+        check_map(x, self.channels, 2)
+        peak = x.amax((2, 3))
+        if self.fused:
+            mean, token = linked_pool(x, self.backend)
+            x = linked_rescale(x, self.channel_gate(mean, peak), token, self.backend)
+        else:
+            x = plain_rescale(x, self.channel_gate(plain_pool(x), peak))
         return x * self.pixel_gate(x).to(x.dtype)
 
 
@@ -80,6 +95,7 @@ class GSoP(ChannelAttention):
         reduced: d.
         stride: of the reduction; None for 2 up to 256 channels, else 1: GSoP-Net halves the maps of
             its first stage, which are the largest.
+        fused, backend: see ChannelAttention.
         device, dtype: of the parameters, the dtype of x but under autocast.
 
     Shape:
@@ -95,10 +111,12 @@ class GSoP(ChannelAttention):
         reduced: int = 128,
         *,
         stride: int | None = None,
+        fused: bool = True,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channels)
+        super().__init__(channels, fused=fused, backend=backend)
         stride = (2 if channels <= 256 else 1) if stride is None else stride
         if reduced < 1 or stride < 1:
             raise ValueError(
@@ -122,5 +140,7 @@ class GSoP(ChannelAttention):
         return torch.sigmoid(self.fc(rows)).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_map(x, self.channels, (2,))
-        return rescale(x, self.channel_gate(x))
+        check_map(x, self.channels, 2)
+        if not self.fused:
+            return plain_rescale(x, self.channel_gate(x))
+        return rescale(x, self.channel_gate(x), backend=self.backend)

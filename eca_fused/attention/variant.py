@@ -1,4 +1,4 @@
-"""timm's experiments with ECA, in plain PyTorch: not fused."""
+"""timm's experiments with ECA: pooling and rescaling are fused, their gates plain PyTorch."""
 
 from collections.abc import Callable
 
@@ -16,10 +16,10 @@ GATES: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "hard_sigmoid": nn.H
 
 
 class ECAVariant(ChannelAttention):
-    """ECA with another gate, or with an MLP before its convolution; not fused, for comparison.
+    """ECA with another gate, or with an MLP before its convolution, for comparison.
 
-    Weights of timm's EcaModule with the same options load with strict=True. The fused kernels have
-    the sigmoid alone: use ECALayer for it.
+    Weights of timm's EcaModule with the same options load with strict=True. The one fused operation
+    has the sigmoid alone: use ECALayer for it.
 
     Args:
         channels: C, from 1 up.
@@ -30,6 +30,7 @@ class ECAVariant(ChannelAttention):
         act_layer: makes that activation; used with use_mlp only.
         rd_channels: of the MLP; None for C / 8 to the nearest multiple of 8, as timm has it.
         padding_mode: "zeros", or "circular" (cECA); zeros only with use_mlp.
+        fused, backend: see ChannelAttention.
         device, dtype: of the parameters.
 
     Shape, raises: as ChannelAttention; also ValueError for an unknown gate_layer, rd_channels < 1,
@@ -46,10 +47,12 @@ class ECAVariant(ChannelAttention):
         act_layer: Callable[[], nn.Module] = nn.ReLU,
         rd_channels: int | None = None,
         padding_mode: str = "zeros",
+        fused: bool = True,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channels)
+        super().__init__(channels, fused=fused, backend=backend)
         k = adaptive(channels) if kernel_size is None else kernel_size
         check_kernel_size(k)
         check_padding_mode(padding_mode)

@@ -151,7 +151,9 @@ def gates_of(layer: nn.Module, x: Tensor) -> Tensor:
     """
     if isinstance(layer, attention.ECALayer):
         return reference.gate(x, layer.conv.weight, layer.padding_mode)
-    if isinstance(layer, attention.CBAM | attention.GSoP):
+    if isinstance(layer, attention.CBAM):
+        return layer.channel_gate(attention.pool(x), x.amax((2, 3)))
+    if isinstance(layer, attention.GSoP):
         return layer.channel_gate(x)
     if isinstance(layer, attention.ChannelAttention):
         return layer.gate(attention.pool(x))

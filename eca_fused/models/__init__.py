@@ -1,6 +1,7 @@
 """ResNets and MobileNetV2 with ECA, with another channel attention, or with none.
 
 One definition of each network; parameters are named as torchvision's and as the ECA-Net authors'.
+The detectors, in detection.py, need torchvision, and are imported from there.
 """
 
 from collections.abc import Sequence
@@ -151,12 +152,11 @@ def eca_mobilenetv2(
 
 
 def set_fused(model: nn.Module, fused: bool) -> int:
-    """Switch the attention of a model between the fused operation and plain PyTorch.
+    """Switch the attention of a model between the fused kernels and plain PyTorch.
 
     Args:
-        model: any module that holds ECALayers, or others that run on the fused kernels: SE-Var1,
-            SE-Var2 and ECA-NS.
-        fused: True for the fused operation.
+        model: any module that holds ECALayers, or other layers of eca_fused.attention.
+        fused: True for the fused kernels.
 
     Returns:
         The number of these layers.
@@ -164,7 +164,7 @@ def set_fused(model: nn.Module, fused: bool) -> int:
     Raises:
         ValueError: the model has none.
     """
-    kinds = (ECALayer, methods.BandAttention)
+    kinds = (ECALayer, methods.ChannelAttention)
     layers = [module for module in model.modules() if isinstance(module, kinds)]
     if not layers:
         raise ValueError(f"expected a model with ECALayers, found none in {type(model).__name__}")

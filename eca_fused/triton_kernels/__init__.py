@@ -1,4 +1,4 @@
-"""The Triton backend: `forward`, `backward`, `inference` and `inference_`, as in native.py.
+"""The Triton backend: the same operators as in native.py.
 
 For GPUs that the extension was not compiled for, and for torch.compile, which traces through these
 operators down to the kernels. Importing this imports Triton; backend.py does so when asked to.
@@ -12,12 +12,21 @@ import triton
 from torch import Tensor
 
 from eca_fused import fakes, flops
-from eca_fused.checks import check
+from eca_fused.checks import check, check_gate, check_x
 from eca_fused.layout import output_strides
 from eca_fused.triton_kernels import launch
 from eca_fused.triton_kernels.maps import apart, as_dense, in_planes
 
-__all__ = ["backward", "devices", "forward", "inference", "inference_"]
+__all__ = [
+    "backward",
+    "devices",
+    "forward",
+    "inference",
+    "inference_",
+    "pool",
+    "rescale",
+    "rescale_backward",
+]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU
 devices = frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"})
@@ -118,12 +127,53 @@ def _backward(
     return unused if dx is None else dx, unused.clone() if dweight is None else dweight
 
 
+@_operator("eca_fused::triton_pool", mutates_args=())
+def _pool(x: Tensor) -> Tensor:
+    check_x(x)
+    mean = x.new_empty(x.shape[:2])
+    if mean.numel() != 0:
+        with _on_device(x):
+            launch.pool(x, mean)
+    return mean
+
+
+@_operator("eca_fused::triton_rescale", mutates_args=())
+def _rescale(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> Tensor:
+    check_gate(x, gate)
+    if shift is not None:
+        check_gate(x, shift)
+    y = _empty_like(x)
+    if x.numel() != 0:
+        with _on_device(x):
+            launch.rescale(x, gate, shift, y)
+    return y
+
+
+@_operator("eca_fused::triton_rescale_backward", mutates_args=())
+def _rescale_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, need_dx: bool = True
+) -> tuple[Tensor, Tensor]:
+    check_gate(x, gate)
+    _check_same("dy", dy, tuple(x.shape), x, x.dtype)
+    dx = _empty_like(x) if need_dx else None
+    dgate = gate.new_empty(gate.shape)
+    if x.numel() == 0:
+        dgate.zero_()
+    else:
+        with _on_device(x):
+            launch.rescale_backward(dy, x, gate, dx, dgate)
+    return x.new_empty(0) if dx is None else dx, dgate
+
+
 # Torch would trace the operators' bodies for the strides of their results; these state them.
 for _body, _fake in (
     (_forward, fakes.forward),
     (_inference, fakes.inference),
     (_inference_, fakes.inference_),
     (_backward, fakes.backward),
+    (_pool, fakes.pool),
+    (_rescale, fakes.rescale),
+    (_rescale_backward, fakes.rescale_backward),
 ):
     _body.register_fake(_fake)
 flops.register("triton_")
@@ -133,3 +183,6 @@ forward = _operators.triton_forward.default
 backward = _operators.triton_backward.default
 inference = _operators.triton_inference.default
 inference_ = _operators.triton_inference_.default
+pool = _operators.triton_pool.default
+rescale = _operators.triton_rescale.default
+rescale_backward = _operators.triton_rescale_backward.default

@@ -14,7 +14,7 @@ from torch.library import wrap_triton
 
 from eca_fused.triton_kernels import plan, tuning
 from eca_fused.triton_kernels.maps import in_planes, readable, rows
-from eca_fused.triton_kernels.passes import gate_gradients, gates, scale, sums
+from eca_fused.triton_kernels.passes import finish, gate_gradients, gates, scale, sums
 from eca_fused.triton_kernels.plan import Pass, Shape, Tile, ceil_div, power_of_two
 from eca_fused.triton_kernels.resident import backward_resident, forward_resident
 from eca_fused.triton_kernels.taps import tap_gradients, tap_totals
@@ -55,9 +55,12 @@ class Problem:
         return self.shape.samples * ceil_div(self.shape.channels, channels)
 
 
-def _problem(weight: Tensor, circular: bool, planes: bool, maps: list[Tensor]) -> Problem:
+def _problem(
+    planes: bool, maps: list[Tensor], weight: Tensor | None = None, circular: bool = False
+) -> Problem:
     x = maps[0]
     samples, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    k = 1 if weight is None else weight.shape[2]
     numbers = [pixels if planes else channels]
     for map_ in maps:
         numbers.extend(_strides(map_, planes))
@@ -65,8 +68,8 @@ def _problem(weight: Tensor, circular: bool, planes: bool, maps: list[Tensor]) -
     while align > 1 and any(number % align != 0 for number in numbers):
         align //= 2
     return Problem(
-        Shape(samples, channels, pixels, weight.shape[2], planes, x.dtype.itemsize),
-        own_taps=weight.shape[0] != 1,
+        Shape(samples, channels, pixels, k, planes, x.dtype.itemsize),
+        own_taps=weight is not None and weight.shape[0] != 1,
         circular=circular,
         align=align,
         wide=bool(channels >= WIDE_FROM or pixels >= WIDE_FROM),
@@ -107,7 +110,7 @@ def forward(
     """
     planes = in_planes(x)
     source, taps = readable(x, planes), weight.contiguous()
-    p = _problem(taps, circular, planes, [source, y])
+    p = _problem(planes, [source, y], taps, circular)
     mean, gate = (_channels(x), _channels(x)) if keep else (None, None)
     if x.shape[0] != 0 and x.shape[1] != 0:
         tile = plan.resident(p.shape, maps=1)
@@ -253,7 +256,7 @@ def backward(
     maps = [readable(x, planes), readable(dy, planes)] + ([] if dx is None else [dx])
     source, gradient = maps[:2]
     taps, gate = weight.contiguous(), gate.contiguous()
-    p = _problem(taps, circular, planes, maps)
+    p = _problem(planes, maps, taps, circular)
     dz = None if dweight is None else _channels(x)
     tile = plan.resident(p.shape, maps=2)
     if tile is None:
@@ -350,3 +353,67 @@ def _tap_gradients(p: Problem, dz: Tensor, mean: Tensor, dweight: Tensor) -> Non
     )
     if not p.own_taps:
         wrap_triton(tap_totals)[(s.k,)](partial, dweight, parts, BLOCK=256)
+
+
+# ---- pooling and rescaling apart ----
+
+
+def pool(x: Tensor, mean: Tensor) -> None:
+    """Write the means (N, C) of x (N, C, *spatial), which has samples and channels."""
+    planes = in_planes(x)
+    source = readable(x, planes)
+    p = _problem(planes, [source])
+    pass_ = plan.two_passes(p.shape)
+    _finish(p, pass_, _sums(p, pass_, source, None), mean, mean=True)
+
+
+def rescale(x: Tensor, gate: Tensor, shift: Tensor | None, y: Tensor) -> None:
+    """Write y = gate * x, plus shift, for x (N, C, *spatial) that has elements.
+
+    Args:
+        gate, shift: (N, C), of any floating dtype; None for no shift.
+        y: like x.
+    """
+    planes = in_planes(x)
+    source = readable(x, planes)
+    p = _problem(planes, [source, y])
+    shift = None if shift is None else _for_sums(shift, x)
+    _scale(p, plan.two_passes(p.shape), source, y, _for_sums(gate, x), shift)
+
+
+def rescale_backward(dy: Tensor, x: Tensor, gate: Tensor, dx: Tensor | None, dgate: Tensor) -> None:
+    """Write dgate = sum(dy * x) and dx = gate * dy, for a map that has elements.
+
+    Args:
+        dy, x: (N, C, *spatial).
+        gate, dgate: (N, C), of any floating dtype.
+        dx: like x; None if it is not needed.
+    """
+    planes = in_planes(x)
+    maps = [readable(x, planes), readable(dy, planes)] + ([] if dx is None else [dx])
+    p = _problem(planes, maps)
+    pass_ = plan.two_passes(p.shape)
+    _finish(p, pass_, _sums(p, pass_, maps[0], maps[1]), dgate, mean=False)
+    if dx is not None:
+        _scale(p, pass_, maps[1], dx, _for_sums(gate, x), None)
+
+
+def _for_sums(values: Tensor, x: Tensor) -> Tensor:
+    """Values (N, C) in the dtype of sums, contiguous."""
+    return values.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _finish(p: Problem, pass_: Pass, partial: Tensor, result: Tensor, mean: bool) -> None:
+    parts = power_of_two(pass_.splits)
+    channels = _channels_with(parts)
+    wrap_triton(finish)[(p.tiles(channels),)](
+        partial,
+        result,
+        p.shape.channels,
+        p.shape.pixels,
+        pass_.splits,
+        MEAN=mean,
+        WIDE=p.wide,
+        SPLITS=parts,
+        BLOCK_C=channels,
+    )

@@ -79,6 +79,28 @@ def total(partial, n, c, exists, channels, splits, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def finish(
+    partial,  # (N, C, splits)
+    result,  # (N, C), written: the sums, or means, of all parts
+    channels,
+    pixels,
+    splits,
+    MEAN: tl.constexpr,
+    WIDE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    tiles = tl.cdiv(channels, BLOCK_C)
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    c = wide(tl.program_id(0) % tiles, WIDE) * BLOCK_C + tl.arange(0, BLOCK_C)
+    here = c < channels
+    values = total(partial, n, c, here, channels, splits, SPLITS)
+    if MEAN:
+        values = divide(values, tl.cast(pixels, values.dtype))
+    tl.store(result + n * channels + c, narrow(values, result.dtype.element_ty), mask=here)
+
+
+@triton.jit
 def gates(
     partial,  # (N, C, splits)
     weight,  # (1 or C, K)

@@ -94,6 +94,32 @@ struct Buffer {
   }
 };
 
+// Gates of a half and shifts of one, in float or double.
+template <class A>
+bool run_apart_as(const cpu::Kernels& kernels, const Problem& p, int64_t gap) {
+  const int64_t n = p.samples * p.channels;
+  const std::vector<A> gate(n, 0.5), shift(n, 1);
+  std::vector<A> mean(n, NAN), dgate(n, NAN), alone(n, NAN);
+  const Buffer x(p, gap, true), dy(p, gap, true), y(p, gap, false), z(p, gap, false),
+      dx(p, gap, false);
+  const Map none{nullptr, 0, 0};
+  kernels.scale({p, x.map(), y.map(), gate.data(), nullptr}, pool);
+  kernels.scale({p, x.map(), z.map(), gate.data(), shift.data()}, pool);
+  kernels.reduce({p, x.map(), none, none, nullptr, mean.data()}, pool);
+  kernels.reduce({p, x.map(), dy.map(), dx.map(), gate.data(), dgate.data()}, pool);
+  kernels.reduce({p, x.map(), dy.map(), none, nullptr, alone.data()}, pool);
+  bool ok = y.holds(0.5) && z.holds(1.5) && dx.holds(0.5);
+  for (int64_t i = 0; i < n; ++i)
+    ok = ok && std::fabs(mean[i] - 1) < 1e-5 && dgate[i] == p.pixels && alone[i] == p.pixels;
+  return ok;
+}
+
+bool run_apart(const cpu::Kernels& kernels, const Problem& p, int64_t gap) {
+  if (p.kernel_size > 1 || p.circular || p.taps_per_channel) return true;  // without taps: once
+  return p.dtype == Dtype::kFloat64 ? run_apart_as<double>(kernels, p, gap)
+                                    : run_apart_as<float>(kernels, p, gap);
+}
+
 bool run(const cpu::Kernels& kernels, const Problem& p, int64_t gap) {
   const int64_t C = p.channels, k = p.kernel_size, rows = p.taps_per_channel ? C : 1;
   // Taps with the centre alone: every gate is sigmoid(1), and no boundary shows in the values.
@@ -121,7 +147,7 @@ bool run(const cpu::Kernels& kernels, const Problem& p, int64_t gap) {
                    pool);
   kernels.backward(
       {p, dy.map(), x.map(), dx.map(), weight.data(), mean.data(), gate.data(), nullptr}, pool);
-  return ok && (gap > 0 || x.holds(a));
+  return ok && run_apart(kernels, p, gap) && (gap > 0 || x.holds(a));
 }
 
 }  // namespace

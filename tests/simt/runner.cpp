@@ -25,11 +25,13 @@ struct MapRequest {
   int64_t elements, offset, sample_stride, row_stride;
 };
 
+enum Operation : int64_t { kForward, kBackward, kReduce, kScale };
+
 // The fields of tests/host_gpu.py's request, in its order.
 struct Request {
-  int64_t backward, dtype, layout, samples, channels, pixels, taps_dtype, kernel_size, own_taps,
-      circular;
-  int64_t in_place, want_mean, want_dx, want_dweight;
+  int64_t operation;  // an Operation
+  int64_t dtype, layout, samples, channels, pixels, taps_dtype, kernel_size, own_taps, circular;
+  int64_t in_place, want_mean, want_dx, want_dweight;  // reduce and scale: want_mean for dy, shift
   int64_t seed, resident, count;
   int64_t capability, multiprocessors, shared_per_block, shared_per_multiprocessor, l2,
       threads_per_multiprocessor, largest_cluster;
@@ -180,8 +182,11 @@ bool answer_one() {
   x.memory.read();
   weight.read();
   std::string plan_text;
-  const auto run = [&](const auto& call, Pass pass, auto kernels, std::vector<Buffer*> guarded) {
-    const Plan plan = make_plan(p, pass, cuda::access_of(call), gpu, r.wish ? &wish : nullptr);
+  const auto planned = [&](const auto& call, Pass pass) {
+    return make_plan(p, pass, cuda::access_of(call), gpu, r.wish ? &wish : nullptr);
+  };
+  const auto run = [&](const auto& call, const Plan& plan, auto kernels,
+                       std::vector<Buffer*> guarded) {
     plan_text = describe(plan);
     // Unless asked for otherwise: just the room that blocks that wait for each other need.
     const bool wait = plan.tiling.exchange == Exchange::kGlobal;
@@ -200,7 +205,7 @@ bool answer_one() {
     write_text(describe(simt::traffic()));
   };
   try {
-    if (!r.backward) {
+    if (r.operation == kForward) {
       const std::unique_ptr<MapBuffer> y(r.in_place ? nullptr : new MapBuffer("y", r.y, size));
       const Map target = r.in_place ? x.map : y->map;
       const Forward f{p,
@@ -210,11 +215,31 @@ bool answer_one() {
                       r.want_mean ? mean.data() : nullptr,
                       r.want_mean ? gate.data() : nullptr};
       Buffer* const out = r.in_place ? &x.memory : &y->memory;
-      run(f, Pass::kForward, cuda::forward, {&x.memory, out});
+      run(f, planned(f, Pass::kForward), cuda::forward, {&x.memory, out});
       report();
       out->write();
       mean.write();
       gate.write();
+    } else if (r.operation == kReduce) {
+      gate.read();
+      MapBuffer dy("dy", r.dy, size), dx("dx", r.dx, size);
+      dy.memory.read();
+      const Map none{nullptr, 0, 0};
+      const Reduce c{
+          p,           x.map,      r.want_mean ? dy.map : none, r.want_dx ? dx.map : none,
+          gate.data(), mean.data()};
+      run(c, cuda::plan_of(c, gpu), cuda::reduce, {&x.memory, &dy.memory, &dx.memory});
+      report();
+      mean.write();
+      dx.memory.write();
+    } else if (r.operation == kScale) {
+      gate.read();
+      mean.read();
+      MapBuffer y("y", r.y, size);
+      const Scale c{p, x.map, y.map, gate.data(), r.want_mean ? mean.data() : nullptr};
+      run(c, cuda::plan_of(c, gpu), cuda::scale, {&x.memory, &y.memory});
+      report();
+      y.memory.write();
     } else {
       mean.read();
       gate.read();
@@ -229,7 +254,7 @@ bool answer_one() {
                        mean.data(),
                        gate.data(),
                        r.want_dweight ? dweight.data() : nullptr};
-      run(b, Pass::kBackward, cuda::backward, {&x.memory, &dy.memory, &dx.memory});
+      run(b, planned(b, Pass::kBackward), cuda::backward, {&x.memory, &dy.memory, &dx.memory});
       report();
       dx.memory.write();
       dweight.write();
