@@ -51,7 +51,7 @@ class ECAFunction(torch.autograd.Function):
                 )
                 mode = "circular" if ctx.circular else "zeros"
                 return *plain_backward(dy, x, weight, padding_mode=mode), None, None
-            if _transformed():  # around this backward pass alone, with a dual or batched dy
+            if transformed():  # around this backward pass alone, with a dual or batched dy
                 return *transformed_backward(ctx, dy, x, weight, mean, gate), None, None
         # Gradients of these gradients are asked for only under create_graph=True.
         run = _ECABackward.apply if torch.is_grad_enabled() else ctx.kernels.backward
