@@ -49,9 +49,14 @@ def _plain_backward(
 
 
 def _plainly(dy: Tensor) -> bool:
-    """Whether gradients are to be differentiable (create_graph) or batched (is_grads_batched)."""
-    return torch.is_grad_enabled() or (
-        not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy)
+    """Whether gradients are to be differentiable (create_graph) or batched (is_grads_batched).
+
+    Or transforms are around this backward pass alone, with a dual or batched dy.
+    """
+    if torch.is_grad_enabled():
+        return True
+    return not torch.compiler.is_compiling() and (
+        transformed() or torch._C._functorch.is_legacy_batchedtensor(dy)
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -249,6 +250,30 @@ def test_gradients_in_batches(backend):
         ours = torch.autograd.grad(y, x, dy, is_grads_batched=True, retain_graph=True)[0]
         want = torch.stack([torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in dy])
         torch.testing.assert_close(ours, want)
+
+
+@each_backend
+@pytest.mark.parametrize("layer", [False, True], ids=["functions", "layer"])
+def test_transforms_around_a_backward_pass_alone(layer, backend):
+    case = make_case((2, 3, 4, 3), dtype=torch.float64)
+    x = case.x.requires_grad_()
+    se = attention.SE(3, 1, backend=backend, device=DEVICE, dtype=torch.float64)
+    w = torch.rand(3, 3, device=DEVICE, dtype=torch.float64)
+    y = se(x) if layer else squeeze(backend, x, w)
+    tangent = torch.randn_like(y)
+
+    def dx(dy):
+        return torch.autograd.grad(y, x, dy, retain_graph=True)[0]
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(case.dy, tangent)
+        got = torch.autograd.forward_ad.unpack_dual(dx(dual))
+    torch.testing.assert_close(got.primal, dx(case.dy))
+    torch.testing.assert_close(got.tangent, dx(tangent))  # linear in dy
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that a batch runs one by one
+        batch = torch.func.vmap(dx)(torch.stack([case.dy, tangent]))
+    torch.testing.assert_close(batch, torch.stack([dx(case.dy), dx(tangent)]))
 
 
 @each_backend
