@@ -683,8 +683,9 @@ def test_symbolic_traces(name, fused):
         assert torch.equal(a, b)
 
 
+@needs_extension
 def test_traces():
-    layer, case = layer_of(torch.float64, "auto"), make_case((2, 8, 5, 4), dtype=torch.float64)
+    layer, case = layer_of(torch.float64, "native"), make_case((2, 8, 5, 4), dtype=torch.float64)
     traced = torch.jit.trace(layer, case.x)
     bigger = make_case((3, 8, 7, 2), dtype=torch.float64)
     for a, b in zip(gradients(traced, bigger), gradients(layer, bigger), strict=True):
