@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
-from eca_fused import reference
+from eca_fused import decomposed
 from eca_fused.backend import warn_once
 from eca_fused.checks import check
 from eca_fused.double_backward import double_backward, taps_gradient
@@ -38,10 +38,10 @@ def transformed_eca(x: Tensor, weight: Tensor, padding_mode: str, kernels: Modul
     """
     check(x, weight, padding_mode)
     if torch.compiler.is_compiling() or _functionalized():
-        return reference.eca(x, weight, padding_mode=padding_mode)
+        return decomposed.eca(x, weight, padding_mode == "circular")
     if _batched(weight):
         warn_once("eca_fused runs in plain PyTorch for taps batched by vmap(), which is slower")
-        return reference.eca(x, weight, padding_mode=padding_mode)
+        return decomposed.eca(x, weight, padding_mode == "circular")
     return TransformedECA.apply(x, weight, padding_mode == "circular", kernels)[0]  # type: ignore[no-any-return]
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 from support import (
     BACKENDS,
+    DEVICE,
     DTYPES,
+    LAYOUTS,
     Case,
     assert_as_accurate,
     in_layout,
@@ -196,3 +198,23 @@ def test_any_alignment(backend, dtype, offset):
     buffer = torch.empty(case.x.numel() + offset, dtype=dtype)
     case.x = buffer[offset:].view(case.x.shape).copy_(case.x)
     assert_as_accurate(result(case, backend), case)
+
+
+@pytest.mark.parametrize("far", ["samples", "rows"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_offsets_beyond_2_to_the_31(backend, layout, far, tmp_path):
+    """Samples, channels or pixels so far apart that an offset in 32 bits would be another's."""
+    case = make_case((2, 3, 1, 2), dtype=torch.bfloat16, layout=layout)
+    sample, row = (2**31 + 16, 8) if far == "samples" else (8, 2**31 + 16)
+    strides = (sample, row, 2, 1) if layout == "contiguous" else (sample, 1, 2 * row, row)
+    last = sum((n - 1) * stride for n, stride in zip(case.x.shape, strides, strict=True))
+    if DEVICE == "cpu":  # of a file with holes, only the pages that are touched take room
+        memory = torch.from_file(str(tmp_path / "far"), True, last + 1, dtype=torch.bfloat16)
+    else:
+        memory = torch.empty(last + 1, dtype=torch.bfloat16)
+    x = memory.as_strided(case.x.shape, strides).copy_(case.x)
+    if backend == "native":  # Triton's interpreter copies all that it is given
+        assert copies(lambda x, w: eca_fused.eca(x, w, backend=backend), x, case.weight) == []
+    ours = result(Case(x, case.weight, case.dy), backend)
+    for got, want in zip(ours, result(case, backend), strict=True):
+        assert torch.equal(got, want)

@@ -19,6 +19,7 @@ from support import (
     make_case,
     name_of,
     plain,
+    run,
 )
 from torch import func, nn
 from torch._dynamo.testing import CompileCounter
@@ -342,6 +343,32 @@ def test_compiled_transforms_are_right_and_in_plain_pytorch(backend, name, calls
     assert counter.frame_count == 1
     assert (calls.forward, calls.backward) == (0, 0)
     torch.testing.assert_close(got, TRANSFORMS[name](plain(case), case))
+    torch._dynamo.reset()
+
+
+IN_PLAIN_PYTORCH = {
+    "taps of each example": lambda f, x, w: func.vmap(f)(x[None], w[None])[0],
+    "functionalize": lambda f, x, w: func.functionalize(f)(x, w),
+    "compiled": lambda f, x, w: torch.compile(
+        lambda x: func.vmap(f, (0, None))(x, w), fullgraph=True, backend="eager"
+    )(x[None])[0],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("how", IN_PLAIN_PYTORCH)
+def test_plain_pytorch_rounds_as_little_as_the_kernels(backend, how, dtype):
+    torch._dynamo.reset()
+    case = make_case((2, 32, 7, 5), 5, dtype, taps_dtype=torch.float32)
+
+    def computed(x, w):
+        return IN_PLAIN_PYTORCH[how](fused(case, backend), x, w)
+
+    with warnings.catch_warnings(), torch.autocast(case.x.device.type, torch.bfloat16):
+        warnings.filterwarnings("ignore", "eca_fused runs in plain PyTorch", RuntimeWarning)
+        y = computed(case.x, case.weight)
+    _, dx, dweight = run(lambda x, w: eca_fused.eca(x, w, backend=backend), case)
+    assert_as_accurate((y, dx, dweight), case)
     torch._dynamo.reset()
 
 
