@@ -279,6 +279,10 @@ def test_wrong_arguments(state: State) -> None:
         load_checkpoint(state, small(), fused=False, dtype=None)
     with pytest.raises(TypeError):
         load_checkpoint(5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model as a torch.nn.Module, got int"):
+        load_checkpoint(state, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"attention, num_classes, .*the tensors decide"):
+        load_checkpoint(state, num_classes=5, attention="se")
     with pytest.raises(CheckpointError, match="got one on the meta device"):
         load_checkpoint(state, small(device="meta"))
 
@@ -288,6 +292,12 @@ def test_a_file_that_holds_itself() -> None:
     endless["model"] = endless
     with pytest.raises(CheckpointError, match=r"got model \(dict\)"):
         load_checkpoint(endless)
+
+
+def test_a_name_that_comes_twice(state: State) -> None:
+    twice = state | {"_orig_mod.fc.bias": torch.zeros_like(state["fc.bias"])}
+    with pytest.raises(CheckpointError, match=r"one tensor of each name, got two of fc.bias"):
+        load_checkpoint(twice)
 
 
 # ---- all or nothing ----
@@ -305,6 +315,10 @@ def with_other_taps(state: State) -> State:
     return state | {"layer2.0.eca.conv.weight": torch.zeros(1, 1, 4)}
 
 
+def as_other_kind(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[State], State]:
+    return lambda state: state | {"fc.weight": change(state["fc.weight"])}
+
+
 UNFIT: dict[str, tuple[Callable[[State], State], tuple[int, int, int], str]] = {
     "missing": (without("layer1.1.eca"), (1, 0, 0), r"missing: layer1.1.eca.conv.weight \(1, 1, "),
     "missing stage": (without("layer4."), (16, 0, 0), r"layer4.0.conv1.weight .* and \d+ more"),
@@ -315,6 +329,19 @@ UNFIT: dict[str, tuple[Callable[[State], State], tuple[int, int, int], str]] = {
         (0, 0, 1),
         r"other shapes: layer2.0.eca.conv.weight \(1, 1, 4\), expected \(1, 1, ",
     ),
+    **{
+        kind: (
+            as_other_kind(change),
+            (0, 0, 1),
+            rf"no plain floating-point numbers: fc.weight \({kind}",
+        )
+        for kind, change in {
+            "torch.int8": lambda t: t.to(torch.int8),
+            "torch.complex64": lambda t: t.to(torch.complex64),
+            "torch.sparse_coo": lambda t: t.to_sparse(),
+            "meta": lambda t: t.to("meta"),
+        }.items()
+    },
 }
 
 
