@@ -385,6 +385,19 @@ def test_into_wrapped_and_converted_models(state: State) -> None:
     assert_holds(plain, state)
 
 
+def test_a_part_with_the_name_of_a_prefix() -> None:
+    def made() -> nn.Module:
+        model = nn.Linear(2, 3)
+        model.add_module("module", nn.Linear(2, 3))  # has the same names
+        return model
+
+    saved = made()
+    for source in (saved, nn.DataParallel(saved)):
+        model = made()
+        load_checkpoint(source.state_dict(), model)
+        assert_holds(model, saved.state_dict())
+
+
 # ---- timm's ----
 
 
