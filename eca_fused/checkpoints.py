@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = ["CheckpointError", "load_checkpoint"]
 # Where training scripts put the state dict: the authors', timm's, and others'.
 WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema", "model_ema")
 DECIDED = {"attention", "kernel_sizes", "num_classes"}  # no options of load_checkpoint()
+MARKING = threading.Lock()  # what is safe to load is marked for all threads at once
 SHOWN = 6  # names of each kind in a message
 TIMM = (
     "; for a network of timm, such as ecaresnet50t, pass "
@@ -129,9 +131,10 @@ def _read(path: Path) -> Any:
     try:
         # timm keeps the arguments of its script, which are plain values too. What the caller has
         # marked as safe would be unmarked on leaving.
-        ours = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
-        with torch.serialization.safe_globals(list(ours)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with MARKING:
+            ours = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
+            with torch.serialization.safe_globals(list(ours)):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # what it raises for a file that is none of its own varies

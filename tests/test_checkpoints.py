@@ -2,8 +2,11 @@
 
 import argparse
 import os
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +177,36 @@ def test_what_the_caller_marked_as_safe_stays(state: State, tmp_path: Path, mark
         before = set(torch.serialization.get_safe_globals())
         load_checkpoint(tmp_path / "checkpoint.pth")
         assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_threads_share_what_is_marked_as_safe(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(WRAPPED["timm"](state), tmp_path / "checkpoint.pth")
+    load, inside, first_done = torch.load, threading.Event(), threading.Event()
+
+    def slow_load(*args: Any, **options: Any) -> Any:
+        if inside.is_set():
+            first_done.wait(10)  # until the first has unmarked what it marked
+        else:
+            inside.set()
+            time.sleep(0.2)  # the second comes meanwhile
+        return load(*args, **options)
+
+    def first() -> nn.Module:
+        try:
+            return load_checkpoint(tmp_path / "checkpoint.pth")
+        finally:
+            first_done.set()
+
+    def second() -> nn.Module:
+        inside.wait(10)
+        return load_checkpoint(tmp_path / "checkpoint.pth")
+
+    monkeypatch.setattr(torch, "load", slow_load)
+    with ThreadPoolExecutor() as threads:
+        for found in [threads.submit(first), threads.submit(second)]:
+            assert_holds(found.result(), state)
 
 
 def test_old_files(state: State, tmp_path: Path) -> None:
