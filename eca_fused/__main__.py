@@ -4,6 +4,7 @@ Without a command, or with options only, the main job runs; it is also there as 
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ COMMANDS = {
     "plan": "eca_fused.plan_command",
     "tables": "eca_fused.tables_command",
 }
+READER_GONE = 141  # what shells give for a program that SIGPIPE ends
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,4 +31,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # such as head, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        status = READER_GONE
+    sys.exit(status)

@@ -3,6 +3,8 @@
 import argparse
 import os
 import re
+import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ __all__ = ["CheckpointError", "load_checkpoint"]
 
 # Where training scripts put the state dict: the authors', timm's, and others'.
 WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema", "model_ema")
+DECIDED = {"attention", "kernel_sizes", "num_classes"}  # no options of load_checkpoint()
+MARKING = threading.Lock()  # what is safe to load is marked for all threads at once
 SHOWN = 6  # names of each kind in a message
 TIMM = (
     "; for a network of timm, such as ecaresnet50t, pass "
@@ -30,7 +34,7 @@ class CheckpointError(ValueError):
         message: what was expected, what came and what to do.
         missing: names that the network has and the checkpoint lacks.
         unexpected: names that the checkpoint has and the network lacks.
-        mismatched: names of tensors of other shapes.
+        mismatched: names of tensors of other shapes, or that are no plain floating-point numbers.
     """
 
     def __init__(
@@ -77,12 +81,20 @@ def load_checkpoint(
     Raises:
         CheckpointError: the file holds code or no state dict, no network is known for it, or names
             and shapes do not fit, which are listed. A model that was given is as it was.
-        TypeError: source is no path or mapping, or options come with a model.
+        TypeError: source is no path or mapping, model no module, options come with a model, or are
+            what the tensors decide: attention, kernel_sizes and num_classes.
         FileNotFoundError: there is no such file.
         ImportError: safetensors is needed and not installed.
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"expected model as a torch.nn.Module, got {type(model).__name__}")
     if model is not None and options:
         raise TypeError(f"expected no options beside a model, got {', '.join(options)}")
+    if decided := sorted(DECIDED & options.keys()):
+        raise TypeError(
+            f"expected no {', '.join(decided)}, which the tensors decide; build the network "
+            "and pass it as model="
+        )
     name = "the state dict" if isinstance(source, Mapping) else os.fspath(source)
     contents = source if isinstance(source, Mapping) else _read(Path(name))
     tensors = _unprefixed(_unwrapped(contents, key, name))
@@ -119,9 +131,10 @@ def _read(path: Path) -> Any:
     try:
         # timm keeps the arguments of its script, which are plain values too. What the caller has
         # marked as safe would be unmarked on leaving.
-        ours = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
-        with torch.serialization.safe_globals(list(ours)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with MARKING:
+            ours = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
+            with torch.serialization.safe_globals(list(ours)):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # what it raises for a file that is none of its own varies
@@ -182,7 +195,12 @@ def _clean_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _unprefixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {short: tensors[name] for name, short in _clean_names(tensors).items()}
+    clean = _clean_names(tensors)
+    found = {short: tensors[name] for name, short in clean.items()}
+    if len(found) < len(clean):
+        twice = [name for name, count in Counter(clean.values()).items() if count > 1]
+        raise CheckpointError(f"expected one tensor of each name, got two of {_listed(twice)}")
+    return found
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -210,10 +228,24 @@ def _check_fit(
             f"{n} {tuple(tensors[n].shape)}, expected {tuple(targets[n].shape)}" for n in mismatched
         ]
         lines.append(f"  other shapes: {_listed(shapes, '; ')}")
+    kinds = {n: _other_kind(tensors[n], targets[n]) for n in common if n not in mismatched}
+    others = [n for n, kind in kinds.items() if kind]
+    if others:
+        shown = [f"{n} ({kinds[n]})" for n in others]
+        lines.append(f"  no plain floating-point numbers: {_listed(shown)}")
+        mismatched += others
     if len(lines) > 1:
         raise CheckpointError(
             "\n".join(lines), tuple(missing), tuple(unexpected), tuple(mismatched)
         )
+
+
+def _other_kind(tensor: Tensor, target: Tensor) -> str:
+    """What keeps the numbers of a tensor from being those of a parameter; "" if nothing does."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return "meta" if tensor.is_meta else str(tensor.layout)
+    # Such as quantised weights, whose scales are elsewhere.
+    return str(tensor.dtype) if target.is_floating_point() > tensor.is_floating_point() else ""
 
 
 def _may_be_missing(name: str) -> bool:

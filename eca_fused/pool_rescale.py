@@ -217,9 +217,6 @@ class _LinkedPool(torch.autograd.Function):
         dy, gate = dtoken.left
         if dmean is None:
             return ctx.kernels.rescale(dy, gate), None
-        if _plainly(dmean):
-            dx: Any = _plain_backward(dy, None, gate, True, False)[0]
-            return dx + _spread_evenly(dmean, ctx.shape), None
         return ctx.kernels.rescale(dy, gate, _widened(dmean) / math.prod(ctx.shape[2:])), None
 
 

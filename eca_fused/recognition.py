@@ -1,6 +1,7 @@
 """Which modules of other people compute ECA: told by what they compute, not by their names."""
 
 import copy
+import inspect
 import itertools
 from typing import Any
 
@@ -24,6 +25,7 @@ POOLS: dict[type[nn.Module], int] = {  # with the spatial dimensions of their ma
     nn.AdaptiveAvgPool3d: 3,
 }
 SPATIAL = (4, 3, 2)  # of the maps of the trial, as many as the module pools
+CONTAINERS = (list, dict, set)
 # What a class has of its own without doing more than its forward.
 HARMLESS = {"__init__", "forward", "extra_repr", "__repr__", "__annotate__", "__annotate_func__"}
 
@@ -78,12 +80,25 @@ def check_class(module: nn.Module) -> None:
         raise NotPlainECA("has a forward of its own on the instance, as some wrappers give it")
     if getattr(module, "_compiled_call_impl", None) is not None:
         raise NotPlainECA("was compiled by its compile(); convert the model before")
+    arguments = _arguments_of(type(module).forward)
+    if len(arguments) != 1 or arguments[0].startswith("*"):
+        raise NotPlainECA(f"its forward takes ({', '.join(arguments)}), not one map alone")
     own = _own_names(type(module))
     if own:
         more = " and more" if len(own) > 3 else ""
         raise NotPlainECA(
             f"its class has {', '.join(own[:3])}{more} of its own, which ECALayer lacks"
         )
+
+
+def _arguments_of(forward: Any) -> list[str]:
+    """The names of a forward's arguments after self; any, "*", of what is no function."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None:
+        return ["*"]
+    # Not its signature, which would evaluate the annotations.
+    args, varargs, varkw = inspect.getargs(code)
+    return args[1:] + [f"*{varargs}"] * bool(varargs) + [f"**{varkw}"] * bool(varkw)
 
 
 def _own_names(cls: type) -> list[str]:
@@ -189,16 +204,28 @@ def _results(module: Any, training: bool) -> tuple[Tensor, ...]:
         twin = copy.copy(module)
         vars(twin)["_modules"] = {**parts, "conv": conv}
         twin.train(training)
-        before = dict(vars(twin))
+        # The twin shares all else with the module, which may fill a list as it runs.
+        containers = {n: copy.copy(v) for n, v in vars(twin).items() if type(v) in CONTAINERS}
+        vars(twin).update(containers)
+        before = {name: _contents(value) for name, value in vars(twin).items()}
         y = type(module).forward(twin, x.requires_grad_())
         gradients = torch.autograd.grad(y, (x, conv.weight), dy)
     except Exception as error:
         shape = tuple(x.shape)
         raise NotPlainECA(f"its forward fails on a map of shape {shape}: {error}") from error
-    stored = [name for name, value in vars(twin).items() if value is not before.get(name)]
+    after = {name: _contents(value) for name, value in vars(twin).items()}
+    stored = [name for name, contents in after.items() if contents != before.get(name)]
     if stored:
         raise NotPlainECA(f"its forward stores {', '.join(stored)}, which ECALayer does not")
     return y.detach(), *gradients
+
+
+def _contents(value: Any) -> list[int]:
+    """Tells objects apart, and containers with other objects in them."""
+    if type(value) not in CONTAINERS:
+        return [id(value)]
+    parts = itertools.chain.from_iterable(value.items()) if isinstance(value, dict) else value
+    return [id(value), *map(id, parts)]
 
 
 def _expected(module: nn.Module, mode: str) -> tuple[Tensor, ...]:

@@ -319,7 +319,7 @@ def test_public_names() -> None:
         {"use_mlp": True, "rd_channels": 3},
     ],
 )
-@pytest.mark.parametrize("channels", [24, 96])
+@pytest.mark.parametrize("channels", [24, 88, 96])
 def test_variant_is_timms(channels: int, options: dict[str, object]) -> None:
     theirs = timm_eca.EcaModule(channels, **options).double().to(DEVICE)
     ours = attention.ECAVariant(channels, **options, device=DEVICE, dtype=torch.float64)

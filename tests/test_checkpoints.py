@@ -2,8 +2,11 @@
 
 import argparse
 import os
+import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +179,36 @@ def test_what_the_caller_marked_as_safe_stays(state: State, tmp_path: Path, mark
         assert set(torch.serialization.get_safe_globals()) == before
 
 
+def test_threads_share_what_is_marked_as_safe(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(WRAPPED["timm"](state), tmp_path / "checkpoint.pth")
+    load, inside, first_done = torch.load, threading.Event(), threading.Event()
+
+    def slow_load(*args: Any, **options: Any) -> Any:
+        if inside.is_set():
+            first_done.wait(10)  # until the first has unmarked what it marked
+        else:
+            inside.set()
+            time.sleep(0.2)  # the second comes meanwhile
+        return load(*args, **options)
+
+    def first() -> nn.Module:
+        try:
+            return load_checkpoint(tmp_path / "checkpoint.pth")
+        finally:
+            first_done.set()
+
+    def second() -> nn.Module:
+        inside.wait(10)
+        return load_checkpoint(tmp_path / "checkpoint.pth")
+
+    monkeypatch.setattr(torch, "load", slow_load)
+    with ThreadPoolExecutor() as threads:
+        for found in [threads.submit(first), threads.submit(second)]:
+            assert_holds(found.result(), state)
+
+
 def test_old_files(state: State, tmp_path: Path) -> None:
     """Of PyTorch before 1.6, and without the counts that batch norms have since 0.4.1."""
     path = str(tmp_path / "old.pth.tar")
@@ -279,6 +312,10 @@ def test_wrong_arguments(state: State) -> None:
         load_checkpoint(state, small(), fused=False, dtype=None)
     with pytest.raises(TypeError):
         load_checkpoint(5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model as a torch.nn.Module, got int"):
+        load_checkpoint(state, 3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"attention, num_classes, .*the tensors decide"):
+        load_checkpoint(state, num_classes=5, attention="se")
     with pytest.raises(CheckpointError, match="got one on the meta device"):
         load_checkpoint(state, small(device="meta"))
 
@@ -288,6 +325,12 @@ def test_a_file_that_holds_itself() -> None:
     endless["model"] = endless
     with pytest.raises(CheckpointError, match=r"got model \(dict\)"):
         load_checkpoint(endless)
+
+
+def test_a_name_that_comes_twice(state: State) -> None:
+    twice = state | {"_orig_mod.fc.bias": torch.zeros_like(state["fc.bias"])}
+    with pytest.raises(CheckpointError, match=r"one tensor of each name, got two of fc.bias"):
+        load_checkpoint(twice)
 
 
 # ---- all or nothing ----
@@ -305,6 +348,10 @@ def with_other_taps(state: State) -> State:
     return state | {"layer2.0.eca.conv.weight": torch.zeros(1, 1, 4)}
 
 
+def as_other_kind(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[State], State]:
+    return lambda state: state | {"fc.weight": change(state["fc.weight"])}
+
+
 UNFIT: dict[str, tuple[Callable[[State], State], tuple[int, int, int], str]] = {
     "missing": (without("layer1.1.eca"), (1, 0, 0), r"missing: layer1.1.eca.conv.weight \(1, 1, "),
     "missing stage": (without("layer4."), (16, 0, 0), r"layer4.0.conv1.weight .* and \d+ more"),
@@ -315,6 +362,19 @@ UNFIT: dict[str, tuple[Callable[[State], State], tuple[int, int, int], str]] = {
         (0, 0, 1),
         r"other shapes: layer2.0.eca.conv.weight \(1, 1, 4\), expected \(1, 1, ",
     ),
+    **{
+        kind: (
+            as_other_kind(change),
+            (0, 0, 1),
+            rf"no plain floating-point numbers: fc.weight \({kind}",
+        )
+        for kind, change in {
+            "torch.int8": lambda t: t.to(torch.int8),
+            "torch.complex64": lambda t: t.to(torch.complex64),
+            "torch.sparse_coo": lambda t: t.to_sparse(),
+            "meta": lambda t: t.to("meta"),
+        }.items()
+    },
 }
 
 
@@ -356,6 +416,19 @@ def test_into_wrapped_and_converted_models(state: State) -> None:
     wrapped = nn.DataParallel(torch.compile(plain, backend="eager"))  # type: ignore[arg-type]
     assert load_checkpoint(state, wrapped) is wrapped
     assert_holds(plain, state)
+
+
+def test_a_part_with_the_name_of_a_prefix() -> None:
+    def made() -> nn.Module:
+        model = nn.Linear(2, 3)
+        model.add_module("module", nn.Linear(2, 3))  # has the same names
+        return model
+
+    saved = made()
+    for source in (saved, nn.DataParallel(saved)):
+        model = made()
+        load_checkpoint(source.state_dict(), model)
+        assert_holds(model, saved.state_dict())
 
 
 # ---- timm's ----

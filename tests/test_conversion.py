@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -304,7 +305,7 @@ def test_under_modes(mode: Any) -> None:
 def test_a_module_in_several_places() -> None:
     shared = eca_layer(8)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.ReLU())})
-    assert convert(model).converted == {"a": "eca_layer"}
+    assert convert(model) == eca_fused.Conversion({"a": "eca_layer"}, {})
     assert model["a"] is model["b"][0] is shared  # type: ignore[index]
     assert len(list(model.parameters())) == 1
 
@@ -472,6 +473,15 @@ def storing(module: Any, x: Tensor) -> Tensor:
     return plain(module, x)
 
 
+def appending(module: Any, x: Tensor) -> Tensor:
+    module.seen.append(x)
+    return plain(module, x)
+
+
+def with_a_mask(module: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    return plain(module, x if mask is None else x * mask)
+
+
 def without_gradient(module: Any, x: Tensor) -> Tensor:
     return gated(module, x, x.detach())
 
@@ -508,6 +518,13 @@ LEFT = {
     "other gradient": (lambda: parts(without_gradient), "computes something else"),
     "dropout": (lambda: parts(dropping), "computes something else"),
     "stores": (lambda: parts(storing), "its forward stores last, which"),
+    "appends": (
+        lambda: changed(lambda m: setattr(m, "seen", []), parts(appending)),
+        "its forward stores seen, which",
+    ),
+    "arguments": (lambda: parts(with_a_mask), r"its forward takes \(x, mask\), not one map alone"),
+    "any arguments": (lambda: parts(lambda m, *x: plain(m, *x)), r"its forward takes \(\*x\), not"),
+    "no function": (lambda: parts(partial(plain)), r"its forward takes \(\*\), not"),
     "fails": (
         lambda: parts(of_64_channels),
         r"fails on a map of shape \(2, 8, 4, 3\): 64 channels",
@@ -550,6 +567,7 @@ def test_left_with_the_reason(case: str) -> None:
     module, other = make(), eca_layer(8)
     model = nn.Sequential(module, other)
     cls, names = type(module), dict(vars(module))
+    lists = {name: list(value) for name, value in names.items() if isinstance(value, list)}
     report = convert(model)
     assert report.converted == {"1": "eca_layer"}
     assert list(report.left) == ["0"]
@@ -557,6 +575,7 @@ def test_left_with_the_reason(case: str) -> None:
         raise AssertionError(report.left["0"])
     assert type(module) is cls
     assert dict(vars(module)) == names
+    assert {name: names[name] for name in lists} == lists
     assert revert(model) == 1
 
 

@@ -390,6 +390,14 @@ def test_fixed_regions_leave_the_model_as_it_is() -> None:
         (("retinanet",), {"num_classes": 0}, ValueError, "from 1 up, got 0 and 256"),
         (("retinanet",), {"channels": 0}, ValueError, "from 1 up, got 80 and 0"),
         (("retinanet",), {"trainable_layers": 6}, ValueError, "from 0 to 5, got 6"),
+        *(
+            ((name,), {"backend": "native"}, TypeError, f"options of {kind}, got backend; .*body=")
+            for name, kind in (
+                ("faster_rcnn", "FasterRCNN"),
+                ("mask_rcnn", "MaskRCNN"),
+                ("retinanet", "RetinaNet"),
+            )
+        ),
     ],
 )
 def test_errors(

@@ -376,6 +376,18 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a command (run" in capsys.readouterr().err
 
 
+def test_a_reader_that_wants_no_more() -> None:
+    """As `python -m eca_fused plan | head` does."""
+    command = [sys.executable, "-m", "eca_fused", "plan", "--shape", "64x7x7"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 141
+    assert b"BrokenPipe" not in errors
+
+
 def test_output_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as ended:

@@ -338,6 +338,7 @@ def test_a_layer_rounds_its_gradient_once(dtype, layout, backend):
         def gate(self, mean: Tensor) -> Tensor:
             self.mean = mean
             self.made = torch.sigmoid(mean)
+            mean.register_hook(lambda dmean: 64 * dmean)  # so that its share is as large as dy
             mean.retain_grad()
             return self.made
 
@@ -482,6 +483,18 @@ def test_x_is_kept_for_the_gates_gradient_alone(needed, backend):
         eca_fused.rescale(x, gate, backend=backend)
     sizes = {"neither": [], "x": [gate], "gate": [x, gate], "both": [x, gate]}[needed]
     assert [t.shape for t in kept] == [t.shape for t in sizes]
+
+
+@each_backend
+def test_a_layer_with_a_frozen_gate_keeps_the_gate_alone(backend):
+    class Frozen(attention.ChannelAttention):
+        def gate(self, mean: Tensor) -> Tensor:
+            return torch.sigmoid(mean.detach())
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        Frozen(8, backend=backend)(make_case((2, 8, 5, 4)).x.requires_grad_())
+    assert [t.shape for t in kept] == [(2, 8)]
 
 
 # ---- errors ----

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -36,6 +37,19 @@ def two_rows(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(tables_command, "BACKBONES", rows)
     monkeypatch.setattr(tables_command, "DETECTORS", ())
     return monkeypatch
+
+
+def test_the_reported_figures_add_up_to_the_posters() -> None:
+    """Control totals of the poster's columns, which no typing error in one figure leaves alone."""
+
+    def totals(rows: Any, *columns: str) -> list[str]:
+        return [str(sum(Decimal(getattr(row, column)) for row in rows)) for column in columns]
+
+    assert totals(published.METHODS, "top1", "top5") == ["768.07", "932.90"]
+    columns = ("parameters", "flops", "top1", "top5")
+    assert totals(published.BACKBONES, *columns) == ["436.394", "1029.240", "1419.79", "1750.78"]
+    columns = ("parameters", "flops", "ap")
+    assert totals(published.DETECTORS, *columns) == ["555.44", "2851.65", "355.5"]
 
 
 def test_every_figure_is_within_its_tolerance(

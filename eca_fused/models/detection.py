@@ -10,6 +10,7 @@ ECA-Net trained theirs. State dicts are named as torchvision's, with the attenti
 """
 
 import contextlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from eca_fused.models import resnet
 try:
     from torchvision.models import detection as library
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.models.detection.transform import GeneralizedRCNNTransform
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 except Exception as error:  # one that does not fit torch fails with a RuntimeError
     raise ImportError(
@@ -146,6 +148,7 @@ def detector(
             f"expected num_classes and channels from 1 up, got {num_classes} and {channels}"
         )
     kind = DETECTORS[name]
+    _check_options(kind.build, options)
     if kernel_sizes == "authors" and attention == "eca":
         kernel_sizes = AUTHORS.get((name, depth), kernel_sizes)
     network = resnet(depth, attention, kernel_sizes, device=device, dtype=dtype, **(body or {}))
@@ -232,6 +235,21 @@ class FixedRegions(nn.Module):
     def _pooled(pool: Any, like: Tensor, regions: int) -> Tensor:
         """What the regions' maps are like: (regions, channels, side, side)."""
         return like.new_zeros(regions, like.shape[1], *pool.output_size)
+
+
+def _check_options(kind: Any, options: Mapping[str, Any]) -> None:
+    """Raise TypeError for options that torchvision's classes would take and forget."""
+    # What the detector does not know itself it hands to its transform, and that to nobody.
+    known = {
+        name
+        for part in (kind, GeneralizedRCNNTransform)
+        for name in inspect.signature(part).parameters
+    }
+    if unknown := sorted(set(options) - known):
+        raise TypeError(
+            f"expected options of {kind.__name__}, got {', '.join(unknown)}; "
+            "those of the ResNet, such as fused and backend, go into body="
+        )
 
 
 def _freeze(network: nn.Module, trainable_layers: int) -> None:
