@@ -1,16 +1,21 @@
-"""Which network of models/ a state dict is of, from the names and shapes of its tensors alone."""
+"""Which network a state dict is of, from the names and shapes of its tensors alone.
 
+Networks are those of models/ and, where timm is installed, its own ECA networks.
+"""
+
+import importlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eca_fused.models import BasicBlock, Bottleneck, MobileNetV2, ResNet
 
-__all__ = ["Architecture", "infer"]
+__all__ = ["Architecture", "infer", "infer_timm"]
 
 RESNET_BLOCK = re.compile(r"layer([1-4])\.(\d+)\.")
 BLOCKS = 17  # of MobileNetV2; the first has no expansion, so its attention comes one place earlier
@@ -45,6 +50,32 @@ def infer(tensors: Mapping[str, Tensor]) -> Architecture | None:
         return _resnet(_timms_names(tensors))
     if {"features.0.0.weight", "features.1.conv.0.0.weight"} <= tensors.keys():
         return _mobilenetv2(tensors)
+    return None
+
+
+def infer_timm(tensors: Mapping[str, Tensor]) -> tuple[str, Callable[[], nn.Module]] | None:
+    """timm's ECA network that has just these names and shapes, by name, and what builds it.
+
+    None if there is none, or no timm. k follows timm's own rule, and is checked with the shapes.
+
+    Args:
+        tensors: by their names, without prefixes of wrappers.
+    """
+    try:
+        timm: Any = importlib.import_module("timm")
+    except Exception:  # not there, or with a torchvision that does not fit torch
+        return None
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for name in timm.list_models("*eca*"):
+        config = timm.get_pretrained_cfg(name)
+        first, last = (shapes.get(f"{m}.weight") for m in (config.first_conv, config.classifier))
+        if not first or not last or len(first) < 2:
+            continue
+        build = partial(timm.create_model, name, num_classes=last[0], in_chans=first[1])
+        with torch.device("meta"):
+            wanted = {n: t.shape for n, t in build().state_dict().items()}
+        if wanted == shapes:
+            return name, build
     return None
 
 

@@ -5,7 +5,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from eca_fused import architectures
+from eca_fused.conversion import convert
 
 __all__ = ["CheckpointError", "load_checkpoint"]
 
@@ -22,7 +23,7 @@ DECIDED = {"attention", "kernel_sizes", "num_classes"}  # no options of load_che
 MARKING = threading.Lock()  # what is safe to load is marked for all threads at once
 SHOWN = 6  # names of each kind in a message
 TIMM = (
-    "; for a network of timm, such as ecaresnet50t, pass "
+    "; for a network of timm install timm, which builds its own ECA networks, or pass "
     "model=timm.create_model(name, num_classes=...)"
 )
 
@@ -62,7 +63,8 @@ def load_checkpoint(
     Without a model, the network is built from the tensors: a ResNet or MobileNetV2 of
     eca_fused.models, with ECA and every layer's own k, or without attention, with as many classes
     as the classifier has rows, in the dtype of its first convolution. That takes the ECA-Net
-    authors' files, torchvision's, and those of timm's resnet50 and the like with ECA.
+    authors' files, torchvision's, and those of timm's resnet50 and the like with ECA. timm's own
+    ECA networks, such as ecaresnet50d, are built by timm, if it is installed, and converted.
 
     Wrappers (`state_dict`, `model`, `model_state`, `state_dict_ema` and others; the first of these
     that is there) and the prefixes `module.` of DataParallel and `_orig_mod.` of torch.compile are
@@ -73,7 +75,8 @@ def load_checkpoint(
             state dict, in wrappers or not.
         model: network to load into, converted or not, compiled or not; None builds one.
         key: of the wrapper to take, such as "state_dict_ema".
-        options: of the network that is built: fused, backend, device, dtype, see models.ResNet.
+        options: of the network that is built: fused, backend, device, dtype, see models.ResNet;
+            for timm's networks these four alone.
 
     Returns:
         The model. One that is built is in training mode, as any new module.
@@ -102,6 +105,17 @@ def load_checkpoint(
         _check_fit(name, tensors, model, type(model).__name__)
         _load_or_restore(model, tensors)
         return model
+    try:
+        return _built(name, tensors, options)
+    except CheckpointError:
+        theirs = architectures.infer_timm(tensors)
+        if theirs is None:
+            raise
+        return _timms(*theirs, tensors, **options)
+
+
+def _built(name: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> nn.Module:
+    """The network of models/ that tensors describe, with them."""
     found = architectures.infer(tensors)
     if found is None:
         first = ", ".join(list(tensors)[:SHOWN])
@@ -113,6 +127,27 @@ def load_checkpoint(
     _check_fit(name, found.tensors, model, found.title, hint=TIMM)
     model.to_empty(device=options.get("device") or torch.get_default_device())
     model.load_state_dict(_renamed(model, found.tensors))
+    return model
+
+
+def _timms(
+    title: str,
+    build: Callable[[], nn.Module],
+    tensors: dict[str, Tensor],
+    *,
+    fused: bool = True,
+    backend: str = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """A network of timm with these tensors, with fused layers."""
+    model = build()
+    _check_fit("the state dict", tensors, model, title)
+    floating = (t.dtype for t in tensors.values() if t.is_floating_point())
+    model.to(device or torch.get_default_device(), dtype or next(floating))
+    if fused:
+        convert(model, backend)
+    model.load_state_dict(_renamed(model, tensors))
     return model
 
 

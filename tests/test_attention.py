@@ -271,7 +271,8 @@ def test_a_map_that_does_not_fit(name: str) -> None:
         ("cbam", 8, {"reduction": 0}, ValueError, "reduction from 1 up, got 0; the paper has 16"),
         ("se", 8, {"kernel_size": 3}, TypeError, "kernel_size"),
         ("se_gc1", 24, {}, ValueError, "divide the channels, got 16 for 24 .*SE-GC1"),
-        ("se_gc2", 8, {}, ValueError, "divide the channels, got 0 for 8 "),
+        ("se_gc2", 24, {}, ValueError, "multiple of 16, for groups of 16, got 24"),
+        ("se_gc3", 12, {}, ValueError, "multiple of 8, for groups of 8, got 12"),
         ("eca_ns", 8, {"kernel_size": 2}, ValueError, "odd kernel_size from 1 up, got 2"),
         ("eca_ns", 8, {"padding_mode": "same"}, ValueError, "padding_mode 'zeros' or 'circular'"),
         ("eca_ns", 8, {"backend": "cudnn"}, ValueError, "expected backend as one of"),
@@ -346,3 +347,9 @@ def test_variant_errors() -> None:
         attention.ECAVariant(8, use_mlp=True, padding_mode="circular")
     with pytest.raises(ValueError, match="rd_channels from 1 up, got 0"):
         attention.ECAVariant(8, use_mlp=True, rd_channels=0)
+
+
+def test_what_a_module_is_shows():
+    for name in ("se", "cbam", "gsop"):
+        shown = repr(attention.make(name, 64, backend="reference"))
+        assert "channels=64, fused=True, backend='reference'" in shown

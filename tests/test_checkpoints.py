@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -451,10 +452,40 @@ def test_timms_resnets_with_torchvisions_stem() -> None:
 def test_into_timms_models(tmp_path: Path, name: str, converted: bool) -> None:
     timm: Any = pytest.importorskip("timm", reason="needs timm: make test installs it")
     torch.save({"state_dict": timm.create_model(name).state_dict()}, tmp_path / "theirs.pth")
-    with pytest.raises(CheckpointError, match=r"pass model=timm\.create_model"):
-        load_checkpoint(tmp_path / "theirs.pth")
     model = timm.create_model(name)
     if converted:
         assert eca_fused.convert(model).converted
     load_checkpoint(tmp_path / "theirs.pth", model)
     assert_holds(model, torch.load(tmp_path / "theirs.pth")["state_dict"])
+
+
+@pytest.mark.parametrize("name", ["ecaresnet26t", "ecaresnetlight", "eca_nfnet_l0"])
+def test_timms_own_networks(name: str) -> None:
+    timm: Any = pytest.importorskip("timm", reason="needs timm: make test installs it")
+    theirs = timm.create_model(name, num_classes=7, in_chans=1).double()
+    ours = load_checkpoint({"state_dict": theirs.state_dict()})
+    assert type(ours) is type(theirs)
+    assert any(isinstance(m, eca_fused.ECALayer) and m.fused for m in ours.modules())
+    assert_holds(ours, theirs.state_dict())
+    x = torch.randn(1, 1, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    half = load_checkpoint(theirs.state_dict(), fused=False, dtype=torch.bfloat16)
+    assert not any(isinstance(m, eca_fused.ECALayer) for m in half.modules())
+    assert next(half.parameters()).dtype is torch.bfloat16
+
+
+def test_what_is_nearly_a_network_of_timm() -> None:
+    timm: Any = pytest.importorskip("timm", reason="needs timm: make test installs it")
+    state = timm.create_model("ecaresnet26t", num_classes=7).state_dict()
+    state["layer1.0.se.conv.weight"] = torch.zeros(1, 1, 9)  # timm's rule has another k
+    with pytest.raises(CheckpointError, match=r"pass model=timm\.create_model"):
+        load_checkpoint(state)
+
+
+def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm: Any = pytest.importorskip("timm", reason="needs timm: make test installs it")
+    state = timm.create_model("ecaresnet26t", num_classes=7).state_dict()
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(CheckpointError, match=r"for a network of timm install timm"):
+        load_checkpoint(state)

@@ -135,16 +135,19 @@ def test_gates_of_a_class_are_the_mean_over_its_images(
     want: dict[int, Tensor] = {}
 
     def measure(index: int, layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
-        want[index] = ((y * inputs[0]).sum((2, 3)) / inputs[0].square().sum((2, 3))).mean(0)
+        want[index] = (y * inputs[0]).sum((2, 3)) / inputs[0].square().sum((2, 3))
 
     with torch.no_grad(), hooked(list(layers.values()), measure):
         model(x)
     batches = class_gates.batches
     monkeypatch.setattr(class_gates, "batches", lambda *a: (b.double() for b in batches(*a)))
-    found = class_gates.mean_gates(model, {"sharks": [*photographs_, photographs_[0]]}, 64)
+    classes = {"sharks": [*photographs_, photographs_[0]], "one": photographs_[:1]}
+    found = class_gates.mean_gates(model, classes, 64)
     assert [stage.layer for stage in found] == list(layers)
     for index, stage in enumerate(found):
-        torch.testing.assert_close(stage.gates[0], want[index])
+        torch.testing.assert_close(stage.gates[0], want[index].mean(0))
+        torch.testing.assert_close(stage.gates[1], want[index][0])
+    for stage in class_gates.mean_gates(model, {"one": photographs_[:1]}, 64):
         assert stage.difference is None
 
 

@@ -82,11 +82,20 @@ def _gc1(channels: int, **options: Any) -> nn.Module:
 
 
 def _gc2(channels: int, **options: Any) -> nn.Module:
-    return SEGroups(channels, channels // 16, **options)
+    return _groups_of(16, channels, options)
 
 
 def _gc3(channels: int, **options: Any) -> nn.Module:
-    return SEGroups(channels, channels // 8, **options)
+    return _groups_of(8, channels, options)
+
+
+def _groups_of(size: int, channels: int, options: dict[str, Any]) -> nn.Module:
+    check_channels(channels)
+    if channels % size:
+        raise ValueError(
+            f"expected channels as a multiple of {size}, for groups of {size}, got {channels}"
+        )
+    return SEGroups(channels, channels // size, **options)
 
 
 METHODS = {

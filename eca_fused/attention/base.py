@@ -50,6 +50,9 @@ class ChannelAttention(nn.Module):
         self.fused = fused
         self.backend = backend
 
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, fused={self.fused}, backend={self.backend!r}"
+
     def gate(self, mean: Tensor) -> Tensor:
         """The gates (N, C), each in 0 to 1, of the means (N, C)."""
         raise NotImplementedError(f"{type(self).__name__} must define gate()")

@@ -81,7 +81,7 @@ class SEGroups(ChannelAttention):
         if groups < 1 or channels % groups:
             raise ValueError(
                 f"expected groups from 1 up that divide the channels, got {groups} for {channels} "
-                "channels; SE-GC1 and SE-GC2 need a multiple of 16, SE-GC3 one of 8"
+                "channels; SE-GC1, in 16 groups, needs a multiple of 16"
             )
         # A convolution over one position is a fully connected layer, and knows groups.
         self.fc = nn.Conv1d(

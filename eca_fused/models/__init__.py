@@ -85,7 +85,9 @@ def mobilenetv2(
     num_classes: int = 1000,
     **options: Any,
 ) -> MobileNetV2:
-    """A MobileNetV2 with random weights, with any channel attention.
+    """A MobileNetV2 with random weights, with any channel attention but SE-GC1 and SE-GC2.
+
+    Those two need multiples of 16 channels, and its second stage has 24.
 
     The counts that ECA-Net publishes for its MobileNetV2 with SE are those of reduction 8:
     `mobilenetv2("se", options={"reduction": 8})`.
