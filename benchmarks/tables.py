@@ -162,11 +162,11 @@ def remarks(result: Result) -> list[str]:
         for row in result["rows"]
         for what in row["failed"]
     ]
-    lines += [
-        f"left out of {layer_of(row)} {row['dtype']} {row['layout']}: {what}"
-        for row in result["rows"]
-        for what in row.get("left_out", [])
-    ]
+    absent: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        for what in row.get("left_out", []):
+            absent.setdefault(what, []).append(f"{layer_of(row)} {row['dtype']} {row['layout']}")
+    lines += [f"left out of {some(names)}: {what}" for what, names in absent.items()]
     lines += [
         f"{layer_of(row)} {row['dtype']} {row['layout']} {row['direction']}: the maps of all calls "
         "fit the L2 cache"
@@ -185,9 +185,13 @@ def remarks(result: Result) -> list[str]:
         layer, _, reason = what.partition(": ")
         reasons.setdefault(reason, []).append(layer)
     for reason, names in reasons.items():
-        which = ", ".join(names) if len(names) <= FEW else f"{len(names)} layers"
+        which = some(names)
         lines.append(f"left out, {reason}: {which}" if reason else f"left out: {which}")
     return lines
+
+
+def some(layers: list[str]) -> str:
+    return ", ".join(layers) if len(layers) <= FEW else f"{len(layers)} layers"
 
 
 def span(values: Iterable[float | None]) -> str:

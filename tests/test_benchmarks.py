@@ -90,7 +90,7 @@ def test_a_result_says_where_it_was_measured(path):
 def test_on_a_cpu_no_layer_of_resnet50_and_mobilenetv2_is_slower_than_a_rival():
     results = [report.load(path) for path in RESULTS]
     layers = [r for r in results if r["script"] == "microbench" and r["machine"]["device"] == "cpu"]
-    whole = [r for r in layers if {"float32", "bfloat16"} <= {one["dtype"] for one in r["rows"]}]
+    whole = [r for r in layers if r["machine"]["malloc"] == "recycled"]
     assert whole
     names = {"resnet50", "mobilenetv2"}
     for found in whole:
@@ -167,6 +167,11 @@ def test_what_was_left_out_is_named_or_counted():
     assert tables.remarks(one) == ["left out, no time left: a, b", "left out: all that follows"]
     many = result() | {"left_out": [f"{i}: larger than 1 MB" for i in range(9)]}
     assert tables.remarks(many) == ["left out, larger than 1 MB: 9 layers"]
+    late = [row((n, 8, 4, 4)) | {"left_out": ["compile conv: no time"]} for n in range(1, 10)]
+    assert tables.remarks(result(*late)) == ["left out of 9 layers: compile conv: no time"]
+    assert tables.remarks(result(late[0])) == [
+        "left out of 1x8x4x4 k=3 bfloat16 contiguous: compile conv: no time"
+    ]
 
 
 def test_a_comparison_names_what_changed_beyond_the_spread(tmp_path, capsys):
