@@ -87,14 +87,18 @@ def test_a_result_says_where_it_was_measured(path):
     assert all(entry["failed"] == [] for entry in found["rows"])
 
 
-def test_on_a_cpu_no_layer_of_resnet50_and_mobilenetv2_is_slower_than_a_rival():
+def test_in_float32_and_bfloat16_no_layer_of_resnet50_and_mobilenetv2_is_slower_on_a_cpu():
     results = [report.load(path) for path in RESULTS]
     layers = [r for r in results if r["script"] == "microbench" and r["machine"]["device"] == "cpu"]
     whole = [r for r in layers if r["machine"]["malloc"] == "recycled"]
     assert whole
     names = {"resnet50", "mobilenetv2"}
     for found in whole:
-        rows = [one for one in found["rows"] if names & {*tables.network_of(one)}]
+        rows = [
+            one
+            for one in found["rows"]
+            if names & {*tables.network_of(one)} and one["dtype"] in ("float32", "bfloat16")
+        ]
         assert {name for one in rows for name in tables.network_of(one)} >= names
         assert tables.losses({**found, "rows": rows}) == []
 
