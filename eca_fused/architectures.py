@@ -68,6 +68,8 @@ def infer_timm(tensors: Mapping[str, Tensor]) -> tuple[str, Callable[[], nn.Modu
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for name in timm.list_models("*eca*"):
         config = timm.get_pretrained_cfg(name)
+        if config is None:  # a network that someone else registered
+            continue
         first, last = (shapes.get(f"{m}.weight") for m in (config.first_conv, config.classifier))
         if not first or not last or len(first) < 2:
             continue
