@@ -79,6 +79,15 @@ def test_fused_model_is_timms() -> None:
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_a_seed_gives_a_fused_model_what_it_gives_timms() -> None:
+    """The weights, and the random state after them, from which the order of the images follows."""
+    made = []
+    for name in (MODEL, f"fused_{MODEL}"):
+        torch.manual_seed(0)
+        made.append((timm.create_model(name, **SMALL).state_dict(), torch.get_rng_state()))
+    torch.testing.assert_close(made[1], made[0], rtol=0, atol=0)
+
+
 def test_circular_modules_wrap_around_and_parameters_stay() -> None:
     model = nn.Sequential(timm_eca.CecaModule(kernel_size=5), timm_eca.EcaModule(256)).eval()
     x = torch.randn(2, 16, 4, 4)
