@@ -3,7 +3,7 @@
 import copy
 import csv
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,10 @@ except ImportError:
         "the detectors need a torchvision that fits torch: make test", allow_module_level=True
     )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = 96  # of images, in pixels
 NAMES = list(detection.DETECTORS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads gain nothing on small images, and wait for each other where tests run in parallel."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def noise() -> list[Photograph]:

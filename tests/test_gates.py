@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +18,9 @@ from eca_fused.models import BasicBlock, ResNet, mobilenetv2, resnet
 image = pytest.importorskip("PIL.Image", reason="needs pillow: make test installs it")
 pytest.importorskip("matplotlib", reason="needs matplotlib: make test installs it")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ["--model", "resnet18", "--size", "64"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

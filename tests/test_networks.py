@@ -1,7 +1,6 @@
 """Every network with every attention: names, kernel sizes, torchvision's weights, gradients."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,20 +22,13 @@ from eca_fused.models import (
     set_fused,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BLOCKS[152] = (3, 8, 36, 3)
 FUSED = ["se", "se_var1", "se_var2", "eca_ns", "eca", "cbam"]
 # Stage two has 24 channels, which is no multiple of 16.
 MOBILE = [name for name in attention.METHODS if name not in ("se_gc1", "se_gc2")]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads gain nothing on small images, and wait for each other where tests run in parallel."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def taps(model: torch.nn.Module) -> dict[str, int]:

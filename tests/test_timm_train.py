@@ -2,7 +2,6 @@
 
 import copy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +30,10 @@ from timm.scheduler import create_scheduler_v2  # noqa: E402
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, accuracy  # noqa: E402
 
 # One block in each stage, and a quarter of the channels.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)}
 MODEL = "ecaresnet26t"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def layers(model: nn.Module, kind: type) -> dict[str, nn.Module]:
