@@ -31,7 +31,7 @@ def _spread(values: Tensor, like: Tensor) -> Tensor:
     return values
 
 
-def _widened(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """x in the dtype of the sums, once for all its uses: its gradient is rounded once, too."""
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
@@ -44,12 +44,12 @@ def _mean(x: Tensor) -> Tensor:
 
 def pool(x: Tensor) -> Tensor:
     """The operator pool(), but differentiable: (N, C, *spatial) to (N, C)."""
-    return _mean(_widened(x)).to(x.dtype)
+    return _mean(widened(x)).to(x.dtype)
 
 
 def rescale(x: Tensor, gate: Tensor) -> Tensor:
     """The operator rescale(), likewise, for a gate (N, C)."""
-    wide = _widened(x)
+    wide = widened(x)
     return (wide * _spread(gate.to(wide.dtype), x)).to(x.dtype)
 
 
@@ -73,13 +73,13 @@ def eca(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
         weight: (1 or C, 1, k).
         circular: wrap around at the first and last channel.
     """
-    wide = _widened(x)
+    wide = widened(x)
     gate = _mean_and_gate(wide, weight, circular)[1]
     return (wide * _spread(gate, x)).to(x.dtype)
 
 
 def forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The operator forward(): y, and mean and gate (N, C)."""
-    wide = _widened(x)
+    wide = widened(x)
     mean, gate = _mean_and_gate(wide, weight, circular)
     return (wide * _spread(gate, x)).to(x.dtype), mean, gate

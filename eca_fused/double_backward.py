@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from eca_fused.layout import sums_dtype
 from eca_fused.reference import padded
 
 __all__ = [
@@ -72,7 +73,7 @@ def plain_backward(
     Returns:
         Gradients for x and weight, in their shapes and dtypes.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(x)
     g, v, w = dy.to(dtype), x.to(dtype), weight.to(dtype)
     pixels = pixels_of(x)
     mean = total(v) / pixels  # (N, C)
@@ -108,7 +109,7 @@ def double_backward(
     Returns:
         Gradients for dy, x and weight, in their shapes and dtypes.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(x)
     g, v, w = dy.to(dtype), x.to(dtype), weight.to(dtype)
     pixels = pixels_of(x)
     mean = total(v) / pixels

@@ -1,10 +1,9 @@
 """What the operators of every backend return for tensors without memory, strides included."""
 
-import torch
 from torch import Tensor
 
 from eca_fused.checks import check, check_gate, check_x
-from eca_fused.layout import output_strides
+from eca_fused.layout import output_strides, sums_dtype
 
 __all__ = [
     "backward",
@@ -27,8 +26,7 @@ def _like(x: Tensor) -> Tensor:
 
 def forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     check(x, weight, _mode(circular))
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean, gate = (x.new_empty(x.shape[:2], dtype=dtype) for _ in range(2))
+    mean, gate = (x.new_empty(x.shape[:2], dtype=sums_dtype(x)) for _ in range(2))
     return _like(x), mean, gate
 
 

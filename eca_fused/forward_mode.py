@@ -15,6 +15,7 @@ from eca_fused.double_backward import (
     total,
     transposed,
 )
+from eca_fused.layout import sums_dtype
 
 __all__ = ["backward_tangents", "forward_tangent"]
 
@@ -38,7 +39,7 @@ def forward_tangent(
     Returns:
         (N, C, *spatial), the dtype of x.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(x)
     v, w, tv, tw = x.to(dtype), weight.to(dtype), _in(dtype, tx, x), _in(dtype, tweight, weight)
     pixels = pixels_of(x)
     mean = total(v) / pixels  # (N, C)
@@ -72,7 +73,7 @@ def backward_tangents(
     Returns:
         Tangents of dx and dweight, in the shapes and dtypes of x and weight.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = sums_dtype(x)
     g, v, w = dy.to(dtype), x.to(dtype), weight.to(dtype)
     tg, tv, tw = _in(dtype, tdy, dy), _in(dtype, tx, x), _in(dtype, tweight, weight)
     pixels = pixels_of(x)

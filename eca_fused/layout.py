@@ -1,8 +1,14 @@
-"""The memory layout of results: the rules of csrc/ops.cpp, for tensors without memory."""
+"""Layout and dtypes of results: the rules of csrc/ops.cpp, for tensors without memory."""
 
 import math
 
+import torch
 from torch import Tensor
+
+
+def sums_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of sums over x, and of mean and gate: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def dense_strides(shape: tuple[int, ...], channels_inside: bool) -> tuple[int, ...]:

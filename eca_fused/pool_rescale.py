@@ -32,15 +32,11 @@ def _spread_evenly(dmean: Tensor, shape: tuple[int, ...]) -> Tensor:
     return share.reshape(share.shape + (1,) * (len(shape) - 2)).expand(shape)
 
 
-def _widened(t: Tensor) -> Tensor:
-    return t.to(torch.float64 if t.dtype == torch.float64 else torch.float32)
-
-
 def _plain_backward(
     dy: Tensor, x: Tensor | None, gate: Tensor, need_dx: bool, need_dgate: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of rescale() in differentiable operations; x is for dgate alone."""
-    g = _widened(dy)
+    g = decomposed.widened(dy)
     dx = (spread(gate.to(g.dtype), g) * g).to(dy.dtype) if need_dx else None
     if not need_dgate:
         return dx, None
@@ -217,7 +213,9 @@ class _LinkedPool(torch.autograd.Function):
         dy, gate = dtoken.left
         if dmean is None:
             return ctx.kernels.rescale(dy, gate), None
-        return ctx.kernels.rescale(dy, gate, _widened(dmean) / math.prod(ctx.shape[2:])), None
+        return ctx.kernels.rescale(
+            dy, gate, decomposed.widened(dmean) / math.prod(ctx.shape[2:])
+        ), None
 
 
 class _LinkedRescale(torch.autograd.Function):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eca_fused import fakes, flops
 from eca_fused.checks import check, check_gate, check_x
-from eca_fused.layout import output_strides
+from eca_fused.layout import output_strides, sums_dtype
 from eca_fused.triton_kernels import launch
 from eca_fused.triton_kernels.maps import apart, as_dense, in_planes
 
@@ -111,7 +111,7 @@ def _backward(
     need_dweight: bool = True,
 ) -> tuple[Tensor, Tensor]:
     _check(x, weight, circular)
-    sums = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums = sums_dtype(x)
     _check_same("dy", dy, tuple(x.shape), x, x.dtype)
     _check_same("mean", mean, tuple(x.shape[:2]), x, sums)
     _check_same("gate", gate, tuple(x.shape[:2]), x, sums)

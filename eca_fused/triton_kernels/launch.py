@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
+from eca_fused.layout import sums_dtype
 from eca_fused.triton_kernels import plan, tuning
 from eca_fused.triton_kernels.maps import in_planes, readable, rows
 from eca_fused.triton_kernels.passes import finish, gate_gradients, gates, scale, sums
@@ -84,8 +84,7 @@ def _strides(x: Tensor, planes: bool) -> tuple[int, int]:
 
 def _channels(x: Tensor) -> Tensor:
     """A new (N, C) in the dtype of sums."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape[:2], dtype=dtype)
+    return x.new_empty(x.shape[:2], dtype=sums_dtype(x))
 
 
 def _channels_with(parts: int) -> int:
@@ -400,7 +399,7 @@ def rescale_backward(dy: Tensor, x: Tensor, gate: Tensor, dx: Tensor | None, dga
 
 def _for_sums(values: Tensor, x: Tensor) -> Tensor:
     """Values (N, C) in the dtype of sums, contiguous."""
-    return values.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+    return values.to(sums_dtype(x)).contiguous()
 
 
 def _finish(p: Problem, pass_: Pass, partial: Tensor, result: Tensor, mean: bool) -> None:
