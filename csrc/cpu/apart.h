@@ -49,7 +49,7 @@ void reduce_as(const Reduce& r, const ThreadPool& pool) {
   const int64_t row_bytes = 2 * g.length * (int64_t)sizeof(T);
   const int64_t block = r.dx.data ? max_of(core_cache_bytes() / 4 / row_bytes, 1) : g.rows;
   walk_pixels<A>(
-      p, g, pool,
+      p, g, (kDot ? 2 : 1) * sizeof(T), pool,
       [&](int64_t n, int64_t begin, int64_t end, double* total) {
         Array<A> scale(r.dx.data ? g.length : 0);
         if (r.dx.data) repeat_values<A>(g, scale, gate + n * C, C);
@@ -83,7 +83,7 @@ void scale_as(const Scale& s, const ThreadPool& pool) {
   }
   const PixelRows g(p, s.x.row_stride == C && s.y.row_stride == C);
   walk_pixels<A>(
-      p, g, pool, [](int64_t, int64_t, int64_t, double*) {},
+      p, g, sizeof(T), pool, [](int64_t, int64_t, int64_t, double*) {},
       [&](int64_t n, const double*, A* scale, A* added) {
         __builtin_memcpy(scale, gate + n * C, C * sizeof(A));
         __builtin_memcpy(added, shift + n * C, C * sizeof(A));

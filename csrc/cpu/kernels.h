@@ -39,7 +39,7 @@ void forward_as(const Forward& f, const ThreadPool& pool) {
   }
   const PixelRows g(p, f.x.row_stride == C && f.y.row_stride == C);
   walk_pixels<A>(
-      p, g, pool,
+      p, g, sizeof(T), pool,
       [&](int64_t n, int64_t first, int64_t end, double* total) {
         reduce_pixels<false, T>(g, f.x, f.x, n, first, end, total);
       },
@@ -81,7 +81,7 @@ void backward_as(const Backward& b, const ThreadPool& pool) {
     const bool dense = b.dy.row_stride == C && b.x.row_stride == C;
     const PixelRows g(p, dense && (!b.dx.data || b.dx.row_stride == C));
     walk_pixels<A>(
-        p, g, pool,
+        p, g, 2 * sizeof(T), pool,
         [&](int64_t n, int64_t first, int64_t end, double* total) {
           reduce_pixels<true, T>(g, b.dy, b.x, n, first, end, total);
         },

@@ -82,9 +82,8 @@ void reduce_planes(Acc<T>* out, const Map& a, const Map& b, int64_t n, int64_t c
                    int64_t length) {
   if (length > 0 && length < kSmallPlane && a.row_stride >= length &&
       (!kDot || b.row_stride >= length)) {
-    reduce_small_planes<kDot>(out, row_of<T>(a, n, c), a.row_stride,
-                              kDot ? row_of<T>(b, n, c) : (const T*)nullptr, b.row_stride, length,
-                              count);
+    reduce_small_planes<kDot>(out, row_of<const T>(a, n, c), a.row_stride, row_of<const T>(b, n, c),
+                              b.row_stride, length, count);
     return;
   }
   for (int64_t i = 0; i < count; ++i)

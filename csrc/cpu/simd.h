@@ -18,6 +18,7 @@ typedef float Vf __attribute__((vector_size(kVectorBytes)));
 typedef double Vd __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Vu __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Vi __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Vs __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Vh __attribute__((vector_size(kVectorBytes / 2)));
 
 // Accumulator and vector type for each storage type: half precision computes in float.
@@ -102,7 +103,28 @@ inline Vh narrowed(Vu u) {
 #endif
 }
 
-inline Vf unpacked(const bf16*, Vh h) { return (Vf)(widened(h) << 16); }
+// h << 16, and u >> 16. AVX-512 has an instruction that puts halves where they belong.
+inline Vu as_upper(Vh h) {
+#if defined(ECA_AVX512)
+  Vs index;
+  for (int i = 0; i < 32; ++i) index[i] = i / 2;
+  return (Vu)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)index,
+                                            _mm512_castsi256_si512(bit_cast<__m256i>(h)));
+#else
+  return widened(h) << 16;
+#endif
+}
+inline Vh upper(Vu u) {
+#if defined(ECA_AVX512)
+  Vs index;
+  for (int i = 0; i < 32; ++i) index[i] = (2 * i + 1) % 32;
+  return bit_cast<Vh>(_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)index, (__m512i)u)));
+#else
+  return narrowed(u >> 16);
+#endif
+}
+
+inline Vf unpacked(const bf16*, Vh h) { return (Vf)as_upper(h); }
 inline Vf unpacked(const f16*, Vh h) {
 #if defined(ECA_AVX512)
   return (Vf)_mm512_maskz_cvtph_ps(__mmask16(-1), bit_cast<__m256i>(h));
@@ -119,9 +141,8 @@ inline Vf packed(const float*, Vf v) { return v; }
 inline Vd packed(const double*, Vd v) { return v; }
 inline Vh packed(const bf16*, Vf v) {
   const Vu u = (Vu)v;
-  const Vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const Vu quiet_nan = (u >> 16) | 0x40;
-  return narrowed(v == v ? rounded : quiet_nan);
+  // Rounding could make a NaN infinite, so that is made quiet instead.
+  return upper(v == v ? u + (0x7fff + ((u >> 16) & 1)) : u | 0x400000);
 }
 inline Vh packed(const f16*, Vf v) {
 #if defined(ECA_AVX512)
@@ -268,14 +289,21 @@ inline V sums(V* v) {
   return v[0];
 }
 
-// v with zero from lane n on
+// What comparing two V gives: all bits of a lane are set, or none.
 template <class V>
-inline V keep_first(V v, int64_t n) {
-  typedef decltype(v < v) I;
-  constexpr int lanes = sizeof(V) / sizeof(v[0]);
-  I index;
+struct Comparison {
+  typedef decltype(V() < V()) type;
+};
+template <class V>
+using Lanes = typename Comparison<V>::type;
+
+// true in the first n lanes
+template <class V>
+inline Lanes<V> first_lanes(int64_t n) {
+  Lanes<V> index;
+  constexpr int lanes = sizeof(index) / sizeof(index[0]);
   for (int i = 0; i < lanes; ++i) index[i] = i;
-  return index < (I{} + (decltype(index[0] + 0))n) ? v : V{};
+  return index < (Lanes<V>{} + (decltype(index[0] + 0))n);
 }
 
 // exp(x) for x <= 0, within 1.5 units in the last place, subnormal results included.

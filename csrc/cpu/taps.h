@@ -60,10 +60,13 @@ struct Taps {
 // The channels of a sample as filter() wants them: out[u + r] for u from -r to channels + r - 1.
 template <class A>
 void pad(A* out, const A* in, const Taps<A>& taps) {
-  for (int64_t u = -taps.r; u < taps.channels + taps.r; ++u) {
+  const int64_t r = taps.r, C = taps.channels;
+  const auto at = [&](int64_t u) {
     const int64_t from = taps.channel(u);
-    out[u + taps.r] = from < 0 ? A(0) : in[from];
-  }
+    return from < 0 ? A(0) : in[from];
+  };
+  for (int64_t i = 0; i < r; ++i) out[i] = at(i - r), out[r + C + i] = at(C + i);
+  __builtin_memcpy(out + r, in, C * sizeof(A));
 }
 
 template <class A>
