@@ -124,17 +124,19 @@ def record(direction: str, one: Contender, inputs: Inputs, device: Device) -> Re
     """The calls of a contender in one direction, one for each of the inputs."""
     if direction == "forward":
         with torch.no_grad():
-            return device.record([partial(forward, one, x) for x in inputs.xs])
+            calls = [partial(forward, one, x) for x in inputs.xs]
+            return device.record(calls, before=device.writer(inputs.xs[0]))
     xs = [x.detach().requires_grad_() for x in inputs.xs]
     if direction == "forward and backward":
         pairs = zip(xs, inputs.dys, strict=True)
-        return device.record([partial(both, one, x, dy) for x, dy in pairs])
+        calls = [partial(both, one, x, dy) for x, dy in pairs]
+        return device.record(calls, before=device.writer(xs[0]))
     # Autograd runs a backward pass on the stream of its forward pass.
     with device.streaming():
         ys = [one.call(x) for x in xs]
     calls = [partial(backward, one, *maps) for maps in zip(xs, ys, inputs.dys, strict=True)]
     first = xs[0], inputs.dys[0]
-    return device.record(calls, lambda: both(one, *first))
+    return device.record(calls, lambda: both(one, *first), before=device.writer(inputs.dys[0]))
 
 
 def forward(one: Contender, x: Tensor) -> tuple[Tensor, ...]:
@@ -158,7 +160,8 @@ def record_copy(direction: str, case: Case, device: Device) -> Recording:
     sources = [
         torch.randn(size, device=device.tensors, dtype=dtype) for _ in range(device.distinct(ideal))
     ]
-    return device.record([lambda source=source: (source.clone(),) for source in sources])
+    calls = [lambda source=source: (source.clone(),) for source in sources]
+    return device.record(calls, before=device.writer(sources[0]))
 
 
 def record_existing_memory(inputs: Inputs, device: Device) -> dict[str, Recording]:
@@ -170,8 +173,9 @@ def record_existing_memory(inputs: Inputs, device: Device) -> dict[str, Recordin
         def again() -> None:
             own.copy_(x)
 
+        anew = device.writer(x)
         return {
             "native in place": device.record([lambda: (eca_fused.eca_(own, taps),)], before=again),
-            "eager given": device.record([lambda: (plain_given(x, taps, out),)]),
-            "copy given": device.record([lambda: (out.copy_(x),)]),
+            "eager given": device.record([lambda: (plain_given(x, taps, out),)], before=anew),
+            "copy given": device.record([lambda: (out.copy_(x),)], before=anew),
         }

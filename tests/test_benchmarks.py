@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -332,6 +333,32 @@ def test_what_comes_before_a_call_is_not_timed(monkeypatch):
     recording = devices.Direct([lambda: passes(2)], before=lambda: passes(100))
     assert recording.sample(3) == 2000.0
     assert devices.Direct([lambda: passes(2), lambda: passes(3)]).sample(4) == 5000.0
+
+
+@pytest.mark.parametrize("direction", cases.DIRECTIONS)
+def test_on_a_cpu_the_map_of_a_call_has_just_been_written(direction):
+    device = devices.Cpu()
+    inputs = contenders.make_inputs(CASE, device)
+    first = inputs.xs[0].clone(), inputs.dys[0].clone()
+    written = inputs.dys[0] if direction == "backward" else inputs.xs[0]
+    layer = contenders.with_taps(contenders.plain, inputs.taps)
+    recording = contenders.record(direction, layer, inputs, device)
+    calls = recording.replay, recording.replay, lambda: recording.sample(2)
+    versions = []
+    for call in calls:
+        versions.append(written._version)
+        call()
+    assert [later - earlier for earlier, later in itertools.pairwise(versions)] == [1, 1]
+    assert written._version == versions[-1] + 3  # one call of this sample is not timed
+    assert torch.equal(inputs.xs[0], first[0])
+    assert torch.equal(inputs.dys[0], first[1])
+
+
+def test_on_a_gpu_calls_rotate_among_maps_that_nothing_writes():
+    device = devices.device_named("dry-run")
+    inputs = contenders.make_inputs(CASE, device)
+    assert len(inputs.xs) > 1
+    assert device.writer(inputs.xs[0]) is None
 
 
 def test_short_calls_are_repeated_and_long_ones_have_fewer_rounds():
