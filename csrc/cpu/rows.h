@@ -175,8 +175,8 @@ void affine_small_planes(T* y, const T* x, int64_t x_stride, const Acc<T>* scale
 template <class T>
 void stream_copy(T* y, const T* x, int64_t length) {
   each_vector<true>(y, length, [=](int64_t i, int64_t n) {
-    if (n == kLanes<T>) store<true>(y + i, load(x + i));
-    else store_first(y + i, load_first(x + i, n), n);
+    if (n == kLanes<T>) store_bits<true>(y + i, load_bits(x + i));
+    else __builtin_memcpy(y + i, x + i, n * sizeof(T));
   });
 }
 

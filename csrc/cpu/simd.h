@@ -172,17 +172,21 @@ using Bits = decltype(packed((const T*)nullptr, Vec<T>()));
 // ---- loads and stores of a whole vector ----
 
 template <class T>
-inline Vec<T> load(const T* p) {
+inline Bits<T> load_bits(const T* p) {
   Bits<T> bits;
   __builtin_memcpy(&bits, p, sizeof bits);
-  return unpacked(p, bits);
+  return bits;
+}
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  return unpacked(p, load_bits(p));
 }
 
 // kStream writes around the caches, for outputs that would only push everything else out of them.
 // It needs stream_aligned(p).
 template <bool kStream, class T>
-inline void store(T* p, Vec<T> v) {
-  const Bits<T> bits = packed(p, v);
+inline void store_bits(T* p, Bits<T> bits) {
 #if defined(ECA_AVX512)
   if constexpr (kStream && sizeof bits == 64) {
     _mm512_stream_si512((__m512i*)p, bit_cast<__m512i>(bits));
@@ -200,6 +204,11 @@ inline void store(T* p, Vec<T> v) {
   }
 #endif
   __builtin_memcpy(p, &bits, sizeof bits);
+}
+
+template <bool kStream, class T>
+inline void store(T* p, Vec<T> v) {
+  store_bits<kStream>(p, packed(p, v));
 }
 
 template <class T>
