@@ -13,19 +13,22 @@ void walk_planes(const Problem& p, const Taps<A>& taps, int64_t element_size, bo
   const int64_t plane_bytes = max_of(p.pixels * element_size, 1);
   // A quarter of a core's cache: the tile's planes are still there when they are rescaled. Measured
   // with 1 MB: a half or an eighth costs up to 10 %.
-  const int64_t tile = min_of(max_of(core_cache_bytes() / 4 / plane_bytes, 1), C);
+  const int64_t most = max_of(core_cache_bytes() / 4 / plane_bytes, 1), tile = min_of(most, C);
   const int64_t work = max_of(planes * p.pixels / kGrain, 1);
   const int64_t shares = min_of(min_of(pool.threads, work), planes);
 
-  // Calls f(n, first, last) for the channels of each sample that belong to a thread's share.
-  const auto each_share = [&](const auto& f) {
+  // Calls f(n, samples, first, last) for the channels of each sample that belong to a thread's share:
+  // of one sample, or of up to `group` whole ones.
+  const auto each_share = [&](int64_t group, const auto& f) {
     parallel(pool, shares, 1, [&](int64_t begin, int64_t end) {
       // Share by share, because two such loops may give a thread different numbers of them.
       for (int64_t share = begin; share < end; ++share)
         for (int64_t i = planes * share / shares, to = planes * (share + 1) / shares; i < to;) {
-          const int64_t n = i / C, last = min_of(to - n * C, C);
-          f(n, i - n * C, last);
-          i = n * C + last;
+          const int64_t n = i / C, first = i - n * C;
+          const int64_t whole = first ? 0 : (to - i) / C, samples = max_of(min_of(whole, group), 1);
+          const int64_t last = min_of(to - n * C, C);
+          f(n, samples, first, last);
+          i = (n + samples - 1) * C + last;
         }
     });
   };
@@ -38,39 +41,44 @@ void walk_planes(const Problem& p, const Taps<A>& taps, int64_t element_size, bo
   const bool borders_first = shared && in_place && !all_first;
   Array<A> known(all_first || borders_first ? planes : 0);
   if (all_first)
-    each_share([&](int64_t n, int64_t first, int64_t last) {
+    each_share(1, [&](int64_t n, int64_t, int64_t first, int64_t last) {
       reduce(n, first, last - first, known + (n * C + first));
     });
   if (borders_first)
-    each_share([&](int64_t n, int64_t first, int64_t last) {
+    each_share(1, [&](int64_t n, int64_t, int64_t first, int64_t last) {
       const int64_t before = max_of(first - r, 0), after = min_of(last + r, C);
       if (before < first) reduce(n, before, first - before, known + (n * C + before));
       if (last < after) reduce(n, last, after - last, known + (n * C + last));
     });
 
-  each_share([&](int64_t n, int64_t first, int64_t last) {
-    Array<A> padded(last - first + 2 * r), filtered(tile);
-    A* row = padded;  // row[u - first + r] is the value at position u
-    const auto fill = [&](int64_t u, int64_t end) {
+  // Small samples go through the cache together: every turn from reading to writing costs.
+  each_share(most / tile, [&](int64_t n, int64_t samples, int64_t first, int64_t last) {
+    const int64_t width = last - first + 2 * r;
+    Array<A> padded(samples * width), filtered(tile);
+    // Where the value at position u of sample n + i is.
+    const auto row_at = [&](int64_t i, int64_t u) { return padded + (i * width + u - first + r); };
+    const auto fill = [&](int64_t i, int64_t u, int64_t end) {
       while (u < end) {
-        A* out = row + (u - first + r);
+        A* out = row_at(i, u);
         const int64_t from = taps.channel(u);
         const bool own = from >= first && from < last;
         int64_t run = 1;
         if (from < 0) *out = 0;
-        else if (u >= last && own) *out = row[from - first + r];  // wrapped around
-        else if (all_first || (borders_first && !own)) *out = known[n * C + from];
-        else reduce(n, from, run = u == from ? min_of(end, own ? last : C) - u : 1, out);
+        else if (u >= last && own) *out = *row_at(i, from);  // wrapped around
+        else if (all_first || (borders_first && !own)) *out = known[(n + i) * C + from];
+        else reduce(n + i, from, run = u == from ? min_of(end, own ? last : C) - u : 1, out);
         u += run;
       }
     };
     int64_t filled = first - r;
     for (int64_t c = first; c < last; c += tile) {
       const int64_t count = min_of(tile, last - c);
-      fill(filled, c + count + r);
+      for (int64_t i = 0; i < samples; ++i) fill(i, filled, c + count + r);
       filled = c + count + r;
-      taps.filter(filtered, row + (c - first), c, count);
-      finish(n, c, count, row + (c - first + r), filtered);
+      for (int64_t i = 0; i < samples; ++i) {
+        taps.filter(filtered, row_at(i, c - r), c, count);
+        finish(n + i, c, count, row_at(i, c), filtered);
+      }
     }
     stream_fence();
   });
