@@ -88,8 +88,8 @@ def test_a_result_says_where_it_was_measured(path):
     assert all(entry["failed"] == [] for entry in found["rows"])
 
 
-# Of 24 MB, about what the last-level cache holds: medians of 0.84 and of 1.07 in two runs.
-KNOWN_LOSSES = ["256x320x7x7 k=3 bfloat16 contiguous backward"]
+# 29 MB of maps, about what the last-level cache holds: 0.79 to 1.10, mostly 0.87, in six runs.
+KNOWN_LOSSES = ["256x96x14x14 k=3 float16 contiguous backward"]
 
 
 def test_no_layer_of_resnet50_and_mobilenetv2_is_slower_on_a_cpu():
