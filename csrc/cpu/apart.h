@@ -5,8 +5,7 @@
 // Calls f(n, c, count) for all planes, as many at once as stay in a core's cache.
 template <class F>
 void each_planes(const Problem& p, int64_t element_size, const ThreadPool& pool, const F& f) {
-  const int64_t C = p.channels, plane_bytes = max_of(p.pixels * element_size, 1);
-  const int64_t tile = max_of(core_cache_bytes() / 4 / plane_bytes, 1);
+  const int64_t C = p.channels, tile = pieces_in_cache(p.pixels * element_size);
   const int64_t grain = max_of(kGrain / max_of(p.pixels, 1), 1);
   parallel(pool, p.samples * C, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end;) {
@@ -47,7 +46,7 @@ void reduce_as(const Reduce& r, const ThreadPool& pool) {
   const bool dense = first.row_stride == C && r.x.row_stride == C;
   const PixelRows g(p, dense && (!r.dx.data || r.dx.row_stride == C));
   const int64_t row_bytes = 2 * g.length * (int64_t)sizeof(T);
-  const int64_t block = r.dx.data ? max_of(core_cache_bytes() / 4 / row_bytes, 1) : g.rows;
+  const int64_t block = r.dx.data ? pieces_in_cache(row_bytes) : g.rows;
   walk_pixels<A>(
       p, g, (kDot ? 2 : 1) * sizeof(T), pool,
       [&](int64_t n, int64_t begin, int64_t end, double* total) {

@@ -35,6 +35,12 @@ struct Pointee<T*> {
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// How many pieces of `bytes` to read before they are read again, from a core's cache: a quarter of
+// it. Measured with 1 MB: a half or an eighth costs up to 10 %.
+inline int64_t pieces_in_cache(int64_t bytes) {
+  return max_of(core_cache_bytes() / 4 / max_of(bytes, 1), 1);
+}
+
 template <class T>
 T* row_of(const Map& map, int64_t sample, int64_t row) {
   return (T*)map.data + sample * map.sample_stride + row * map.row_stride;

@@ -46,7 +46,7 @@ void walk_pixels(const Problem& p, const PixelRows& g, int64_t element_size, con
   if (slabs == 1) {
     // Small samples together, as many as stay in the cache: every turn from reading to writing stops
     // the prefetching, which cost up to 10 %.
-    const int64_t most = max_of(core_cache_bytes() / 4 / (work * element_size), 1);
+    const int64_t most = pieces_in_cache(work * element_size);
     parallel(pool, N, max_of(kGrain / work, 1), [&](int64_t begin, int64_t end) {
       const int64_t group = min_of(most, end - begin);
       Array<double> total(L);
@@ -87,7 +87,7 @@ void rescale_pixels(const PixelRows& g, const Map& y, const Map& x, int64_t n, i
   // Blocks in reverse order, but ascending within: hardware prefetches upwards. Reversed row by row,
   // bfloat16 took 1.4 times as long.
   const int64_t row_bytes = g.length * (int64_t)sizeof(T);
-  const int64_t block = max_of(1, core_cache_bytes() / 4 / row_bytes);
+  const int64_t block = pieces_in_cache(row_bytes);
   if (end == g.rows && g.rest) row(g.rows, g.rest);
   for (int64_t last = end; last > first; last -= block)
     for (int64_t i = max_of(first, last - block); i < last; ++i) row(i, g.length);

@@ -10,10 +10,7 @@ template <class A, class Reduce, class Finish>
 void walk_planes(const Problem& p, const Taps<A>& taps, int64_t element_size, bool in_place,
                  const ThreadPool& pool, const Reduce& reduce, const Finish& finish) {
   const int64_t C = p.channels, r = taps.r, planes = p.samples * C;
-  const int64_t plane_bytes = max_of(p.pixels * element_size, 1);
-  // A quarter of a core's cache: the tile's planes are still there when they are rescaled. Measured
-  // with 1 MB: a half or an eighth costs up to 10 %.
-  const int64_t most = max_of(core_cache_bytes() / 4 / plane_bytes, 1), tile = min_of(most, C);
+  const int64_t most = pieces_in_cache(p.pixels * element_size), tile = min_of(most, C);
   const int64_t work = max_of(planes * p.pixels / kGrain, 1);
   const int64_t shares = min_of(min_of(pool.threads, work), planes);
 

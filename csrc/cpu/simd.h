@@ -83,35 +83,17 @@ inline float to_acc(bf16 h) { return bit_cast<float>(uint32_t(h.bits) << 16); }
 
 inline Vf unpacked(const float*, Vf v) { return v; }
 inline Vd unpacked(const double*, Vd v) { return v; }
-inline Vu widened(Vh h) {
-#if defined(ECA_AVX512)
-  return (Vu)_mm512_cvtepu16_epi32(bit_cast<__m256i>(h));
-#elif defined(ECA_AVX2)
-  return (Vu)_mm256_cvtepu16_epi32(bit_cast<__m128i>(h));
-#else
-  return __builtin_convertvector(h, Vu);
-#endif
-}
-inline Vh narrowed(Vu u) {
-#if defined(ECA_AVX512)
-  return bit_cast<Vh>(_mm512_cvtepi32_epi16((__m512i)u));
-#elif defined(ECA_AVX2)
-  const __m256i pairs = _mm256_packus_epi32((__m256i)u, (__m256i)u);  // within each half
-  return bit_cast<Vh>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
-#else
-  return __builtin_convertvector(u, Vh);
-#endif
-}
-
-// h << 16, and u >> 16. AVX-512 has an instruction that puts halves where they belong.
+// h << 16, and u >> 16: a bfloat16 is the upper half of a float.
 inline Vu as_upper(Vh h) {
 #if defined(ECA_AVX512)
   Vs index;
   for (int i = 0; i < 32; ++i) index[i] = i / 2;
   return (Vu)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, (__m512i)index,
                                             _mm512_castsi256_si512(bit_cast<__m256i>(h)));
+#elif defined(ECA_AVX2)
+  return (Vu)_mm256_cvtepu16_epi32(bit_cast<__m128i>(h)) << 16;
 #else
-  return widened(h) << 16;
+  return __builtin_convertvector(h, Vu) << 16;
 #endif
 }
 inline Vh upper(Vu u) {
@@ -119,8 +101,12 @@ inline Vh upper(Vu u) {
   Vs index;
   for (int i = 0; i < 32; ++i) index[i] = (2 * i + 1) % 32;
   return bit_cast<Vh>(_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)index, (__m512i)u)));
+#elif defined(ECA_AVX2)
+  u >>= 16;
+  const __m256i pairs = _mm256_packus_epi32((__m256i)u, (__m256i)u);  // within each half
+  return bit_cast<Vh>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08)));
 #else
-  return narrowed(u >> 16);
+  return __builtin_convertvector(u >> 16, Vh);
 #endif
 }
 
