@@ -105,4 +105,4 @@ def progress(run: Run, at: Processes) -> tuple[Callable[[], None], Callable[[], 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    processes.leave(main(sys.argv[1:]))

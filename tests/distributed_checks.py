@@ -4,7 +4,9 @@
 """
 
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from eca_fused import ECALayer
 from eca_fused.models import BasicBlock
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from training import processes
 
 BATCH = 8  # of both processes together
 
@@ -110,11 +116,12 @@ CHECKS: dict[str, tuple[Any, ...]] = {
 }
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    processes.start()
     for name, arguments in CHECKS.items():
         check(*arguments)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert bool(graphs) == ("compiled" in name), graphs
         if dist.get_rank() == 0:
             print("passed", name, flush=True)
-    dist.destroy_process_group()
+    processes.stop()
+    processes.leave(0)

@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import train
-from training import checkpoint, loop
+from training import checkpoint, loop, processes
 
 
 def kill() -> None:
@@ -45,4 +45,4 @@ if __name__ == "__main__":
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if rank == os.environ.get("RANK", "0") and not again:
         arm(where, int(at))
-    sys.exit(train.main(sys.argv[2:]))
+    processes.leave(train.main(sys.argv[2:]))

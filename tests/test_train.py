@@ -203,6 +203,20 @@ def test_one_of_two_processes_killed(ddp: Path, tmp_path: Path, parallel: str) -
     assert_same_bits(tmp_path / "copy", ddp)
 
 
+@pytest.mark.parametrize("launched", [True, False])
+def test_among_others_a_process_leaves_at_once(launched: bool) -> None:
+    """A thread of gloo that lets go of a tensor in an interpreter that ends aborts the process."""
+    code = (
+        "import atexit, sys; sys.path.insert(0, sys.argv[1]); from training import processes\n"
+        "atexit.register(print, 'interpreter ends')\n"
+        "processes.start(); processes.stop(); print('last words'); processes.leave(3)"
+    )
+    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    done = child("-c", code, str(ROOT / "examples"), env=CHILD | (one if launched else {}))
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines() == ["last words", *["interpreter ends"] * (not launched)]
+
+
 def test_a_checkpoint_half_written_is_never_taken(alone: Path, tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     for name in (".writing-step-00000007", ".removing-step-00000003"):
