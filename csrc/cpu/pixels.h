@@ -96,7 +96,7 @@ void rescale_pixels(const PixelRows& g, const Map& y, const Map& x, int64_t n, i
 template <bool kDot, class T>
 void reduce_pixels(const PixelRows& g, const Map& a, const Map& b, int64_t n, int64_t first,
                    int64_t end, double* total) {
-  Array<Acc<T>> lane(g.length);
+  Array<Acc<T>> lane(g.length + kLanes<T>);
   const auto rows = [&](int64_t i, int64_t count, int64_t length) {
     reduce_rows<kDot>(total, (Acc<T>*)lane, row_of<T>(a, n, i * g.fold), a.row_stride * g.fold,
                       kDot ? row_of<T>(b, n, i * g.fold) : (T*)nullptr, b.row_stride * g.fold,

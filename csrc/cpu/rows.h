@@ -182,7 +182,8 @@ void stream_copy(T* y, const T* x, int64_t length) {
 
 // ---- pixels ----
 
-// total[i] += sum over rows of p[row][i], or of p[row][i] * q[row][i]; lane is scratch.
+// total[i] += sum over rows of p[row][i], or of p[row][i] * q[row][i]; lane is scratch, of whole
+// vectors.
 template <bool kDot, class T>
 void reduce_rows(double* total, Acc<T>* lane, const T* p, int64_t p_stride, const T* q,
                  int64_t q_stride, int64_t rows, int64_t length) {
@@ -191,7 +192,7 @@ void reduce_rows(double* total, Acc<T>* lane, const T* p, int64_t p_stride, cons
   constexpr int64_t kRows = 64;  // of float additions between two into the double total
   for (int64_t block = 0; block < rows; block += kRows) {
     const int64_t end = block + kRows < rows ? block + kRows : rows;
-    for (int64_t i = 0; i < length; ++i) lane[i] = 0;
+    for (int64_t i = 0; i < length; i += w) store<false>(lane + i, V{});
     for (int64_t row = block; row < end;) {
       // Four rows at a time are a quarter of the additions into memory. Of two maps they are more
       // streams than a processor prefetches: from beyond the caches that took 1.2 times as long.
@@ -212,9 +213,12 @@ void reduce_rows(double* total, Acc<T>* lane, const T* p, int64_t p_stride, cons
           store<false>(lane + i, load(lane + i) + ((term(0) + term(1)) + (term(2) + term(3))));
       else
         for (; i + w <= length; i += w) store<false>(lane + i, load(lane + i) + term(0));
-      if (const int64_t n = length - i; n > 0)
-        for (int64_t j = 0; j < step; ++j)
-          store_first(lane + i, load_first(lane + i, n) + rest(j, n), n);
+      if (const int64_t n = length - i; n > 0) {
+        // Whole vectors of `lane`: a load after a masked store waits for it to reach the cache.
+        V v = load(lane + i) + rest(0, n);
+        for (int64_t j = 1; j < step; ++j) v += rest(j, n);
+        store<false>(lane + i, v);
+      }
       row += step;
     }
     for (int64_t i = 0; i < length; ++i) total[i] += lane[i];
