@@ -3,7 +3,7 @@
     python benchmarks/microbench.py                                # under 2 minutes
     python benchmarks/microbench.py --layers mobilenetv2 --dtype bfloat16 --layout channels_last
     python benchmarks/microbench.py --shape 8 96 28 28 --taps 5 --direction forward
-    python benchmarks/microbench.py --full --output r.json --plot r.png    # everything: hours
+    python benchmarks/microbench.py --full --again 5 --output r.json       # everything: hours
     python benchmarks/report.py r.json                             # tables from a result
 
 Every contender's outputs are checked against float64 before it is timed, on the same inputs; a
@@ -11,7 +11,8 @@ wrong one is reported, not timed, and makes the exit status 1. GB/s counts the i
 forward, dy, x and dx backward, both for the two together, whatever a contender really moves; the
 copy moves as many. Forward is without autograd, as in inference. devices.py says how a time is
 taken. Layers are measured in the order of what matters most; what the time did not suffice for is
-in the result as left out.
+in the result as left out. With --again, a row that is lost counts as such if it is lost in four of
+five other processes too (again.py says why).
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import Any
 import report
 import torch
 import torch._dynamo
+from again import measure_again
 from cases import DIRECTIONS, DTYPES, LAYOUTS, NETWORKS, Case, all_cases, cpu_cases, gpu_cases, grid
 from checking import Judge
 from contenders import (
@@ -236,6 +238,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="beside the copy; existing memory: x or an output that is there (on a CPU)",
     )  # fmt: skip
     parser.add_argument("--compile-mode", choices=MODES, nargs="*", default=list(MODES[:1]))
+    parser.add_argument(
+        "--again", type=int, default=0, metavar="PROCESSES",
+        help="measure a row on which another is faster again in so many",
+    )  # fmt: skip
     parser.add_argument("--seconds", type=float, help="no layer is started after")
     parser.add_argument("--compile-seconds", type=float, help="no form is compiled after")
     parser.add_argument("--largest-map", type=float, default=256, help="of --full on a CPU, in MB")
@@ -333,6 +339,8 @@ def main(argv: list[str]) -> int:
     status = run(args, device, selected(args, device), result)
     if device.kind == "cuda" and not result["machine"]["dry_run"]:
         result["machine"]["after"] = gpu()
+    if args.again and not status:
+        measure_again(result, args)
     write(args.output, result)
     failed = report.show(result, args.plot)
     return status or failed

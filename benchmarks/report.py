@@ -53,10 +53,9 @@ PLOTS = {"microbench": plots.layers, "scaling": plots.scaling, "network": plots.
 def markdown(result: Result) -> str:
     """All that is to be said of a result."""
     if result["script"] == "microbench":
-        slower = tables.losses(result)
         parts = [tables.goals(result), tables.summary(result), tables.layers(result)]
         parts.append(tables.profiler(result))
-        parts.append("Where another is faster:\n\n" + bullets(slower) if slower else "")
+        parts.append(where_another_is_faster(result))
         parts.append(bullets(tables.remarks(result)))
     else:
         parts = [TABLES[result["script"]](result), bullets(result.get("remarks", []))]
@@ -89,6 +88,18 @@ def listed(names: Iterable[str]) -> str:
 
 def bullets(lines: list[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
+
+
+def where_another_is_faster(result: Result) -> str:
+    """The rows on which a rival wins, and those on which it did so in one process alone."""
+    slower, unconfirmed = tables.losses(result), tables.unconfirmed(result)
+    text = f"On none of the {len(result['rows'])} rows another is faster in four of five rounds"
+    text += " and, measured again, in four of five other processes." if unconfirmed else "."
+    if slower:
+        text = "Where another is faster in four of five rounds:\n\n" + bullets(slower)
+    if unconfirmed:
+        text += "\n\nIn one process, but not in four of five others:\n\n" + bullets(unconfirmed)
+    return text
 
 
 # ---- comparison ----
@@ -170,16 +181,13 @@ def layer_figures(result: Result) -> list[str]:
         for row in both
         if row["shape"][0] == README_BATCH and "resnet50" in tables.network_of(row)
     ]
-    slower = tables.losses(result)
     return [
         f"ResNet-50, batch {README_BATCH}:",
         tables.summary({**result, "rows": usual}, tables.GROUPS[2:]),
         f"{listed(row['dtype'] for row in both)}, in both layouts:",
         tables.summary({**result, "rows": both}, ("network", "batch", "direction")),
         tables.goals(result),
-        "Where another is faster in four of five rounds:\n\n" + bullets(slower)
-        if slower
-        else f"On none of the {len(result['rows'])} rows another is faster in four of five rounds.",
+        where_another_is_faster(result),
     ]
 
 

@@ -222,20 +222,37 @@ def summary(result: Result, groups: Sequence[str] = GROUPS, kinds: Sequence[str]
     )
 
 
+def faster_rivals(row: Row) -> list[str]:
+    """The rivals that were faster than ours in four of five rounds."""
+    if not ours(row):
+        return []
+    names = [name for kind in RIVALS if (name := named(row, kind))]
+    return [name for name in names if row["contenders"][name]["times_ours"]["p80"] < 1]
+
+
 def losses(result: Result) -> list[str]:
-    """The rows on which a rival is faster than ours in more than four of five rounds."""
-    found = []
+    """Where a rival was faster, and in four of five other processes too if there were any."""
+    return [text for text, lost in verdicts(result) if lost]
+
+
+def unconfirmed(result: Result) -> list[str]:
+    """Where a rival was faster in one process, but not in four of five others."""
+    return [text for text, lost in verdicts(result) if not lost]
+
+
+def verdicts(result: Result) -> Iterator[tuple[str, bool]]:
+    """Each row with a rival that was faster, and whether it was so in other processes."""
     for row in result["rows"]:
-        for kind in RIVALS:
-            name = named(row, kind)
-            if name and ours(row):
-                times = row["contenders"][name]["times_ours"]
-                if times["p80"] < 1:
-                    found.append(
-                        f"{layer_of(row)} {row['dtype']} {row['layout']} {row['direction']}: "
-                        f"{name} takes {times['median']:.2f}x our time"
-                    )
-    return found
+        for name in faster_rivals(row):
+            text = (
+                f"{layer_of(row)} {row['dtype']} {row['layout']} {row['direction']}: "
+                f"{name} takes {median(row, name, 'times_ours'):.2f}x our time"
+            )
+            again = row.get("again", {}).get(name)
+            if again:
+                values = ", ".join(f"{value:.2f}" for value in sorted(again["medians"]))
+                text += f", in other processes {values}"
+            yield text, not again or again["p80"] < 1
 
 
 # ---- what the kernels were written to reach ----

@@ -21,6 +21,7 @@ import eca_fused
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import again  # noqa: E402
 import cases  # noqa: E402
 import checking  # noqa: E402
 import contenders  # noqa: E402
@@ -158,6 +159,54 @@ def test_a_loss_is_one_beyond_the_spread():
     assert tables.losses(result(*rows)) == [
         "32x256x56x56 k=3 bfloat16 contiguous forward: compile a takes 0.90x our time"
     ]
+
+
+def measured_again(*medians):
+    """A row that is lost in its own process, after so many others."""
+    one = row(compile_a=0.9)
+    left = iter(medians)
+    arguments = microbench.parse(["--again", str(len(medians)), "--device", "cpu"])
+    again.measure_again(result(one), arguments, lambda _: row(compile_a=next(left)))
+    return one
+
+
+def test_a_loss_counts_if_other_processes_have_it_too():
+    text = "32x256x56x56 k=3 bfloat16 contiguous forward: compile a takes 0.90x our time"
+    lost = result(measured_again(0.99, 0.8, 1.2, 0.9, 0.7))
+    assert tables.losses(lost) == [f"{text}, in other processes 0.70, 0.80, 0.90, 0.99, 1.20"]
+    assert tables.unconfirmed(lost) == []
+    assert "Where another is faster" in report.where_another_is_faster(lost)
+    noise = result(measured_again(0.99, 0.8, 1.2, 1.0, 0.7))
+    assert tables.losses(noise) == []
+    assert tables.unconfirmed(noise) == [f"{text}, in other processes 0.70, 0.80, 0.99, 1.00, 1.20"]
+    said = report.where_another_is_faster(noise)
+    assert said.startswith("On none of the 1 rows another is faster in four of five rounds and")
+    assert text in said
+
+
+def test_what_cannot_be_measured_again_is_lost_and_shown():
+    def fails(arguments):
+        raise RuntimeError("exit status 1: no")
+
+    one = result(row(eager=0.9))
+    again.measure_again(one, microbench.parse(["--again", "5"]), fails)
+    assert len(tables.losses(one)) == 1
+    assert one["rows"][0]["failed"] == ["again: RuntimeError: exit status 1: no"]
+
+
+@needs_extension
+def test_a_row_is_measured_again_in_a_process_of_its_own():
+    lost = row((1, 2, 3, 4), 5, "backward", eager=0.9, compile_conv=0.8)
+    arguments = microbench.parse(["--again", "1", "--device", "dry-run", "--rounds", "2"])
+    rivals = tables.faster_rivals(lost)
+    found = again.run_microbench(again.command(lost, rivals, arguments))
+    assert {name: found[name] for name in ("shape", "k", "dtype", "layout", "direction")} == {
+        name: lost[name] for name in ("shape", "k", "dtype", "layout", "direction")
+    }
+    assert {"native", "eager", "compile conv, default"} <= found["contenders"].keys()
+    assert "timm" not in found["contenders"]
+    with pytest.raises(RuntimeError, match="exit status 2"):
+        again.run_microbench(["--shape", "none"])
 
 
 def test_the_summary_gives_the_range_over_the_layers_of_a_network():
