@@ -97,6 +97,14 @@ def _needs_grad(x: Tensor, weight: Tensor) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
 
 
+def _needs_kernels_gradient(x: Tensor, weight: Tensor, kernels: ModuleType) -> bool:
+    """Not where the compiler gets plain operations, which have a gradient of their own."""
+    if not _needs_grad(x, weight):
+        return False
+    # By its name, as it cannot be imported without the extension.
+    return kernels.__name__ != "eca_fused.compiled" or kernels.trains_in_kernels(x)
+
+
 def _quietly(function: Callable[..., Any], *args: Any) -> Any:
     """Call it without a trace's warnings that it has the numbers of channels and taps for fixed."""
     with warnings.catch_warnings():
@@ -162,7 +170,7 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str 
         check(x, weight, padding_mode)
         return decomposed.eca(x, weight, circular)
     try:
-        if _needs_grad(x, weight):
+        if _needs_kernels_gradient(x, weight, kernels):
             return ECAFunction.apply(x, weight, circular, kernels)  # type: ignore[no-any-return]
         return kernels.inference(x, weight, circular)  # type: ignore[no-any-return]
     except (RuntimeError, AttributeError):

@@ -171,18 +171,22 @@ def test_no_graph_break_in_a_network():
 
 @needs_extension
 @pytest.mark.skipif(DEVICE != "cpu", reason="the CPU's: run it without ECA_FUSED_TEST_DEVICE")
-def test_auto_on_the_cpu_takes_plain_operations_in_inference_alone():
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_auto_on_the_cpu_trains_in_the_kernels_where_channels_are_innermost(grad, layout):
     layer, x = ECALayer(8), torch.randn(2, 8, 4, 4)
-    for grad in (False, True):
-        counter = CompileCounterWithBackend("eager")
-        with torch.set_grad_enabled(grad):
-            torch.compile(layer, fullgraph=True, backend=counter)(x)
-        # With gradients the operators are in the subgraphs of the autograd function.
-        code = "".join(str(graph) for graph in counter.graphs)
-        subgraphs = [m.code for g in counter.graphs for m in g.modules() if hasattr(m, "code")]
-        assert ("eca_fused.forward.default" in code + "".join(subgraphs)) is grad
-        assert torch.ops.eca_fused.inference.default not in targets(counter)
-        torch._dynamo.reset()
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    counter = CompileCounterWithBackend("eager")
+    with torch.set_grad_enabled(grad):
+        y = torch.compile(layer, fullgraph=True, backend=counter)(x)
+    assert y.requires_grad is grad
+    # With gradients the operators are in the subgraphs of the autograd function.
+    code = "".join(str(graph) for graph in counter.graphs)
+    subgraphs = [m.code for g in counter.graphs for m in g.modules() if hasattr(m, "code")]
+    in_kernels = grad and layout == "channels_last"
+    assert ("eca_fused.forward.default" in code + "".join(subgraphs)) is in_kernels
+    assert torch.ops.eca_fused.inference.default not in targets(counter)
 
 
 @needs_extension
