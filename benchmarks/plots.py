@@ -160,7 +160,7 @@ def networks(result: Result, path: Path) -> None:
             axis.bar(at, ratios, 0.25, color=color, label=kind)
             for x, value in zip(at, ratios, strict=True):
                 axis.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=7)
-        labels = [f"{row['pass']}\n{row['mode']}, {row['layout']}" for row in rows]
+        labels = [f"{row['pass']}\n{row['mode']}\n{row['layout']}" for row in rows]
         axis.set_xticks(range(len(rows)), labels, fontsize=7)
         axis.set_title(name, fontsize=10)
         axis.set_ylabel("time / without attention", fontsize=9)
