@@ -20,7 +20,7 @@ __all__ = ["backward", "forward", "inference", "inference_", "trains_in_kernels"
 
 def trains_in_kernels(x: Tensor) -> bool:
     """Whether forward() and backward() are for x, or inference() with its own gradient."""
-    return x.stride(1) == 1
+    return x.dim() > 1 and x.stride(1) == 1
 
 
 def inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:

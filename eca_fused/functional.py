@@ -131,9 +131,9 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str 
     channels_last; anything else that is not contiguous is copied first.
 
     Differentiable any number of times, by torch.func's transforms and in forward mode too. The
-    kernels compute y and its gradients; plain PyTorch computes gradients of gradients, tangents,
-    everything for taps that vmap() batches, and transforms inside torch.compile() or
-    functionalize(), whatever the backend.
+    kernels compute y and its gradients, but for what "auto" leaves to torch.compile on the CPU;
+    plain PyTorch computes gradients of gradients, tangents, everything for taps that vmap()
+    batches, and transforms inside torch.compile() or functionalize(), whatever the backend.
 
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.

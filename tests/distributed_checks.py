@@ -1,6 +1,7 @@
 """What two processes check of fused layers under DDP and FSDP2; test_train.py starts them.
 
-`torchrun --nproc-per-node 2 distributed_checks.py`: prints the name of each check that passed.
+`CUDA_VISIBLE_DEVICES= torchrun --nproc-per-node 2 distributed_checks.py` prints the name of each
+check that passed.
 """
 
 import copy

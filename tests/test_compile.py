@@ -33,6 +33,10 @@ VIEWS = {
 }
 
 
+# What the compiler is given by "auto" is not always the kernels.
+COMPILED = ["auto", *(["native"] if native.missing is None else [])]
+
+
 @pytest.fixture(autouse=True)
 def forget_compiled():
     torch._dynamo.reset()
@@ -62,13 +66,15 @@ def targets(counter):
     return {node.target for graph in counter.graphs for node in graph.graph.nodes}
 
 
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_compiled_is_as_accurate_as_eager(dtype, layout):
+def test_compiled_is_as_accurate_as_eager(dtype, layout, backend):
     case = make_case((3, 8, 5, 7), 5, dtype, layout)
-    assert_as_eager(torch.compile(eca_of(case), fullgraph=True), case)
+    assert_as_eager(torch.compile(eca_of(case, backend=backend), fullgraph=True), case)
 
 
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize(
     ("shape", "layout", "padding_mode", "own_taps"),
     [
@@ -80,15 +86,16 @@ def test_compiled_is_as_accurate_as_eager(dtype, layout):
     ],
     ids=name_of,
 )
-def test_shapes_paddings_and_taps(shape, layout, padding_mode, own_taps):
+def test_shapes_paddings_and_taps(shape, layout, padding_mode, own_taps, backend):
     k = 1 if shape[1] == 1 else 7
     case = make_case(shape, k, layout=layout, padding_mode=padding_mode, own_taps=own_taps)
-    assert_as_eager(torch.compile(eca_of(case), fullgraph=True), case)
+    assert_as_eager(torch.compile(eca_of(case, backend=backend), fullgraph=True), case)
 
 
-def test_taps_in_float32_under_half_precision():
+@pytest.mark.parametrize("backend", COMPILED)
+def test_taps_in_float32_under_half_precision(backend):
     case = make_case((2, 8, 5, 7), 3, torch.bfloat16, taps_dtype=torch.float32)
-    assert_as_eager(torch.compile(eca_of(case), fullgraph=True), case)
+    assert_as_eager(torch.compile(eca_of(case, backend=backend), fullgraph=True), case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -141,7 +148,7 @@ def test_no_recompilation_for_another_batch_or_size(dynamic, backend):
         assert counter.frame_count == before + 1
 
 
-@pytest.mark.parametrize("backend", ["auto", *(["native"] if native.missing is None else [])])
+@pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("grad", [True, False])
 def test_unmarked_batches_compile_as_often_as_for_one_operation(grad, backend):
     """By itself PyTorch compiles for the first size, then for any, and again for one sample."""
@@ -162,9 +169,10 @@ def test_unmarked_batches_compile_as_often_as_for_one_operation(grad, backend):
     assert ours.frame_count == 3
 
 
-def test_no_graph_break_in_a_network():
-    circular = ECALayer(8, padding_mode="circular")
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), ECALayer(8), nn.ReLU(), circular)
+@pytest.mark.parametrize("backend", COMPILED)
+def test_no_graph_break_in_a_network(backend):
+    layer, circular = (ECALayer(8, backend=backend, padding_mode=mode) for mode in MODES)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), layer, nn.ReLU(), circular)
     found = torch._dynamo.explain(net)(torch.randn(2, 3, 8, 8))
     assert (found.graph_count, found.graph_break_count) == (1, 0)
 
@@ -205,14 +213,15 @@ def test_a_backend_by_name_is_the_one_that_runs(how):
         assert (torch.ops.eca_fused.inference.default in targets(counter)) is present
 
 
-def test_the_first_call_of_all_compiles_once():
+@pytest.mark.parametrize("backend", COMPILED)
+def test_the_first_call_of_all_compiles_once(backend):
     # In a process of its own, where nothing has called eca() before.
-    code = """
+    code = f"""
 import torch
 from eca_fused import ECALayer
 from torch._dynamo.testing import CompileCounter
 counter = CompileCounter()
-function = torch.compile(ECALayer(8), fullgraph=True, backend=counter)
+function = torch.compile(ECALayer(8, backend={backend!r}), fullgraph=True, backend=counter)
 for _ in range(3):
     function(torch.ones(2, 8, 4, 4))
 print(counter.frame_count)
@@ -256,11 +265,12 @@ def test_in_place_with_a_gradient_is_an_error():
         function(torch.randn(2, 8, 4, 4))
 
 
-def test_a_compiled_block_trains():
+@pytest.mark.parametrize("backend", COMPILED)
+def test_a_compiled_block_trains(backend):
     norm = nn.BatchNorm2d(8)
     plain = nn.Sequential(nn.Conv2d(4, 8, 1), norm, ECALayer(8, fused=False), nn.ReLU()).double()
     fused = copy.deepcopy(plain)
-    fused[2].fused = True
+    fused[2].fused, fused[2].backend = True, backend
     x = torch.randn(4, 4, 6, 6, dtype=torch.float64)
     grads = []
     for net, function in ((plain, plain), (fused, torch.compile(fused, fullgraph=True))):
@@ -303,15 +313,17 @@ BAD_INPUT = {
     "even taps": (torch.ones(2, 8, 3, 3), torch.ones(1, 1, 4)),
     "too many dimensions": (torch.ones(2, 8, 1, 1, 1, 1), torch.ones(1, 1, 3)),
     "taps in float64": (torch.ones(2, 8, 3, 3), torch.ones(1, 1, 3, dtype=torch.float64)),
+    "one dimension": (torch.ones(8), torch.ones(1, 1, 3)),
 }
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 @pytest.mark.parametrize("what", BAD_INPUT)
-def test_what_eager_refuses_is_refused_in_inference(what):
-    torch._dynamo.reset()
+def test_what_eager_refuses_is_refused_by_the_compiled(what, grad):
     x, weight = BAD_INPUT[what]
+    weight = weight.clone().requires_grad_(grad)
     with pytest.raises((TypeError, ValueError)) as eager:
         eca_fused.eca(x, weight)
-    with torch.no_grad(), pytest.raises((TypeError, ValueError)) as compiled:
+    with pytest.raises((TypeError, ValueError)) as compiled:
         torch.compile(eca_fused.eca)(x, weight)
     assert str(compiled.value) == str(eager.value)

@@ -379,8 +379,9 @@ def test_parametrized_taps_stay() -> None:
 
 
 @needs_extension
-def test_compiled_afterwards() -> None:
-    model, x = C2f(8).double(), image()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_compiled_afterwards(layout: torch.memory_format) -> None:
+    model, x = C2f(8).double(), image().contiguous(memory_format=layout)
     want = results(model, x)
     convert(model)
     assert_same(results(torch.compile(model, fullgraph=True, backend="aot_eager"), x), want)

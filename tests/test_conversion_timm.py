@@ -129,9 +129,10 @@ def test_subclasses_that_add_a_constructor_alone() -> None:
     assert type(module) is Mine
 
 
-def test_compiled_afterwards() -> None:
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_compiled_afterwards(layout: torch.memory_format) -> None:
     model = build("ecaresnet26t", layers=(1, 1, 1, 1), channels=QUARTER)
-    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64).contiguous(memory_format=layout)
     want = results(model, x)
     convert(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
