@@ -1,7 +1,8 @@
 """Rows on which a rival was faster, measured again in processes of their own.
 
 A process gets its pages once, and which of them share sets of a cache is worth 20 % and more where
-the maps barely fit it: more rounds in the same process cannot show that.
+the maps barely fit it: more rounds in the same process cannot show that. Rows that are won by a
+narrow margin are not measured again.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import tables
@@ -17,14 +18,16 @@ from cases import DIRECTIONS
 from harness import progress, reason_of, statistics_of
 from tables import Result, Row
 
-__all__ = ["command", "measure_again", "run_microbench"]
+FEWEST = 5  # processes, for four of five to be a number of them
+
+__all__ = ["FEWEST", "command", "measure_again", "run_microbench"]
 
 SCRIPT = Path(__file__).parent / "microbench.py"
 
 
 def command(row: Row, rivals: list[str], args: argparse.Namespace) -> list[str]:
     """Arguments of microbench.py for one row, with ours and these contenders alone."""
-    kinds = sorted({"native", *(name.split()[0] for name in rivals)})
+    kinds = sorted({tables.ours(row) or "", *(name.split()[0] for name in rivals)})
     arguments = ["--shape", *map(str, row["shape"]), "--taps", str(row["k"])]
     arguments += ["--dtype", row["dtype"], "--layout", row["layout"]]
     arguments += ["--direction", row["direction"], "--contender", *kinds]
@@ -54,10 +57,13 @@ def run_microbench(arguments: list[str]) -> Row:
 
 def measure_again(
     result: Result, args: argparse.Namespace, run: Callable[[list[str]], Row] = run_microbench
-) -> None:
+) -> Iterator[Row]:
     """Add to each such row, as "again", each rival's time in units of ours in args.again processes.
 
     Its statistics are over the processes, each of which counts with the median of its rounds.
+
+    Yields:
+        Each row, when that is done.
     """
     rows = [row for row in result["rows"] if row["direction"] in DIRECTIONS]
     lost = [(row, rivals) for row in rows if (rivals := tables.faster_rivals(row))]
@@ -70,7 +76,8 @@ def measure_again(
                     medians[name].append(tables.median(found, name, "times_ours"))
         except (RuntimeError, KeyError) as reason:
             row["failed"].append(f"again: {reason_of(reason)}")
-            continue
-        row["again"] = {
-            name: {"medians": values, **statistics_of(values)} for name, values in medians.items()
-        }
+        else:
+            row["again"] = {
+                name: {"medians": found, **statistics_of(found)} for name, found in medians.items()
+            }
+        yield row

@@ -26,7 +26,7 @@ from typing import Any
 import report
 import torch
 import torch._dynamo
-from again import measure_again
+from again import FEWEST, measure_again
 from cases import DIRECTIONS, DTYPES, LAYOUTS, NETWORKS, Case, all_cases, cpu_cases, gpu_cases, grid
 from checking import Judge
 from contenders import (
@@ -58,6 +58,7 @@ from harness import (
 )
 from plans import plan_of
 
+INTERRUPTED = 130  # exit status
 DEFAULT_SECONDS = 85  # no layer is started after; one takes up to half a minute
 
 
@@ -240,7 +241,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile-mode", choices=MODES, nargs="*", default=list(MODES[:1]))
     parser.add_argument(
         "--again", type=int, default=0, metavar="PROCESSES",
-        help="measure a row on which another is faster again in so many",
+        help=f"measure a row on which another is faster again in so many, {FEWEST} or more",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, help="no layer is started after")
     parser.add_argument("--compile-seconds", type=float, help="no form is compiled after")
@@ -248,6 +249,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.shape and (args.taps < 1 or args.taps % 2 == 0 or min(args.shape) < 1):
         parser.error(f"expected positive sizes and odd taps, got {args.shape} and {args.taps}")
+    if args.again and args.again < FEWEST:
+        parser.error(f"--again: expected 0, or processes from {FEWEST} up, got {args.again}")
     limit = float("inf") if args.full or chosen(args) else DEFAULT_SECONDS
     args.seconds = limit if args.seconds is None else args.seconds
     if args.compile_seconds is None:
@@ -309,7 +312,7 @@ def run(args: argparse.Namespace, device: Device, cases: list[Case], result: dic
                 announce(case, row)
         except KeyboardInterrupt:
             result["left_out"].append(f"{case} and all that follows: interrupted")
-            return 130
+            return INTERRUPTED
         except Exception as reason:  # out of memory, say: the others can still be measured
             result["left_out"].append(f"{case}: {reason_of(reason)}")
             print(f"FAILED {case}: {reason_of(reason)}", file=sys.stderr, flush=True)
@@ -339,8 +342,9 @@ def main(argv: list[str]) -> int:
     status = run(args, device, selected(args, device), result)
     if device.kind == "cuda" and not result["machine"]["dry_run"]:
         result["machine"]["after"] = gpu()
-    if args.again and not status:
-        measure_again(result, args)
+    if args.again and status != INTERRUPTED:
+        for _ in measure_again(result, args):
+            write(args.output, result)
     write(args.output, result)
     failed = report.show(result, args.plot)
     return status or failed

@@ -3,11 +3,12 @@
     python benchmarks/network.py                        # ResNet-50 and MobileNetV2, eager
     python benchmarks/network.py --mode eager compiled --output network.json --plot network.png
 
-Inference, and a training step without the optimiser, in both memory layouts. The weights are the
-same in all three; the outputs of the fused network are checked against the plain one's before
-anything is timed (microbench.py checks gradients). Convolutions run as PyTorch sets them, on a GPU
-in TF32; --precision bfloat16 is autocast. Memory is what a step allocates at most at a time, beside
-the weights and the images.
+Inference, and a training step without the optimiser, in both memory layouts. Compiled, fused ECA is
+what backend="auto" chooses, and native ECA are the kernels in any case. All weights are the same;
+the outputs of the fused network are checked against the plain one's before anything is timed
+(microbench.py checks gradients). Convolutions run as PyTorch sets them, on a GPU in TF32;
+--precision bfloat16 is autocast. Memory is what a step allocates at most at a time, beside the
+weights and the images.
 """
 
 import argparse
@@ -37,11 +38,15 @@ from harness import (
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from eca_fused import ECALayer, native
 from eca_fused.models import mobilenetv2, resnet, set_fused
 
 PASSES = ("inference", "training step")
 MODES = ("eager", "compiled")
 KINDS = ("none", "plain ECA", "fused ECA")
+NATIVE = (
+    "native ECA"  # compiled: the kernels by name, where "auto" may leave layers to the compiler
+)
 Step = Callable[[], object]
 
 
@@ -51,14 +56,19 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def built(name: str, device: Device, layout: str) -> dict[str, nn.Module]:
-    """The network in its three kinds; both kinds of ECA have the same weights."""
+def built(name: str, device: Device, layout: str, mode: str) -> dict[str, nn.Module]:
+    """The network in its kinds; those with ECA have the same weights."""
     found = {"none": NETWORKS[name]("none"), "plain ECA": NETWORKS[name]("eca", fused=False)}
     unknown = found["none"].load_state_dict(found["plain ECA"].state_dict(), strict=False)
     if unknown.missing_keys:
         raise RuntimeError(f"without attention, {name} has other weights: {unknown.missing_keys}")
     found["fused ECA"] = copy.deepcopy(found["plain ECA"])
     set_fused(found["fused ECA"], True)
+    if mode == "compiled" and native.unsupported(torch.device(device.tensors)) is None:
+        found[NATIVE] = copy.deepcopy(found["fused ECA"])
+        for module in found[NATIVE].modules():
+            if isinstance(module, ECALayer):
+                module.backend = "native"
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     for network in found.values():
         network.to(device.tensors).to(memory_format=memory_format)  # type: ignore[call-overload]
@@ -129,7 +139,7 @@ def peak_bytes(step: Step, device: Device) -> int | None:
 def measure(
     name: str, layout: str, mode: str, pass_: str, args: argparse.Namespace, device: Device
 ) -> dict[str, Any]:
-    """The three kinds of a network in one pass."""
+    """All kinds of a network in one pass."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
@@ -139,7 +149,7 @@ def measure(
     row: dict[str, Any] = {"network": name, "layout": layout, "mode": mode, "pass": pass_}
     row |= {"batch": args.batch, "size": args.size, "precision": args.precision}
     row |= {"contenders": {}, "failed": []}
-    networks = built(name, device, layout)
+    networks = built(name, device, layout, mode)
     row["difference"] = difference(networks, images)
     # Fifty layers apart, roundings have grown; a wrong layer gives differences near one.
     if not row["difference"] < 1e-3:

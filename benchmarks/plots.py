@@ -150,16 +150,21 @@ def networks(result: Result, path: Path) -> None:
         return
     names = list(dict.fromkeys(row["network"] for row in result["rows"]))
     figure, axes = plt.subplots(len(names), 1, figsize=(11, 3 * len(names) + 1), squeeze=False)
-    colors = {"none": "#999999", "plain ECA": "#e69f00", "fused ECA": "#0072b2"}
+    colors = {
+        "none": "#999999",
+        "plain ECA": "#e69f00",
+        "fused ECA": "#0072b2",
+        "native ECA": "#56b4e9",
+    }
     for axis, name in zip(axes[:, 0], names, strict=True):
         rows = [row for row in result["rows"] if row["network"] == name]
         for i, (kind, color) in enumerate(colors.items()):
             entries = [row["contenders"].get(kind, {}).get("times_none") for row in rows]
-            at = [j + 0.27 * (i - 1) for j, entry in enumerate(entries) if entry]
+            at = [j + 0.22 * (i - 1) for j, entry in enumerate(entries) if entry]
             ratios = [entry["median"] for entry in entries if entry]
-            axis.bar(at, ratios, 0.25, color=color, label=kind)
+            axis.bar(at, ratios, 0.2, color=color, label=kind)
             for x, value in zip(at, ratios, strict=True):
-                axis.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=7)
+                axis.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=6)
         labels = [f"{row['pass']}\n{row['mode']}\n{row['layout']}" for row in rows]
         axis.set_xticks(range(len(rows)), labels, fontsize=7)
         axis.set_title(name, fontsize=10)

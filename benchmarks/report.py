@@ -92,8 +92,11 @@ def bullets(lines: list[str]) -> str:
 
 def where_another_is_faster(result: Result) -> str:
     """The rows on which a rival wins, and those on which it did so in one process alone."""
+    rows = [row for row in result["rows"] if tables.has_rivals(row)]
+    if not rows:
+        return ""
     slower, unconfirmed = tables.losses(result), tables.unconfirmed(result)
-    text = f"On none of the {len(result['rows'])} rows another is faster in four of five rounds"
+    text = f"On none of {len(rows)} rows another is faster in four of five rounds"
     text += " and, measured again, in four of five other processes." if unconfirmed else "."
     if slower:
         text = "Where another is faster in four of five rounds:\n\n" + bullets(slower)

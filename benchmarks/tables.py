@@ -222,6 +222,11 @@ def summary(result: Result, groups: Sequence[str] = GROUPS, kinds: Sequence[str]
     )
 
 
+def has_rivals(row: Row) -> bool:
+    """Whether ours was measured beside another."""
+    return bool(ours(row)) and any(named(row, kind) for kind in RIVALS)
+
+
 def faster_rivals(row: Row) -> list[str]:
     """The rivals that were faster than ours in four of five rounds."""
     if not ours(row):

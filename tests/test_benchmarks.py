@@ -13,6 +13,8 @@ import pytest
 import torch
 from support import needs_extension
 
+from eca_fused import ECALayer
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -485,6 +487,18 @@ def test_host_time_of_small_calls(monkeypatch, tmp_path, capsys):
 
 
 @needs_extension
+@needs_extension
+def test_compiled_networks_run_the_kernels_by_name_too():
+    found = network.built("mobilenetv2", devices.device_named("cpu"), "contiguous", "compiled")
+    layers = {
+        kind: {m.backend for m in net.modules() if isinstance(m, ECALayer)}
+        for kind, net in found.items()
+    }
+    assert layers == {
+        "none": set(), "plain ECA": {"auto"}, "fused ECA": {"auto"}, "native ECA": {"native"}
+    }  # fmt: skip
+
+
 def test_whole_networks(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install eca-fused[demo]")
     path, picture = tmp_path / "network.json", tmp_path / "network.png"

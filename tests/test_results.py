@@ -140,7 +140,8 @@ def measured_again(*medians):
     one = row(compile_a=0.9)
     left = iter(medians)
     arguments = microbench.parse(["--again", str(len(medians)), "--device", "cpu"])
-    again.measure_again(result(one), arguments, lambda _: row(compile_a=next(left)))
+    measured = again.measure_again(result(one), arguments, lambda _: row(compile_a=next(left)))
+    assert list(measured) == [one]
     return one
 
 
@@ -154,8 +155,32 @@ def test_a_loss_counts_if_other_processes_have_it_too():
     assert tables.losses(noise) == []
     assert tables.unconfirmed(noise) == [f"{text}, in other processes 0.70, 0.80, 0.99, 1.00, 1.20"]
     said = report.where_another_is_faster(noise)
-    assert said.startswith("On none of the 1 rows another is faster in four of five rounds and")
+    assert said.startswith("On none of 1 rows another is faster in four of five rounds and")
     assert text in said
+
+
+def test_nothing_is_said_of_rows_without_a_rival():
+    without = row(copy=0.9)
+    assert report.where_another_is_faster(result(without)) == ""
+    alone = row(eager=0.9)
+    del alone["contenders"]["native"]
+    assert report.where_another_is_faster(result(alone)) == ""
+    both = report.where_another_is_faster(result(without, row(eager=1.2)))
+    assert both == "On none of 1 rows another is faster in four of five rounds."
+
+
+def test_four_of_five_processes_need_five(capsys):
+    for wrong in ("-1", "4"):
+        with pytest.raises(SystemExit):
+            microbench.parse(["--again", wrong])
+        assert "--again: expected 0, or processes from 5 up" in capsys.readouterr().err
+
+
+def test_ours_are_the_kernels_that_a_row_has():
+    one = row(eager=0.9)
+    one["contenders"]["triton"] = one["contenders"].pop("native")
+    arguments = again.command(one, ["eager"], microbench.parse(["--again", "5"]))
+    assert arguments[arguments.index("--contender") + 1 :][:2] == ["eager", "triton"]
 
 
 def test_what_cannot_be_measured_again_is_lost_and_shown():
@@ -163,7 +188,7 @@ def test_what_cannot_be_measured_again_is_lost_and_shown():
         raise RuntimeError("exit status 1: no")
 
     one = result(row(eager=0.9))
-    again.measure_again(one, microbench.parse(["--again", "5"]), fails)
+    assert len(list(again.measure_again(one, microbench.parse(["--again", "5"]), fails))) == 1
     assert len(tables.losses(one)) == 1
     assert one["rows"][0]["failed"] == ["again: RuntimeError: exit status 1: no"]
 
@@ -171,7 +196,7 @@ def test_what_cannot_be_measured_again_is_lost_and_shown():
 @needs_extension
 def test_a_row_is_measured_again_in_a_process_of_its_own():
     lost = row((1, 2, 3, 4), 5, "backward", eager=0.9, compile_conv=0.8)
-    arguments = microbench.parse(["--again", "1", "--device", "dry-run", "--rounds", "2"])
+    arguments = microbench.parse(["--again", "5", "--device", "dry-run", "--rounds", "2"])
     rivals = tables.faster_rivals(lost)
     found = again.run_microbench(again.command(lost, rivals, arguments))
     assert {name: found[name] for name in ("shape", "k", "dtype", "layout", "direction")} == {
