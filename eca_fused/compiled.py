@@ -1,11 +1,12 @@
 """What backend="auto" takes on the CPU under torch.compile: a backend like native.py.
 
 Plain operations, so that the compiler fuses the rescaling with the addition and the ReLU that
-follow; but with gradients and the channels innermost, the kernels. A training step of ResNet-50 and
-MobileNetV2, compiled as a whole, batch 4, takes in plain operations 0.93 to 0.97 times as long on
-contiguous maps, and 0.99 to 1.08 times on channels_last ones (medians of interleaved rounds,
-float32, and ResNet-50 under bfloat16 autocast; 2 cores of an EPYC server with AVX-512, PyTorch
-2.15). A layer that is compiled alone has nothing to fuse with, and is faster with backend="native".
+follow; but with gradients and the channels innermost, the kernels. Compiled as a whole, ResNet-50
+and MobileNetV2 took, in units of their time without attention, for inference 0.98 to 1.05 so and
+1.05 to 1.11 with the kernels, for a training step on contiguous maps 1.03 to 1.05 so and 1.07 to
+1.09 with the kernels, and on channels_last ones 1.00 to 1.02 so and 1.06 with plain ECA (batch 4,
+float32; benchmarks/results/cpu-networks.json). A layer that is compiled alone has nothing to fuse
+with, and is faster with backend="native".
 """
 
 from torch import Tensor
