@@ -1,7 +1,7 @@
 """Rows on which a rival was faster, measured again in processes of their own.
 
-A process gets its pages once, and which of them share sets of a cache is worth 20 % and more where
-the maps barely fit it: more rounds in the same process cannot show that. Rows that are won by a
+More rounds in one process cannot show what differs between processes, such as where their pages lie.
+Rows that are won by a
 narrow margin are not measured again.
 """
 
