@@ -1,8 +1,7 @@
 """Rows on which a rival was faster, measured again in processes of their own.
 
-More rounds in one process cannot show what differs between processes, such as where their pages lie.
-Rows that are won by a
-narrow margin are not measured again.
+More rounds in one process cannot show what differs between processes, such as where their pages
+lie. Rows that are won by a narrow margin are not measured again.
 """
 
 import argparse
