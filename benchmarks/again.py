@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).parent / "microbench.py"
 
 def command(row: Row, rivals: list[str], args: argparse.Namespace) -> list[str]:
     """Arguments of microbench.py for one row, with ours and these contenders alone."""
-    kinds = sorted({tables.ours(row) or "", *(name.split()[0] for name in rivals)})
+    kinds = sorted({tables.ours(row), *(name.split()[0] for name in rivals)})
     arguments = ["--shape", *map(str, row["shape"]), "--taps", str(row["k"])]
     arguments += ["--dtype", row["dtype"], "--layout", row["layout"]]
     arguments += ["--direction", row["direction"], "--contender", *kinds]

@@ -44,9 +44,8 @@ from eca_fused.models import mobilenetv2, resnet, set_fused
 PASSES = ("inference", "training step")
 MODES = ("eager", "compiled")
 KINDS = ("none", "plain ECA", "fused ECA")
-NATIVE = (
-    "native ECA"  # compiled: the kernels by name, where "auto" may leave layers to the compiler
-)
+# Compiled: the kernels by name, where "auto" may leave layers to the compiler.
+NATIVE = "native ECA"
 Step = Callable[[], object]
 
 

@@ -92,7 +92,7 @@ def bullets(lines: list[str]) -> str:
 
 def where_another_is_faster(result: Result) -> str:
     """The rows on which a rival wins, and those on which it did so in one process alone."""
-    rows = [row for row in result["rows"] if tables.has_rivals(row)]
+    rows = [row for row in result["rows"] if tables.rivals(row)]
     if not rows:
         return ""
     slower, unconfirmed = tables.losses(result), tables.unconfirmed(result)

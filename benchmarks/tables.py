@@ -222,17 +222,14 @@ def summary(result: Result, groups: Sequence[str] = GROUPS, kinds: Sequence[str]
     )
 
 
-def has_rivals(row: Row) -> bool:
-    """Whether ours was measured beside another."""
-    return bool(ours(row)) and any(named(row, kind) for kind in RIVALS)
+def rivals(row: Row) -> list[str]:
+    """The rivals that ours was measured beside."""
+    return [name for kind in RIVALS if ours(row) and (name := named(row, kind))]
 
 
 def faster_rivals(row: Row) -> list[str]:
-    """The rivals that were faster than ours in four of five rounds."""
-    if not ours(row):
-        return []
-    names = [name for kind in RIVALS if (name := named(row, kind))]
-    return [name for name in names if row["contenders"][name]["times_ours"]["p80"] < 1]
+    """Those that were faster than ours in four of five rounds."""
+    return [name for name in rivals(row) if row["contenders"][name]["times_ours"]["p80"] < 1]
 
 
 def losses(result: Result) -> list[str]:

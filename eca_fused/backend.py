@@ -204,6 +204,12 @@ def select(x: Tensor, backend: str) -> ModuleType | None:
     )
 
 
+def is_for_the_compiler(kernels: ModuleType) -> bool:
+    """Whether these are the plain operations that torch.compile merges with their neighbours."""
+    # By its name, as it cannot be imported without the extension.
+    return kernels.__name__ == "eca_fused.compiled"
+
+
 def _for_the_compiler() -> ModuleType:
     from eca_fused import compiled
 

@@ -13,7 +13,7 @@ from torch.jit._trace import TracerWarning
 from torch.overrides import handle_torch_function, has_torch_function
 
 from eca_fused import decomposed, reference, scripting
-from eca_fused.backend import named, select, warn_once
+from eca_fused.backend import is_for_the_compiler, named, select, warn_once
 from eca_fused.checks import PADDING_MODES, check, check_padding_mode
 from eca_fused.double_backward import double_backward, plain_backward
 from eca_fused.modes import exporting_to_onnx, is_tracing, transformed
@@ -101,8 +101,7 @@ def _needs_kernels_gradient(x: Tensor, weight: Tensor, kernels: ModuleType) -> b
     """Not where the compiler gets plain operations, which have a gradient of their own."""
     if not _needs_grad(x, weight):
         return False
-    # By its name, as it cannot be imported without the extension.
-    return kernels.__name__ != "eca_fused.compiled" or kernels.trains_in_kernels(x)
+    return not is_for_the_compiler(kernels) or kernels.trains_in_kernels(x)
 
 
 def _quietly(function: Callable[..., Any], *args: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from eca_fused import decomposed, reference, scripting
-from eca_fused.backend import named, select
+from eca_fused.backend import is_for_the_compiler, named, select
 from eca_fused.checks import check_gate, check_x
 from eca_fused.double_backward import spread, total
 from eca_fused.modes import exporting_to_onnx, is_tracing, transformed
@@ -96,8 +96,7 @@ def _kernels(x: Tensor, backend: str) -> ModuleType | None:
     Transforms differentiate that, and torch.compile merges it with its neighbours.
     """
     kernels = select(x, backend)
-    # By its name, as it cannot be imported without the extension.
-    if kernels is None or kernels.__name__ == "eca_fused.compiled" or transformed():
+    if kernels is None or is_for_the_compiler(kernels) or transformed():
         return None
     return kernels
 
