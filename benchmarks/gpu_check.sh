@@ -28,7 +28,7 @@ usual_parts=(build tests plans determinism graphs devices triton sanitizer profi
 all_parts=("${usual_parts[@]}" tune compile networks sizes calls)
 
 common_tests=()
-for test in kernels values layouts gradients fuzz errors layer operators sensitivity \
+for test in kernels values layouts gradients fuzz errors layer operators out sensitivity \
   transforms memory mixed_precision instruments; do
   common_tests+=("tests/test_$test.py")
 done

@@ -5,11 +5,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <functional>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/cpu.h"
@@ -330,25 +332,63 @@ Tensor inference(const Tensor& x, const Tensor& weight, bool circular) {
   return y;
 }
 
-void inference_(const Tensor& x, const Tensor& weight, bool circular) {
-  const Problem p = problem_of(x, weight, circular);
-  const View view = view_of(x, p);
-  if (p.samples * p.channels * p.pixels == 0) return;
+// Whether the rows of a map that can be read share no memory, so that they can be written too.
+bool apart(const View& view, const Problem& p) {
   const bool planes = view.layout == Layout::kPlanes;
   const int64_t rows = planes ? p.channels : p.pixels, length = planes ? p.pixels : p.channels;
-  const bool apart =
-      (rows <= 1 || view.row_stride >= length) &&
-      (p.samples <= 1 || view.sample_stride >= (rows - 1) * view.row_stride + length);
-  if (view.readable && apart) return run_inference(p, x, view, x, weight);
-  for (int64_t i = 0; i < x.dim(); ++i)
-    check(
-        x.size(i) <= 1 || x.stride(i) != 0,
-        "more than one element of x refers to the same memory, as after expand(), so it cannot be "
-        "written in place; clone() it first");
-  const Tensor copy = dense_copy(x, view.layout);
-  run_inference(p, copy, view, copy, weight);
-  Tensor target = x;
-  torch::stable::copy_(target, copy);
+  return (rows <= 1 || view.row_stride >= length) &&
+         (p.samples <= 1 || view.sample_stride >= (rows - 1) * view.row_stride + length);
+}
+
+// Whether they are the same elements in the same order.
+bool same_memory(const Tensor& a, const Tensor& b) {
+  bool same = a.data_ptr() == b.data_ptr();
+  for (int64_t i = 0; i < a.dim(); ++i)
+    same = same && (a.size(i) == 1 || a.stride(i) == b.stride(i));
+  return same;
+}
+
+// Whether the memory from the first to the last element of one reaches into the other's.
+bool overlap(const Tensor& a, const Tensor& b) {
+  const auto range = [](const Tensor& t) {
+    int64_t end = 1;
+    for (int64_t i = 0; i < t.dim(); ++i) end += (t.size(i) - 1) * t.stride(i);
+    const char* begin = static_cast<const char*>(t.data_ptr());
+    return std::pair(begin, begin + end * t.element_size());
+  };
+  const auto [a_begin, a_end] = range(a);
+  const auto [b_begin, b_end] = range(b);
+  return std::less<>()(a_begin, b_end) && std::less<>()(b_begin, a_end);
+}
+
+// y written into out, which may be x; `name` is what the caller calls it. Memory that the kernels
+// cannot write, or that x has a part of, gets a copy.
+void write_inference(const Tensor& x, const Tensor& weight, const Tensor& out, bool circular,
+                     const char* name) {
+  const Problem p = problem_of(x, weight, circular);
+  check_same(out, name, x, x.dim(), dtype_code(x));
+  if (p.samples * p.channels * p.pixels == 0) return;
+  const View view = view_of(x, p), target = view_of(out, p);
+  const Tensor source = readable(x, view, view.layout);
+  const bool writable = target.readable && target.layout == view.layout && apart(target, p) &&
+                        (same_memory(source, out) || !overlap(source, out));
+  if (writable) return run_inference(p, source, view, out, weight);
+  for (int64_t i = 0; i < out.dim(); ++i)
+    check(out.size(i) == 1 || out.stride(i) != 0, "more than one element of ", name,
+          " refers to the same memory, as after expand(), so it cannot be written in place; "
+          "clone() it first");
+  const Tensor y = view.readable ? empty_output(x, view, p) : source;
+  run_inference(p, source, view, y, weight);
+  Tensor copied = out;
+  torch::stable::copy_(copied, y);
+}
+
+void inference_into(const Tensor& x, const Tensor& weight, const Tensor& out, bool circular) {
+  write_inference(x, weight, out, circular, "out");
+}
+
+void inference_(const Tensor& x, const Tensor& weight, bool circular) {
+  write_inference(x, weight, x, circular, "x");
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
@@ -450,6 +490,7 @@ STABLE_TORCH_LIBRARY(eca_fused, m) {
       "gate)");
   m.def("inference(Tensor x, Tensor weight, bool circular=False) -> Tensor");
   m.def("inference_(Tensor(a!) x, Tensor weight, bool circular=False) -> ()");
+  m.def("inference_into(Tensor x, Tensor weight, Tensor(a!) out, bool circular=False) -> ()");
   m.def(
       "backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor gate, bool circular=False, "
       "bool need_dx=True, bool need_dweight=True) -> (Tensor dx, Tensor dweight)");
@@ -465,6 +506,7 @@ static void implement(Library& m) {
   m.impl("forward", TORCH_BOX(&eca::forward));
   m.impl("inference", TORCH_BOX(&eca::inference));
   m.impl("inference_", TORCH_BOX(&eca::inference_));
+  m.impl("inference_into", TORCH_BOX(&eca::inference_into));
   m.impl("backward", TORCH_BOX(&eca::backward));
   m.impl("pool", TORCH_BOX(&eca::pool));
   m.impl("rescale", TORCH_BOX(&eca::rescale));

@@ -127,6 +127,27 @@ def check_gate(x: Tensor, gate: Tensor) -> None:
         )
 
 
+def check_out(x: Tensor, out: Tensor) -> None:
+    """Check the memory for a result that is like x.
+
+    Raises:
+        TypeError: out is no tensor, or has not the dtype of x.
+        ValueError: it has not the shape of x, or is on another device.
+    """
+    _check_tensor("out", out)
+    found, wanted = ((tuple(t.shape), t.device) for t in (out, x))
+    if found != wanted:
+        raise ValueError(
+            f"expected out of the shape and on the device of x, {wanted[0]} on {wanted[1]}, got "
+            f"{found[0]} on {found[1]}; make it with torch.empty_like(x)"
+        )
+    if out.dtype != x.dtype:
+        raise TypeError(
+            f"expected out of {x.dtype}, the dtype of x, got {out.dtype}; "
+            "make it with torch.empty_like(x)"
+        )
+
+
 def check(x: Tensor, weight: Tensor, padding_mode: str) -> None:
     """Check the arguments of eca().
 

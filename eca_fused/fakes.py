@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from eca_fused.checks import check, check_gate, check_x
+from eca_fused.checks import check, check_gate, check_out, check_x
 from eca_fused.layout import output_strides, sums_dtype
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "forward",
     "inference",
     "inference_",
+    "inference_into",
     "pool",
     "rescale",
     "rescale_backward",
@@ -37,6 +38,11 @@ def inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
 
 def inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
     check(x, weight, _mode(circular))
+
+
+def inference_into(x: Tensor, weight: Tensor, out: Tensor, circular: bool = False) -> None:
+    check(x, weight, _mode(circular))
+    check_out(x, out)
 
 
 def backward(

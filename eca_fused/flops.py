@@ -47,6 +47,7 @@ FORMULAS = {
     "forward": _forward,
     "inference": _forward,
     "inference_": _forward,
+    "inference_into": _forward,
     "backward": _backward,
 }
 

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from eca_fused import decomposed, reference, scripting
 from eca_fused.backend import is_for_the_compiler, named, select, warn_once
-from eca_fused.checks import PADDING_MODES, check, check_padding_mode
+from eca_fused.checks import PADDING_MODES, check, check_out, check_padding_mode
 from eca_fused.double_backward import double_backward, plain_backward
 from eca_fused.modes import exporting_to_onnx, is_tracing, transformed
 from eca_fused.transforms import transformed_backward, transformed_eca
@@ -122,7 +122,59 @@ def _scripted(inplace: bool) -> Any:
     return torch.jit.script(scripting.eca_ if inplace else scripting.eca)
 
 
-def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str = "auto") -> Tensor:
+def _check_writable(name: str, t: Tensor) -> None:
+    # torch.compile cannot trace this question.
+    if not is_compiling() and t.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} was made in inference mode and cannot be written in place outside of it; "
+            f"call this in torch.inference_mode(), or on {name}.clone()"
+        )
+
+
+def _check_all(x: Tensor, weight: Tensor, out: Tensor, padding_mode: str) -> None:
+    check(x, weight, padding_mode)
+    check_out(x, out)
+
+
+def _written(out: Tensor, x: Tensor, weight: Tensor, padding_mode: str, backend: str) -> Tensor:
+    """eca() written into out, and out."""
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and isinstance(out, Tensor)):
+        if has_torch_function((x, weight, out)):
+            modes: dict[str, Any] = {"padding_mode": padding_mode, "backend": backend, "out": out}
+            return handle_torch_function(eca, (x, weight, out), x, weight, **modes)
+        _check_all(x, weight, out, padding_mode)
+    kernels = select(x, backend)
+    if is_tracing():
+        _quietly(_check_all, x, weight, out, padding_mode)
+        name = "reference" if kernels is None else named(backend)
+        return _scripted(False)(x, weight, padding_mode, name, out)  # type: ignore[no-any-return]
+    if _needs_grad(x, weight) or (torch.is_grad_enabled() and out.requires_grad):
+        raise RuntimeError(
+            "what eca() writes into out= has no gradient; leave out= away, or call this in "
+            "torch.no_grad()"
+        )
+    _check_writable("out", out)
+    if kernels is None or transformed() or exporting_to_onnx() or is_for_the_compiler(kernels):
+        _check_all(x, weight, out, padding_mode)  # copy_() would broadcast
+        return out.copy_(eca(x, weight, padding_mode=padding_mode, backend=backend))
+    check_padding_mode(padding_mode)
+    try:
+        kernels.inference_into(x, weight, out, padding_mode == "circular")
+    except (RuntimeError, AttributeError):
+        _check_all(x, weight, out, padding_mode)
+        raise
+    torch.autograd.graph.increment_version(out)
+    return out
+
+
+def eca(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    padding_mode: str = "zeros",
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
     """Efficient channel attention, y = sigmoid(conv1d over channels of mean(x)) * x, fused.
 
     Wang et al., "ECA-Net" (CVPR 2020). Sums, taps and gates are in float32 (float64 for float64 x),
@@ -140,20 +192,26 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str 
             float32 or the dtype of x.
         padding_mode: "zeros", or "circular" to wrap around at the first and last channel.
         backend: "native", "triton", "reference", or "auto" for the best of them that works here.
+        out: memory for y, for inference: like x, of any memory format, such as a slice of a larger
+            map. x itself is overwritten; what shares part of its memory with x gets a copy of y.
 
     Returns:
-        y of the shape, dtype and memory format of x.
+        y of the shape, dtype and memory format of x; or out.
 
     Raises:
-        TypeError: x or weight is no tensor or has an unsupported dtype.
+        TypeError: x, weight or out is no tensor or has an unsupported dtype.
         ValueError: a shape, device, the padding mode or the backend does not fit.
-        RuntimeError: the backend that was asked for cannot be used here.
+        RuntimeError: the backend that was asked for cannot be used here; or y shall be written into
+            out where a gradient is needed, where out was made in torch.inference_mode() and this is
+            outside of it, or where elements of out share memory, as after expand().
     """
+    if out is not None:
+        return _written(out, x, weight, padding_mode, backend)
     tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
     kernels = select(x, backend) if tensors else None
     if kernels is None:
         if not tensors and has_torch_function((x, weight)):  # such as a proxy of torch.fx
-            modes = {"padding_mode": padding_mode, "backend": backend}
+            modes: dict[str, Any] = {"padding_mode": padding_mode, "backend": backend}
             return handle_torch_function(eca, (x, weight), x, weight, **modes)
         if is_tracing():
             return _quietly(_in_reference, x, weight, padding_mode)  # type: ignore[no-any-return]
@@ -193,7 +251,7 @@ def eca_(
     """
     tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
     if not tensors and has_torch_function((x, weight)):
-        modes = {"padding_mode": padding_mode, "backend": backend}
+        modes: dict[str, Any] = {"padding_mode": padding_mode, "backend": backend}
         return handle_torch_function(eca_, (x, weight), x, weight, **modes)
     kernels = select(x, backend) if tensors else None
     if is_tracing():
@@ -207,12 +265,7 @@ def eca_(
             f"in-place ECA would overwrite the x that the gradient of {what} needs; "
             "use inplace=False, or torch.no_grad() for inference"
         )
-    # torch.compile cannot trace this question.
-    if not is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "x was made in inference mode and cannot be written in place outside of it; "
-            "call this in torch.inference_mode(), or on x.clone()"
-        )
+    _check_writable("x", x)
     if kernels is None or transformed():
         gate = reference.gate(x, weight, padding_mode)
         return x.mul_(gate.reshape(gate.shape + (1,) * (x.dim() - 2)))

@@ -1,7 +1,8 @@
 """The compiled extension: loads it, or says why it is missing, and describes its operators.
 
-`forward`, `backward`, `inference` and `inference_` are this backend's side of the contract, with
-`pool`, `rescale` and `rescale_backward` for the two ends alone; a backend is a module that has all.
+`forward`, `backward`, `inference`, `inference_` and `inference_into` are this backend's side of the
+contract, with `pool`, `rescale` and `rescale_backward` for the two ends alone; a backend is a
+module that has all.
 """
 
 import functools
@@ -17,6 +18,7 @@ __all__ = [
     "forward",
     "inference",
     "inference_",
+    "inference_into",
     "missing",
     "pool",
     "rescale",
@@ -40,6 +42,7 @@ try:
     backward = torch.ops.eca_fused.backward.default
     inference = torch.ops.eca_fused.inference.default
     inference_ = torch.ops.eca_fused.inference_.default
+    inference_into = torch.ops.eca_fused.inference_into.default
     pool = torch.ops.eca_fused.pool.default
     rescale = torch.ops.eca_fused.rescale.default
     rescale_backward = torch.ops.eca_fused.rescale_backward.default

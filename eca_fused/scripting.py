@@ -153,7 +153,32 @@ def plain(x: Tensor, weight: Tensor, padding_mode: str, inplace: bool) -> Tensor
     return x.copy_(y) if inplace else y
 
 
-def eca(x: Tensor, weight: Tensor, padding_mode: str = "zeros", backend: str = "auto") -> Tensor:
+def _eca(x: Tensor, weight: Tensor, padding_mode: str, backend: str) -> Tensor:
+    if _without_kernels(x, backend) or _needs_grad(x, weight):
+        return plain(x, weight, padding_mode, False)
+    return _inference(x, weight, _circular(padding_mode))
+
+
+def _check_out(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(
+            f"expected out of the shape and dtype and on the device of x, {x.shape} on {x.device}, "
+            f"got {out.shape} on {out.device}; make it with torch.empty_like(x)"
+        )
+    if _needs_grad(x, weight) or (torch.is_grad_enabled() and out.requires_grad):
+        raise RuntimeError(
+            "what eca() writes into out= has no gradient; leave out= away, or call this in "
+            "torch.no_grad()"
+        )
+
+
+def eca(
+    x: Tensor,
+    weight: Tensor,
+    padding_mode: str = "zeros",
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
     """eca() with a gradient from autograd, through plain operations whatever the backend.
 
     Args:
@@ -161,13 +186,15 @@ def eca(x: Tensor, weight: Tensor, padding_mode: str = "zeros", backend: str = "
         weight: (1 or C, 1, k).
         padding_mode: as of eca().
         backend: "auto", "native" or "reference".
+        out: as of eca(), but y is copied to it.
 
     Raises:
         torch.jit.Error: where eca() raises, and for the backend "triton".
     """
-    if _without_kernels(x, backend) or _needs_grad(x, weight):
-        return plain(x, weight, padding_mode, False)
-    return _inference(x, weight, _circular(padding_mode))
+    if out is None:
+        return _eca(x, weight, padding_mode, backend)
+    _check_out(x, weight, out)
+    return out.copy_(_eca(x, weight, padding_mode, backend))
 
 
 def eca_(x: Tensor, weight: Tensor, padding_mode: str = "zeros", backend: str = "auto") -> Tensor:

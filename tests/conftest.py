@@ -20,6 +20,7 @@ ON_ANY_DEVICE = {
     "test_memory",
     "test_mixed_precision",
     "test_operators",
+    "test_out",
     "test_pool_rescale",
     "test_sensitivity",
     "test_streams",

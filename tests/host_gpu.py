@@ -251,6 +251,7 @@ class HostGpu:
         circular: bool = False,
         channels_last: bool = False,
         in_place: bool = False,
+        into: Tensor | None = None,
         want_mean: bool = True,
         gpu: dict[str, int] = H200,
         wish: Wish | None = None,
@@ -258,10 +259,15 @@ class HostGpu:
         resident: int = 0,
         count: bool = False,
     ) -> Outcome:
-        """y (N, C, S), mean and gate (N, C) of x (N, C, S) and weight (1 or C, 1, k)."""
+        """y (N, C, S), mean and gate (N, C) of x (N, C, S) and weight (1 or C, 1, k).
+
+        y lies in its memory as `into` does, all of which is NaN before.
+        """
         v, out, none = view(x, channels_last), like(x, channels_last), View(x[:0], 0, 0, 0)
         if in_place:
             out = v
+        elif into is not None:
+            out = view(into, channels_last)
         plan, traffic = self._send(
             x, weight, circular, channels_last, [v, out, none, none], b"", operation=0,
             wants=(in_place, want_mean, False, False), gpu=gpu, wish=wish, seed=seed,

@@ -185,6 +185,21 @@ def test_slices_are_read_in_place(gpu, dtype, layout, name, pixels, of):
     assert_as_accurate(done[0], case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["batch", "channels", "odd channels"])
+@pytest.mark.parametrize("wish", [None, Wish(two_passes=True)], ids=str)
+def test_slices_are_written_in_place(gpu, dtype, layout, name, wish):
+    """y is a part of a larger map, x is none, and nothing beside y is written."""
+    into = SLICES[name](make_case((4, 64, 25), dtype=dtype, layout=layout).x)
+    case = make_case(tuple(into.shape), 3, dtype, layout)
+    common = {"channels_last": layout != "contiguous", "wish": wish}
+    y = gpu.forward(case.x, case.weight, into=into, **common).tensors[0]
+    usual = gpu.forward(case.x, case.weight, **common).tensors[0]
+    assert_near("y", y, usual.double(), case.x.double().abs(), dtype, torch.float32)
+    assert int(y._base.isnan().sum()) == y._base.numel() - y.numel()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pixels", [16, 25])

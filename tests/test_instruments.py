@@ -98,7 +98,9 @@ def test_importing_does_not_import_the_counter_or_triton():
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward", "inference", "inference_"])
+@pytest.mark.parametrize(
+    "direction", ["forward", "backward", "inference", "inference_", "inference_into"]
+)
 @pytest.mark.parametrize("prefix", ["", "triton_"])
 def test_every_operator_has_a_formula(prefix, direction):
     if prefix:

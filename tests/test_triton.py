@@ -311,6 +311,7 @@ SUITE = [
     "test_layer.py",
     "test_operators.py",
     "test_errors.py",
+    "test_out.py",
     "test_sensitivity.py",
     "test_transforms.py",
     "test_memory.py",

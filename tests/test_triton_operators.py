@@ -68,6 +68,7 @@ def test_opcheck_in_place(view, layout):
     case = on_device(make_case((3, 8, 4, 4), layout=layout))
     x = VIEWS[view](case.x.clone(memory_format=torch.preserve_format))
     torch.library.opcheck(ops.triton_inference_, (x, case.weight))
+    torch.library.opcheck(ops.triton_inference_into, (x, case.weight, torch.empty_like(x)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -12,10 +12,10 @@ import triton
 from torch import Tensor
 
 from eca_fused import fakes, flops
-from eca_fused.checks import check, check_gate, check_x
+from eca_fused.checks import check, check_gate, check_out, check_x
 from eca_fused.layout import output_strides, sums_dtype
 from eca_fused.triton_kernels import launch
-from eca_fused.triton_kernels.maps import apart, as_dense, in_planes
+from eca_fused.triton_kernels.maps import alias, apart, in_planes, readable, same_memory
 
 __all__ = [
     "backward",
@@ -23,6 +23,7 @@ __all__ = [
     "forward",
     "inference",
     "inference_",
+    "inference_into",
     "pool",
     "rescale",
     "rescale_backward",
@@ -79,24 +80,39 @@ def _inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
     return y
 
 
-@_operator("eca_fused::triton_inference_", mutates_args=("x",))
-def _inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
+def _write(x: Tensor, weight: Tensor, circular: bool, out: Tensor, name: str) -> None:
+    """y written into out, which may be x; `name` is what the caller calls it."""
     _check(x, weight, circular)
+    check_out(x, out)
     if x.numel() == 0:
         return
     planes = in_planes(x)
+    source = readable(x, planes)
+    same = same_memory(source, out)
     with _on_device(x):
-        if apart(x, planes):
-            launch.forward(x, weight, circular, x, keep=False)
+        if apart(out, planes) and (same or not alias(source, out)):
+            launch.forward(source, weight, circular, source if same else out, keep=False)
             return
-        if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+        if any(
+            size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)
+        ):
             raise RuntimeError(
-                "more than one element of x refers to the same memory, as after expand(), so it "
-                "cannot be written in place; clone() it first"
+                f"more than one element of {name} refers to the same memory, as after expand(), so "
+                "it cannot be written in place; clone() it first"
             )
-        copy = as_dense(x, planes)
-        launch.forward(copy, weight, circular, copy, keep=False)
-        x.copy_(copy)
+        y = _empty_like(x) if source is x else source
+        launch.forward(source, weight, circular, y, keep=False)
+        out.copy_(y)
+
+
+@_operator("eca_fused::triton_inference_", mutates_args=("x",))
+def _inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
+    _write(x, weight, circular, x, "x")
+
+
+@_operator("eca_fused::triton_inference_into", mutates_args=("out",))
+def _inference_into(x: Tensor, weight: Tensor, out: Tensor, circular: bool = False) -> None:
+    _write(x, weight, circular, out, "out")
 
 
 @_operator("eca_fused::triton_backward", mutates_args=())
@@ -170,6 +186,7 @@ for _body, _fake in (
     (_forward, fakes.forward),
     (_inference, fakes.inference),
     (_inference_, fakes.inference_),
+    (_inference_into, fakes.inference_into),
     (_backward, fakes.backward),
     (_pool, fakes.pool),
     (_rescale, fakes.rescale),
@@ -183,6 +200,7 @@ forward = _operators.triton_forward.default
 backward = _operators.triton_backward.default
 inference = _operators.triton_inference.default
 inference_ = _operators.triton_inference_.default
+inference_into = _operators.triton_inference_into.default
 pool = _operators.triton_pool.default
 rescale = _operators.triton_rescale.default
 rescale_backward = _operators.triton_rescale_backward.default

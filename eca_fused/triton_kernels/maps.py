@@ -53,6 +53,19 @@ def apart(x: Tensor, planes: bool) -> bool:
     )
 
 
+def alias(a: Tensor, b: Tensor) -> bool:
+    """Whether they are views of one storage; by its identity, as tensors in traces have no data."""
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether maps of one shape are the same elements in the same order."""
+    strides = (
+        size == 1 or i == j for size, i, j in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+    return alias(a, b) and bool(a.storage_offset() == b.storage_offset()) and all(strides)
+
+
 def as_dense(x: Tensor, planes: bool) -> Tensor:
     """A dense copy of x in this layout."""
     shape = tuple(x.shape)
