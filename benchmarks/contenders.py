@@ -176,6 +176,9 @@ def record_existing_memory(inputs: Inputs, device: Device) -> dict[str, Recordin
         anew = device.writer(x)
         return {
             "native in place": device.record([lambda: (eca_fused.eca_(own, taps),)], before=again),
+            "native given": device.record(
+                [lambda: (eca_fused.eca(x, taps, out=out),)], before=anew
+            ),
             "eager given": device.record([lambda: (plain_given(x, taps, out),)], before=anew),
             "copy given": device.record([lambda: (out.copy_(x),)], before=anew),
         }

@@ -18,6 +18,7 @@ KINDS = (
     "compile",
     "triton",
     "native in place",
+    "native given",
     "eager given",
     "copy given",
 )
