@@ -370,15 +370,17 @@ void write_inference(const Tensor& x, const Tensor& weight, const Tensor& out, b
   if (p.samples * p.channels * p.pixels == 0) return;
   const View view = view_of(x, p), target = view_of(out, p);
   const Tensor source = readable(x, view, view.layout);
+  // Kernels may write some of y before they read the last of the taps.
+  const Tensor taps = overlap(weight, out) ? dense_copy(weight, Layout::kPlanes) : weight;
   const bool writable = target.readable && target.layout == view.layout && apart(target, p) &&
                         (same_memory(source, out) || !overlap(source, out));
-  if (writable) return run_inference(p, source, view, out, weight);
+  if (writable) return run_inference(p, source, view, out, taps);
   for (int64_t i = 0; i < out.dim(); ++i)
     check(out.size(i) == 1 || out.stride(i) != 0, "more than one element of ", name,
           " refers to the same memory, as after expand(), so it cannot be written in place; "
           "clone() it first");
   const Tensor y = view.readable ? empty_output(x, view, p) : source;
-  run_inference(p, source, view, y, weight);
+  run_inference(p, source, view, y, taps);
   Tensor copied = out;
   torch::stable::copy_(copied, y);
 }

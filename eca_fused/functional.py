@@ -131,6 +131,12 @@ def _check_writable(name: str, t: Tensor) -> None:
         )
 
 
+def _is_negated(t: Tensor) -> bool:
+    """Whether its numbers count with the other sign: torch gives no operator such to write."""
+    # torch.compile cannot trace this question.
+    return not is_compiling() and t.is_neg()
+
+
 def _check_all(x: Tensor, weight: Tensor, out: Tensor, padding_mode: str) -> None:
     check(x, weight, padding_mode)
     check_out(x, out)
@@ -154,7 +160,8 @@ def _written(out: Tensor, x: Tensor, weight: Tensor, padding_mode: str, backend:
             "torch.no_grad()"
         )
     _check_writable("out", out)
-    if kernels is None or transformed() or exporting_to_onnx() or is_for_the_compiler(kernels):
+    plain = kernels is None or _is_negated(out) or transformed() or exporting_to_onnx()
+    if kernels is None or plain or is_for_the_compiler(kernels):
         _check_all(x, weight, out, padding_mode)  # copy_() would broadcast
         return out.copy_(eca(x, weight, padding_mode=padding_mode, backend=backend))
     check_padding_mode(padding_mode)
@@ -266,7 +273,7 @@ def eca_(
             "use inplace=False, or torch.no_grad() for inference"
         )
     _check_writable("x", x)
-    if kernels is None or transformed():
+    if kernels is None or transformed() or _is_negated(x):
         gate = reference.gate(x, weight, padding_mode)
         return x.mul_(gate.reshape(gate.shape + (1,) * (x.dim() - 2)))
     if exporting_to_onnx():

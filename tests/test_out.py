@@ -143,6 +143,44 @@ def test_memory_that_x_has_a_part_of(backend, layout, overlap):
     assert torch.equal(case.x, wanted)
 
 
+@pytest.mark.parametrize("part", [lambda t: (t, t), lambda t: (t[:-1], t[1:])],
+                         ids=["all of it", "a sample later"])  # fmt: skip
+@pytest.mark.parametrize("backend", NAMES)
+def test_memory_of_two_storages(backend, part):
+    case = make_case((4, 16, 6, 6))
+    again = torch.from_dlpack(case.x)  # the same memory, which torch does not know
+    x, out = part(case.x)[0], part(again)[1]
+    wanted = eca_fused.eca(x, case.weight, backend="reference")
+    eca_fused.eca(x, case.weight, backend=backend, out=out)
+    torch.testing.assert_close(out, wanted)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("shape", [(4, 2, 8, 8), (2, 4, 3, 3), (4, 8, 5, 5)], ids=name_of)
+@pytest.mark.parametrize("backend", NAMES)
+def test_taps_in_the_memory_that_is_written(backend, shape, in_place):
+    out = make_case(shape, seed=1).x
+    x, weight = out if in_place else make_case(shape).x, out.view(-1)[:3].view(1, 1, 3)
+    wanted = eca_fused.eca(x, weight.clone(), backend="reference")
+    if in_place:
+        eca_fused.eca_(x, weight, backend=backend)
+    else:
+        eca_fused.eca(x, weight, backend=backend, out=out)
+    torch.testing.assert_close(out, wanted)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_memory_that_counts_with_the_other_sign(backend):
+    case = make_case(SHAPE)
+    wanted = eca_fused.eca(case.x, case.weight, backend="reference")
+    out, x = (torch.zeros(SHAPE, dtype=torch.complex64, device=DEVICE).conj().imag for _ in "ab")
+    assert out.is_neg()
+    eca_fused.eca(case.x, case.weight, backend=backend, out=out)
+    torch.testing.assert_close(out, wanted)
+    x.copy_(case.x)
+    torch.testing.assert_close(eca_fused.eca_(x, case.weight, backend=backend), wanted)
+
+
 def most_allocated(function, folder):
     """Bytes of the largest allocation of a tensor on the CPU in a call, freed again or not."""
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:

@@ -15,7 +15,7 @@ from eca_fused import fakes, flops
 from eca_fused.checks import check, check_gate, check_out, check_x
 from eca_fused.layout import output_strides, sums_dtype
 from eca_fused.triton_kernels import launch
-from eca_fused.triton_kernels.maps import alias, apart, in_planes, readable, same_memory
+from eca_fused.triton_kernels.maps import apart, in_planes, overlap, readable, same_memory
 
 __all__ = [
     "backward",
@@ -88,9 +88,12 @@ def _write(x: Tensor, weight: Tensor, circular: bool, out: Tensor, name: str) ->
         return
     planes = in_planes(x)
     source = readable(x, planes)
-    same = same_memory(source, out)
+    shared = overlap(source, out)
+    same = shared and same_memory(source, out)
+    if overlap(weight, out):  # some of y may be written before the last of the taps is read
+        weight = weight.clone()
     with _on_device(x):
-        if apart(out, planes) and (same or not alias(source, out)):
+        if apart(out, planes) and (same or not shared):
             launch.forward(source, weight, circular, source if same else out, keep=False)
             return
         if any(

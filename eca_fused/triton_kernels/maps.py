@@ -7,6 +7,7 @@ Pixels (channels_last): a row is a pixel's channels.
 import math
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from eca_fused.layout import dense_strides, output_strides
 
@@ -53,17 +54,31 @@ def apart(x: Tensor, planes: bool) -> bool:
     )
 
 
-def alias(a: Tensor, b: Tensor) -> bool:
-    """Whether they are views of one storage; by its identity, as tensors in traces have no data."""
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory from the first to the last element of one reaches into the other's.
+
+    By address, as two storages can be the same memory (DLPack). Tensors in traces have none: there,
+    all views of one storage count as such.
+    """
+    if is_fake(a) or is_fake(b):
+        return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+    ranges = []
+    for t in (a, b):
+        last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+        ranges.append((t.data_ptr(), t.data_ptr() + (last + 1) * t.itemsize))
+    return ranges[0][0] < ranges[1][1] and ranges[1][0] < ranges[0][1]
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether maps of one shape are the same elements in the same order."""
+    """Whether maps that overlap() are the same elements in the same order."""
     strides = (
         size == 1 or i == j for size, i, j in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
-    return alias(a, b) and bool(a.storage_offset() == b.storage_offset()) and all(strides)
+    if is_fake(a) or is_fake(b):
+        start = bool(a.storage_offset() == b.storage_offset())
+    else:
+        start = a.data_ptr() == b.data_ptr()
+    return start and all(strides)
 
 
 def as_dense(x: Tensor, planes: bool) -> Tensor:
