@@ -1,7 +1,7 @@
 """Who competes: eca_fused in its forms, plain PyTorch, timm, torch.compile, and a copy."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,6 +87,18 @@ def contenders(taps: Tensor) -> dict[str, Contender]:
     module = timm_module(taps)
     if module is not None:
         found["timm"] = Contender(module, module.conv.weight)
+    return found
+
+
+def missing(names: Iterable[str], device: str) -> list[str]:
+    """Which of these contenders cannot run on a type of device, each with the reason."""
+    found = [
+        f"{name}: {status.detail if not status else f'has no kernels for {device}'}"
+        for name, status in eca_fused.backends().items()
+        if name in names and device not in (status.devices or ())
+    ]
+    if "timm" in names and timm_module(torch.ones(1, 1, 3)) is None:
+        found.append("timm: timm.layers.eca cannot be imported; pip install timm")
     return found
 
 

@@ -1,6 +1,5 @@
-"""What the benchmark scripts share: interleaved rounds, statistics, machine, options, progress."""
+"""What the benchmark scripts share: interleaved rounds, statistics, machine, progress."""
 
-import argparse
 import json
 import math
 import os
@@ -10,44 +9,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from devices import DEVICES, Device, DryRun, Recording
+from devices import Device, DryRun, Recording
+from options import recycles_heap
 
 import eca_fused
 from eca_fused.demo.environment import commit, cpu_model
 from eca_fused.demo.measure import Spread
 
-# glibc gives a fresh large output new pages each time, whose faults cost more than the arithmetic.
-# With these settings it recycles its heap instead, as a training run with steady shapes would want.
-RECYCLED_HEAP = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_TOP_PAD_": str(1 << 30),
-}
 WARM_UP_ROUNDS = 2
 T = TypeVar("T")
 
 # ---- the machine ----
-
-
-def restart_with_malloc(setting: str) -> None:
-    """Run this script again with malloc "default" or "recycled", if it has another setting."""
-    wanted = RECYCLED_HEAP if setting == "recycled" else {}
-    if all(os.environ.get(name) == wanted.get(name) for name in RECYCLED_HEAP):
-        return
-    env = {k: v for k, v in os.environ.items() if k not in RECYCLED_HEAP} | wanted
-    os.execve(sys.executable, [sys.executable, *sys.argv], env)
-
-
-def recycles_heap() -> bool:
-    settings = all(os.environ.get(name) == value for name, value in RECYCLED_HEAP.items())
-    return settings and platform.libc_ver()[0] == "glibc"
 
 
 def machine(device: Device) -> dict[str, Any]:
@@ -191,42 +170,14 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:300]
 
 
-def positive(text: str) -> int:
-    """An option's argument, from 1 up."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 1 up, got {value}")
-    return value
-
-
-def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """The options that all scripts have."""
-    parser.add_argument("--device", choices=DEVICES, help="default: the GPU, if there is one")
-    parser.add_argument("--threads", type=positive, help="of the CPU (default: as PyTorch chooses)")
-    parser.add_argument(
-        "--malloc", choices=["recycled", "default"], default="recycled",
-        help="of glibc, on a CPU: default takes new pages for every large output",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rounds", type=positive, default=rounds, help=f"samples (default {rounds})"
-    )
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--plot", type=Path, help="picture to write")
-
-
-def prepare(args: argparse.Namespace) -> None:
-    """Set malloc and threads, before anything is measured; may start this process anew.
-
-    Raises:
-        SystemExit: a picture is wanted, and cannot be made.
-    """
-    if getattr(args, "plot", None) and find_spec("matplotlib") is None:
-        raise SystemExit("a picture needs matplotlib: pip install matplotlib")
-    if args.device == "cpu" or (args.device is None and not torch.cuda.is_available()):
-        restart_with_malloc(args.malloc)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+@contextmanager
+def until_interrupted(result: dict[str, Any]) -> Iterator[None]:
+    """Ctrl-C ends the block, and what was measured before it is shown."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+        result["remarks"].append("interrupted: what follows was not measured")
 
 
 def progress(items: Iterable[T], total: int) -> Iterator[T]:

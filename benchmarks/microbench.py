@@ -38,6 +38,7 @@ from contenders import (
     compiled,
     contenders,
     make_inputs,
+    missing,
     record,
     record_copy,
     record_existing_memory,
@@ -45,20 +46,18 @@ from contenders import (
 from devices import Device, Gpu, Recording, device_named
 from gpu_timing import no_collection
 from harness import (
-    add_options,
     call_times,
     gpu,
     gpu_state,
     machine,
-    prepare,
     progress,
     reason_of,
     summarise,
     write,
 )
+from options import INTERRUPTED, add_options, amount, chosen_options, positive, prepare
 from plans import plan_of
 
-INTERRUPTED = 130  # exit status
 DEFAULT_SECONDS = 85  # no layer is started after; one takes up to half a minute
 
 
@@ -226,29 +225,41 @@ def parse(argv: list[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--full", action="store_true", help="every layer, dtype, layout and batch")
     which.add_argument("--layers", choices=NETWORKS, nargs="+", help="of these networks")
-    which.add_argument("--shape", type=int, nargs=4, metavar=("N", "C", "H", "W"))
-    parser.add_argument("--taps", type=int, default=3, help="of --shape, odd (default 3)")
-    parser.add_argument("--batch", type=int, nargs="+", help="samples")
+    which.add_argument("--shape", type=positive, nargs=4, metavar=("N", "C", "H", "W"))
+    parser.add_argument("--taps", type=positive, help="of --shape, odd (default 3)")
+    parser.add_argument("--batch", type=positive, nargs="+", help="samples")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+")
     parser.add_argument("--layout", choices=LAYOUTS, nargs="+")
     parser.add_argument(
         "--direction", choices=DIRECTIONS, nargs="+", default=["forward", "backward"]
     )
     parser.add_argument(
-        "--contender", choices=CHOICES, nargs="+", default=list(CHOICES),
-        help="beside the copy; existing memory: x or an output that is there (on a CPU)",
+        "--contender", choices=CHOICES, nargs="+",
+        help="beside the copy (default: all that run here); existing memory: x, or an output that "
+        "is there (on a CPU)",
     )  # fmt: skip
-    parser.add_argument("--compile-mode", choices=MODES, nargs="*", default=list(MODES[:1]))
+    parser.add_argument("--compile-mode", choices=MODES, nargs="+", default=list(MODES[:1]))
     parser.add_argument(
         "--again", type=int, default=0, metavar="PROCESSES",
         help=f"measure a row on which another is faster again in so many, {FEWEST} or more",
     )  # fmt: skip
-    parser.add_argument("--seconds", type=float, help="no layer is started after")
-    parser.add_argument("--compile-seconds", type=float, help="no form is compiled after")
-    parser.add_argument("--largest-map", type=float, default=256, help="of --full on a CPU, in MB")
+    parser.add_argument("--seconds", type=amount, help="no layer is started after")
+    parser.add_argument("--compile-seconds", type=amount, help="no form is compiled after")
+    parser.add_argument(
+        "--largest-map", type=amount, help="of --full on a CPU, in MB (default 256)"
+    )
     args = parser.parse_args(argv)
-    if args.shape and (args.taps < 1 or args.taps % 2 == 0 or min(args.shape) < 1):
-        parser.error(f"expected positive sizes and odd taps, got {args.shape} and {args.taps}")
+    for option, goes_with in (("taps", "shape"), ("largest_map", "full")):
+        if getattr(args, option) and not getattr(args, goes_with):
+            name = option.replace("_", "-")
+            parser.error(f"--{name} is for --{goes_with}, which is not given")
+    args.contender = args.contender or list(CHOICES)
+    args.taps, args.largest_map = args.taps or 3, args.largest_map or 256
+    if args.taps % 2 == 0:
+        parser.error(f"expected an odd number of --taps, got {args.taps}")
+    for option in ("contender", "direction", "compile_mode", "batch", "dtype", "layout"):
+        if getattr(args, option):  # each once
+            setattr(args, option, list(dict.fromkeys(getattr(args, option))))
     if args.again and args.again < FEWEST:
         parser.error(f"--again: expected 0, or processes from {FEWEST} up, got {args.again}")
     limit = float("inf") if args.full or chosen(args) else DEFAULT_SECONDS
@@ -335,10 +346,12 @@ def main(argv: list[str]) -> int:
     device = device_named(args.device)
     device.full_precision()
     result: dict[str, Any] = {"machine": machine(device), "rows": [], "left_out": []}
-    result["script"] = "microbench"
+    result |= {"script": "microbench", "options": chosen_options(args)}
     if args.full and device.kind == "cpu":
         large = (case for case in all_cases() if too_large(case, args))
         result["left_out"] += [f"{case}: larger than {args.largest_map:.0f} MB" for case in large]
+    if args.contender != list(CHOICES):  # nobody asked for those that are not here
+        result["left_out"] += missing(args.contender, torch.device(device.tensors).type)
     status = run(args, device, selected(args, device), result)
     if device.kind == "cuda" and not result["machine"]["dry_run"]:
         result["machine"]["after"] = gpu()

@@ -26,15 +26,15 @@ import torch.nn.functional as F
 from cases import LAYOUTS
 from devices import Device, device_named
 from harness import (
-    add_options,
     interleaved,
     machine,
-    prepare,
     progress,
     reason_of,
     statistics_of,
+    until_interrupted,
     write,
 )
+from options import INTERRUPTED, add_options, chosen_options, positive, prepare
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -190,25 +190,28 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--pass", dest="passes", choices=PASSES, nargs="+", default=list(PASSES))
     parser.add_argument("--layout", choices=LAYOUTS, nargs="+", default=list(LAYOUTS))
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--batch", type=int, help="images (default: 128 on a GPU, 4 on a CPU)")
-    parser.add_argument("--size", type=int, default=224, help="of the images (default 224)")
+    parser.add_argument("--batch", type=positive, help="images (default: 128 on a GPU, 4 on a CPU)")
+    parser.add_argument("--size", type=positive, default=224, help="of the images (default 224)")
     args = parser.parse_args(argv)
     prepare(args)
     device = device_named(args.device)
     args.batch = args.batch or (128 if device.tensors == "cuda" else 4)
     result: dict[str, Any] = {"script": "network", "machine": machine(device)}
-    result |= {"rows": [], "remarks": []}
+    result |= {"options": chosen_options(args), "rows": [], "remarks": []}
     cases = list(product(args.network, args.layout, args.mode, args.passes))
-    for case in progress(cases, len(cases)):
-        try:
-            row = measure(*case, args, device)
-            result["rows"].append(row)
-            failed = row["failed"]
-        except Exception as reason:  # out of memory, say: the others can still be measured
-            failed = [reason_of(reason)]
-        result["remarks"] += [f"FAILED {' '.join(case)}: {what}" for what in failed]
-        write(args.output, result)
-    return report.show(result, args.plot)
+    with until_interrupted(result):
+        for case in progress(cases, len(cases)):
+            try:
+                row = measure(*case, args, device)
+                result["rows"].append(row)
+                failed = row["failed"]
+            except Exception as reason:  # out of memory, say: the others can still be measured
+                failed = [reason_of(reason)]
+            result["remarks"] += [f"FAILED {' '.join(case)}: {what}" for what in failed]
+            write(args.output, result)
+    write(args.output, result)
+    status = report.show(result, args.plot)
+    return INTERRUPTED if "interrupted" in result else status
 
 
 if __name__ == "__main__":

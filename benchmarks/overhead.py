@@ -4,7 +4,8 @@
     python benchmarks/overhead.py --output overhead.json
 
 Fused, plain PyTorch, timm's EcaModule eager and compiled, one sigmoid for comparison, and, on a
-GPU, the replay of a CUDA graph of each. Modules are called, as networks call them. On a GPU the
+GPU, the replay of a CUDA graph of each one's forward pass (a replay costs the host the same
+whatever it holds). Modules are called, as networks call them. On a GPU the
 time is what the host takes to submit a call, the queue being empty before.
 """
 
@@ -21,7 +22,8 @@ import torch._dynamo
 from contenders import timm_module
 from devices import Device, DryRun, device_named
 from gpu_timing import no_collection
-from harness import add_options, interleaved, machine, prepare, reason_of, summarise, write
+from harness import interleaved, machine, reason_of, summarise, until_interrupted, write
+from options import INTERRUPTED, add_options, chosen_options, prepare
 from torch import Tensor, nn
 
 import eca_fused
@@ -129,18 +131,21 @@ def measure(shape: tuple[int, ...], direction: str, device: Device, rounds: int)
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_options(parser, rounds=25)
+    add_options(parser, rounds=25, plot=False)
     args = parser.parse_args(argv)
     prepare(args)
     device = device_named(args.device)
     result: dict[str, Any] = {"script": "overhead", "machine": machine(device)}
-    result |= {"rows": [], "remarks": []}
-    for shape, direction in product(SHAPES, ("forward", "forward and backward")):
-        row = measure(shape, direction, device, args.rounds)
-        result["rows"].append(row)
-        result["remarks"] += [f"FAILED {shape} {direction}: {what}" for what in row["failed"]]
-        write(args.output, result)
-    return report.show(result, None)
+    result |= {"options": chosen_options(args), "rows": [], "remarks": []}
+    with until_interrupted(result):
+        for shape, direction in product(SHAPES, ("forward", "forward and backward")):
+            row = measure(shape, direction, device, args.rounds)
+            result["rows"].append(row)
+            result["remarks"] += [f"FAILED {shape} {direction}: {what}" for what in row["failed"]]
+            write(args.output, result)
+    write(args.output, result)
+    failed = report.show(result, None)
+    return INTERRUPTED if "interrupted" in result else failed
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ from checking import Judge
 from contenders import Contender, compiled, contenders, make_inputs
 from devices import Device, device_named
 from gpu_timing import no_collection
-from harness import add_options, machine, prepare, progress, reason_of, write
+from harness import machine, progress, reason_of, write
 from microbench import measure_direction
+from options import add_options, prepare
 
 # Axis, and the layer that it starts from: samples, channels, height, width.
 AXES = {"N": (1, 256, 14, 14), "C": (8, 1, 28, 28), "S": (8, 64, 1, 1)}

@@ -152,8 +152,22 @@ def for_terminal(result: Result) -> str:
     head = ["layer", *(name.removesuffix(" / ours") for name in HEAD[4:])]
     parts = ["", aligned(head, rows)] if rows else []
     parts.append("us, p20, p80 and GB/s of ideal bytes are ours; ratios are theirs / ours")
+    if result["rows"] and not any(map(ours, result["rows"])):
+        parts = ["", without_ours(result["rows"])]
     parts += remarks(result)
     return "\n".join([*parts, f"Measured on {where(result['machine'])}."])
+
+
+def without_ours(rows: list[Row]) -> str:
+    """Plain text: the times of all contenders, a line each, where none is ours."""
+    lines = [
+        [f"{layer_of(row)} {row['dtype']} {row['layout']} {row['direction']}, {name}"]
+        + [f"{times['us'][which]:.1f}" for which in ("median", "p20", "p80")]
+        + [f"{times['gbps']:.1f}", f"{times['of_copy']['median']:.2f}"]
+        for row in rows
+        for name, times in row["contenders"].items()
+    ]
+    return aligned(["layer", *HEAD[4:9]], lines)
 
 
 def remarks(result: Result) -> list[str]:

@@ -26,9 +26,11 @@ import gpu_timing  # noqa: E402
 import harness  # noqa: E402
 import microbench  # noqa: E402
 import network  # noqa: E402
+import options  # noqa: E402
 import overhead  # noqa: E402
 import report  # noqa: E402
 import scaling  # noqa: E402
+import tables  # noqa: E402
 
 CASE = cases.Case((3, 8, 4, 4), 3, "bfloat16", "channels_last")
 
@@ -339,10 +341,86 @@ def test_a_layer_that_fails_half_way_keeps_what_was_measured(monkeypatch, tmp_pa
 
 
 def test_a_picture_that_cannot_be_made_is_refused_before_anything_is_measured(monkeypatch):
-    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
     for script in (microbench, scaling):
         with pytest.raises(SystemExit, match="a picture needs matplotlib"):
             script.main(["--device", "dry-run", "--plot", "picture.png"])
+
+
+@pytest.mark.parametrize("script", [microbench, network, scaling, overhead])
+def test_a_result_that_cannot_be_written_is_refused_before_anything_is_measured(script, tmp_path):
+    (tmp_path / "file").touch()
+    for place, message in (
+        (tmp_path, "expected a file to write, got the folder"),
+        (tmp_path / "file" / "result.json", "cannot make the folder"),
+    ):
+        with pytest.raises(SystemExit, match=f"--output: {message}"):
+            script.main(["--device", "dry-run", "--output", str(place)])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("script", [microbench, network, scaling])
+def test_a_picture_of_an_unknown_kind_is_refused_before_anything_is_measured(script):
+    pytest.importorskip("matplotlib", reason="draws with it: pip install matplotlib")
+    with pytest.raises(SystemExit, match=r"ends in .*\.png.*, got picture.xyz"):
+        script.main(["--device", "dry-run", "--plot", "picture.xyz"])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (microbench, ["--seconds", "-1"], "expected a number from 0 up, got -1"),
+        (microbench, ["--seconds", "nan"], "expected a number from 0 up, got nan"),
+        (microbench, ["--taps", "5"], "--taps is for --shape, which is not given"),
+        (microbench, ["--largest-map", "9"], "--largest-map is for --full"),
+        (microbench, ["--shape", "1", "8", "4", "4", "--taps", "4"], "an odd number of --taps"),
+        (microbench, ["--shape", "1", "8", "0", "4"], "expected a number from 1 up, got 0"),
+        (microbench, ["--batch", "0"], "expected a number from 1 up, got 0"),
+        (microbench, ["--compile-mode"], "expected at least one argument"),
+        (network, ["--batch", "-1"], "expected a number from 1 up, got -1"),
+        (network, ["--size", "0"], "expected a number from 1 up, got 0"),
+        (overhead, ["--plot", "picture.png"], "unrecognized arguments: --plot"),
+    ],
+)
+def test_options_that_make_no_sense(script, arguments, message, capsys):
+    with pytest.raises(SystemExit) as done:
+        script.main(["--device", "dry-run", *arguments])
+    assert done.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_contenders_that_are_not_here_are_named_where_they_are_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(contenders, "timm_module", lambda taps: None)
+    path = tmp_path / "bench.json"
+    arguments = ["--device", "dry-run", "--shape", "2", "4", "2", "2", "--rounds", "1"]
+    asked = ["--contender", "eager", "eager", "timm", "triton", "--direction", "forward"]
+    assert microbench.main([*arguments, *asked, "--output", str(path)]) == 0
+    found = json.loads(path.read_text())
+    assert [what.split(":")[0] for what in found["left_out"]] == ["triton", "timm"]
+    assert found["options"]["contender"] == ["eager", "timm", "triton"]
+    assert set(found["rows"][0]["contenders"]) == {"copy", "eager"}
+    text = tables.for_terminal(found)
+    assert "forward, eager" in text
+    assert "timm.layers.eca cannot be imported" in text
+
+
+@pytest.mark.parametrize("script", [network, overhead])
+def test_what_was_measured_before_an_interruption_is_shown(script, monkeypatch, tmp_path, capsys):
+    measure, calls = script.measure, []
+
+    def measure_one(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(script, "measure", measure_one)
+    path = tmp_path / "result.json"
+    small = ["--network", "mobilenetv2", "--batch", "1", "--size", "32"]
+    arguments = ["--device", "dry-run", "--rounds", "1", "--output", str(path)]
+    assert script.main([*arguments, *(small if script is network else [])]) == 130
+    assert len(json.loads(path.read_text())["rows"]) == 1
+    assert "interrupted: what follows was not measured" in capsys.readouterr().out
 
 
 @needs_extension
