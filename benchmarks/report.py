@@ -5,18 +5,25 @@
     python benchmarks/report.py --compare before.json after.json  # exit status 1 if slower
     python benchmarks/report.py --readme                          # renew the READMEs' figures
 
-A comparison is of times in units of the copy's in the same run: two runs of the same code on a
-machine that others share differ more. A change counts where it is larger than the spread, p20 to
-p80, of both results.
+A comparison is of our times in units of those that they were taken beside. Two processes of the
+same code differ by more than the rounds of one: a change counts where it is larger than the spread,
+p20 to p80, of both results, and than the noise between processes. That is estimated from the two
+results, or measured with a second one of the old code (compare.py says how):
+
+    python benchmarks/report.py --compare before.json after.json --same-code before2.json
+
+The exit status of a comparison is 0 if nothing became slower or is missing, else 1; it is 2 if
+nothing is in both, and for what is no result or cannot be done.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import compare
 import plots
 import tables
 
@@ -27,13 +34,25 @@ GPU_RESULTS = ("bench", "networks", "sizes", "calls")
 README_BATCH = 32  # of the README's table
 
 Result = dict[str, Any]
+T = TypeVar("T")
+
+
+class RefusedError(Exception):
+    """What cannot be done, in one line."""
+
+
+class NoResultError(RefusedError):
+    """A file is no result of these scripts."""
+
+    def __init__(self, path: Path, reason: object):
+        super().__init__(f"{path} is no result of these scripts: {reason}")
 
 
 def load(path: Path) -> Result:
     """A result file.
 
     Raises:
-        SystemExit: it is not there, or is no result of these scripts.
+        NoResultError: it is not there, or is no result of these scripts.
     """
     try:
         result: Result = json.loads(path.read_text())
@@ -41,13 +60,32 @@ def load(path: Path) -> Result:
             raise ValueError("it does not say its script, machine and rows")
         if not isinstance(result["rows"], list) or "device" not in result["machine"]:
             raise ValueError("its rows are no list, or its machine has no device")
+        if result["script"] not in SCRIPTS:
+            raise ValueError(f"there is no script {result['script']!r}")
     except (OSError, ValueError, TypeError) as reason:
-        raise SystemExit(f"{path} is no result of these scripts: {reason}") from reason
+        raise NoResultError(path, reason) from reason
     return result
+
+
+def whole(path: Path, make: Callable[[Result], T]) -> T:
+    """What is made of a result file.
+
+    Raises:
+        NoResultError: it is no result, or lacks something that is needed for this.
+    """
+    result = load(path)
+    try:
+        return make(result)
+    except KeyError as field:
+        raise NoResultError(path, f"it lacks {field}") from field
+    except (TypeError, AttributeError, ArithmeticError) as reason:
+        raise NoResultError(path, reason) from reason
 
 
 TABLES = {"scaling": tables.scaling, "network": tables.networks, "overhead": tables.overhead}
 PLOTS = {"microbench": plots.layers, "scaling": plots.scaling, "network": plots.networks}
+
+SCRIPTS = ("microbench", *TABLES)
 
 
 def markdown(result: Result) -> str:
@@ -103,63 +141,6 @@ def where_another_is_faster(result: Result) -> str:
     if unconfirmed:
         text += "\n\nIn one process, but not in four of five others:\n\n" + bullets(unconfirmed)
     return text
-
-
-# ---- comparison ----
-
-Key = tuple[str, ...]
-
-
-def relative_times(result: Result) -> dict[Key, dict[str, float]]:
-    """Of our contenders on every row: time in units of the copy's, or of eager's without a copy."""
-    found = {}
-    for row in result["rows"]:
-        for name in ("native", "triton"):
-            times = row["contenders"]
-            if name not in times:
-                continue
-            if "of_copy" in times[name]:
-                share = times[name]["of_copy"]
-            elif "eager" in times and name == "native":
-                share = times["eager"]["times_ours"]
-            else:
-                continue
-            head = (row.get("axis", ""), "x".join(map(str, row["shape"])), str(row.get("k", "")))
-            head += (row["dtype"], row.get("layout", ""), row["direction"], name)
-            found[tuple(filter(None, head))] = {
-                "median": 1 / share["median"],
-                "low": 1 / share["p80"],
-                "high": 1 / share["p20"],
-            }
-    return found
-
-
-def compare(before: Result, after: Result) -> tuple[str, int]:
-    """Text and exit status: 0 if nothing became slower or is missing, 2 if nothing is in both."""
-    old, new = relative_times(before), relative_times(after)
-    lines = [
-        f"{name}: {tables.where(result['machine'])}"
-        for name, result in (("before", before), ("after", after))
-    ]
-    for what in ("device", "gpu", "cpu", "threads", "malloc"):
-        a, b = before["machine"].get(what), after["machine"].get(what)
-        if a != b:
-            lines.append(f"measured with another {what}: {a} and {b}")
-    slower, faster = [], []
-    for key in sorted(old.keys() & new.keys()):
-        a, b = old[key], new[key]
-        change = f"{' '.join(key)}: {b['median'] / a['median']:.2f}x the time"
-        if b["low"] > a["high"]:
-            slower.append(f"SLOWER {change}")
-        elif b["high"] < a["low"]:
-            faster.append(f"faster {change}")
-    missing = [f"MISSING {' '.join(key)}" for key in sorted(old.keys() - new.keys())]
-    both = len(old.keys() & new.keys())
-    lines.append(
-        f"{both} in both, {len(slower)} slower, {len(faster)} faster, {len(missing)} missing"
-    )
-    status = 2 if not both else int(bool(slower or missing))
-    return "\n".join([*lines, *slower, *missing, *faster]), status
 
 
 # ---- the README, and that of the results ----
@@ -234,32 +215,84 @@ def renew(readme: str, figures: str) -> str:
 FIGURES = {ROOT / "README.md": readme_figures, RESULTS / "README.md": all_figures}
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path, nargs="*", help="JSON files of the scripts here")
     parser.add_argument("--plot", type=Path, help="picture to write, of one result")
     parser.add_argument("--compare", action="store_true", help="two results: before and after")
+    parser.add_argument(
+        "--same-code", type=Path, metavar="BEFORE2",
+        help="with --compare: a second result of the code of the first, to measure the noise from",
+    )  # fmt: skip
     parser.add_argument("--readme", action="store_true", help="renew the figures in both READMEs")
     args = parser.parse_args(argv)
+    if not args.readme and (not args.results or (args.compare and len(args.results) != 2)):
+        parser.error("expected result files, two of them for --compare")
+    if args.plot and (args.compare or args.readme or len(args.results) > 1):
+        parser.error(f"--plot: expected one result, got {len(args.results)}, and no other option")
+    if args.same_code and not args.compare:
+        parser.error("--same-code: expected with --compare")
+    return args
+
+
+def compared(result: Result) -> Result:
+    """The same result, if it has what a comparison needs."""
+    compare.relative_times(result)
+    tables.where(result["machine"])
+    return result
+
+
+def compare_files(paths: list[Path]) -> int:
+    """Print what changed from the first result to the second. The exit status.
+
+    Args:
+        paths: of the old result and the new one, and of a second one of the old code or not.
+
+    Raises:
+        RefusedError: they are no results, or of different scripts.
+    """
+    results = [whole(path, compared) for path in paths]
+    scripts = dict.fromkeys(f"of {result['script']}.py" for result in results)
+    if len(scripts) > 1:
+        raise RefusedError(f"results {' and '.join(scripts)} cannot be compared")
+    text, status = compare.compare(*results)
+    print(text)
+    return status
+
+
+def draw(source: Path, picture: Path) -> None:
+    """The picture of a result.
+
+    Raises:
+        RefusedError: it is no result, or one of which there is no picture.
+    """
+    script = load(source)["script"]
+    if script not in PLOTS:
+        raise RefusedError(f"there is no picture of a result of {script}.py")
+    whole(source, lambda result: PLOTS[script](result, picture))
+
+
+def run(args: argparse.Namespace) -> int:
+    """What the options ask for. The exit status."""
     if args.readme:
         for path, make in FIGURES.items():
             path.write_text(renew(path.read_text(), make()))
         return 0
-    if not args.results or (args.compare and len(args.results) != 2):
-        parser.error("expected result files, two of them for --compare")
-    results = [load(path) for path in args.results]
     if args.compare:
-        text, status = compare(*results)
-        print(text)
-        return status
-    for result in results:
-        print(markdown(result))
+        return compare_files([*args.results, *filter(None, [args.same_code])])
+    texts = [whole(path, markdown) for path in args.results]
     if args.plot:
-        script = results[0]["script"]
-        if script not in PLOTS:
-            parser.error(f"there is no picture of a result of {script}.py")
-        PLOTS[script](results[0], args.plot)
+        draw(args.results[0], args.plot)
+    print(*texts, sep="\n")
     return 0
+
+
+def main(argv: list[str]) -> int:
+    try:
+        return run(parse(argv))
+    except RefusedError as reason:
+        print(reason, file=sys.stderr)
+        raise SystemExit(2) from reason
 
 
 if __name__ == "__main__":

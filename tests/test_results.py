@@ -1,6 +1,9 @@
 """The committed results, the figures and tables made from them, and what counts as a loss."""
 
+import copy
 import json
+import math
+import random
 import sys
 from pathlib import Path
 
@@ -251,14 +254,266 @@ def test_a_comparison_names_what_changed_beyond_the_spread(tmp_path, capsys):
     assert report.main(["--compare", *paths]) == 2
 
 
-def test_the_report_says_what_is_no_result(tmp_path):
+# ---- comparisons ----
+
+
+def written(folder, **results):
+    """Result files, and their paths."""
+    for name, what in results.items():
+        (folder / f"{name}.json").write_text(json.dumps(what))
+    return [str(folder / f"{name}.json") for name in results]
+
+
+def compared(folder, before, after, capsys, *options):
+    """Exit status and text of a comparison."""
+    paths = written(folder, before=before, after=after)
+    status = report.main(["--compare", *paths, *options])
+    return status, capsys.readouterr().out
+
+
+def times_longer(one, factor, names=("native",)):
+    """A row in which these contenders take so much longer, round by round."""
+    one = copy.deepcopy(one)
+    own = one["contenders"]
+    for name in names:
+        for what, by in (("us", factor), ("times_ours", factor), ("times_none", factor)):
+            scale(own[name].get(what), by)
+        scale(own[name].get("of_copy"), 1 / factor)
+    if "native" in names:
+        for entry in own.values():
+            scale(entry.get("times_ours"), 1 / factor)
+    if "copy" in names:
+        for entry in own.values():
+            scale(entry.get("of_copy"), factor)
+    return one
+
+
+def scale(statistics, factor):
+    for name in ("median", "p20", "p80") if statistics else ():
+        statistics[name] *= factor
+
+
+def another_run(of, seed):
+    """A result of the same code in another process: each contender a little off, some far off.
+
+    In size the noise is that between results of the full grid on a CPU that others share.
+    """
+    draw = random.Random(seed)
+
+    def noise(usual, rare):
+        return math.exp(draw.gauss(0, rare if draw.random() < 0.08 else usual))
+
+    rows = []
+    for one in of["rows"]:
+        for name in list(one["contenders"]):
+            ours = name == "native"
+            one = times_longer(one, noise(0.03, 0.1) if ours else noise(0.04, 0.2), (name,))
+        rows.append(one)
+    return {**of, "rows": rows}
+
+
+def changed(of, factor, which):
+    """A result with some of its rows so many times slower."""
+    rows = of["rows"]
+    return {**of, "rows": [times_longer(r, factor) if which(i) else r for i, r in enumerate(rows)]}
+
+
+def grid(number=200, **ratios):
+    """Rows of either direction, with narrow spreads."""
+    ratios = ratios or {"copy": 0.9, "eager": 1.6, "timm": 1.5, "compile_a": 1.4}
+    rows = [
+        row((n, 8, 4, 4), direction=direction, **ratios)
+        for n in range(1, number // 2 + 1)
+        for direction in ("forward", "backward")
+    ]
+    for one in rows:
+        for entry in one["contenders"].values():
+            for statistics in (entry["us"], entry["of_copy"], entry["times_ours"]):
+                middle = statistics["median"]
+                statistics |= {"p20": 0.99 * middle, "p80": 1.01 * middle}
+    return result(*rows)
+
+
+def names_of(text, word):
+    return [line.split(": ")[0] for line in text.splitlines() if line.startswith(f"{word} ")]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_runs_of_the_same_code_differ_by_noise_alone(seed, tmp_path, capsys):
+    before, after = another_run(grid(), seed), another_run(grid(), seed + 100)
+    status, text = compared(tmp_path, before, after, capsys)
+    assert status == 0
+    assert "200 in both, 0 slower" in text
+    assert "noise: estimated from these two results" in text
+    assert "backward native, 100 rows: median" in text
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_changed_is_found_in_the_noise(seed, tmp_path, capsys):
+    before, after = another_run(grid(), seed), another_run(grid(), seed + 100)
+    status, text = compared(tmp_path, before, changed(after, 2, lambda i: i % 20 == 0), capsys)
+    assert status == 1
+    expected = {f"SLOWER {n}x8x4x4 3 bfloat16 contiguous forward native" for n in range(1, 101, 10)}
+    assert len(expected & {*names_of(text, "SLOWER")}) >= 9
+    assert {*names_of(text, "SLOWER")} <= expected
+
+
+def test_a_row_has_changed_if_it_did_beside_all_that_it_was_measured_with(tmp_path, capsys):
+    """A copy that was fast in one process alone makes ours look slow beside it."""
+    before = grid()
+    rows = list(before["rows"])
+    rows[0] = times_longer(rows[0], 0.5, ("copy",))
+    rows[1] = times_longer(rows[1], 2)
+    status, text = compared(tmp_path, before, {**before, "rows": rows}, capsys)
+    assert status == 1
+    assert names_of(text, "SLOWER") == ["SLOWER 1x8x4x4 3 bfloat16 contiguous backward native"]
+    assert "2.00x the time" in text
+
+
+def test_beside_the_copy_alone_more_is_noise(tmp_path, capsys):
+    before, after = (another_run(grid(copy=0.9), seed) for seed in (1, 2))
+    after = changed(after, 3, lambda i: i == 6)
+    status, text = compared(tmp_path, before, after, capsys)
+    assert status == 1
+    assert names_of(text, "SLOWER") == ["SLOWER 4x8x4x4 3 bfloat16 contiguous forward native"]
+
+
+@pytest.mark.parametrize(("factor", "status", "word"), [(1.2, 1, "SLOWER"), (1 / 1.2, 0, "faster")])
+def test_that_all_rows_are_slower_is_said(factor, status, word, tmp_path, capsys):
+    """Beside each other no row has changed, so that the rows alone would hide it."""
+    before = grid()
+    after = changed(another_run(before, 5), factor, lambda i: i % 2 == 0)
+    found, text = compared(tmp_path, before, after, capsys)
+    assert found == status
+    assert names_of(text, word) == [f"{word} all 100 rows of forward native"]
+    assert "200 in both, 0 slower, 0 faster, 0 missing" in text
+
+
+def test_a_second_result_of_the_same_code_gives_every_row_its_noise(tmp_path, capsys):
+    """What is as far off in a second run of the old code is no change."""
+    before = grid()
+    rows = list(before["rows"])
+    rows[0] = times_longer(rows[0], 1.5)
+    (again,) = written(tmp_path, again={**before, "rows": rows})
+    rows[2] = times_longer(rows[2], 1.5)
+    after = {**before, "rows": rows}
+    _, text = compared(tmp_path, before, after, capsys)
+    assert len(names_of(text, "SLOWER")) == 2
+    status, text = compared(tmp_path, before, after, capsys, "--same-code", again)
+    assert status == 1
+    assert names_of(text, "SLOWER") == ["SLOWER 2x8x4x4 3 bfloat16 contiguous forward native"]
+    assert "noise: measured, from the first result and" in text
+    # Farther than the old code was from itself.
+    rows[0] = times_longer(rows[0], 2)
+    _, text = compared(tmp_path, before, {**before, "rows": rows}, capsys, "--same-code", again)
+    assert len(names_of(text, "SLOWER")) == 2
+
+
+def test_measured_noise_is_not_hidden_by_rows_that_changed(tmp_path, capsys):
+    """With three of four rows changed, the results alone do not tell noise from change."""
+    before, again, after = (another_run(grid(), seed) for seed in (1, 2, 3))
+    after = changed(after, 2, lambda i: i % 8 < 6)
+    (path,) = written(tmp_path, again=again)
+    status, text = compared(tmp_path, before, after, capsys, "--same-code", path)
+    assert status == 1
+    assert len(names_of(text, "SLOWER all")) == 2
+
+
+def test_the_noise_of_few_rows_is_a_floor(tmp_path, capsys):
+    few = result(*grid()["rows"][:8])
+    status, text = compared(tmp_path, few, changed(few, 1.2, lambda i: i == 0), capsys)
+    assert status == 0
+    assert "native, 8 rows: too few to estimate the noise: a row counts beyond 1.25x" in text
+    status, text = compared(tmp_path, few, changed(few, 1.3, lambda i: True), capsys)
+    assert status == 1
+    assert "8 in both, 8 slower" in text
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+def test_every_kind_of_result_can_be_compared(path, tmp_path, capsys):
+    found = report.load(path)
+    own = sum(n in one["contenders"] for one in found["rows"]
+              for n in ("native", "triton", "fused ECA", "native ECA"))  # fmt: skip
+    status, text = compared(tmp_path, found, found, capsys)
+    assert status == 0
+    assert f"{own} in both, 0 slower, 0 faster, 0 missing" in text
+    rows = list(found["rows"])
+    name = "fused ECA" if found["script"] == "network" else "native"
+    rows[0] = times_longer(rows[0], 4, (name,))
+    status, text = compared(tmp_path, found, {**found, "rows": rows}, capsys)
+    assert status == 1
+    assert len(names_of(text, "SLOWER")) == 1
+    assert f"{name}: 4.00x the time" in text
+    status, text = compared(tmp_path, {**found, "rows": rows}, found, capsys)
+    assert (status, len(names_of(text, "faster"))) == (0, 1)
+
+
+def test_results_of_different_scripts_are_not_compared(tmp_path, capsys):
+    paths = written(tmp_path, a=result(row(copy=0.9)), b={**result(), "script": "network"})
+    with pytest.raises(SystemExit) as error:
+        report.main(["--compare", *paths])
+    assert error.value.code == 2
+    assert "of microbench.py and of network.py cannot be compared" in capsys.readouterr().err
+
+
+def test_rows_without_anything_measured_beside_both_are_missing(tmp_path, capsys):
+    before, after = result(row(copy=0.9)), result(row(eager=1.5))
+    del after["rows"][0]["contenders"]["native"]["of_copy"]
+    status, text = compared(tmp_path, before, after, capsys)
+    assert status == 2
+    assert "0 in both, 0 slower, 0 faster, 1 missing" in text
+
+
+# ---- what the report refuses ----
+
+
+def refused(arguments, capsys):
+    """What is said of it: a line, or the usage and a line."""
+    with pytest.raises(SystemExit) as error:
+        report.main(arguments)
+    assert error.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err
+
+
+def test_the_report_says_what_is_no_result(tmp_path, capsys):
     path = tmp_path / "x.json"
     for text in ("", "[1", "5", '{"rows": []}', '{"script": 1, "rows": [], "machine": {}}'):
         path.write_text(text)
-        with pytest.raises(SystemExit, match="is no result of these scripts"):
-            report.main([str(path)])
-    with pytest.raises(SystemExit, match="No such file"):
-        report.main([str(tmp_path / "nothing.json")])
+        said = refused([str(path)], capsys)
+        assert "is no result of these scripts" in said
+        assert said.count("\n") == 1
+    assert "No such file" in refused([str(tmp_path / "nothing.json")], capsys)
+
+
+@pytest.mark.parametrize("options", [[], ["--compare"]])
+def test_a_result_of_an_unknown_script_or_without_a_field_is_named(options, tmp_path, capsys):
+    good = result(row(copy=0.9))
+    other = {**good, "script": "tune"}
+    (path,) = written(tmp_path, other=other)
+    said = refused([*options, *[path] * (1 + len(options))], capsys)
+    assert said == f"{path} is no result of these scripts: there is no script 'tune'\n"
+    for field in ("shape", "contenders", "direction"):
+        lacking = copy.deepcopy(good)
+        del lacking["rows"][0][field]
+        (path,) = written(tmp_path, lacking=lacking)
+        said = refused([*options, *[path] * (1 + len(options))], capsys)
+        assert said == f"{path} is no result of these scripts: it lacks '{field}'\n"
+    (path,) = written(tmp_path, wrong={**good, "rows": ["a row"]})
+    assert "is no result of these scripts" in refused([path], capsys)
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path, capsys):
+    a, b = written(tmp_path, a=result(row(copy=0.9)), b=result(row(copy=0.9)))
+    picture = tmp_path / "x.png"
+    said = refused([a, b, "--plot", str(picture)], capsys)
+    assert "--plot: expected one result, got 2" in said
+    assert "--plot" in refused(["--compare", a, b, "--plot", str(picture)], capsys)
+    assert "--same-code" in refused([a, "--same-code", b], capsys)
+    (calls,) = written(tmp_path, calls={**result(), "script": "overhead", "remarks": []})
+    assert "no picture of a result of overhead.py" in refused([calls, "--plot", a], capsys)
+    assert not picture.exists()
 
 
 def grown(samples, direction="forward", low=0.95, high=1.05, **us):
