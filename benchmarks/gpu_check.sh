@@ -288,7 +288,9 @@ part_networks() {
     --plot "$dir/networks.png"
 }
 
-part_sizes() { script_part sizes 400 scaling.py --dtype bfloat16 --plot "$dir/sizes.png"; }
+part_sizes() {
+  script_part sizes 400 scaling.py --dtype bfloat16 --again-seconds 60 --plot "$dir/sizes.png"
+}
 
 part_calls() { script_part calls 200 overhead.py; }
 

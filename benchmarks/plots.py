@@ -24,6 +24,7 @@ LABELS = {
     "compile": "torch.compile (best form)",
 }
 MOST_GROUPS = 6  # lines of pictures
+FEW_DECADES = 100  # largest over smallest value of an axis
 
 
 def pyplot() -> Any:
@@ -42,11 +43,26 @@ def pyplot() -> Any:
     return plt
 
 
+def readable(axis: Any) -> None:
+    """Few labels on a logarithmic axis of few decades, where those in between would overlap."""
+    from matplotlib import ticker
+
+    low, high = axis.get_view_interval()
+    if high / low < FEW_DECADES:
+        few = high / low < 10  # and 1, 2 and 5 may all lie outside
+        axis.set_major_locator(ticker.MaxNLocator(3) if few else ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def finish(figure: Any, axes: Any, path: Path, result: Result, what: str) -> None:
     """Legend above, place and method below, and the file."""
     for axis in axes.flat:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
+        for one in (axis.xaxis, axis.yaxis):
+            if one.get_scale() == "log":
+                readable(one)
     handles = {
         label: handle
         for axis in axes.flat
@@ -160,6 +176,8 @@ def networks(result: Result, path: Path) -> None:
         rows = [row for row in result["rows"] if row["network"] == name]
         for i, (kind, color) in enumerate(colors.items()):
             entries = [row["contenders"].get(kind, {}).get("times_none") for row in rows]
+            if not any(entries):  # no line in the legend
+                continue
             at = [j + 0.22 * (i - 1) for j, entry in enumerate(entries) if entry]
             ratios = [entry["median"] for entry in entries if entry]
             axis.bar(at, ratios, 0.2, color=color, label=kind)

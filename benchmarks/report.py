@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import cliffs
 import compare
 import plots
 import tables
@@ -82,10 +83,9 @@ def whole(path: Path, make: Callable[[Result], T]) -> T:
         raise NoResultError(path, reason) from reason
 
 
-TABLES = {"scaling": tables.scaling, "network": tables.networks, "overhead": tables.overhead}
+TABLES = {"network": tables.networks, "overhead": tables.overhead}
 PLOTS = {"microbench": plots.layers, "scaling": plots.scaling, "network": plots.networks}
-
-SCRIPTS = ("microbench", *TABLES)
+SCRIPTS = ("microbench", "scaling", *TABLES)
 
 
 def markdown(result: Result) -> str:
@@ -95,6 +95,8 @@ def markdown(result: Result) -> str:
         parts.append(tables.profiler(result))
         parts.append(where_another_is_faster(result))
         parts.append(bullets(tables.remarks(result)))
+    elif result["script"] == "scaling":
+        parts = [tables.scaling(result), cliffs.markdown(result), bullets(cliffs.remarks(result))]
     else:
         parts = [TABLES[result["script"]](result), bullets(result.get("remarks", []))]
     parts.append(f"Measured on {tables.where(result['machine'])}.")

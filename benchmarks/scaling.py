@@ -4,35 +4,54 @@
     python benchmarks/scaling.py --most-bytes 256e6 --output scaling.json --plot scaling.png
 
 Where memory is what bounds it, the time per element must be flat. A step of more than 15 % from a
-size to the next is reported, with the step of the copy beside it: where the copy has it too, a
-cache has ended; where it has not, the kernels have a cliff. Sizes between the powers of two are
-measured as well, as cliffs hide there: rows that are no multiple of a vector, and tiles that just
-fit or just do not.
+size to the next that is beyond the noise is measured again: the two sizes side by side, in the
+same process but in newly allocated maps. It is a cliff of the kernels if it is there again and the
+copy's own step is not about as large, as it is where a cache ends. The result file lists all steps.
+Sizes between the powers of two are measured as well, as cliffs hide there: rows that are no
+multiple of a vector, and tiles that just fit or just do not.
 """
 
 import argparse
 import os
 import sys
+import time
 from collections.abc import Iterator
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
+import cliffs
 import report
 import tables
 import torch
 import torch._dynamo
 from cases import DIRECTIONS, DTYPES, LAYOUTS, Case
 from checking import Judge
-from contenders import Contender, compiled, contenders, make_inputs
+from contenders import (
+    Contender,
+    Inputs,
+    compiled,
+    contenders,
+    make_inputs,
+    record,
+    record_copy,
+)
 from devices import Device, device_named
 from gpu_timing import no_collection
-from harness import machine, progress, reason_of, write
+from harness import (
+    call_times,
+    machine,
+    progress,
+    reason_of,
+    statistics_of,
+    until_interrupted,
+    write,
+)
 from microbench import measure_direction
-from options import add_options, prepare
+from options import INTERRUPTED, add_options, amount, chosen_options, prepare
+from tables import Row
 
 # Axis, and the layer that it starts from: samples, channels, height, width.
 AXES = {"N": (1, 256, 14, 14), "C": (8, 1, 28, 28), "S": (8, 64, 1, 1)}
-STEP = 1.15
 TAPS = 5
 LARGEST = 8e9  # bytes of a map
 ALONE = 256e6  # bytes of a map from which the contenders are measured one by one
@@ -62,37 +81,9 @@ def memory_at_hand(device: Device) -> float:
     return min(LARGEST, host)
 
 
-def steps(rows: list[dict[str, Any]]) -> list[str]:
-    """Where the time per element of one of ours grows by more than 15 % to the next size."""
-    found = []
-    for before, after in pairwise(rows):
-        group = ("axis", "layout", "direction")
-        if any(before[name] != after[name] for name in group):
-            continue
-        for name in ("native", "triton"):
-            if name in before["contenders"] and name in after["contenders"]:
-                step = growth(before, after, name, "median", "median")
-                if step <= STEP:
-                    continue
-                copy = growth(before, after, "copy", "median", "median")
-                noise = growth(before, after, name, "p80", "p20") <= 1
-                found.append(
-                    f"{name}, {after['layout']}, {after['direction']}, {after['axis']} grows: "
-                    f"{step:.2f}x per element from {tables.layer_of(before)} to "
-                    f"{tables.layer_of(after)} (the copy {copy:.2f}x)"
-                    + (", within the noise" if noise else "")
-                )
-    return found
-
-
-def growth(before: dict[str, Any], after: dict[str, Any], name: str, low: str, high: str) -> float:
-    """Time per element after, in units of that before, by these two statistics."""
-    times = (
-        one["contenders"][name]["us"][which] / one["ideal_bytes"]
-        for one, which in ((before, low), (after, high))
-    )
-    first, second = times
-    return float(second / first)
+def steps(rows: list[Row]) -> list[str]:
+    """All steps, a line each, for the result file."""
+    return [str(step) for step in cliffs.steps_of(rows)]
 
 
 def together(case: Case, running: dict[str, Contender]) -> list[dict[str, Contender]]:
@@ -130,15 +121,74 @@ def measure(
             yield {**row, "axis": axis, "map_bytes": case.map_bytes}
 
 
-def remarks(rows: list[dict[str, Any]]) -> list[str]:
-    """What failed, and the steps, of the rows of an axis in order of size."""
-    found = [f"FAILED {tables.layer_of(row)}: {what}" for row in rows for what in row["failed"]]
-    for direction in DIRECTIONS:
-        found += steps([row for row in rows if row["direction"] == direction])
-    return found
+# ---- steps, measured again ----
 
 
-def main(argv: list[str]) -> int:
+def side_by_side(
+    names: list[str], direction: str, pair: list[Inputs], device: Device, rounds: int
+) -> dict[str, dict[str, float]]:
+    """Of each, the time per element of the second size in units of the first's, round by round."""
+    recordings = {}
+    for name, (which, inputs) in product(names, enumerate(pair)):
+        recordings[f"{name} {which}"] = (
+            record_copy(direction, inputs.case, device)
+            if name == "copy"
+            else record(direction, contenders(inputs.taps)[name], inputs, device)
+        )
+    samples = call_times(device, recordings, rounds)
+    first, second = (inputs.case.map_bytes for inputs in pair)
+    return {
+        name: statistics_of(
+            [
+                (after / second) / (before / first)
+                for before, after in zip(samples[f"{name} 0"], samples[f"{name} 1"], strict=True)
+            ]
+        )
+        for name in names
+    }
+
+
+def measure_again(step: cliffs.Step, device: Device, rounds: int) -> None:
+    """Add to the row after the step, as "again", its step and the copy's, both sizes in each round.
+
+    Not in other processes, as rows that are lost are: those have one size each, and what differs
+    between processes would be taken for a step.
+    """
+    pair = [
+        make_inputs(Case(tuple(row["shape"]), row["k"], row["dtype"], row["layout"]), device)
+        for row in (step.before, step.after)
+    ]
+    names, found = [step.name, "copy"], {}
+    for some in [names] if pair[1].case.map_bytes < ALONE else [[name] for name in names]:
+        with no_collection():
+            found |= side_by_side(some, step.after["direction"], pair, device, rounds)
+        device.free()
+    step.after.setdefault("again", {})[step.name] = {
+        "ours": found[step.name],
+        "copy": found["copy"],
+    }
+
+
+def again(args: argparse.Namespace, device: Device, result: dict[str, Any]) -> None:
+    """Measure the steps beyond the noise again, those furthest beyond the copy's first."""
+    end = time.monotonic() + args.again_seconds
+    found = [step for step in cliffs.steps_of(result["rows"]) if not step.within_noise]
+    found.sort(key=lambda step: step.first[1] / step.first[0])
+    for step in progress(found, len(found)):
+        if time.monotonic() >= end:
+            break
+        try:
+            measure_again(step, device, 2 * args.rounds)
+        except Exception as reason:
+            result["remarks"].append(f"FAILED again: {step}: {reason_of(reason)}")
+            device.free()
+        save(args, result)
+
+
+# ---- the script ----
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_options(parser, rounds=9)
     parser.add_argument("--axis", choices=AXES, nargs="+", default=list(AXES))
@@ -151,32 +201,63 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--no-compile", dest="compile", action="store_false", help="leave torch.compile out"
     )
+    parser.add_argument(
+        "--again-seconds", type=amount, default=120, metavar="SECONDS",
+        help="no step is measured again after (default 120; 0: none is)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
-    prepare(args)
-    device = device_named(args.device)
-    device.full_precision()
-    most = args.most_bytes or memory_at_hand(device)
-    result: dict[str, Any] = {
-        "script": "scaling",
-        "machine": machine(device),
-        "rows": [],
-        "remarks": [],
-    }
-    known: list[str] = []
+    if args.most_bytes is not None:
+        for axis in args.axis:
+            least = Case(AXES[axis], TAPS, args.dtype, "contiguous").map_bytes
+            if not args.most_bytes >= least:  # nor is nan
+                parser.error(
+                    f"--most-bytes: the smallest map of axis {axis} has {least} bytes, "
+                    f"got {args.most_bytes:g}"
+                )
+    return args
+
+
+def save(args: argparse.Namespace, result: dict[str, Any]) -> None:
+    result["steps"] = steps(result["rows"])
+    write(args.output, result)
+
+
+def run(args: argparse.Namespace, device: Device, result: dict[str, Any]) -> None:
+    """Measure all sizes, and write the result after each."""
+    most = memory_at_hand(device) if args.most_bytes is None else args.most_bytes
     for layout, axis in product(args.layout, args.axis):
-        cases, rows = sizes(axis, args.dtype, layout, most), []
+        cases = sizes(axis, args.dtype, layout, most)
         for case in progress(cases, len(cases)):
             try:
                 for row in measure(case, axis, args, device):
-                    rows.append(row)
                     result["rows"].append(row)
+                    result["remarks"] += [
+                        f"FAILED {tables.layer_of(row)}: {what}" for what in row["failed"]
+                    ]
             except Exception as reason:  # out of memory, say: the others can still be measured
-                known.append(f"FAILED {case}: {reason_of(reason)}")
+                result["remarks"].append(f"FAILED {case}: {reason_of(reason)}")
                 device.free()
-            result["remarks"] = known + remarks(rows)
-            write(args.output, result)
-        known = result["remarks"]
-    return report.show(result, args.plot)
+            save(args, result)
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    prepare(args)
+    device = device_named(args.device)
+    device.full_precision()
+    result: dict[str, Any] = {
+        "script": "scaling",
+        "machine": machine(device),
+        "options": chosen_options(args),
+        "rows": [],
+        "remarks": [],
+    }
+    with until_interrupted(result):
+        run(args, device, result)
+        again(args, device, result)
+    save(args, result)
+    status = report.show(result, args.plot)
+    return INTERRUPTED if "interrupted" in result else status
 
 
 if __name__ == "__main__":

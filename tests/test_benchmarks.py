@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cases  # noqa: E402
 import checking  # noqa: E402
+import cliffs  # noqa: E402
 import contenders  # noqa: E402
 import devices  # noqa: E402
 import gpu_timing  # noqa: E402
@@ -28,6 +29,7 @@ import microbench  # noqa: E402
 import network  # noqa: E402
 import options  # noqa: E402
 import overhead  # noqa: E402
+import plots  # noqa: E402
 import report  # noqa: E402
 import scaling  # noqa: E402
 import tables  # noqa: E402
@@ -544,6 +546,196 @@ def test_sizes_grow_from_one_pixel(tmp_path, capsys):
     assert report.main([str(path)]) == 0
     assert "| S | 8x64x1x1 k=5 | contiguous | forward | 0.00 |" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+SIZES = ["--device", "dry-run", "--rounds", "1", "--layout", "contiguous", "--axis", "S"]
+SIZES += ["--direction", "forward", "--most-bytes", "20000", "--no-compile"]  # 1, 2 and 3 pixels
+
+
+def size(side, native, copy, spread=0.05, again=None):
+    """A row of an axis: times per element, of any unit."""
+    us = {
+        name: {"us": {"median": t, "p20": (1 - spread) * t, "p80": (1 + spread) * t}}
+        for name, t in (("native", side * native), ("copy", side * copy))
+    }
+    row = {"shape": [8, 64, side, 1], "k": 5, "dtype": "float32", "layout": "contiguous"}
+    row |= {"direction": "forward", "axis": "S", "ideal_bytes": side, "map_bytes": side}
+    row |= {"contenders": us, "failed": []}
+    if again:
+        both = zip(("ours", "copy"), again, strict=True)
+        row["again"] = {"native": {name: {"median": value} for name, value in both}}
+    return row
+
+
+@pytest.mark.parametrize(
+    ("native", "copy", "spread", "again", "kind"),
+    [
+        (1.5, 1.0, 0.05, (1.4, 1.0), cliffs.CLIFF),
+        (1.5, 1.0, 0.05, None, cliffs.UNMEASURED),
+        (1.5, 1.4, 0.05, None, cliffs.WITH_COPY),
+        (1.5, 1.0, 0.05, (1.4, 1.3), cliffs.WITH_COPY),
+        # The copy's first step was noise.
+        (1.5, 1.4, 0.05, (1.4, 1.0), cliffs.CLIFF),
+        (1.5, 1.0, 0.05, (1.1, 0.8), cliffs.GONE),
+        (1.5, 1.0, 0.3, None, cliffs.NOISE),
+    ],
+)
+def test_steps_are_of_a_kind(native, copy, spread, again, kind):
+    rows = [size(1, 1.0, 1.0, spread), size(2, native, copy, spread, again)]
+    (step,) = cliffs.steps_of(rows)
+    assert step.kind == kind
+    named = kind not in cliffs.OTHERS
+    assert (str(step) in cliffs.markdown({"rows": rows})) == named
+    assert str(step).endswith(")" if named else f", {kind}")
+    if again:
+        assert f"again {again[0]:.2f}x (the copy {again[1]:.2f}x)" in str(step)
+
+
+def test_cliffs_are_named_and_other_steps_counted():
+    rows = [size(1, 1.0, 1.0), size(2, 1.5, 1.0, again=(1.6, 1.0)), size(3, 2.0, 1.4)]
+    rows += [size(4, 2.8, 1.4, again=(1.0, 1.0)), size(5, 4.2, 2.0)]
+    found = cliffs.markdown({"rows": rows}).splitlines()
+    assert found == [
+        "Cliffs (steps beyond 15 % and beyond 1.15 times the copy's own, seen again):",
+        "",
+        "- native, contiguous, forward, S grows: 1.50x per element from 8x64x1x1 k=5 to "
+        "8x64x2x1 k=5 (the copy 1.00x), again 1.60x (the copy 1.00x)",
+        "",
+        "Other steps beyond 15 %, which the result file lists: 2 within 1.15 times the copy's, "
+        "1 not seen again.",
+    ]
+    assert cliffs.markdown({"rows": rows[:1]}).endswith("seen again): none.")
+
+
+def test_older_results_have_their_steps_among_the_remarks():
+    rows = [size(1, 1.0, 1.0), size(2, 1.5, 1.0)]
+    (line,) = scaling.steps(rows)
+    place = {"device": "cpu", "dry_run": True}
+    old = {"script": "scaling", "machine": place, "rows": rows, "remarks": ["FAILED x: y", line]}
+    for row in rows:
+        for entry in row["contenders"].values():
+            entry["ps_per_element"] = 1.0
+    text = report.markdown(old)
+    assert text.count(line) == 1
+    assert f"not measured again:\n\n- {line}" in text
+    assert "- FAILED x: y" in text
+    assert report.failures(old) == ["FAILED x: y"]
+
+
+@pytest.fixture
+def with_a_step(monkeypatch):
+    """Sizes whose second takes three times the time per element; a list of what is timed again."""
+    timed = []
+
+    def measured(direction, inputs, running, *rest, **options):
+        row = microbench.measure_direction(direction, inputs, running, *rest, **options)
+        side = inputs.case.shape[-1]
+        for name, entry in row["contenders"].items():
+            each = (3 if side > 1 and name == "native" else 1) * side * side
+            entry["us"] |= {"median": each, "p20": 0.95 * each, "p80": 1.05 * each}
+        return row
+
+    def timed_again(device, recordings, rounds):
+        timed.append(list(recordings))
+        return {name: [12.0 if name == "native 1" else 4.0] * rounds for name in recordings}
+
+    monkeypatch.setattr(scaling, "measure_direction", measured)
+    monkeypatch.setattr(scaling, "call_times", timed_again)
+    return timed
+
+
+@needs_extension
+def test_a_step_is_measured_again(with_a_step, monkeypatch, tmp_path, capsys):
+    path = tmp_path / "scaling.json"
+    arguments = [*SIZES, "--output", str(path)]
+    # The fourfold pixels in the same time: the copy is four times as fast, ours almost as fast.
+    monkeypatch.setattr(cliffs, "STEP", 0.5)
+    assert scaling.main(arguments) == 0
+    found = json.loads(path.read_text())
+    assert with_a_step[0] == ["native 0", "native 1", "copy 0", "copy 1"]
+    again = found["rows"][1]["again"]["native"]
+    assert (again["ours"]["median"], again["copy"]["median"]) == (0.75, 0.25)
+    (line,) = [line for line in found["steps"] if "from 8x64x1x1 k=5" in line]
+    assert line.endswith("3.00x per element from 8x64x1x1 k=5 to 8x64x2x2 k=5 (the copy 1.00x), "
+                         "again 0.75x (the copy 0.25x)")  # fmt: skip
+    assert f"seen again):\n\n- {line}" in capsys.readouterr().out
+    with_a_step.clear()
+    monkeypatch.setattr(scaling, "ALONE", 1)
+    assert scaling.main(arguments) == 0
+    assert with_a_step[:2] == [["native 0", "native 1"], ["copy 0", "copy 1"]]
+
+
+@needs_extension
+def test_steps_are_measured_again_within_a_time_limit(with_a_step, capsys):
+    assert scaling.main([*SIZES, "--again-seconds", "0"]) == 0
+    assert with_a_step == []
+    assert "As large, but not measured again:\n\n- native" in capsys.readouterr().out
+
+
+@needs_extension
+def test_a_step_that_cannot_be_measured_again_is_a_failure(with_a_step, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(scaling, "call_times", fails)
+    assert scaling.main(SIZES) == 1
+    text = capsys.readouterr().out
+    assert "As large, but not measured again:" in text
+    assert "- FAILED again: native, contiguous, forward, S grows: 3.00x" in text
+
+
+@needs_extension
+@pytest.mark.parametrize(("what", "rows"), [("measure_direction", 1), ("call_times", 3)])
+def test_what_was_measured_before_an_interrupt_is_kept(
+    with_a_step, monkeypatch, tmp_path, capsys, what, rows
+):
+    calls = itertools.count()
+    measured = getattr(scaling, what)
+
+    def interrupted(*args, **options):
+        if next(calls) == (what == "measure_direction"):
+            raise KeyboardInterrupt
+        return measured(*args, **options)
+
+    monkeypatch.setattr(scaling, what, interrupted)
+    path = tmp_path / "scaling.json"
+    assert scaling.main([*SIZES, "--output", str(path)]) == options.INTERRUPTED
+    assert len(json.loads(path.read_text())["rows"]) == rows
+    text = capsys.readouterr().out
+    assert "| S | 8x64x1x1 k=5 | contiguous | forward |" in text
+    assert "- interrupted: what follows was not measured" in text
+
+
+@pytest.mark.parametrize("most", ["-1", "0", "nan", "200703"])
+def test_a_size_that_holds_no_map_is_refused(most, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        scaling.main(["--device", "dry-run", f"--most-bytes={most}"])
+    assert "--most-bytes: the smallest map of axis N has 200704 bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ends", [(0.2, 0.4), (0.2, 1.6), (2.1, 2.2), (0.002, 100)])
+def test_labels_of_few_sizes_do_not_overlap(ends):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install eca-fused[demo]")
+    plt = plots.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(5.5, 2.9), squeeze=False)
+    for axis in axes.flat:
+        axis.plot(ends, ends)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        plots.readable(axis.xaxis)
+        plots.readable(axis.yaxis)
+    figure.canvas.draw()
+    for axis, side in itertools.product(axes.flat, "xy"):
+        one = getattr(axis, f"{side}axis")
+        low, high = one.get_view_interval()
+        labels = [
+            tick.label1.get_window_extent()
+            for tick in [*one.get_major_ticks(), *one.get_minor_ticks()]
+            if tick.label1.get_text() and low <= tick.get_loc() <= high
+        ]
+        assert len(labels) >= 2
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(labels, 2))
+    plt.close(figure)
 
 
 @needs_extension
