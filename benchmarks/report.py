@@ -33,6 +33,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: made by benchmarks/report.py -->", "<!-- end of figures -->"
 GPU_RESULTS = ("bench", "networks", "sizes", "calls")
 README_BATCH = 32  # of the README's table
+README_LAYERS = ("cpu-layers", "bench")  # results with the whole grid; the others are beside it
 
 Result = dict[str, Any]
 T = TypeVar("T")
@@ -183,7 +184,7 @@ def readme_figures() -> str:
     for path in committed():
         result = load(path)
         script = result["script"]
-        if script == "microbench" and result["machine"]["malloc"] == "recycled":
+        if script == "microbench" and path.stem in README_LAYERS:
             parts += layer_figures(result)
         elif script == "overhead":
             parts.append(tables.overhead(result))

@@ -71,17 +71,32 @@ def test_a_result_says_where_it_was_measured(path):
     assert all(entry["failed"] == [] for entry in found["rows"])
 
 
-def test_no_layer_of_resnet50_and_mobilenetv2_is_slower_on_a_cpu():
-    results = [report.load(path) for path in RESULTS]
-    layers = [r for r in results if r["script"] == "microbench" and r["machine"]["device"] == "cpu"]
-    whole = [r for r in layers if r["machine"]["malloc"] == "recycled"]
-    assert whole
-    names = {"resnet50", "mobilenetv2"}
-    for found in whole:
-        rows = [one for one in found["rows"] if names & {*tables.network_of(one)}]
-        assert {name for one in rows for name in tables.network_of(one)} >= names
-        assert {one["dtype"] for one in rows} == set(cases.DTYPES)
-        assert tables.losses({**found, "rows": rows}) == []
+def recycled(path):
+    """The rows of ResNet-50's and MobileNetV2's layers on a CPU, or none."""
+    found = report.load(path)
+    place = found["machine"]
+    if found["script"] != "microbench" or (place["device"], place["malloc"]) != ("cpu", "recycled"):
+        return []
+    return [one for one in found["rows"] if {"resnet50", "mobilenetv2"} & {*tables.network_of(one)}]
+
+
+@pytest.mark.parametrize("path", [*filter(recycled, RESULTS)], ids=lambda p: p.stem)
+def test_no_layer_of_resnet50_and_mobilenetv2_is_slower_on_a_cpu(path):
+    assert tables.losses({**report.load(path), "rows": recycled(path)}) == []
+
+
+def test_the_whole_grid_was_measured_on_a_cpu():
+    path = report.RESULTS / "cpu-layers.json"
+    measured = {(*one["shape"], one["dtype"], one["layout"]) for one in recycled(path)}
+    arguments = microbench.parse(["--full", "--device", "cpu"])
+    grid = [one for one in cases.all_cases() if not microbench.too_large(one, arguments)]
+    names = ("resnet50", "mobilenetv2")
+    layers = {layer for name in names for layer in cases.NETWORKS[name]}
+    assert measured == {
+        (*one.shape, one.dtype, one.layout) for one in grid if (*one.shape[1:], one.k) in layers
+    }
+    left_out = report.load(path)["left_out"]
+    assert all(what.endswith("larger than 256 MB") for what in left_out)
 
 
 @pytest.mark.parametrize("path", report.FIGURES, ids=lambda p: p.parent.name)
