@@ -25,9 +25,8 @@ from statistics import median
 from typing import Any
 
 import tables
+from tables import Result, Row
 
-Result = dict[str, Any]
-Row = dict[str, Any]
 Key = tuple[str, ...]
 
 OURS = ("native", "triton", "fused ECA", "native ECA")
@@ -241,10 +240,7 @@ class Group:
         if runs.again and runs.since and key in runs.again and key in runs.since:
             limit = max(limit, abs(runs.again[key].median))
             seen.append((runs.since[key], self.own.shift - self.noise.shift))
-        sides = {change.beyond_spread for change, _ in seen}
-        least = [change.least(shift) for change, shift in seen]
-        signs = (sign for sign in WORDS if sides == {sign})
-        return next((sign for sign in signs if all(sign * v > limit for v in least)), 0)
+        return verdict(seen, limit)
 
     def shifted(self) -> int:
         """Of the median of all rows: 1 slower, -1 faster, 0 neither."""

@@ -154,13 +154,9 @@ def _written(out: Tensor, x: Tensor, weight: Tensor, padding_mode: str, backend:
         _quietly(_check_all, x, weight, out, padding_mode)
         name = "reference" if kernels is None else named(backend)
         return _scripted(False)(x, weight, padding_mode, name, out)  # type: ignore[no-any-return]
-    if _needs_grad(x, weight) or (torch.is_grad_enabled() and out.requires_grad):
-        raise RuntimeError(
-            "what eca() writes into out= has no gradient; leave out= away, or call this in "
-            "torch.no_grad()"
-        )
+    scripting.check_no_gradient(x, weight, out)
     _check_writable("out", out)
-    plain = kernels is None or _is_negated(out) or transformed() or exporting_to_onnx()
+    plain = _is_negated(out) or transformed() or exporting_to_onnx()
     if kernels is None or plain or is_for_the_compiler(kernels):
         _check_all(x, weight, out, padding_mode)  # copy_() would broadcast
         return out.copy_(eca(x, weight, padding_mode=padding_mode, backend=backend))

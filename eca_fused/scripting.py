@@ -12,7 +12,17 @@ from torch import Tensor
 
 from eca_fused import decomposed, native
 
-__all__ = ["check_map", "eca", "eca_", "linked_pool", "linked_rescale", "plain", "pool", "rescale"]
+__all__ = [
+    "check_map",
+    "check_no_gradient",
+    "eca",
+    "eca_",
+    "linked_pool",
+    "linked_rescale",
+    "plain",
+    "pool",
+    "rescale",
+]
 
 if native.missing is None:
 
@@ -159,17 +169,22 @@ def _eca(x: Tensor, weight: Tensor, padding_mode: str, backend: str) -> Tensor:
     return _inference(x, weight, _circular(padding_mode))
 
 
+def check_no_gradient(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Raise RuntimeError where a gradient of what is written into out would be needed."""
+    if _needs_grad(x, weight) or (torch.is_grad_enabled() and out.requires_grad):
+        raise RuntimeError(
+            "what eca() writes into out= has no gradient; leave out= away, or call this in "
+            "torch.no_grad()"
+        )
+
+
 def _check_out(x: Tensor, weight: Tensor, out: Tensor) -> None:
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(
             f"expected out of the shape and dtype and on the device of x, {x.shape} on {x.device}, "
             f"got {out.shape} on {out.device}; make it with torch.empty_like(x)"
         )
-    if _needs_grad(x, weight) or (torch.is_grad_enabled() and out.requires_grad):
-        raise RuntimeError(
-            "what eca() writes into out= has no gradient; leave out= away, or call this in "
-            "torch.no_grad()"
-        )
+    check_no_gradient(x, weight, out)
 
 
 def eca(
