@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cuda/cuda.h"
+#include "stable_abi.h"
 
 namespace eca::gpu {
 namespace {
@@ -24,7 +25,7 @@ using torch::stable::Tensor;
 Tensor bytes_on(int32_t device, int64_t bytes) {
   const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  ECA_TORCH_CHECK(
       aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
                                aoti_torch_device_type_cuda(), device, &handle));
   return Tensor(handle);
@@ -32,7 +33,7 @@ Tensor bytes_on(int32_t device, int64_t bytes) {
 
 cuda::StreamHandle current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  ECA_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
 }
 
@@ -182,6 +183,11 @@ const Gpu& description(int32_t device) {
   if (found != known.end()) return found->second;
   const torch::stable::accelerator::DeviceGuard guard(device);
   return known[device] = cuda::current_gpu();
+}
+
+int active_clusters(int32_t device, int blocks, int threads, int64_t shared_bytes) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  return cuda::active_clusters(blocks, threads, shared_bytes);
 }
 
 void forward(const Forward& f, int32_t device) { run(f, Pass::kForward, device, cuda::forward); }

@@ -23,4 +23,7 @@ void set_wish(const Wish* wish);
 // A CUDA device's limits, asked for once.
 const Gpu& description(int32_t device);
 
+// cuda::active_clusters() of a device.
+int active_clusters(int32_t device, int blocks, int threads, int64_t shared_bytes);
+
 }  // namespace eca::gpu

@@ -48,6 +48,14 @@ py::dict gpu_of_device(int32_t index) {
 #endif
 }
 
+int active_clusters(int32_t index, int blocks, int threads, int64_t shared_bytes) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  return eca::gpu::active_clusters(index, blocks, threads, shared_bytes);
+#else
+  throw std::runtime_error("the extension was compiled without CUDA kernels");
+#endif
+}
+
 eca::Dtype dtype_by_name(const std::string& name) {
   if (name == "float32") return eca::Dtype::kFloat32;
   if (name == "float64") return eca::Dtype::kFloat64;
@@ -120,6 +128,8 @@ PYBIND11_MODULE(_C, m) {
         "which compute capabilities.");
   m.def("gpu_by_name", &gpu_by_name, "The limits of a GPU such as sm_90:132.");
   m.def("gpu_of_device", &gpu_of_device, "The limits of a CUDA device of this machine.");
+  m.def("active_clusters", &active_clusters, "index"_a, "blocks"_a, "threads"_a, "shared_bytes"_a,
+        "How many clusters of so many blocks a CUDA device has room for at the same time.");
   m.def("plan", &plan, py::kw_only(), "backward"_a, "dtype"_a, "channels_last"_a, "samples"_a,
         "channels"_a, "pixels"_a, "kernel_size"_a, "own_taps"_a, "circular"_a, "aligned"_a,
         "in_place"_a, "gpu"_a, "wish"_a = py::none(),

@@ -17,6 +17,7 @@
 #include "cpu/cpu.h"
 #include "eca.h"
 #include "gpu.h"
+#include "stable_abi.h"
 
 namespace eca {
 namespace {
@@ -49,7 +50,7 @@ std::ostream& operator<<(std::ostream& out, shape s) {
 // the stable headers cost one for each of their values.
 int32_t dtype_code(const Tensor& t) {
   int32_t code = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  ECA_TORCH_CHECK(aoti_torch_get_dtype(t.get(), &code));
   return code;
 }
 
@@ -60,8 +61,8 @@ struct Device {
 
 Device device_of(const Tensor& t) {
   Device device;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
+  ECA_TORCH_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
+  ECA_TORCH_CHECK(aoti_torch_get_device_index(t.get(), &device.index));
   return device;
 }
 
@@ -189,7 +190,7 @@ Tensor empty(const Tensor& like, const int64_t* sizes, const int64_t* strides, i
              int32_t dtype) {
   const Device device = device_of(like);
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  ECA_TORCH_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, dtype, device.type, device.index, &handle));
   return Tensor(handle);
 }
@@ -264,7 +265,7 @@ const cpu::ThreadPool& thread_pool() {
       if (begin < end) body(begin, end, context);
       return;
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(begin, end, grain, body, context));
+    ECA_TORCH_CHECK(torch_parallel_for(begin, end, grain, body, context));
   };
   return pool;
 }

@@ -13,6 +13,10 @@ using StreamHandle = void*;
 // The current device.
 Gpu current_gpu();
 
+// How many clusters of so many blocks have room on the current device at the same time. Its
+// multiprocessors come in groups, and a cluster lies within one: what is left of a group stays idle.
+int active_clusters(int blocks, int threads, int64_t shared_bytes);
+
 // What a call needs beside its tensors.
 struct Memory {
   void* workspace;     // Plan::workspace bytes, from an address that is a multiple of 16

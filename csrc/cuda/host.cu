@@ -58,6 +58,24 @@ Gpu current_gpu() {
   return gpu;
 }
 
+int active_clusters(int blocks, int threads, int64_t shared_bytes) {
+  allow_all_shared_memory(reinterpret_cast<const void*>(probe));
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = unsigned(blocks);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  check(cudaOccupancyMaxActiveClusters(&clusters, probe, &config),
+        "asking how many clusters have room failed");
+  return clusters;
+}
+
 uint32_t* counter_slab() {
   void* address = nullptr;
   check(cudaGetSymbolAddress(&address, slab), "finding the counters failed");
