@@ -6,7 +6,14 @@ from torch.compiler import is_exporting
 
 __all__ = ["exporting_to_onnx", "is_tracing", "transformed"]
 
-is_tracing = torch._C._is_tracing  # by torch.jit.trace; torch.jit.is_tracing() takes longer
+
+def is_tracing() -> bool:
+    """By torch.jit.trace; torch.jit.is_tracing() takes longer."""
+    return torch._C._is_tracing()
+
+
+# torch.compile cannot trace the question, and breaks the graph at it without a word.
+is_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def transformed() -> bool:
