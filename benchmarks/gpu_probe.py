@@ -1,12 +1,19 @@
-"""A few calls of the CUDA kernels for other tools to watch; gpu_check.sh is who runs it.
+"""Small programs for a GPU and for the tools that watch one; gpu_check.py runs them.
 
-compute-sanitizer --tool racecheck python benchmarks/gpu_probe.py small
-ncu ... python benchmarks/gpu_probe.py large calls.json    # one call of each strategy
-python benchmarks/gpu_probe.py read calls.json ncu.csv     # what those calls moved
+    python benchmarks/gpu_probe.py facts                       # the card, versions, room for clusters
+    python benchmarks/gpu_probe.py small                       # every plan on small maps, checked
+    compute-sanitizer --tool racecheck python benchmarks/gpu_probe.py small
+    ncu ... python benchmarks/gpu_probe.py layers calls.json   # one call of each layer of interest
+    python benchmarks/gpu_probe.py read calls.json ncu.csv     # what those calls did
+
+With --device cpu each runs without a GPU, as far as that is possible: a rehearsal.
 """
 
+import argparse
 import csv
 import json
+import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,7 +22,7 @@ from typing import Any
 
 import torch
 from cases import Case
-from plans import native_module, plan_of
+from plans import gpu_limits, native_module, plan_of
 
 import eca_fused
 
@@ -36,18 +43,77 @@ SMALL: list[tuple[tuple[int, ...], str, Wish | None]] = [
     ((2, 7, 5, 3), "contiguous", None),
     ((2, 7, 5, 3), "channels_last", None),
 ]
-READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
+
+# What a counter says of a kernel, by the name that the table gives it.
+COUNTERS = {
+    "us": "gpu__time_duration.sum",
+    "read": "dram__bytes_read.sum",
+    "written": "dram__bytes_write.sum",
+    "instructions": "smsp__inst_executed.sum",
+    "issue active %": "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "warps active %": "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "bank conflicts": "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
+    "stall long": "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",
+    "stall short": "smsp__average_warps_issue_stalled_short_scoreboard_per_issue_active.ratio",
+    "stall barrier": "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",
+    "stall mio": "smsp__average_warps_issue_stalled_mio_throttle_per_issue_active.ratio",
+    "stall branch": "smsp__average_warps_issue_stalled_branch_resolve_per_issue_active.ratio",
+}
+FEWEST_COUNTERS = ("us", "read", "written", "instructions")  # that every Nsight Compute has
+OUR_KERNELS = "regex:on_chip|sum_|make_|rescale_|add_parts"
 
 
 def wish(sizes: Wish | None) -> None:
-    native_module().wish(*(sizes or (None,)))
+    if "cuda" in (eca_fused.backends()["native"].devices or ()):
+        native_module().wish(*(sizes or (None,)))
 
 
-def small() -> int:
+# ---- facts ----
+
+
+def clusters() -> list[dict[str, int]]:
+    """For clusters of 2, 4 and 8 blocks of 256 threads: how many have room at the same time."""
+    count = native_module().active_clusters
+    device = torch.cuda.current_device()
+    return [
+        {"blocks": blocks, "shared KB": kb, "clusters": count(device, blocks, 256, kb << 10)}
+        for blocks in (2, 4, 8)
+        for kb in (50, 100, 210)
+    ]
+
+
+def facts(device: str) -> int:
+    """Print what a result depends on."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "limits": gpu_limits(),
+        "backends": {name: str(status) for name, status in eca_fused.backends().items()},
+    }
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+        found["clusters"] = clusters()
+        smi = subprocess.run(["nvidia-smi", "-q", "-d", "CLOCK,POWER"], capture_output=True, text=True)
+        print(smi.stdout)
+    print(json.dumps(found, indent=1))
+    return 0
+
+
+# ---- small ----
+
+
+def small(device: str, backend: str) -> int:
     """Run the small calls; they are checked against the CPU kernels, whose inputs are the same."""
     torch.manual_seed(0)
     wrong = 0
-    ops: Any = torch.ops.eca_fused
+    cpu: Any = torch.ops.eca_fused
+    if backend == "triton":
+        from eca_fused import triton_kernels
+
+        ops: Any = triton_kernels
+    else:
+        ops = cpu
     for shape, layout, sizes in SMALL:
         for dtype in (torch.float32, torch.bfloat16):
             x, dy = (torch.randn(shape).to(dtype) for _ in range(2))
@@ -55,16 +121,15 @@ def small() -> int:
                 x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
             weight = torch.randn(1, 1, 5).to(dtype)
 
-            def both(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            def both(ops: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
                 x, dy, weight = tensors
                 y, mean, gate = ops.forward(x, weight, False)
                 return y, *ops.backward(dy, x, weight, mean, gate, False)
 
-            want = both(x, dy, weight)
+            want = both(cpu, x, dy, weight)
             wish(sizes)
-            got = both(x.cuda(), dy.cuda(), weight.cuda())
+            got = both(ops, *(t.to(device) for t in (x, dy, weight)))
             wish(None)
-            torch.cuda.synchronize()
             for name, a, b in zip(("y", "dx", "dweight"), got, want, strict=True):
                 error = float((a.cpu().double() - b.double()).abs().max() / b.double().abs().max())
                 if not error <= 8 * torch.finfo(dtype).eps:
@@ -74,108 +139,175 @@ def small() -> int:
     return 1 if wrong else 0
 
 
-def large_calls() -> list[tuple[Case, Wish | None]]:
-    planes = Case((256, 256, 56, 56), 3, "bfloat16", "contiguous")
-    pixels = Case((256, 256, 56, 56), 3, "bfloat16", "channels_last")
-    small_planes = Case((256, 1024, 14, 14), 5, "bfloat16", "contiguous")
-    return [
-        (planes, None),
-        (planes, (8, 1, 256, False)),
-        (planes, (16, 2, 256, False)),
-        (planes, (0, 1, 256, True)),
-        (pixels, None),
-        (pixels, (0, 1, 256, True)),
-        (small_planes, None),
+# ---- counters ----
+
+
+def layers() -> list[Case]:
+    """Where instructions may be the limit rather than bytes, and the largest layer in both layouts."""
+    large = [Case((256, 256, 56, 56), 3, "bfloat16", layout) for layout in ("contiguous", "channels_last")]
+    few = [
+        Case((32, c, side, side), k, dtype, "contiguous")
+        for c, side, k in ((512, 28, 5), (1024, 14, 5), (2048, 7, 7))
+        for dtype in ("bfloat16", "float32")
     ]
+    pixels = [
+        Case((32, c, side, side), k, "bfloat16", "channels_last")
+        for c, side, k in ((1024, 14, 5), (2048, 7, 7))
+    ]
+    return [*large, *few, *pixels]
 
 
-def large(output: Path) -> int:
+def run_layers(device: str, cases: list[Case], output: Path) -> int:
     """One forward and one backward call of each, inside the profiler's range."""
     torch.manual_seed(0)
     ops: Any = torch.ops.eca_fused
-    done: list[dict[str, Any]] = []
     profiler: Any = torch.cuda.profiler
-    for case, sizes in large_calls():
-        x, dy = case.random_map("cuda"), case.random_map("cuda")
-        weight = torch.randn(1, 1, case.k, device="cuda", dtype=x.dtype)
-        wish(sizes)
+    done: list[dict[str, Any]] = []
+    for case in cases:
+        x, dy = case.random_map(device), case.random_map(device)
+        weight = torch.randn(1, 1, case.k, device=device, dtype=x.dtype)
         y, mean, gate = ops.forward(x, weight, False)
         ops.backward(dy, x, weight, mean, gate, False)
-        torch.cuda.synchronize()
         calls: list[Callable[[], object]] = [
             lambda x=x, w=weight: ops.forward(x, w, False),  # type: ignore[misc]
             lambda x=x, w=weight, dy=dy, m=mean, g=gate: ops.backward(dy, x, w, m, g, False),  # type: ignore[misc]
         ]
         for direction, call in zip(("forward", "backward"), calls, strict=True):
-            profiler.start()
+            if device == "cuda":
+                torch.cuda.synchronize()
+                profiler.start()
             call()
-            torch.cuda.synchronize()
-            profiler.stop()
-            plan = plan_of(case, direction == "backward", sizes)
+            if device == "cuda":
+                torch.cuda.synchronize()
+                profiler.stop()
+            plan = plan_of(case, direction == "backward")
             ideal = case.ideal_bytes(direction)
             done.append({**asdict(case), "direction": direction, "plan": plan, "ideal": ideal})
-        wish(None)
-        del x, dy, y, mean, gate
-        torch.cuda.empty_cache()
+        del x, dy, y, mean, gate, calls
     output.write_text(json.dumps(done))
     return 0
 
 
 def kernels(lines: list[str]) -> list[dict[str, Any]]:
-    """Name and bytes of every kernel in the CSV output of ncu, in order."""
+    """Name and counters of every kernel in the CSV output of ncu, in order."""
     begin = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if begin is None:
         return []
+    short = {name: key for key, name in COUNTERS.items()}
     found: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(lines[begin:]):
         if not (row.get("ID") or "").isdigit():  # the row of units
             continue
         entry = found.setdefault(row["ID"], {"name": row.get("Kernel Name", "?")})
         pairs = [(row.get("Metric Name"), row.get("Metric Value"))]
-        pairs += [(name, row.get(name)) for name in (READ, WRITTEN)]
+        pairs += [(name, row.get(name)) for name in short]
         for name, value in pairs:
-            if name in (READ, WRITTEN) and value:
-                entry[name] = float(value.replace(",", ""))
-    return [entry for entry in found.values() if READ in entry and WRITTEN in entry]
+            if name in short and value:
+                number = float(value.replace(",", ""))
+                entry[short[name]] = number / 1e3 if short[name] == "us" else number  # from ns
+    return [entry for entry in found.values() if "read" in entry and "written" in entry]
 
 
-def traffic(calls: list[dict[str, Any]], seen: list[dict[str, Any]]) -> str:
-    """What each call moved, over what it must and what the planner thinks."""
+def of_calls(calls: list[dict[str, Any]], seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each call with its kernels' counters.
+
+    Raises:
+        ValueError: there are more or fewer kernels than the plans say.
+    """
     launches = [c["plan"]["launches"] if isinstance(c["plan"], dict) else 1 for c in calls]
     if sum(launches) != len(seen):
-        rows = [f"{k['name']}: read {k[READ]:.4g}, written {k[WRITTEN]:.4g}" for k in seen]
-        return "\n".join([f"expected {sum(launches)} kernels, saw {len(seen)}:", *rows])
-    lines = ["strategy, layer, direction: MB read, written, ideal, modelled; moved / ideal"]
-    at = 0
+        raise ValueError(f"expected {sum(launches)} kernels, saw {len(seen)}")
+    found, at = [], 0
     for call, count in zip(calls, launches, strict=True):
-        own = seen[at : at + count]
+        found.append({**call, "kernels": seen[at : at + count]})
         at += count
-        read, written = (sum(k[name] for k in own) / 1e6 for name in (READ, WRITTEN))
-        plan, ideal = call["plan"], call["ideal"] / 1e6
-        shape = "x".join(map(str, call["shape"]))
-        lines.append(
-            f"{plan['strategy']} group {plan['group']} {shape} {call['layout']} "
-            f"{call['direction']}: {read:.1f}, {written:.1f}, {ideal:.1f}, "
-            f"{plan['dram_bytes'] / 1e6:.1f}; {(read + written) / ideal:.3f}"
-        )
+    return found
+
+
+def table(calls: list[dict[str, Any]]) -> str:
+    """Markdown: a row for each call."""
+    lines = [
+        "| layer | direction | strategy | us | DRAM / ideal | warp instructions per 512 B of x | "
+        "issue active % | warps active % | bank conflicts per 512 B | stalls: long, short, barrier, mio, branch |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for call in calls:
+        own, plan = call["kernels"], call["plan"]
+        case = Case(tuple(call["shape"]), call["k"], call["dtype"], call["layout"])
+        units = case.map_bytes / 512
+
+        def total(name: str, own: Any = own) -> float:
+            return float(sum(kernel.get(name, 0) for kernel in own))
+
+        longest = max(own, key=lambda kernel: kernel.get("us", 0))
+        stalls = [longest.get(f"stall {s}") for s in ("long", "short", "barrier", "mio", "branch")]
+        cells = [
+            str(case),
+            call["direction"],
+            plan["strategy"] if isinstance(plan, dict) else "-",
+            f"{total('us'):.1f}",
+            f"{(total('read') + total('written')) / call['ideal']:.3f}",
+            f"{total('instructions') / units:.0f}",
+            f"{longest.get('issue active %', float('nan')):.0f}",
+            f"{longest.get('warps active %', float('nan')):.0f}",
+            f"{total('bank conflicts') / units:.1f}",
+            ", ".join("-" if s is None else f"{s:.1f}" for s in stalls),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def pretended_counters(calls: list[dict[str, Any]]) -> str:
+    """What ncu might have printed for these calls: for a rehearsal."""
+    lines = ["==PROF== Connected", '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"']
+    at = 0
+    for call in calls:
+        for _ in range(call["plan"]["launches"] if isinstance(call["plan"], dict) else 1):
+            lines += [f'"{at}","pretended","{name}","","1,024"' for name in COUNTERS.values()]
+            at += 1
+    return "\n".join(lines)
+
+
+def read(calls_file: Path, csv_file: Path, output: Path | None) -> int:
+    calls = json.loads(calls_file.read_text())
+    seen = kernels(csv_file.read_text(errors="replace").splitlines())
+    if not seen:
+        print("no counters in the output of ncu")
+        return 3
+    try:
+        found = of_calls(calls, seen)
+    except ValueError as error:
+        print(f"{error}: {[kernel['name'] for kernel in seen]}")
+        return 1
+    if output:
+        output.write_text(json.dumps(found) + "\n")
+    print(table(found))
+    return 0
+
+
 def main(argv: list[str]) -> int:
-    if argv[:1] == ["read"]:
-        calls = json.loads(Path(argv[1]).read_text())
-        seen = kernels(Path(argv[2]).read_text(errors="replace").splitlines())
-        if not seen:
-            print("no counters in the output of ncu")
-            return 3
-        print(traffic(calls, seen))
-        return 0
-    if "cuda" not in (eca_fused.backends()["native"].detail or "").lower():
-        print("the extension was compiled without CUDA kernels")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["facts", "small", "layers", "read"])
+    parser.add_argument("files", type=Path, nargs="*", help="layers: one; read: two or three")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--backend", choices=["native", "triton"], default="native")
+    args = parser.parse_args(argv)
+    if args.what == "read":
+        calls, seen, *output = args.files
+        return read(calls, seen, *(output or [None]))
+    if args.what == "facts":
+        return facts(args.device)
+    if args.device not in (eca_fused.backends()[args.backend].devices or ()):
+        print(f"no {args.backend} kernels for {args.device}: {eca_fused.backends()[args.backend]}")
         return 2
-    if argv[:1] == ["large"]:
-        return large(Path(argv[1]))
-    return small()
+    if args.what == "small":
+        return small(args.device, args.backend)
+    if args.device == "cuda":
+        return run_layers("cuda", layers(), args.files[0])
+    tiny = [Case((2, 16, 6, 6), 3, "bfloat16", "contiguous")]
+    status = run_layers("cpu", tiny, args.files[0])
+    print(pretended_counters(json.loads(args.files[0].read_text())))
+    return status
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ from plans import gpu_limits, native_module, plan_of
 from torch import Tensor
 
 LAYERS = [
-    Case((32, 256, 56, 56), 3, "bfloat16", "contiguous"),
-    Case((32, 512, 28, 28), 5, "bfloat16", "contiguous"),
     Case((32, 1024, 14, 14), 5, "bfloat16", "contiguous"),
     Case((32, 2048, 7, 7), 7, "bfloat16", "contiguous"),
+    Case((32, 256, 56, 56), 3, "bfloat16", "contiguous"),
+    Case((32, 512, 28, 28), 5, "bfloat16", "contiguous"),
     Case((32, 256, 56, 56), 3, "bfloat16", "channels_last"),
     Case((32, 1024, 14, 14), 5, "bfloat16", "channels_last"),
 ]
@@ -199,6 +199,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--taps", type=int, default=3, help="of --shape (default 3)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of --shape")
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of --shape")
+    parser.add_argument("--layers", type=int, default=len(LAYERS), help="the first so many alone")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each plan (default 15)")
     parser.add_argument("--seconds", type=float, default=120, help="no layer is started after")
     parser.add_argument("--list", action="store_true", help="print the plans, and time none")
@@ -213,7 +214,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    layers = LAYERS
+    layers = LAYERS[: args.layers]
     if args.shape:
         layers = [Case(tuple(args.shape), args.taps, args.dtype, args.layout)]
     limits = native_module().gpu_by_name(args.gpu) if args.gpu else gpu_limits()

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Builds the extension for a GPU machine that has no time and no network to build it: CPU and sm_90
+# kernels, in the environment whose python is given, into build/gpu (ignored by git; carry it along).
+#
+#   tools/gpu_bundle.sh /path/to/python      # its Python and torch are those of the GPU machine, or
+#                                            # an older torch: the build uses PyTorch's stable ABI
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${1:?usage: tools/gpu_bundle.sh PYTHON}
+folder=build/gpu
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# A copy of what git knows and does not ignore, so that an extension in use here stays as it is.
+git ls-files -co --exclude-standard | tar c -T - | tar x -C "$work"
+bin=$(cd "$(dirname "$python")" && pwd)
+(
+  cd "$work"
+  export ECA_FUSED_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST-9.0}"
+  PATH="$bin:$PATH" "$bin/$(basename "$python")" setup.py build_ext --inplace
+) >"$work.log" 2>&1 || { tail -n 30 "$work.log" >&2; exit 1; }
+rm -f "$work.log"
+rm -rf "$folder"
+mkdir -p "$folder"
+cp "$work"/eca_fused/_C.*.so "$folder/"
+git rev-parse HEAD >"$folder/commit" 2>/dev/null || true
+bytes=$(du -sb "$folder" | cut -f1)
+[ "$bytes" -lt $((64 << 20)) ] || { echo "$folder has $bytes bytes, more than 64 MiB" >&2; exit 1; }
+echo "$folder: $bytes bytes"
