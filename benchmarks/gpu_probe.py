@@ -26,7 +26,7 @@ from plans import gpu_limits, native_module, plan_of
 
 import eca_fused
 
-Wish = tuple[int, int, int, bool]  # tile, group, threads, two passes
+Wish = tuple[Any, ...]  # arguments of _C.wish(): tile, group, threads, two passes, strategy
 
 # Every strategy and exchange on maps so small that an instrumented kernel takes seconds, with a
 # halo and with a last tile that is smaller where there can be.
@@ -40,6 +40,13 @@ SMALL: list[tuple[tuple[int, ...], str, Wish | None]] = [
     ((2, 48, 6, 6), "channels_last", (48, 12, 64, False)),
     ((2, 16, 10, 10), "contiguous", (0, 1, 256, True)),
     ((2, 16, 10, 10), "channels_last", (0, 1, 256, True)),
+    ((2, 24, 8, 8), "contiguous", (0, 1, 128, False, "R7")),
+    ((2, 20, 16, 16), "contiguous", (4, 1, 128, False, "R13")),
+    ((2, 24, 7, 7), "contiguous", (0, 1, 32, False, "F4")),
+    ((2, 24, 7, 7), "contiguous", (0, 1, 64, False, "F2")),
+    ((2, 48, 6, 6), "channels_last", (16, 1, 64, False, "P8")),
+    ((2, 48, 6, 6), "channels_last", (0, 1, 128, False, "P4")),
+    ((5, 48, 16, 16), "channels_last", (0, 1, 256, False, "S")),
     ((2, 7, 5, 3), "contiguous", None),
     ((2, 7, 5, 3), "channels_last", None),
 ]
@@ -57,7 +64,6 @@ COUNTERS = {
     "stall short": "smsp__average_warps_issue_stalled_short_scoreboard_per_issue_active.ratio",
     "stall barrier": "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",
     "stall mio": "smsp__average_warps_issue_stalled_mio_throttle_per_issue_active.ratio",
-    "stall branch": "smsp__average_warps_issue_stalled_branch_resolve_per_issue_active.ratio",
 }
 FEWEST_COUNTERS = ("us", "read", "written", "instructions")  # that every Nsight Compute has
 OUR_KERNELS = "regex:on_chip|sum_|make_|rescale_|add_parts"
@@ -202,7 +208,7 @@ def kernels(lines: list[str]) -> list[dict[str, Any]]:
         pairs = [(row.get("Metric Name"), row.get("Metric Value"))]
         pairs += [(name, row.get(name)) for name in short]
         for name, value in pairs:
-            if name in short and value:
+            if name in short and value and value != "n/a":
                 number = float(value.replace(",", ""))
                 entry[short[name]] = number / 1e3 if short[name] == "us" else number  # from ns
     return [entry for entry in found.values() if "read" in entry and "written" in entry]
@@ -228,7 +234,7 @@ def table(calls: list[dict[str, Any]]) -> str:
     """Markdown: a row for each call."""
     lines = [
         "| layer | direction | strategy | us | DRAM / ideal | warp instructions per 512 B of x | "
-        "issue active % | warps active % | bank conflicts per 512 B | stalls: long, short, barrier, mio, branch |",
+        "issue active % | warps active % | bank conflicts per 512 B | stalls: long, short, barrier, mio |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for call in calls:
@@ -240,7 +246,7 @@ def table(calls: list[dict[str, Any]]) -> str:
             return float(sum(kernel.get(name, 0) for kernel in own))
 
         longest = max(own, key=lambda kernel: kernel.get("us", 0))
-        stalls = [longest.get(f"stall {s}") for s in ("long", "short", "barrier", "mio", "branch")]
+        stalls = [longest.get(f"stall {s}") for s in ("long", "short", "barrier", "mio")]
         cells = [
             str(case),
             call["direction"],

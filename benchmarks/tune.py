@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,13 +30,13 @@ from torch import Tensor
 
 LAYERS = [
     Case((32, 1024, 14, 14), 5, "bfloat16", "contiguous"),
+    Case((64, 256, 56, 56), 3, "bfloat16", "contiguous"),
+    Case((64, 256, 56, 56), 3, "bfloat16", "channels_last"),
     Case((32, 2048, 7, 7), 7, "bfloat16", "contiguous"),
-    Case((32, 256, 56, 56), 3, "bfloat16", "contiguous"),
-    Case((32, 512, 28, 28), 5, "bfloat16", "contiguous"),
-    Case((32, 256, 56, 56), 3, "bfloat16", "channels_last"),
     Case((32, 1024, 14, 14), 5, "bfloat16", "channels_last"),
+    Case((32, 512, 28, 28), 5, "bfloat16", "contiguous"),
 ]
-GROUPS = (1, 2, 4, 8, 16)
+GROUPS = (1, 2, 4, 8)
 THREADS = (128, 256)
 MOST_HALO = 1.6  # asked of the L2 cache, in units of the maps: beyond it, halos cost too much
 SHOWN = 12  # rows of a table
@@ -48,10 +49,13 @@ class Wish(NamedTuple):
     group: int = 1
     threads: int = 256
     two_passes: bool = False
+    strategy: str = ""
 
     def __str__(self) -> str:
         if self.two_passes:
             return "two passes"
+        if self.strategy:
+            return f"{self.strategy}, tile {self.tile or 'largest'}, {self.threads} threads"
         return f"tile {self.tile}, group {self.group}, {self.threads} threads"
 
 
@@ -70,6 +74,9 @@ def candidates(case: Case, backward: bool, limits: Any) -> dict[Wish, dict[str, 
     found = {}
     wishes = [Wish(0, two_passes=True)]
     wishes += [Wish(t, g, n) for t in tiles_of(case) for g in GROUPS for n in THREADS]
+    names = product(("R7", "R13", "F2", "F4", "P4", "P8"), (64, 128, 256, 512), (0, 16, 32, 64, 128))
+    wishes += [Wish(tile, 1, n, False, name) for name, n, tile in names]
+    wishes += [Wish(0, strategy="S")]
     for wish in wishes:
         plan = plan_of(case, backward, tuple(wish), limits)
         if isinstance(plan, str) or plan["occupancy"] < 1:

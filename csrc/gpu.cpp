@@ -94,7 +94,9 @@ struct Key {
            a.channels == b.channels && a.pixels == b.pixels && a.taps_dtype == b.taps_dtype &&
            a.kernel_size == b.kernel_size && a.taps_per_channel == b.taps_per_channel &&
            a.circular == b.circular && pass == o.pass && access.aligned == o.access.aligned &&
-           access.dense == o.access.dense && access.in_place == o.access.in_place &&
+           access.dense == o.access.dense &&
+           access.samples_aligned == o.access.samples_aligned &&
+           access.in_place == o.access.in_place &&
            device == o.device;
   }
 };
@@ -162,13 +164,14 @@ void run_apart(const Call& call, int32_t device, Run kernels) {
 
 void set_wish(const Wish* wish) {
   if (wish && !wish->two_passes) {
-    if (wish->tile < 1 || wish->group < 1)
+    if (!wish->strategy && (wish->tile < 1 || wish->group < 1))
       throw std::invalid_argument("expected a tile and a group from 1 up");
     // The lanes that sum a plane are a power of two, and the threads a multiple of them.
     const int32_t n = wish->threads;
-    if (n < 32 || n > kMostThreads || (n & (n - 1)) != 0)
+    const int32_t most = wish->strategy == 'R' ? 512 : kMostThreads;
+    if (n < 32 || n > most || (n & (n - 1)) != 0)
       throw std::invalid_argument("expected threads as a power of two from 32 to " +
-                                  std::to_string(kMostThreads) + ", got " + std::to_string(n));
+                                  std::to_string(most) + ", got " + std::to_string(n));
   }
   const std::lock_guard<std::mutex> lock(wish_mutex);
   if (wish) wished = *wish;

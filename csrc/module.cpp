@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -65,21 +66,30 @@ eca::Dtype dtype_by_name(const std::string& name) {
                               name);
 }
 
-// (tile, group, threads, two_passes)
-using Sizes = std::tuple<int32_t, int32_t, int32_t, bool>;
+// (tile, group, threads, two_passes, strategy and depth as in "R7", or "")
+using Sizes = std::tuple<int32_t, int32_t, int32_t, bool, std::string>;
 
-eca::Wish to_wish(const Sizes& sizes) {
-  const auto [tile, group, threads, two_passes] = sizes;
-  return {two_passes, tile, group, threads};
+Sizes sizes_of(const py::tuple& t) {
+  if (t.size() != 4 && t.size() != 5)
+    throw std::invalid_argument("expected (tile, group, threads, two_passes) or a strategy too");
+  return {t[0].cast<int32_t>(), t[1].cast<int32_t>(), t[2].cast<int32_t>(), t[3].cast<bool>(),
+          t.size() == 5 ? t[4].cast<std::string>() : ""};
 }
 
-void wish(std::optional<int32_t> tile, int32_t group, int32_t threads, bool two_passes) {
+eca::Wish to_wish(const Sizes& sizes) {
+  const auto& [tile, group, threads, two_passes, strategy] = sizes;
+  const char letter = strategy.empty() ? '\0' : strategy[0];
+  return {two_passes, tile, group, threads, letter, letter ? std::atoi(strategy.c_str() + 1) : 0};
+}
+
+void wish(std::optional<int32_t> tile, int32_t group, int32_t threads, bool two_passes,
+          const std::string& strategy) {
 #if defined(ECA_FUSED_WITH_CUDA)
-  if (!tile && !two_passes) return eca::gpu::set_wish(nullptr);
-  const eca::Wish wish = to_wish({tile.value_or(0), group, threads, two_passes});
+  if (!tile && !two_passes && strategy.empty()) return eca::gpu::set_wish(nullptr);
+  const eca::Wish wish = to_wish({tile.value_or(0), group, threads, two_passes, strategy});
   eca::gpu::set_wish(&wish);
 #else
-  if (tile || two_passes)
+  if (tile || two_passes || !strategy.empty())
     throw std::runtime_error(
         "the extension was compiled without CUDA kernels, so none can be tuned");
 #endif
@@ -87,7 +97,7 @@ void wish(std::optional<int32_t> tile, int32_t group, int32_t threads, bool two_
 
 py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64_t samples,
               int64_t channels, int64_t pixels, int64_t kernel_size, bool own_taps, bool circular,
-              bool aligned, bool in_place, const py::dict& g, const std::optional<Sizes>& sizes) {
+              bool aligned, bool in_place, const py::dict& g, const std::optional<py::tuple>& sizes) {
   eca::Problem p{};
   p.dtype = p.taps_dtype = dtype_by_name(dtype);
   p.layout = channels_last ? eca::Layout::kPixels : eca::Layout::kPlanes;
@@ -103,8 +113,9 @@ py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64
   gpu.largest_cluster = g["largest_cluster"].cast<int32_t>();
   eca::Access access = eca::dense_access(p);
   access.aligned = access.aligned && aligned;
+  access.samples_aligned = access.samples_aligned && aligned;
   access.in_place = in_place;
-  const eca::Wish wish = to_wish(sizes.value_or(Sizes{}));
+  const eca::Wish wish = sizes ? to_wish(sizes_of(*sizes)) : eca::Wish{};
   const eca::Plan plan = eca::make_plan(p, backward ? eca::Pass::kBackward : eca::Pass::kForward,
                                         access, gpu, sizes ? &wish : nullptr);
   const eca::Tiling& t = plan.tiling;
@@ -113,6 +124,7 @@ py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64
                   "exchange"_a = exchanges[int(t.exchange)], "vectors"_a = t.vectors,
                   "tile"_a = t.tile, "halo"_a = t.halo, "tiles"_a = t.tiles, "group"_a = t.group,
                   "chunk"_a = t.chunk, "parts"_a = t.parts, "threads"_a = t.threads,
+                  "depth"_a = t.depth,
                   "blocks"_a = plan.blocks, "launches"_a = plan.launches,
                   "shared_bytes"_a = plan.shared_bytes, "occupancy"_a = plan.occupancy,
                   "workspace_bytes"_a = plan.workspace, "map_bytes"_a = plan.map_bytes,
@@ -134,9 +146,9 @@ PYBIND11_MODULE(_C, m) {
         "channels"_a, "pixels"_a, "kernel_size"_a, "own_taps"_a, "circular"_a, "aligned"_a,
         "in_place"_a, "gpu"_a, "wish"_a = py::none(),
         "How the CUDA kernels run a problem on a GPU, and what that moves; with a wish (tile, "
-        "group, threads, two_passes), how they would run it so.");
+        "group, threads, two_passes, strategy), how they would run it so.");
   m.def("wish", &wish, "tile"_a = py::none(), "group"_a = 1, "threads"_a = eca::kMostThreads,
-        "two_passes"_a = false,
+        "two_passes"_a = false, "strategy"_a = "",
         "For tuning and tests alone: every later call of the CUDA kernels in this process uses "
         "these sizes instead of the planner's choice, until wish(None).");
 }

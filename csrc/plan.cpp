@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <stdexcept>
@@ -47,6 +48,16 @@ constexpr double kLaunch = 2.0;             // microseconds
 constexpr double kClusterBarriers = 0.7;
 constexpr double kGlobalBarriers = 3.0;
 
+// Of R, F and P: the price of a slot that holds nothing, and the bytes that a multiprocessor must
+// have under way to be as fast as it can be.
+constexpr double kIdle = 0.3, kInFlight = 64 << 10;
+// Of what neighbours read too, relative to DRAM: rows have instructions to spare, the others have
+// not.
+constexpr double kRowHaloSpeed = 5, kHaloSpeed = 2.5;
+constexpr double kLastWave = 0.5;
+constexpr double kStreamSpeed = 0.74;  // relative to a copy, which moves two thirds as much
+constexpr double kAlone = 0.95;  // the speed of a block that is alone on its multiprocessor
+
 constexpr int64_t kStreams = 8;  // on which groups may wait at the same time
 
 constexpr int64_t kMostParts = 512;  // that a warp adds up for each channel
@@ -81,6 +92,8 @@ struct Planner {
     int64_t bytes = 2 * p.samples * p.channels * accumulator + taps;
     if (!backward) return bytes;
     bytes += taps;  // dweight
+    // The gate, dz to and fro, and the mean.
+    if (plan.tiling.depth) return bytes + 2 * p.samples * p.channels * accumulator;
     const int64_t partials = p.samples * plan.tiling.tiles * p.kernel_size * accumulator;
     return bytes + 2 * (p.taps_per_channel ? p.samples * p.channels * accumulator : partials);
   }
@@ -213,6 +226,182 @@ struct Planner {
   }
   mutable double best_cost = 0;
 
+  // ---- R, F and P ----
+
+  // What holds for all three.
+  bool registers_fit() const {
+    // Taps further out than all channels would need a place of their own.
+    return p.pixels > 0 && p.dtype != Dtype::kFloat64 && p.kernel_size / 2 <= p.channels &&
+           p.kernel_size <= 255 && p.channels < kMostElements && p.pixels < kMostElements;
+  }
+
+  // The tile that has room for `held` channels: all of them, or fewer and a halo on either side.
+  bool tile_in_registers(char strategy, int64_t held, int64_t unit, int64_t halo, int64_t wish,
+                         Plan* plan) const {
+    Tiling& t = plan->tiling;
+    const bool whole = held >= p.channels && (wish == 0 || wish >= p.channels);
+    if (!whole && access.in_place) return false;
+    int64_t most = whole ? p.channels : std::min(p.channels, (held - 2 * halo) / unit * unit);
+    if (!whole && wish) most = std::min(most, wish / unit * unit);
+    if (most < 1) return false;
+    t.tiles = ceil_div(p.channels, most);
+    const int64_t even = whole ? most : round_up(ceil_div(p.channels, t.tiles), unit);
+    t.exchange = Exchange::kNone;
+    t.group = 1;
+    t.vectors = true;
+    t.tile = int32_t(even);
+    t.halo = int32_t(whole ? 0 : halo);
+    t.held = t.tile + 2 * t.halo;
+    t.pad = int32_t(pad);
+    t.chunk = p.samples;
+    t.parts = 1;
+    plan->strategy = strategy;
+    plan->blocks = p.samples * t.tiles;
+    plan->launches = backward ? 2 : 1;
+    plan->shared_bytes = register_layout(p, strategy, t).end;
+    return plan->blocks <= kMostBlocks && plan->shared_bytes <= 48 << 10;
+  }
+
+  bool rows(int32_t depth, int32_t threads, int64_t wish, Plan* plan) const {
+    *plan = {};
+    Tiling& t = plan->tiling;
+    if (!planes || !access.aligned || threads > row_threads(depth)) return false;
+    const int64_t vectors = p.pixels / V;
+    t.depth = depth;
+    t.threads = threads;
+    t.lanes = 8;
+    while (t.lanes * int64_t(depth) < vectors && t.lanes < threads) t.lanes *= 2;
+    return t.lanes * int64_t(depth) >= vectors &&
+           tile_in_registers('R', threads / t.lanes, 1, pad, wish, plan);
+  }
+
+  bool runs(int32_t depth, int32_t threads, int64_t wish, Plan* plan) const {
+    *plan = {};
+    Tiling& t = plan->tiling;
+    if (!planes || !access.dense || !access.samples_aligned || p.pixels < V) return false;
+    int64_t unit = 1;  // planes that together are whole vectors
+    while (unit * p.pixels % V != 0) unit *= 2;
+    t.depth = depth;
+    t.threads = threads;
+    t.lanes = power_of_two_up_to(std::clamp<int64_t>(p.pixels / V / 4, 1, 32));
+    const int64_t capacity = int64_t(threads) * depth * V;
+    // The first vector may begin before the first held plane.
+    const bool all = p.channels * p.pixels <= capacity;
+    const int64_t held = all ? p.channels : (capacity - (V - 1)) / p.pixels;
+    // Channels that wrap around are not a part of the run.
+    return tile_in_registers('F', held, unit, pad, wish, plan) &&
+           (t.tile == p.channels || !p.circular);
+  }
+
+  bool columns(int32_t depth, int32_t threads, int64_t wish, Plan* plan) const {
+    *plan = {};
+    Tiling& t = plan->tiling;
+    if (planes || !access.aligned || pad > V) return false;
+    t.depth = depth;
+    t.threads = threads;
+    const int64_t rows = ceil_div(p.pixels, depth), columns = threads / rows;
+    return columns >= 1 && tile_in_registers('P', columns * V, V, V, wish, plan) &&
+           threads / (t.held / V) * int64_t(depth) >= p.pixels;
+  }
+
+  bool stream(Plan* plan) const {
+    *plan = {};
+    Tiling& t = plan->tiling;
+    if (planes || !access.aligned || p.channels / V > kColumnThreads) return false;
+    t.depth = backward ? kStreamBackwardDepth : kStreamForwardDepth;
+    t.threads = kColumnThreads;
+    t.exchange = Exchange::kNone;
+    t.group = 1;
+    t.vectors = true;
+    t.tile = t.held = int32_t(p.channels);
+    t.pad = int32_t(pad);
+    t.tiles = 1;
+    const int64_t rows = t.threads / (p.channels / V);
+    t.parts = int32_t(std::min<int64_t>(ceil_div(p.pixels, rows * t.depth), kMostParts + 1));
+    const int64_t sample_bytes = p.channels * p.pixels * size * (backward ? 2 : 1);
+    t.chunk = std::clamp<int64_t>(gpu.l2 / (backward ? 4 : 8) / sample_bytes, 1, p.samples);
+    plan->strategy = 'S';
+    plan->blocks = 2 * (ceil_div(p.samples, t.chunk) + 1) * t.chunk * t.parts;
+    plan->launches = backward ? 2 : 1;
+    plan->shared_bytes = register_layout(p, 'S', t).end;
+    return t.parts <= kMostParts && plan->blocks <= kMostBlocks && plan->shared_bytes <= 48 << 10;
+  }
+
+  double cost_of_stream(Plan* plan) const {
+    const int64_t maps = backward ? 2 : 1;
+    plan->occupancy = int32_t(stream_blocks(backward));
+    const int64_t parts = 2 * p.samples * plan->tiling.parts * p.channels * accumulator;
+    const int64_t shift = backward ? 2 * p.samples * p.channels * accumulator : 0;
+    const int64_t small = small_bytes(*plan) + parts + shift;
+    plan->dram_bytes = (maps + 1) * map_bytes + small;
+    plan->l2_bytes = (maps + 2) * map_bytes + small;
+    const double idle =
+        std::max(1.0, gpu.multiprocessors / kOneMultiprocessor / (double(plan->blocks) / 2));
+    return double(plan->dram_bytes) / kStreamSpeed * idle;
+  }
+
+  double cost_in_registers(Plan* plan) const {
+    const Tiling& t = plan->tiling;
+    const int64_t maps = backward ? 2 : 1;
+    const int64_t blocks = plan->strategy == 'R'   ? row_blocks(t.depth)
+                           : plan->strategy == 'F' ? kRunBlocks
+                                                   : column_blocks(t.depth, backward);
+    const int64_t most = plan->strategy == 'R' ? row_threads(t.depth) : kRunThreads;
+    const int64_t reserved = gpu.capability >= 80 ? 1 << 10 : 0;
+    const int64_t registers = 65536 / (most * blocks) / 8 * 8;
+    plan->occupancy = int32_t(
+        std::min({gpu.shared_per_multiprocessor / (plan->shared_bytes + reserved),
+                  gpu.threads_per_multiprocessor / int64_t(t.threads),
+                  65536 / (t.threads * registers), int64_t(24)}));
+    const int64_t held_bytes = p.samples * held_in_sample(t) * p.pixels * size * maps;
+    plan->dram_bytes = (maps + 1) * map_bytes + small_bytes(*plan);
+    plan->l2_bytes = held_bytes + map_bytes + small_bytes(*plan);
+    const double SMs = gpu.multiprocessors;
+    const double slots = double(plan->blocks) * t.threads * t.depth * 16;
+    const double idle = 1 - double(held_bytes) / (slots * double(maps));
+    const double resident = double(plan->occupancy) * t.threads * t.depth * 16;
+    const double halo_bytes = double(held_bytes - maps * map_bytes);
+    // The last wave of blocks leaves multiprocessors idle, but for what the others still do.
+    const double waves = double(plan->blocks) / (SMs * double(std::max(1, plan->occupancy)));
+    const double last_wave = waves > 1 ? 1 + kLastWave * (std::ceil(waves) / waves - 1) : 1;
+    const double halo_speed = plan->strategy == 'R' ? kRowHaloSpeed : kHaloSpeed;
+    const double streaming = (double(plan->dram_bytes) + halo_bytes / halo_speed) *
+                             (1 + kIdle * idle) * last_wave /
+                             std::min(1.0, 0.6 + 0.4 * resident / kInFlight) /
+                             (plan->occupancy == 1 ? kAlone : 1);
+    const double busiest = double(ceil_div(plan->blocks, gpu.multiprocessors)) *
+                           double(held_bytes + map_bytes) / double(plan->blocks) * SMs /
+                           kOneMultiprocessor;
+    return std::max(streaming, busiest);
+  }
+
+  bool in_registers(Plan* best) const {
+    if (!registers_fit()) return false;
+    double lowest = std::numeric_limits<double>::infinity();
+    Plan plan{};
+    const auto consider = [&](bool possible) {
+      if (!possible) return;
+      const double cost = cost_in_registers(&plan);
+      if (plan.occupancy < 1 || cost >= lowest) return;
+      lowest = cost;
+      *best = plan;
+    };
+    if (stream(&plan)) {
+      lowest = cost_of_stream(&plan);
+      *best = plan;
+    }
+    for (int32_t threads : {128, 256, 512}) {
+      for (int32_t depth : kRowDepths) consider(rows(depth, threads, 0, &plan));
+      if (threads > kRunThreads) continue;
+      for (int32_t depth : kRunDepths) consider(runs(depth, threads, 0, &plan));
+      for (int32_t depth : kColumnDepths) consider(columns(depth, threads, 0, &plan));
+      // Narrower columns give more blocks.
+      for (int64_t channels = V; channels < p.channels; channels *= 2)
+        for (int32_t depth : kColumnDepths) consider(columns(depth, threads, channels, &plan));
+    }
+    return lowest < std::numeric_limits<double>::infinity();
+  }
+
   double two_passes(Plan* plan) const {
     *plan = {};
     Tiling& t = plan->tiling;
@@ -258,6 +447,29 @@ struct Planner {
       two_passes(&plan);
       return plan;
     }
+    if (wish.strategy) {
+      const auto known = [&](const auto& depths) {
+        return std::find(std::begin(depths), std::end(depths), wish.depth) != std::end(depths);
+      };
+      const char s = wish.strategy;
+      const bool fits = registers_fit() && wish.threads <= (s == 'R' ? 512 : kRunThreads) &&
+                        wish.threads >= 32 && (wish.threads & (wish.threads - 1)) == 0;
+      if (fits && s == 'S' && stream(&plan)) {
+        cost_of_stream(&plan);
+        return plan;
+      }
+      const bool can =
+          fits && ((s == 'R' && known(kRowDepths) && rows(wish.depth, wish.threads, wish.tile, &plan)) ||
+                   (s == 'F' && known(kRunDepths) && runs(wish.depth, wish.threads, wish.tile, &plan)) ||
+                   (s == 'P' && known(kColumnDepths) &&
+                    columns(wish.depth, wish.threads, wish.tile, &plan)));
+      if (!can)
+        throw std::invalid_argument(std::string("the kernels cannot run strategy ") + s +
+                                    " with a depth of " + std::to_string(wish.depth) + " and " +
+                                    std::to_string(wish.threads) + " threads");
+      cost_in_registers(&plan);
+      return plan;
+    }
     if (!can_hold() || !tile(wish.tile, wish.group, wish.threads, &plan) ||
         plan.shared_bytes > gpu.shared_per_block)
       throw std::invalid_argument("the kernels cannot run with a tile of " +
@@ -269,6 +481,7 @@ struct Planner {
 
   Plan best() const {
     Plan plan{}, two{};
+    if (in_registers(&plan)) return plan;
     const double two_cost = two_passes(&two);
     if (!on_chip(&plan) || two_cost < best_cost) return two;
     return plan;
@@ -277,7 +490,15 @@ struct Planner {
   Plan complete(Plan plan) const {
     const Tiling& t = plan.tiling;
     const bool global = t.exchange == Exchange::kGlobal;
+    const bool own_kernel = backward && (t.depth || plan.strategy == 'C');
+    if (own_kernel && p.taps_per_channel)
+      plan.dweight_blocks = ceil_div(p.channels, 32) * p.kernel_size;
+    else if (own_kernel)
+      plan.dweight_blocks = std::clamp<int64_t>(
+          p.samples * ceil_div(p.channels, kDweightThreads) / kDweightRuns, 1, 128);
     if (global) plan.counters = 1 + t.tiles + p.samples * t.tiles;
+    else if (plan.strategy == 'S') plan.counters = 2 + 2 * p.samples;
+    else if (own_kernel) plan.counters = p.taps_per_channel || plan.dweight_blocks == 1 ? 0 : 2;
     else if (backward) plan.counters = p.taps_per_channel ? 1 + t.tiles : 2;
     plan.map_bytes = (backward ? 3 : 2) * map_bytes;
     plan.workspace = workspace_layout(p, pass, plan).end;
@@ -315,7 +536,8 @@ Gpu gpu_by_name(const std::string& name) {
 
 Access dense_access(const Problem& p) {
   const int64_t length = p.layout == Layout::kPlanes ? p.pixels : p.channels;
-  return {length * size_of(p.dtype) % 16 == 0, true, false};
+  const bool samples = p.channels * p.pixels * size_of(p.dtype) % 16 == 0;
+  return {length * size_of(p.dtype) % 16 == 0, true, samples, false};
 }
 
 Plan make_plan(const Problem& problem, Pass pass, const Access& access, const Gpu& gpu,
@@ -350,6 +572,29 @@ SharedLayout shared_layout(const Problem& p, Pass pass, const Tiling& t) {
   return s;
 }
 
+SharedLayout register_layout(const Problem& p, char strategy, const Tiling& t) {
+  const int64_t accumulator = accumulator_size(p.dtype), V = 16 / size_of(p.dtype);
+  SharedLayout s{};
+  int64_t at = 0;
+  const auto place = [&](int32_t* where, int64_t numbers) {
+    *where = int32_t(at);
+    at = std::min<int64_t>(round_up(at + numbers * accumulator, 16),
+                           std::numeric_limits<int32_t>::max());
+  };
+  const int64_t rows = strategy == 'P' || strategy == 'S' ? t.threads / std::max<int64_t>(1, t.held / V) : 0;
+  place(&s.padded, t.held + (t.halo ? 0 : 2 * int64_t(t.pad)));
+  place(&s.taps, p.taps_per_channel ? 0 : p.kernel_size);
+  // A gate beyond the last, for the last vector of a run.
+  place(&s.gate, strategy == 'R' ? 0 : t.held + 1);
+  place(&s.shift, strategy == 'R' ? 0 : t.tile + 1);
+  place(&s.flag, 1);
+  place(&s.scratch, strategy == 'R'   ? t.threads / 32
+                    : strategy == 'F' ? 2 * int64_t(t.depth) * t.threads
+                                      : rows * t.held);
+  s.end = int32_t(at);
+  return s;
+}
+
 WorkspaceLayout workspace_layout(const Problem& p, Pass pass, const Plan& plan) {
   const Tiling& t = plan.tiling;
   const int64_t accumulator = accumulator_size(p.dtype);
@@ -361,15 +606,18 @@ WorkspaceLayout workspace_layout(const Problem& p, Pass pass, const Plan& plan) 
     w.end += round_up(bytes, 16);
   };
   const int64_t groups = p.samples * t.tiles * t.group;
-  place(&w.sums, two_passes                        ? t.parts * per_channel
+  const bool streamed = plan.strategy == 'S';
+  place(&w.sums, two_passes || streamed            ? t.parts * per_channel
                  : t.exchange == Exchange::kGlobal ? groups * t.held * accumulator
                                                    : 0);
-  place(&w.dz, backward && (two_passes || p.taps_per_channel) ? per_channel : 0);
-  place(&w.shift, backward && two_passes ? per_channel : 0);
+  place(&w.dz, backward && (plan.dweight_blocks || p.taps_per_channel) ? per_channel : 0);
+  place(&w.shift, backward && (two_passes || streamed) ? per_channel : 0);
   place(&w.dweight,
-        backward && !p.taps_per_channel ? p.kernel_size * p.samples * t.tiles * accumulator : 0);
-  place(&w.mean, !backward && two_passes ? per_channel : 0);
-  place(&w.gate, !backward && two_passes ? per_channel : 0);
+        !backward || p.taps_per_channel ? 0
+        : plan.dweight_blocks           ? p.kernel_size * plan.dweight_blocks * accumulator
+                                        : p.kernel_size * p.samples * t.tiles * accumulator);
+  place(&w.mean, !backward && (two_passes || streamed) ? per_channel : 0);
+  place(&w.gate, !backward && (two_passes || streamed) ? per_channel : 0);
   return w;
 }
 

@@ -6,6 +6,11 @@
 //   B  planes: the same, split over a group of blocks that exchange their sums
 //   D  pixels: the pixels of a tile of channels, split over a group likewise
 //   C  nothing: two passes over a few samples at a time, the second out of the L2 cache
+// and in its registers, which is faster wherever it can be done:
+//   R  planes: a team of threads for each plane of a tile and of its halo
+//   F  planes: the run of a tile's planes, where they do not begin at multiples of 16 bytes
+//   P  pixels: the columns of a tile's channels and one more on either side
+//   S  pixels: nothing; two kinds of blocks in one launch, the second out of the L2 cache
 #pragma once
 
 #include <cstdint>
@@ -32,6 +37,25 @@ Gpu gpu_by_name(const std::string& name);
 // Threads of a block, and registers of a thread of strategies A, B and D: fewer spill.
 constexpr int32_t kMostThreads = 256, kForwardRegisters = 64, kBackwardRegisters = 80;
 
+// Strategies R, F and P: vectors of 16 bytes that a thread holds (`depth`), threads of a block at
+// most, and blocks that shall be resident at least, from which the registers of a thread follow.
+constexpr int32_t kRowDepths[] = {7, 13}, kRunDepths[] = {2, 4}, kColumnDepths[] = {4, 8};
+constexpr int32_t row_threads(int32_t depth) { return depth > 7 ? 512 : 256; }
+constexpr int32_t row_blocks(int32_t depth) { return depth > 7 ? 1 : 3; }
+constexpr int32_t kRunThreads = 256, kRunBlocks = 4;
+constexpr int32_t kColumnThreads = 256;
+constexpr int32_t column_blocks(int32_t depth, bool backward) {
+  return (depth > 4 ? 3 : 4) - (backward ? 1 : 0);
+}
+
+// Strategy S.
+constexpr int32_t kStreamForwardDepth = 12, kStreamBackwardDepth = 8;
+constexpr int32_t stream_blocks(bool backward) { return backward ? 2 : 3; }
+
+// The kernel that makes dweight from dz: threads of a block, and runs of so many channels that a
+// block adds up at least.
+constexpr int32_t kDweightThreads = 256, kDweightRuns = 8;
+
 // How a group's blocks tell each other their sums.
 enum class Exchange : int32_t { kNone, kCluster, kGlobal };
 
@@ -48,17 +72,18 @@ struct Tiling {
   int32_t group;  // blocks
   int32_t share;  // of a block: elements (planes) or pixels (pixels) of what is held
   int32_t lanes;  // planes: threads that sum one plane, a power of two
+  int32_t depth;  // R, F, P and S: vectors that a thread holds; 0 for the others
   int64_t tiles;  // in a sample
 
-  // Strategy C
-  int64_t chunk;  // samples in one pair of passes
+  // Strategies C and S
+  int64_t chunk;  // samples in one pair of passes, or in a group
   int32_t parts;  // of a plane, or of the pixels of a sample, summed by different blocks
 
   int32_t threads;  // in a block
 };
 
 struct Plan {
-  char strategy;  // 'A' to 'D'
+  char strategy;  // 'A' to 'D', 'R', 'F', 'P' or 'S'
   Tiling tiling;
   int64_t blocks;  // of one launch
   int64_t launches;
@@ -66,6 +91,7 @@ struct Plan {
   int32_t occupancy;     // blocks on a multiprocessor
   int64_t counters;      // words of zeros that blocks meet at; the kernels leave them zero
   int64_t workspace;     // bytes
+  int64_t dweight_blocks;  // of the kernel that makes dweight from dz; 0 where there is none
   // Modelled:
   int64_t map_bytes;   // of the feature maps alone, each read or written once
   int64_t dram_bytes;  // read and written, each byte of a launch once
@@ -76,6 +102,7 @@ struct Plan {
 struct Access {
   bool aligned;   // every row of every map begins and ends at a multiple of 16 bytes
   bool dense;     // the rows of a sample follow one another without a gap, in every map
+  bool samples_aligned;  // every sample of every map begins at a multiple of 16 bytes
   bool in_place;  // the result is written over what is read
 };
 
@@ -88,6 +115,8 @@ enum class Pass { kForward, kBackward };
 struct Wish {
   bool two_passes;  // strategy C, and nothing else counts
   int32_t tile, group, threads;
+  char strategy = 0;  // 'R', 'F' or 'P', with `depth`; a tile of 0 is the largest that fits; or 'S'
+  int32_t depth = 0;
 };
 
 // Throws std::invalid_argument where the kernels cannot run as wished.
@@ -98,9 +127,11 @@ Plan make_plan(const Problem& problem, Pass pass, const Access& access, const Gp
 // planner have this in common.
 struct SharedLayout {
   int32_t barrier, flag, sums, padded, gate, shift, scratch, held, staged, end;
+  int32_t taps;  // R, F and P
 };
 
 SharedLayout shared_layout(const Problem& problem, Pass pass, const Tiling& tiling);
+SharedLayout register_layout(const Problem& problem, char strategy, const Tiling& tiling);
 
 // Where things lie in a call's workspace, in bytes from its beginning.
 struct WorkspaceLayout {

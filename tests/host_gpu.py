@@ -51,6 +51,7 @@ class Wish:
     group: int = 1
     threads: int = 64
     two_passes: bool = False
+    strategy: str = ""  # R, F or P and the depth, as in "R7"
 
 
 @dataclass
@@ -228,6 +229,7 @@ class HostGpu:
             operation, DTYPES.index(x.dtype), channels_last, n, c, s, DTYPES.index(weight.dtype),
             weight.shape[2], weight.shape[0] != 1, circular, *wants, seed, resident, count,
             *gpu.values(), wish is not None, w.two_passes, w.tile, w.group, w.threads,
+            ord(w.strategy[0]) if w.strategy else 0, int(w.strategy[1:] or 0),
         ]  # fmt: skip
         for v in maps:
             numbers += v.fields()

@@ -41,6 +41,14 @@ WISHES = {
     "groups of 2": (Wish(16, 2, 64), A100),
     "all channels over 4 without clusters": (Wish(0, 4, 128), A100),
     "two passes": (Wish(two_passes=True), H200),
+    # Whole, and with a halo; as deep as can be, and with threads that are left over.
+    "rows": (Wish(0, threads=128, strategy="R7"), H200),
+    "rows of tiles": (Wish(4, threads=128, strategy="R13"), H200),
+    "runs": (Wish(0, threads=32, strategy="F4"), H200),
+    "runs of tiles": (Wish(8, threads=64, strategy="F2"), H200),
+    "columns": (Wish(0, threads=64, strategy="P8"), H200),
+    "columns of tiles": (Wish(16, threads=128, strategy="P4"), H200),
+    "stream": (Wish(strategy="S"), H200),
 }
 # One pixel; planes below, at and above a vector; no multiples; one channel; one sample; more
 # channels than a tile; tiles that end early.
@@ -97,7 +105,7 @@ def cases():
 def test_kernels(gpu, dtype, layout, mode, own_taps, name, shape, k):
     wish, of = WISHES[name]
     case = make_case(shape, k, dtype, layout, mode, own_taps)
-    if wish is not None and wish.tile == 0:
+    if wish is not None and wish.tile == 0 and not wish.strategy:
         wish = replace(wish, tile=shape[1])
     done = run(gpu, case, layout, wish, of, seed=shape[1] + k)
     if done is None:  # a wish that this shape cannot have: the planner's choice, then
@@ -127,7 +135,7 @@ def test_every_strategy_is_run(gpu):
     for layout in LAYOUTS:
         for name in WISHES:
             wish, of = WISHES[name]
-            if wish is not None and wish.tile == 0:
+            if wish is not None and wish.tile == 0 and not wish.strategy:
                 wish = replace(wish, tile=64)
             done = run(gpu, make_case((2, 64, 16), 3, layout=layout), layout, wish, of)
             if done is not None:
@@ -143,7 +151,7 @@ def test_every_strategy_is_run(gpu):
 def test_any_schedule_gives_the_same_bits(gpu, layout, name):
     wish, of = WISHES[name]
     case = make_case((3, 32, 24), 5, torch.float32, layout)
-    if wish is not None and wish.tile == 0:
+    if wish is not None and wish.tile == 0 and not wish.strategy:
         wish = replace(wish, tile=32)
     first = run(gpu, case, layout, wish, of)
     if first is None:
@@ -335,7 +343,7 @@ def test_traffic_of_resnet50(gpu, shape, k, layout, dtype):
 def test_traffic_is_what_the_planner_models(gpu, wish, of, layout):
     """For other plans, GPUs and batches: the sums that groups exchange are not worth modelling."""
     case = make_case((3, 64, 2304), 5, torch.bfloat16, layout)
-    if wish is not None and wish.tile == 0:
+    if wish is not None and wish.tile == 0 and not wish.strategy:
         wish = replace(wish, tile=64)
     done = run(gpu, case, layout, wish, of, count=True)
     assert done is not None

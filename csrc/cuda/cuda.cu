@@ -62,11 +62,14 @@ Access access_of(const Problem& p, const Map& map) {
   const bool aligned = reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && whole(length) &&
                        (rows <= 1 || whole(map.row_stride)) &&
                        (p.samples <= 1 || whole(map.sample_stride));
-  return {aligned, rows <= 1 || map.row_stride == length, false};
+  const bool samples_aligned = reinterpret_cast<uintptr_t>(map.data) % 16 == 0 &&
+                               (p.samples <= 1 ? whole(rows * length) : whole(map.sample_stride));
+  return {aligned, rows <= 1 || map.row_stride == length, samples_aligned, false};
 }
 
 Access both(const Access& a, const Access& b) {
-  return {a.aligned && b.aligned, a.dense && b.dense, a.in_place || b.in_place};
+  return {a.aligned && b.aligned, a.dense && b.dense, a.samples_aligned && b.samples_aligned,
+          a.in_place || b.in_place};
 }
 
 }  // namespace

@@ -50,6 +50,48 @@ struct alignas(sizeof(T) * V) Vector {
   T element[V];
 };
 
+// A vector's elements, and back. Two bfloat16 or half numbers lie in one register: they are
+// converted there, which takes half the instructions of one after the other.
+template <class T, int V>
+__device__ inline Vector<Accumulator<T>, V> widen(const Vector<T, V>& v) {
+  Vector<Accumulator<T>, V> wide;
+  if constexpr (std::is_same_v<T, bfloat16> && V % 2 == 0) {
+    const auto* const pairs = reinterpret_cast<const uint32_t*>(&v);
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      wide.element[2 * i] = __uint_as_float(pairs[i] << 16);
+      wide.element[2 * i + 1] = __uint_as_float(pairs[i] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) wide.element[i] = widen(v.element[i]);
+  }
+  return wide;
+}
+
+template <class T, int V>
+__device__ inline Vector<T, V> narrow(const Vector<Accumulator<T>, V>& wide) {
+  Vector<T, V> v;
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    using Pair = std::conditional_t<std::is_same_v<T, half>, __half2, __nv_bfloat162>;
+    Pair pairs[V / 2];
+#pragma unroll
+    for (int i = 0; i < V / 2; ++i) {
+      const float a = wide.element[2 * i], b = wide.element[2 * i + 1];
+      if constexpr (std::is_same_v<T, half>) pairs[i] = __floats2half2_rn(a, b);
+      else pairs[i] = __floats2bfloat162_rn(a, b);
+    }
+    std::memcpy(&v, pairs, sizeof v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) v.element[i] = narrow<T>(wide.element[i]);
+  }
+  return v;
+}
+
+// The upper half of the product: a division by a number whose 2^32nd part is known.
+__device__ inline uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
 // The integer that the hardware moves in one instruction for a vector.
 template <int kBytes>
 using Word = std::conditional_t<
@@ -145,6 +187,11 @@ class Shared {
   template <int V>
   __device__ Vector<T, V> load(int i) const {
     return cuda::load<V>(data_ + i);
+  }
+
+  template <int V>
+  __device__ void store(int i, const Vector<T, V>& v) const {
+    *reinterpret_cast<Vector<T, V>*>(data_ + i) = v;
   }
 
   // From the array at the same place of another block of the cluster.
@@ -344,6 +391,7 @@ struct Launch {
   int cluster;           // blocks in a cluster, 1 for none
   int64_t shared_bytes;  // dynamic shared memory of a block
   Stream stream;
+  bool in_order = false;  // blocks wait for those of lower numbers: all GPUs start them in order
 };
 
 template <class... Parameters, class... Arguments>

@@ -12,13 +12,19 @@ struct Rescale {
   template <class T, int V>
   __device__ Vector<T, V> forward(const Vector<T, V>& x, const Vector<Accumulator<T>, V>& gate,
                                   int64_t /* offset */) const {
-    Vector<T, V> y;
+    Vector<Accumulator<T>, V> y = widen(x);
 #pragma unroll
-    for (int i = 0; i < V; ++i) y.element[i] = narrow<T>(gate.element[i] * widen(x.element[i]));
-    return y;
+    for (int i = 0; i < V; ++i) y.element[i] *= gate.element[i];
+    return narrow<T>(y);
   }
 
-  // An element of the gradient that reaches gate * x, from that of y.
+  // The gradient that reaches gate * x, from that of y.
+  template <class T, int V>
+  __device__ Vector<Accumulator<T>, V> gradient(const Vector<T, V>& dy) const {
+    return widen(dy);
+  }
+
+  // Of one element.
   template <class T>
   __device__ Accumulator<T> gradient(T dy) const {
     return widen(dy);

@@ -1,8 +1,13 @@
 // Launchers: from a call and its plan to kernels. Instantiated once for each dtype.
 #pragma once
 
+#include "columns.h"
 #include "cuda.h"
+#include "dweight.h"
 #include "on_chip.h"
+#include "rows.h"
+#include "runs.h"
+#include "stream.h"
 #include "two_pass.h"
 
 namespace eca::cuda {
@@ -17,7 +22,7 @@ inline Workspace arrange(const Problem& p, Pass pass, const Plan& plan, const Me
 inline Launch launch_of(const Plan& plan, const Memory& memory) {
   const int cluster = plan.tiling.exchange == Exchange::kCluster ? plan.tiling.group : 1;
   return {plan.blocks, plan.tiling.threads, cluster, plan.shared_bytes,
-          static_cast<Stream>(memory.stream)};
+          static_cast<Stream>(memory.stream), plan.strategy == 'S'};
 }
 
 // Strategy C's launches over one chunk of samples.
@@ -44,12 +49,68 @@ void for_each_chunk(const Problem& p, const Tiling& t, const Memory& memory, Bod
   }
 }
 
+// Strategies R, F and P. float64 has the others alone: it is for checking gradients.
+template <class T>
+void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const Workspace& work) {
+  if constexpr (!std::is_same_v<T, double>) {
+    const Tiling& t = plan.tiling;
+    const SharedLayout s = register_layout(f.problem, plan.strategy, t);
+    const auto start = [&](auto kernel) { launch(launch_of(plan, memory), kernel, f, t, s, Rescale{}); };
+    if (plan.strategy == 'S') {
+      if (!f.mean) f.mean = work.mean, f.gate = work.gate;
+      return launch(launch_of(plan, memory), forward_stream<T, kStreamForwardDepth, Rescale>, f, t,
+                    s, work, Rescale{});
+    }
+    switch (plan.strategy) {
+      case 'R': return start(t.depth == 7 ? forward_rows<T, 7, Rescale> : forward_rows<T, 13, Rescale>);
+      case 'F': return start(t.depth == 2 ? forward_runs<T, 2, Rescale> : forward_runs<T, 4, Rescale>);
+      default:
+        return start(t.depth == 4 ? forward_columns<T, 4, Rescale> : forward_columns<T, 8, Rescale>);
+    }
+  }
+}
+
+template <class T>
+void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
+                      const Workspace& work) {
+  if constexpr (!std::is_same_v<T, double>) {
+    const Tiling& t = plan.tiling;
+    const SharedLayout s = register_layout(b.problem, plan.strategy, t);
+    const auto start = [&](auto kernel) {
+      launch(launch_of(plan, memory), kernel, b, t, s, work, Rescale{});
+    };
+    switch (plan.strategy) {
+      case 'S': return start(backward_stream<T, kStreamBackwardDepth, Rescale>);
+      case 'R':
+        return start(t.depth == 7 ? backward_rows<T, 7, Rescale> : backward_rows<T, 13, Rescale>);
+      case 'F':
+        return start(t.depth == 2 ? backward_runs<T, 2, Rescale> : backward_runs<T, 4, Rescale>);
+      default:
+        return start(t.depth == 4 ? backward_columns<T, 4, Rescale>
+                                  : backward_columns<T, 8, Rescale>);
+    }
+  }
+}
+
+// dweight from the dz that the kernels before have left in the workspace.
+template <class T>
+void run_dweight(const Backward& b, const Plan& plan, const Memory& memory, const Workspace& work) {
+  if (!b.dweight) return;
+  const int64_t accumulator = sizeof(Accumulator<T>);
+  const int64_t shared = b.problem.taps_per_channel
+                             ? kDweightThreads * accumulator
+                             : 16 + kDweightThreads / 32 * kTapsAtOnce * accumulator;
+  launch({plan.dweight_blocks, kDweightThreads, 1, shared, static_cast<Stream>(memory.stream)},
+         b.problem.taps_per_channel ? sum_own_dweight<T> : sum_shared_dweight<T>, b, work);
+}
+
 template <class T>
 void run_forward(Forward f, const Plan& plan, const Memory& memory) {
   const Problem& p = f.problem;
   const Tiling& t = plan.tiling;
   const bool planes = p.layout == Layout::kPlanes;
   const Workspace work = arrange(p, Pass::kForward, plan, memory);
+  if (t.depth) return run_in_registers<T>(f, plan, memory, work);
   if (plan.strategy != 'C')
     return launch(launch_of(plan, memory),
                   planes ? forward_on_chip<T, Layout::kPlanes, Rescale>
@@ -72,6 +133,10 @@ void run_backward(const Backward& b, const Plan& plan, const Memory& memory) {
   const Tiling& t = plan.tiling;
   const bool planes = p.layout == Layout::kPlanes;
   const Workspace work = arrange(p, Pass::kBackward, plan, memory);
+  if (t.depth) {
+    run_in_registers<T>(b, plan, memory, work);
+    return run_dweight<T>(b, plan, memory, work);
+  }
   if (plan.strategy != 'C')
     return launch(launch_of(plan, memory),
                   planes ? backward_on_chip<T, Layout::kPlanes, Rescale>
@@ -85,9 +150,7 @@ void run_backward(const Backward& b, const Plan& plan, const Memory& memory) {
       launch(how.rescale, planes ? rescale_planes<T, Rescale> : rescale_pixels<T, Rescale>, p, b.dy,
              b.dx, b.gate, work.shift, t, chunk, Rescale{});
   });
-  if (!b.dweight) return;
-  launch({p.samples * t.tiles, t.threads, 1, 16, static_cast<Stream>(memory.stream)},
-         sum_dweight<T>, b, t, work);
+  run_dweight<T>(b, plan, memory, work);
 }
 
 template <class T>

@@ -330,20 +330,4 @@ __global__ void __launch_bounds__(kMostThreads)
   else rescale_pixel_part<1, T>(p, from, to, gates, shifts, here, epilogue);
 }
 
-// dweight from dz and mean of all samples: one block for each tile of channels of each sample.
-template <class T>
-__global__ void __launch_bounds__(kMostThreads) sum_dweight(Backward b, Tiling t, Workspace work) {
-  using A = Accumulator<T>;
-  const Problem& p = b.problem;
-  const int64_t sample = block_index() / t.tiles, tile = block_index() % t.tiles;
-  const int64_t begin = tile * t.tile;
-  const A* const dz = static_cast<const A*>(work.dz) + sample * p.channels + begin;
-  const A* const mean = static_cast<const A*>(b.mean);
-  const DweightTile here{sample, tile, t.tiles, begin,
-                         int(min(int64_t(t.tile), p.channels - begin))};
-  if (contribute_to_dweight<T>(p, work, mean, here, shared_array<uint32_t>(0, 1),
-                               [&](int c) { return value_at(dz + c); }))
-    finish_dweight<T>(p, work, mean, b.dweight, here);
-}
-
 }  // namespace eca::cuda

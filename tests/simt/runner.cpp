@@ -35,7 +35,7 @@ struct Request {
   int64_t seed, resident, count;
   int64_t capability, multiprocessors, shared_per_block, shared_per_multiprocessor, l2,
       threads_per_multiprocessor, largest_cluster;
-  int64_t wish, two_passes, tile, group, threads;
+  int64_t wish, two_passes, tile, group, threads, strategy, depth;
   MapRequest x, y, dy, dx;  // y is y or, backward, unused
 };
 
@@ -169,7 +169,8 @@ bool answer_one() {
                 r.l2,
                 int32_t(r.threads_per_multiprocessor),
                 int32_t(r.largest_cluster)};
-  const Wish wish{r.two_passes != 0, int32_t(r.tile), int32_t(r.group), int32_t(r.threads)};
+  const Wish wish{r.two_passes != 0,  int32_t(r.tile), int32_t(r.group),
+                  int32_t(r.threads), char(r.strategy), int32_t(r.depth)};
 
   simt::settings.seed = uint64_t(r.seed);
   simt::settings.count = r.count != 0;

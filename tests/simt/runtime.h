@@ -90,6 +90,7 @@ struct Kernel {
   int64_t blocks;
   int threads, cluster;
   int64_t shared_bytes;
+  bool in_order;  // blocks start in the order of their numbers
   Place place;
   void (*call)(const void*);  // with the next one, by each thread
   const void* arguments;

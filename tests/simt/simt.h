@@ -69,6 +69,22 @@ template <class T, int V>
 constexpr bool kOneInstruction =
     sizeof(T) * V == 16 || sizeof(T) * V == 8 || sizeof(T) * V == 4 || sizeof(T) * V == 2;
 
+template <class T, int V>
+inline Vector<Accumulator<T>, V> widen(const Vector<T, V>& v) {
+  Vector<Accumulator<T>, V> wide;
+  for (int i = 0; i < V; ++i) wide.element[i] = widen(v.element[i]);
+  return wide;
+}
+
+template <class T, int V>
+inline Vector<T, V> narrow(const Vector<Accumulator<T>, V>& wide) {
+  Vector<T, V> v;
+  for (int i = 0; i < V; ++i) v.element[i] = narrow<T>(wide.element[i]);
+  return v;
+}
+
+inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
+
 inline void check_aligned(const void* address, int bytes, Place place) {
   if (reinterpret_cast<uintptr_t>(address) % uintptr_t(bytes) != 0) simt::misaligned(bytes, place);
 }
@@ -147,6 +163,13 @@ class Shared {
     Vector<T, V> v;
     std::memcpy(&v, data_ + i, sizeof v);
     return v;
+  }
+
+  template <int V>
+  void store(int i, const Vector<T, V>& v, Place place = Place::here()) const {
+    check(i, V, true, place);
+    check_aligned(data_ + i, sizeof(T) * V, place);
+    std::memcpy(data_ + i, &v, sizeof v);
   }
 
   T get_from_rank(int rank, int i, Place place = Place::here()) const {
@@ -251,6 +274,7 @@ struct Launch {
   int cluster;
   int64_t shared_bytes;
   Stream stream;
+  bool in_order = false;  // of the start of blocks, as on all GPUs; else in any
   Place place = Place::here();
 };
 
@@ -262,7 +286,7 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&..
     std::tuple<Parameters...> parameters;
   };
   const Call call{kernel, {Parameters(arguments)...}};
-  simt::run({how.blocks, how.threads, how.cluster, how.shared_bytes, how.place,
+  simt::run({how.blocks, how.threads, how.cluster, how.shared_bytes, how.in_order, how.place,
              [](const void* all) {
                const Call& call = *static_cast<const Call*>(all);
                std::apply(call.kernel, call.parameters);

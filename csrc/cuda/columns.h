@@ -1,0 +1,180 @@
+// Strategy P: pixels in registers. A block holds columns of vectors of channels by all pixels: a
+// thread keeps to one column and takes every so many-th pixel. A column more on either side, the
+// halo, is summed like the others and not stored.
+#pragma once
+
+#include "registers.h"
+#include "tile.h"
+
+namespace eca::cuda {
+
+// A thread's part of the held columns.
+template <class T, int kDepth>
+struct Column {
+  static constexpr int V = kVector<T>;
+  using A = Accumulator<T>;
+  using Held = Vector<T, V>[kDepth];
+
+  int rows;       // pixels that the block takes at a time
+  int held, row;  // the held number of the column's first channel, and which of these pixels
+  int first;      // pixel
+  int channel;    // -1 where there is none, and for threads that are left over
+  int pixels;
+  int64_t sample;
+
+  __device__ Column(const Problem& p, const Tiling& t, const HeldTile& tile, int first_row = 0)
+      : pixels(int(p.pixels)), sample(tile.sample) {
+    const int columns = t.held / V;
+    rows = t.threads / columns;
+    row = thread_index() / columns;
+    held = (thread_index() - row * columns) * V;
+    channel = row < rows && held < tile.held ? tile.channel(held) : -1;
+    first = first_row + row;
+  }
+
+  __device__ bool has(int i) const { return channel >= 0 && first + i * rows < pixels; }
+
+  __device__ int64_t offset(const Map& map) const {
+    return sample * map.sample_stride + first * map.row_stride + channel;
+  }
+
+  __device__ void load_from(const Map& map, Held& to) const {
+    const T* const from = static_cast<const T*>(map.data) + (channel < 0 ? 0 : offset(map));
+    const int64_t step = rows * map.row_stride;
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      to[i] = {};
+      if (has(i)) to[i] = cuda::load<V>(from + i * step);
+    }
+  }
+
+  template <class Body>
+  __device__ void for_each(const Map& map, Body body) const {
+    const int64_t begin = offset(map), step = rows * map.row_stride;
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i)
+      if (has(i)) body(i, begin + i * step);
+  }
+
+  // Each thread's sums of its channels, for total(). `parts` is (rows, held).
+  __device__ void put_parts(const Vector<A, V>& sums, int all_held, Shared<A> parts) const {
+    if (row >= rows) return;
+    constexpr int W = V < 4 ? V : 4;
+#pragma unroll
+    for (int e = 0; e < V; e += W) {
+      Vector<A, W> some;
+#pragma unroll
+      for (int u = 0; u < W; ++u) some.element[u] = sums.element[e + u];
+      parts.template store<W>(row * all_held + held + e, some);
+    }
+  }
+
+  __device__ A total(int h, int all_held, Shared<A> parts) const {
+    A sum = 0;
+#pragma unroll 4
+    for (int r = 0; r < rows; ++r) sum += parts.get(r * all_held + h);
+    return sum;
+  }
+};
+
+// The values of the channels of a vector, from `at` on.
+template <int V, class A>
+__device__ inline Vector<A, V> values_from(Shared<A> values, int at) {
+  Vector<A, V> v;
+#pragma unroll
+  for (int e = 0; e < V; ++e) v.element[e] = values.get(at + e);
+  return v;
+}
+
+template <class A, int V>
+__device__ inline void add_all(Vector<A, V>& sums, const Vector<A, V>& more) {
+#pragma unroll
+  for (int e = 0; e < V; ++e) sums.element[e] += more.element[e];
+}
+
+template <class T, int kDepth, class Epilogue>
+__global__ void __launch_bounds__(kColumnThreads, column_blocks(kDepth, false))
+    forward_columns(Forward f, Tiling t, SharedLayout s, Epilogue epilogue) {
+  using A = Accumulator<T>;
+  constexpr int V = kVector<T>;
+  const Problem& p = f.problem;
+  const HeldTile tile(p, t);
+  const Column<T, kDepth> column(p, t, tile);
+  typename Column<T, kDepth>::Held x;
+  column.load_from(f.x, x);
+  const NearTaps<T> taps(p, f.weight, s);
+  const Neighbours<A> means(p, t, s);
+  const auto parts = shared_array<A>(s.scratch, column.rows * t.held);
+  Vector<A, V> sums{};
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) add_all(sums, widen(x[i]));
+  column.put_parts(sums, t.held, parts);
+  block_barrier();
+  for (int h = thread_index(); h < tile.held; h += thread_count())
+    means.set(h, column.total(h, t.held, parts) / A(p.pixels));
+  means.clear_ends();
+  block_barrier();
+
+  const auto gates = shared_array<A>(s.gate, t.tile);
+  for (int c = thread_index(); c < tile.own; c += thread_count()) {
+    const int h = c + tile.halo, channel = tile.begin + c;
+    const A gate = gate_of(means, taps, channel, h);
+    gates.set(c, gate);
+    put_mean_and_gate(f, tile.sample * p.channels + channel, means.get(h), gate);
+  }
+  block_barrier();
+  if (column.channel < 0 || !tile.is_own(column.held)) return;
+  const Vector<A, V> gate = values_from<V>(gates, column.held - tile.halo);
+  column.for_each(f.y, [&](int i, int64_t offset) {
+    store(static_cast<T*>(f.y.data) + offset, epilogue.forward(x[i], gate, offset));
+  });
+}
+
+// dz (samples, channels), and dx.
+template <class T, int kDepth, class Epilogue>
+__global__ void __launch_bounds__(kColumnThreads, column_blocks(kDepth, true))
+    backward_columns(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+  using A = Accumulator<T>;
+  constexpr int V = kVector<T>;
+  const Problem& p = b.problem;
+  const HeldTile tile(p, t);
+  const Column<T, kDepth> column(p, t, tile);
+  typename Column<T, kDepth>::Held dy, x;
+  column.load_from(b.dy, dy);
+  column.load_from(b.x, x);
+  const NearTaps<T> taps(p, b.weight, s);
+  const Neighbours<A> dz(p, t, s);
+  const auto parts = shared_array<A>(s.scratch, column.rows * t.held);
+  Vector<A, V> sums{};
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) add_all(sums, products_of(dy[i], x[i], epilogue));
+  column.put_parts(sums, t.held, parts);
+  block_barrier();
+  const auto gates = shared_array<A>(s.gate, t.tile), shifts = shared_array<A>(s.shift, t.tile);
+  const A* const sample_gates = static_cast<const A*>(b.gate) + tile.sample * p.channels;
+  for (int h = thread_index(); h < tile.held; h += thread_count()) {
+    const int channel = tile.channel(h);
+    const A gate = channel < 0 ? A(0) : value_at(sample_gates + channel);
+    const A value = column.total(h, t.held, parts) * gate * (A(1) - gate);
+    dz.set(h, value);
+    if (!tile.is_own(h)) continue;
+    gates.set(h - tile.halo, gate);
+    if (b.dweight)
+      put(static_cast<A*>(work.dz) + tile.sample * p.channels + channel, value);
+  }
+  dz.clear_ends();
+  block_barrier();
+  if (!b.dx.data) return;
+
+  for (int c = thread_index(); c < tile.own; c += thread_count())
+    shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) / A(p.pixels));
+  block_barrier();
+  if (column.channel < 0 || !tile.is_own(column.held)) return;
+  const Vector<A, V> gate = values_from<V>(gates, column.held - tile.halo);
+  const Vector<A, V> shift = values_from<V>(shifts, column.held - tile.halo);
+  column.for_each(b.dx, [&](int i, int64_t offset) {
+    store(static_cast<T*>(b.dx.data) + offset, dx_of(dy[i], gate, shift, epilogue));
+  });
+}
+
+}  // namespace eca::cuda

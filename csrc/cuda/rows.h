@@ -1,0 +1,133 @@
+// Strategy R: planes in registers. A team of `lanes` threads holds a plane, kDepth vectors each, so
+// that its sum takes no more than shuffles. The rows of a map may have gaps between them.
+#pragma once
+
+#include "registers.h"
+#include "tile.h"
+
+namespace eca::cuda {
+
+// A team's plane.
+template <class T, int kDepth>
+struct Row {
+  static constexpr int V = kVector<T>;
+  using A = Accumulator<T>;
+  using Held = Vector<T, V>[kDepth];
+
+  int lanes, lane, held;  // held: the channel's number in the tile
+  int vectors;            // of a plane
+  int channel;            // -1 where there is none
+  int64_t sample;
+
+  __device__ Row(const Problem& p, const Tiling& t, const HeldTile& tile)
+      : lanes(t.lanes), lane(thread_index() % t.lanes), held(thread_index() / t.lanes),
+        vectors(int(p.pixels) / V), channel(tile.channel(held)), sample(tile.sample) {}
+
+  __device__ bool has(int i) const { return channel >= 0 && lane + i * lanes < vectors; }
+
+  __device__ int64_t offset(const Map& map) const {
+    return sample * map.sample_stride + channel * map.row_stride + lane * V;
+  }
+
+  __device__ void load_from(const Map& map, Held& to) const {
+    const T* const from = static_cast<const T*>(map.data) + (channel < 0 ? 0 : offset(map));
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      to[i] = {};
+      if (has(i)) to[i] = cuda::load<V>(from + i * lanes * V);
+    }
+  }
+
+  // body(i, offset) for each vector of the plane that this thread has.
+  template <class Body>
+  __device__ void for_each(const Map& map, Body body) const {
+    const int64_t begin = offset(map);
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i)
+      if (has(i)) body(i, begin + i * lanes * V);
+  }
+
+  // The team's total, in all of its threads. By all threads of the block.
+  __device__ A total(A sum, Shared<A> scratch) const {
+    for (int mask = min(lanes, 32) / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lanes <= 32) return sum;
+    const int warp = thread_index() / 32;
+    if (thread_index() % 32 == 0) scratch.set(warp, sum);
+    block_barrier();
+    sum = 0;
+    for (int w = 0; w < lanes / 32; ++w) sum += scratch.get(held * (lanes / 32) + w);
+    return sum;
+  }
+};
+
+template <class T, int kDepth, class Epilogue>
+__global__ void __launch_bounds__(row_threads(kDepth), row_blocks(kDepth))
+    forward_rows(Forward f, Tiling t, SharedLayout s, Epilogue epilogue) {
+  using A = Accumulator<T>;
+  constexpr int V = kVector<T>;
+  const Problem& p = f.problem;
+  const HeldTile tile(p, t);
+  const Row<T, kDepth> row(p, t, tile);
+  typename Row<T, kDepth>::Held x;
+  row.load_from(f.x, x);
+  const NearTaps<T> taps(p, f.weight, s);
+  const Neighbours<A> means(p, t, s);
+
+  A sums[4] = {};
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) add_to(sums, widen(x[i]));
+  const A mean =
+      row.total((sums[0] + sums[1]) + (sums[2] + sums[3]), shared_array<A>(s.scratch, t.threads / 32)) /
+      A(p.pixels);
+  if (row.lane == 0 && row.held < tile.held)
+    means.set(row.held, row.channel < 0 ? A(0) : mean);
+  means.clear_ends();
+  block_barrier();
+  if (!tile.is_own(row.held)) return;
+
+  const A gate = gate_of(means, taps, row.channel, row.held);
+  if (row.lane == 0)
+    put_mean_and_gate(f, row.sample * p.channels + row.channel, mean, gate);
+  row.for_each(f.y, [&](int i, int64_t offset) {
+    store(static_cast<T*>(f.y.data) + offset, epilogue.forward(x[i], all_of<V>(gate), offset));
+  });
+}
+
+// dz (samples, channels), from which dweight is made by a kernel of its own; and dx.
+template <class T, int kDepth, class Epilogue>
+__global__ void __launch_bounds__(row_threads(kDepth), row_blocks(kDepth))
+    backward_rows(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+  using A = Accumulator<T>;
+  constexpr int V = kVector<T>;
+  const Problem& p = b.problem;
+  const HeldTile tile(p, t);
+  const Row<T, kDepth> row(p, t, tile);
+  typename Row<T, kDepth>::Held dy, x;
+  row.load_from(b.dy, dy);
+  row.load_from(b.x, x);
+  const int64_t i_channel = row.sample * p.channels + row.channel;
+  const A gate = row.channel < 0 ? A(0) : value_at(static_cast<const A*>(b.gate) + i_channel);
+  const NearTaps<T> taps(p, b.weight, s);
+  const Neighbours<A> dz(p, t, s);
+
+  A sums[4] = {};
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) add_to(sums, products_of(dy[i], x[i], epilogue));
+  const A own_dz = row.total((sums[0] + sums[1]) + (sums[2] + sums[3]),
+                             shared_array<A>(s.scratch, t.threads / 32)) *
+                   gate * (A(1) - gate);
+  if (row.lane == 0 && row.held < tile.held) dz.set(row.held, row.channel < 0 ? A(0) : own_dz);
+  dz.clear_ends();
+  block_barrier();
+  if (!tile.is_own(row.held)) return;
+
+  if (row.lane == 0 && b.dweight) put(static_cast<A*>(work.dz) + i_channel, own_dz);
+  if (!b.dx.data) return;
+  const A shift = dm_of(tile, dz, taps, row.held) / A(p.pixels);
+  row.for_each(b.dx, [&](int i, int64_t offset) {
+    store(static_cast<T*>(b.dx.data) + offset,
+          dx_of(dy[i], all_of<V>(gate), all_of<V>(shift), epilogue));
+  });
+}
+
+}  // namespace eca::cuda

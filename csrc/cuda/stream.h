@@ -1,0 +1,195 @@
+// Strategy S: pixels, of which no block can hold a tile of enough channels. One launch with blocks of
+// two kinds: the first sum a part of a sample's pixels, and the last of a sample to arrive makes its
+// gates; the others rescale a part, which they find in the L2 cache. In the order of their numbers
+// come the sums of one group of samples in turn with the rescaling of the group before.
+//
+// A block that waits for gates waits for blocks of lower numbers. These never wait, and they have
+// started, as a GPU starts blocks in their order: the assumption of every decoupled look-back scan.
+#pragma once
+
+#include "columns.h"
+
+namespace eca::cuda {
+
+// What a block does.
+struct StreamPart {
+  bool exists, rescales;
+  int64_t sample;
+  int part;
+
+  __device__ StreamPart(const Problem& p, const Tiling& t) {
+    const int64_t group_parts = t.chunk * t.parts;
+    const int64_t step = block_index() / (2 * group_parts);
+    const int64_t within = block_index() - step * 2 * group_parts;
+    rescales = within % 2 != 0;
+    const int64_t i = within / 2;
+    sample = (rescales ? step - 1 : step) * t.chunk + i / t.parts;
+    part = int(i % t.parts);
+    exists = sample >= 0 && sample < p.samples;
+  }
+};
+
+// Of a sample: how many parts have been summed, and whether the gates are there.
+class StreamCounters {
+ public:
+  __device__ StreamCounters(const Problem& p, const Tiling& t, const Workspace& work,
+                            int64_t sample)
+      : arrived_(work.counters.arrived(sample)), ready_(arrived_ + p.samples), parts_(t.parts) {}
+
+  // True in all threads of the last block to arrive. By all threads.
+  __device__ bool arrive(Shared<uint32_t> flag) const {
+    return last_to_arrive(arrived_, parts_, flag);
+  }
+
+  // Behind a barrier, by one thread.
+  __device__ void set_ready() const { fetch_add(ready_, kReady); }
+
+  // By one thread, before a barrier. The last to pass leaves the counter zero.
+  __device__ void wait() const {
+    while (load_acquire(ready_) < kReady) pause();
+    if (fetch_add(ready_, 1) == kReady + uint32_t(parts_ - 1)) put(ready_, 0u);
+  }
+
+ private:
+  static constexpr uint32_t kReady = 1u << 31;
+  uint32_t *arrived_, *ready_;
+  int parts_;
+};
+
+// The total of a channel over the parts of a sample, by its last block.
+template <class A>
+__device__ inline A total_of_sample(const Problem& p, const Tiling& t, const Workspace& work,
+                                    int64_t sample, int c) {
+  const A* const sums = static_cast<const A*>(work.sums) + sample * t.parts * p.channels + c;
+  A total = 0;
+#pragma unroll 8
+  for (int part = 0; part < t.parts; ++part)
+    total += load_from_other_block(sums + int64_t(part) * p.channels);
+  return total;
+}
+
+// This block's sum of a channel, for the last one.
+template <class A>
+__device__ inline void put_part(const Problem& p, const Tiling& t, const Workspace& work,
+                                const StreamPart& here, int c, A sum) {
+  put(static_cast<A*>(work.sums) + (here.sample * t.parts + here.part) * p.channels + c, sum);
+}
+
+// V numbers that another block has written.
+template <int V, class A>
+__device__ inline Vector<A, V> from_other_block(const void* numbers, int64_t at) {
+  Vector<A, V> v;
+#pragma unroll
+  for (int e = 0; e < V; ++e)
+    v.element[e] = load_from_other_block(static_cast<const A*>(numbers) + at + e);
+  return v;
+}
+
+template <class T, int kDepth, class Epilogue>
+__global__ void __launch_bounds__(kColumnThreads, stream_blocks(false))
+    forward_stream(Forward f, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+  using A = Accumulator<T>;
+  constexpr int V = kVector<T>;
+  const Problem& p = f.problem;
+  const StreamPart here(p, t);
+  if (!here.exists) return;
+  const HeldTile tile(p, t, here.sample, 0);
+  const StreamCounters counters(p, t, work, here.sample);
+  const int rows = t.threads / (t.held / V);
+  const Column<T, kDepth> column(p, t, tile, here.part * kDepth * rows);
+  typename Column<T, kDepth>::Held x;
+  column.load_from(f.x, x);
+  if (here.rescales) {
+    if (thread_index() == 0) counters.wait();
+    block_barrier();
+    if (column.channel < 0) return;
+    const Vector<A, V> gate =
+        from_other_block<V, A>(f.gate, here.sample * p.channels + column.channel);
+    column.for_each(f.y, [&](int i, int64_t offset) {
+      store(static_cast<T*>(f.y.data) + offset, epilogue.forward(x[i], gate, offset));
+    });
+    return;
+  }
+
+  const auto parts = shared_array<A>(s.scratch, rows * t.held);
+  Vector<A, V> sums{};
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) add_all(sums, widen(x[i]));
+  column.put_parts(sums, t.held, parts);
+  block_barrier();
+  for (int c = thread_index(); c < tile.held; c += thread_count())
+    put_part(p, t, work, here, c, column.total(c, t.held, parts));
+  if (!counters.arrive(shared_array<uint32_t>(s.flag, 1))) return;
+
+  const NearTaps<T> taps(p, f.weight, s);
+  const Neighbours<A> means(p, t, s);
+  for (int c = thread_index(); c < tile.held; c += thread_count())
+    means.set(c, total_of_sample<A>(p, t, work, here.sample, c) / A(p.pixels));
+  means.clear_ends();
+  block_barrier();
+  for (int c = thread_index(); c < tile.held; c += thread_count())
+    put_mean_and_gate(f, here.sample * p.channels + c, means.get(c), gate_of(means, taps, c, c));
+  block_barrier();
+  if (thread_index() == 0) counters.set_ready();
+}
+
+// dz and dm / S (samples, channels), and dx.
+template <class T, int kDepth, class Epilogue>
+__global__ void __launch_bounds__(kColumnThreads, stream_blocks(true))
+    backward_stream(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+  using A = Accumulator<T>;
+  constexpr int V = kVector<T>;
+  const Problem& p = b.problem;
+  const StreamPart here(p, t);
+  if (!here.exists) return;
+  const HeldTile tile(p, t, here.sample, 0);
+  const StreamCounters counters(p, t, work, here.sample);
+  const int rows = t.threads / (t.held / V);
+  const Column<T, kDepth> column(p, t, tile, here.part * kDepth * rows);
+  const int64_t channels = here.sample * p.channels;
+  const A* const gates = static_cast<const A*>(b.gate) + channels;
+  typename Column<T, kDepth>::Held dy;
+  column.load_from(b.dy, dy);
+  if (here.rescales) {
+    if (thread_index() == 0) counters.wait();
+    block_barrier();
+    if (column.channel < 0 || !b.dx.data) return;
+    Vector<A, V> gate;
+#pragma unroll
+    for (int e = 0; e < V; ++e) gate.element[e] = value_at(gates + column.channel + e);
+    const Vector<A, V> shift = from_other_block<V, A>(work.shift, channels + column.channel);
+    column.for_each(b.dx, [&](int i, int64_t offset) {
+      store(static_cast<T*>(b.dx.data) + offset, dx_of(dy[i], gate, shift, epilogue));
+    });
+    return;
+  }
+
+  typename Column<T, kDepth>::Held x;
+  column.load_from(b.x, x);
+  const auto parts = shared_array<A>(s.scratch, rows * t.held);
+  Vector<A, V> sums{};
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) add_all(sums, products_of(dy[i], x[i], epilogue));
+  column.put_parts(sums, t.held, parts);
+  block_barrier();
+  for (int c = thread_index(); c < tile.held; c += thread_count())
+    put_part(p, t, work, here, c, column.total(c, t.held, parts));
+  if (!counters.arrive(shared_array<uint32_t>(s.flag, 1))) return;
+
+  const NearTaps<T> taps(p, b.weight, s);
+  const Neighbours<A> dz(p, t, s);
+  for (int c = thread_index(); c < tile.held; c += thread_count()) {
+    const A gate = value_at(gates + c);
+    const A value = total_of_sample<A>(p, t, work, here.sample, c) * gate * (A(1) - gate);
+    dz.set(c, value);
+    if (b.dweight) put(static_cast<A*>(work.dz) + channels + c, value);
+  }
+  dz.clear_ends();
+  block_barrier();
+  for (int c = thread_index(); c < tile.held; c += thread_count())
+    put(static_cast<A*>(work.shift) + channels + c, dm_of(tile, dz, taps, c) / A(p.pixels));
+  block_barrier();
+  if (thread_index() == 0) counters.set_ready();
+}
+
+}  // namespace eca::cuda
