@@ -25,9 +25,8 @@ using torch::stable::Tensor;
 Tensor bytes_on(int32_t device, int64_t bytes) {
   const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  ECA_TORCH_CHECK(
-      aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
-                               aoti_torch_device_type_cuda(), device, &handle));
+  ECA_TORCH_CHECK(aoti_torch_empty_strided(1, &bytes, &stride, aoti_torch_dtype_uint8(),
+                                           aoti_torch_device_type_cuda(), device, &handle));
   return Tensor(handle);
 }
 
@@ -94,10 +93,8 @@ struct Key {
            a.channels == b.channels && a.pixels == b.pixels && a.taps_dtype == b.taps_dtype &&
            a.kernel_size == b.kernel_size && a.taps_per_channel == b.taps_per_channel &&
            a.circular == b.circular && pass == o.pass && access.aligned == o.access.aligned &&
-           access.dense == o.access.dense &&
-           access.samples_aligned == o.access.samples_aligned &&
-           access.in_place == o.access.in_place &&
-           device == o.device;
+           access.dense == o.access.dense && access.samples_aligned == o.access.samples_aligned &&
+           access.in_place == o.access.in_place && device == o.device;
   }
 };
 

@@ -97,7 +97,8 @@ void wish(std::optional<int32_t> tile, int32_t group, int32_t threads, bool two_
 
 py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64_t samples,
               int64_t channels, int64_t pixels, int64_t kernel_size, bool own_taps, bool circular,
-              bool aligned, bool in_place, const py::dict& g, const std::optional<py::tuple>& sizes) {
+              bool aligned, bool in_place, const py::dict& g,
+              const std::optional<py::tuple>& sizes) {
   eca::Problem p{};
   p.dtype = p.taps_dtype = dtype_by_name(dtype);
   p.layout = channels_last ? eca::Layout::kPixels : eca::Layout::kPlanes;
@@ -124,8 +125,7 @@ py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64
                   "exchange"_a = exchanges[int(t.exchange)], "vectors"_a = t.vectors,
                   "tile"_a = t.tile, "halo"_a = t.halo, "tiles"_a = t.tiles, "group"_a = t.group,
                   "chunk"_a = t.chunk, "parts"_a = t.parts, "threads"_a = t.threads,
-                  "depth"_a = t.depth,
-                  "blocks"_a = plan.blocks, "launches"_a = plan.launches,
+                  "depth"_a = t.depth, "blocks"_a = plan.blocks, "launches"_a = plan.launches,
                   "shared_bytes"_a = plan.shared_bytes, "occupancy"_a = plan.occupancy,
                   "workspace_bytes"_a = plan.workspace, "map_bytes"_a = plan.map_bytes,
                   "dram_bytes"_a = plan.dram_bytes, "l2_bytes"_a = plan.l2_bytes);

@@ -56,7 +56,7 @@ constexpr double kIdle = 0.3, kInFlight = 64 << 10;
 constexpr double kRowHaloSpeed = 5, kHaloSpeed = 2.5;
 constexpr double kLastWave = 0.5;
 constexpr double kStreamSpeed = 0.74;  // relative to a copy, which moves two thirds as much
-constexpr double kAlone = 0.95;  // the speed of a block that is alone on its multiprocessor
+constexpr double kAlone = 0.95;        // the speed of a block that is alone on its multiprocessor
 
 constexpr int64_t kStreams = 8;  // on which groups may wait at the same time
 
@@ -259,7 +259,8 @@ struct Planner {
     plan->blocks = p.samples * t.tiles;
     plan->launches = backward ? 2 : 1;
     plan->shared_bytes = register_layout(p, strategy, t).end;
-    return plan->blocks <= kMostBlocks && plan->shared_bytes <= 48 << 10;
+    return plan->blocks <= kMostBlocks &&
+           plan->shared_bytes <= std::min<int64_t>(48 << 10, gpu.shared_per_block);
   }
 
   bool rows(int32_t depth, int32_t threads, int64_t wish, Plan* plan) const {
@@ -324,12 +325,23 @@ struct Planner {
     plan->blocks = 2 * (ceil_div(p.samples, t.chunk) + 1) * t.chunk * t.parts;
     plan->launches = backward ? 2 : 1;
     plan->shared_bytes = register_layout(p, 'S', t).end;
-    return t.parts <= kMostParts && plan->blocks <= kMostBlocks && plan->shared_bytes <= 48 << 10;
+    return t.parts <= kMostParts && plan->blocks <= kMostBlocks &&
+           plan->shared_bytes <= std::min<int64_t>(48 << 10, gpu.shared_per_block);
+  }
+
+  // Blocks on a multiprocessor, of kernels with these launch bounds.
+  int32_t resident(const Plan& plan, int64_t threads, int64_t blocks) const {
+    const int64_t reserved = gpu.capability >= 80 ? 1 << 10 : 0;
+    const int64_t registers = 65536 / (threads * blocks) / 8 * 8;
+    const int64_t own = plan.tiling.threads;
+    return int32_t(
+        std::min({gpu.shared_per_multiprocessor / (plan.shared_bytes + reserved),
+                  gpu.threads_per_multiprocessor / own, 65536 / (own * registers), int64_t(24)}));
   }
 
   double cost_of_stream(Plan* plan) const {
     const int64_t maps = backward ? 2 : 1;
-    plan->occupancy = int32_t(stream_blocks(backward));
+    plan->occupancy = resident(*plan, kColumnThreads, stream_blocks(backward));
     const int64_t parts = 2 * p.samples * plan->tiling.parts * p.channels * accumulator;
     const int64_t shift = backward ? 2 * p.samples * p.channels * accumulator : 0;
     const int64_t small = small_bytes(*plan) + parts + shift;
@@ -347,28 +359,22 @@ struct Planner {
                            : plan->strategy == 'F' ? kRunBlocks
                                                    : column_blocks(t.depth, backward);
     const int64_t most = plan->strategy == 'R' ? row_threads(t.depth) : kRunThreads;
-    const int64_t reserved = gpu.capability >= 80 ? 1 << 10 : 0;
-    const int64_t registers = 65536 / (most * blocks) / 8 * 8;
-    plan->occupancy = int32_t(
-        std::min({gpu.shared_per_multiprocessor / (plan->shared_bytes + reserved),
-                  gpu.threads_per_multiprocessor / int64_t(t.threads),
-                  65536 / (t.threads * registers), int64_t(24)}));
+    plan->occupancy = resident(*plan, most, blocks);
     const int64_t held_bytes = p.samples * held_in_sample(t) * p.pixels * size * maps;
     plan->dram_bytes = (maps + 1) * map_bytes + small_bytes(*plan);
     plan->l2_bytes = held_bytes + map_bytes + small_bytes(*plan);
     const double SMs = gpu.multiprocessors;
     const double slots = double(plan->blocks) * t.threads * t.depth * 16;
     const double idle = 1 - double(held_bytes) / (slots * double(maps));
-    const double resident = double(plan->occupancy) * t.threads * t.depth * 16;
+    const double in_flight = double(plan->occupancy) * t.threads * t.depth * 16;
     const double halo_bytes = double(held_bytes - maps * map_bytes);
     // The last wave of blocks leaves multiprocessors idle, but for what the others still do.
     const double waves = double(plan->blocks) / (SMs * double(std::max(1, plan->occupancy)));
     const double last_wave = waves > 1 ? 1 + kLastWave * (std::ceil(waves) / waves - 1) : 1;
     const double halo_speed = plan->strategy == 'R' ? kRowHaloSpeed : kHaloSpeed;
-    const double streaming = (double(plan->dram_bytes) + halo_bytes / halo_speed) *
-                             (1 + kIdle * idle) * last_wave /
-                             std::min(1.0, 0.6 + 0.4 * resident / kInFlight) /
-                             (plan->occupancy == 1 ? kAlone : 1);
+    const double streaming =
+        (double(plan->dram_bytes) + halo_bytes / halo_speed) * (1 + kIdle * idle) * last_wave /
+        std::min(1.0, 0.6 + 0.4 * in_flight / kInFlight) / (plan->occupancy == 1 ? kAlone : 1);
     const double busiest = double(ceil_div(plan->blocks, gpu.multiprocessors)) *
                            double(held_bytes + map_bytes) / double(plan->blocks) * SMs /
                            kOneMultiprocessor;
@@ -387,8 +393,8 @@ struct Planner {
       *best = plan;
     };
     if (stream(&plan)) {
-      lowest = cost_of_stream(&plan);
-      *best = plan;
+      const double cost = cost_of_stream(&plan);
+      if (plan.occupancy > 0) lowest = cost, *best = plan;
     }
     for (int32_t threads : {128, 256, 512}) {
       for (int32_t depth : kRowDepths) consider(rows(depth, threads, 0, &plan));
@@ -459,10 +465,11 @@ struct Planner {
         return plan;
       }
       const bool can =
-          fits && ((s == 'R' && known(kRowDepths) && rows(wish.depth, wish.threads, wish.tile, &plan)) ||
-                   (s == 'F' && known(kRunDepths) && runs(wish.depth, wish.threads, wish.tile, &plan)) ||
-                   (s == 'P' && known(kColumnDepths) &&
-                    columns(wish.depth, wish.threads, wish.tile, &plan)));
+          fits &&
+          ((s == 'R' && known(kRowDepths) && rows(wish.depth, wish.threads, wish.tile, &plan)) ||
+           (s == 'F' && known(kRunDepths) && runs(wish.depth, wish.threads, wish.tile, &plan)) ||
+           (s == 'P' && known(kColumnDepths) &&
+            columns(wish.depth, wish.threads, wish.tile, &plan)));
       if (!can)
         throw std::invalid_argument(std::string("the kernels cannot run strategy ") + s +
                                     " with a depth of " + std::to_string(wish.depth) + " and " +
@@ -495,7 +502,7 @@ struct Planner {
       plan.dweight_blocks = ceil_div(p.channels, 32) * p.kernel_size;
     else if (own_kernel)
       plan.dweight_blocks = std::clamp<int64_t>(
-          p.samples * ceil_div(p.channels, kDweightThreads) / kDweightRuns, 1, 128);
+          ceil_div(p.samples * ceil_div(p.channels, kDweightThreads), 2 * kDweightRuns), 1, 128);
     if (global) plan.counters = 1 + t.tiles + p.samples * t.tiles;
     else if (plan.strategy == 'S') plan.counters = 2 + 2 * p.samples;
     else if (own_kernel) plan.counters = p.taps_per_channel || plan.dweight_blocks == 1 ? 0 : 2;
@@ -581,7 +588,8 @@ SharedLayout register_layout(const Problem& p, char strategy, const Tiling& t) {
     at = std::min<int64_t>(round_up(at + numbers * accumulator, 16),
                            std::numeric_limits<int32_t>::max());
   };
-  const int64_t rows = strategy == 'P' || strategy == 'S' ? t.threads / std::max<int64_t>(1, t.held / V) : 0;
+  const int64_t rows =
+      strategy == 'P' || strategy == 'S' ? t.threads / std::max<int64_t>(1, t.held / V) : 0;
   place(&s.padded, t.held + (t.halo ? 0 : 2 * int64_t(t.pad)));
   place(&s.taps, p.taps_per_channel ? 0 : p.kernel_size);
   // A gate beyond the last, for the last vector of a run.
@@ -612,10 +620,9 @@ WorkspaceLayout workspace_layout(const Problem& p, Pass pass, const Plan& plan) 
                                                    : 0);
   place(&w.dz, backward && (plan.dweight_blocks || p.taps_per_channel) ? per_channel : 0);
   place(&w.shift, backward && (two_passes || streamed) ? per_channel : 0);
-  place(&w.dweight,
-        !backward || p.taps_per_channel ? 0
-        : plan.dweight_blocks           ? p.kernel_size * plan.dweight_blocks * accumulator
-                                        : p.kernel_size * p.samples * t.tiles * accumulator);
+  place(&w.dweight, !backward || p.taps_per_channel ? 0
+                    : plan.dweight_blocks ? p.kernel_size * plan.dweight_blocks * accumulator
+                                          : p.kernel_size * p.samples * t.tiles * accumulator);
   place(&w.mean, !backward && (two_passes || streamed) ? per_channel : 0);
   place(&w.gate, !backward && (two_passes || streamed) ? per_channel : 0);
   return w;

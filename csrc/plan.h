@@ -54,7 +54,7 @@ constexpr int32_t stream_blocks(bool backward) { return backward ? 2 : 3; }
 
 // The kernel that makes dweight from dz: threads of a block, and runs of so many channels that a
 // block adds up at least.
-constexpr int32_t kDweightThreads = 256, kDweightRuns = 8;
+constexpr int32_t kDweightThreads = 256, kDweightRuns = 4;
 
 // How a group's blocks tell each other their sums.
 enum class Exchange : int32_t { kNone, kCluster, kGlobal };
@@ -87,10 +87,10 @@ struct Plan {
   Tiling tiling;
   int64_t blocks;  // of one launch
   int64_t launches;
-  int64_t shared_bytes;  // of a block
-  int32_t occupancy;     // blocks on a multiprocessor
-  int64_t counters;      // words of zeros that blocks meet at; the kernels leave them zero
-  int64_t workspace;     // bytes
+  int64_t shared_bytes;    // of a block
+  int32_t occupancy;       // blocks on a multiprocessor
+  int64_t counters;        // words of zeros that blocks meet at; the kernels leave them zero
+  int64_t workspace;       // bytes
   int64_t dweight_blocks;  // of the kernel that makes dweight from dz; 0 where there is none
   // Modelled:
   int64_t map_bytes;   // of the feature maps alone, each read or written once
@@ -100,10 +100,10 @@ struct Plan {
 
 // What the addresses of a call's maps allow.
 struct Access {
-  bool aligned;   // every row of every map begins and ends at a multiple of 16 bytes
-  bool dense;     // the rows of a sample follow one another without a gap, in every map
+  bool aligned;          // every row of every map begins and ends at a multiple of 16 bytes
+  bool dense;            // the rows of a sample follow one another without a gap, in every map
   bool samples_aligned;  // every sample of every map begins at a multiple of 16 bytes
-  bool in_place;  // the result is written over what is read
+  bool in_place;         // the result is written over what is read
 };
 
 // The access that contiguous memory gives.

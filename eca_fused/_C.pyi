@@ -17,7 +17,7 @@ class Gpu(TypedDict):
     largest_cluster: int  # blocks, 1 without clusters
 
 class PlanEntries(TypedDict):
-    strategy: Literal["A", "B", "C", "D"]
+    strategy: Literal["A", "B", "C", "D", "R", "F", "P", "S"]
     exchange: Literal["none", "cluster", "global"]
     vectors: bool
     tile: int
@@ -27,6 +27,7 @@ class PlanEntries(TypedDict):
     chunk: int
     parts: int
     threads: int
+    depth: int
     blocks: int
     launches: int
     shared_bytes: int
@@ -54,8 +55,13 @@ def plan(
     aligned: bool,
     in_place: bool,
     gpu: Gpu,
-    wish: tuple[int, int, int, bool] | None = None,  # tile, group, threads, two_passes
+    # tile, group, threads, two_passes, and a strategy with its depth, as "R7"
+    wish: tuple[int, int, int, bool] | tuple[int, int, int, bool, str] | None = None,
 ) -> PlanEntries: ...
 def wish(
-    tile: int | None = None, group: int = 1, threads: int = 256, two_passes: bool = False
+    tile: int | None = None,
+    group: int = 1,
+    threads: int = 256,
+    two_passes: bool = False,
+    strategy: str = "",
 ) -> None: ...

@@ -25,30 +25,41 @@ MOST_BYTES = 2**42
 class Plan:
     """How the CUDA kernels run one call on one GPU; made by plan().
 
-    The strategies, by what a block keeps on chip between the sums and the rescaling:
+    The strategies, by what a block keeps on chip between the sums and the rescaling. In registers:
 
-    - "A": whole planes (contiguous) of a tile of channels and of its halo, one block each.
+    - "R": whole planes (contiguous) of a tile of channels and of its halo, a team of threads each.
+    - "F": the run of a tile's planes, where they do not begin at multiples of 16 bytes.
+    - "P": columns of 16 bytes of channels by all pixels (channels_last), and one more on each side.
+
+    In shared memory, for what those cannot hold:
+
+    - "A": whole planes of a tile of channels and of its halo, one block each.
     - "B": the same, split over a group of blocks that exchange their sums.
-    - "D": the pixels (channels_last) of a tile of channels, split over a group likewise.
-    - "C": nothing: two passes over a few samples at a time, the second out of the L2 cache if they
-      fit into half of it.
+    - "D": the pixels of a tile of channels, split over a group likewise.
+
+    Nothing:
+
+    - "S": pixels; blocks that sum and blocks that rescale in one launch, the second out of L2.
+    - "C": two passes over a few samples at a time, the second out of the L2 cache if they fit into
+      half of it.
 
     Attributes:
-        strategy: "A", "B", "C" or "D".
+        strategy: one of these letters.
         exchange: How the blocks of a group tell each other their sums: "none" (groups of one),
             "cluster" (distributed shared memory) or "global" (memory).
         vectors: Rows begin at multiples of 16 bytes and are read by vectors of 16 bytes.
-        tile: Channels that a group of blocks stores; for C, those in one part of dweight.
+        tile: Channels that a group of blocks stores; for C, a number that is not used.
         halo: Channels held on either side of a tile for the taps that reach there; 0 where a tile
             is all channels.
         tiles: Tiles in a sample.
         group: Blocks that share a tile.
-        chunk: Samples in one pair of passes of C; the batch, for the others.
+        chunk: Samples in one pair of passes of C, or in a group of S; the batch, for the others.
         parts: Parts of a plane (contiguous) or of a sample's pixels (channels_last) that different
-            warps or blocks sum, for C; 1 for the others.
+            warps or blocks sum, for C and S; 1 for the others.
         threads: Threads in a block.
+        depth: Vectors of 16 bytes that a thread holds, for R, F, P and S; 0 for the others.
         blocks: Blocks in a launch.
-        launches: Kernel launches in the call.
+        launches: Kernel launches in the call: R, F, P and S make dweight in one of its own.
         shared_bytes: Shared memory of a block, in bytes.
         occupancy: Blocks that fit on a multiprocessor at a time.
         workspace_bytes: Bytes of temporary GPU memory.
@@ -67,6 +78,7 @@ class Plan:
     chunk: int
     parts: int
     threads: int
+    depth: int
     blocks: int
     launches: int
     shared_bytes: int
@@ -125,7 +137,7 @@ def plan(
     >>> import torch, eca_fused
     >>> found = eca_fused.plan((32, 256, 56, 56), torch.bfloat16, backward=True, device="sm_90:132")
     >>> found.launches, round(found.dram_ratio, 2)
-    (1, 1.0)
+    (2, 1.0)
 
     Args:
         shape: of x, (N, C, *spatial) with 0 to 3 spatial dimensions.

@@ -161,6 +161,60 @@ MUTATIONS = [
         "for (int part = thread_index() % 32; part < max(1, t.parts - 1); part += 32)",
     ),
     Mutation(
+        "a tap one channel off in registers",
+        "cuda/registers.h",
+        "return values.get(place(held) + j - radius);",
+        "return values.get(place(held) + j - radius + (j == 0));",
+    ),
+    Mutation(
+        "channels that wrap around left out in registers",
+        "cuda/registers.h",
+        "if (held < pad) values.set(pad + channels + held, value);",
+        "if (held < pad) values.set(pad + channels + held, A(0));",
+    ),
+    Mutation(
+        "no barrier between the means and the gates of rows",
+        "cuda/rows.h",
+        "  means.clear_ends();\n  block_barrier();",
+        "  means.clear_ends();",
+    ),
+    Mutation(
+        "the end of a plane taken for the next one's beginning",
+        "cuda/runs.h",
+        "behind.get(v) : before.get(v)",
+        "before.get(v) : before.get(v)",
+    ),
+    Mutation(
+        "a vector of two planes rescaled by one gate",
+        "cuda/runs.h",
+        "values.element[e] = e < at.count ? first : second;",
+        "values.element[e] = first;",
+    ),
+    Mutation(
+        "a row of pixels left out of a column's sum",
+        "cuda/columns.h",
+        "for (int r = 0; r < rows; ++r) sum +=",
+        "for (int r = 1; r < rows; ++r) sum +=",
+    ),
+    Mutation(
+        "no wait for the gates of a sample",
+        "cuda/stream.h",
+        "    while (load_acquire(ready_) < kReady) pause();\n",
+        "",
+    ),
+    Mutation(
+        "a sample's counter not reset",
+        "cuda/stream.h",
+        "kReady + uint32_t(parts_ - 1)) put(ready_, 0u);",
+        "kReady + uint32_t(parts_ - 1)) put(ready_, 1u);",
+    ),
+    Mutation(
+        "one warp's part of dweight lost",
+        "cuda/dweight.h",
+        "for (int w = 0; w < kWarps; ++w) total +=",
+        "for (int w = 1; w < kWarps; ++w) total +=",
+    ),
+    Mutation(
         "a sum taken for a mean",
         "cuda/launch.h",
         "r.dy.data ? int64_t(1) : p.pixels",
@@ -190,6 +244,9 @@ def check(gpu: HostGpu) -> None:
     ways = [
         (None, H200), (Wish(16, 1, 64), H200), (Wish(16, 2, 128), H200), (Wish(16, 4, 64), A100),
         (Wish(two_passes=True), tiny), (Wish(two_passes=True), H200),
+        *((Wish(0, threads=64, strategy=name), H200) for name in ("R7", "R13", "F2", "P4", "P8")),
+        (Wish(16, threads=128, strategy="P4"), H200), (Wish(8, threads=64, strategy="F2"), H200),
+        (Wish(strategy="S"), tiny),
     ]  # fmt: skip
     for number, (shape, k, dtype, layout, mode, own_taps) in enumerate(quick_cases()):
         case = make_case(shape, k, dtype, layout, mode, own_taps)

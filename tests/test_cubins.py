@@ -15,11 +15,22 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 DTYPES = {"float32": "f", "float64": "d", "float16": "6__half", "bfloat16": "13__nv_bfloat16"}
 KERNELS = [
     "forward_on_chip", "backward_on_chip", "sum_planes", "sum_pixels", "rescale_planes",
-    "rescale_pixels", "make_gates", "make_shifts", "sum_dweight", "add_parts",
+    "rescale_pixels", "make_gates", "make_shifts", "sum_shared_dweight", "sum_own_dweight",
+    "add_parts",
 ]  # fmt: skip
+# Those that keep their tile in registers, by the vectors that a thread holds; none for float64.
+IN_REGISTERS = {
+    "forward_rows": (7, 13), "backward_rows": (7, 13), "forward_runs": (2, 4),
+    "backward_runs": (2, 4), "forward_columns": (4, 8), "backward_columns": (4, 8),
+    "forward_stream": (12,), "backward_stream": (8,),
+}  # fmt: skip
 LAYOUTS = {"planes": "0", "pixels": "1"}
 # What __launch_bounds__ of csrc/plan.h leaves a thread.
-REGISTERS = {"forward_on_chip": 64, "backward_on_chip": 80}
+REGISTERS = {
+    "forward_on_chip": 64, "backward_on_chip": 80, "forward_rows": 128, "backward_rows": 128,
+    "forward_runs": 64, "backward_runs": 64, "forward_columns": 80, "backward_columns": 128,
+    "forward_stream": 80, "backward_stream": 128,
+}  # fmt: skip
 
 
 def tool() -> Path | None:
@@ -102,6 +113,10 @@ def test_every_kernel_is_there(resources):
         per_dtype = 2 if "on_chip" in name else 1  # planes and pixels
         for dtype in DTYPES:
             assert len(kernels(resources, name, dtype)) == per_dtype, (name, dtype)
+    for name, depths in IN_REGISTERS.items():
+        for dtype in DTYPES:
+            wanted = 0 if dtype == "float64" else len(depths)
+            assert len(kernels(resources, name, dtype)) == wanted, (name, dtype)
 
 
 def test_nothing_is_spilled(resources, instructions):
@@ -130,6 +145,23 @@ def test_loads_of_16_bytes(instructions, name, dtype):
     assert found
     for kernel, counts in found.items():
         assert has(counts, "LDG", ".128"), kernel
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", IN_REGISTERS)
+def test_tiles_in_registers_are_asked_for_at_once(instructions, name, dtype):
+    """A load and a store of 16 bytes for each vector that a thread holds; backward, two loads."""
+    maps = 2 if name.startswith("backward") else 1
+    for depth in IN_REGISTERS[name]:
+        (counts,) = (
+            counts
+            for kernel, counts in kernels(instructions, name, dtype).items()
+            if f"Li{depth}E" in kernel
+        )
+        loads = sum(n for i, n in counts.items() if i.startswith("LDG") and ".128" in i)
+        stores = sum(n for i, n in counts.items() if i.startswith("STG") and ".128" in i)
+        assert loads >= maps * depth, (name, depth)
+        assert stores == depth, (name, depth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

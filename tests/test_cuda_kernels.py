@@ -143,6 +143,7 @@ def test_every_strategy_is_run(gpu):
     assert seen == {
         ("A", "none"), ("B", "cluster"), ("B", "global"), ("C", "none"),
         ("D", "none"), ("D", "cluster"), ("D", "global"),
+        ("R", "none"), ("F", "none"), ("P", "none"), ("S", "none"),
     }  # fmt: skip
 
 
@@ -154,9 +155,9 @@ def test_any_schedule_gives_the_same_bits(gpu, layout, name):
     if wish is not None and wish.tile == 0 and not wish.strategy:
         wish = replace(wish, tile=32)
     first = run(gpu, case, layout, wish, of)
-    if first is None:
-        assert name == "one channel", f"{name} was refused"
-        assert layout == "channels_last", f"{name} was refused"
+    if first is None:  # planes or pixels alone
+        other = ("columns", "stream") if layout == "contiguous" else ("one channel", "rows", "runs")
+        assert name.startswith(other), f"{name} was refused"
         return
     for seed in range(2, 8):
         again = run(gpu, case, layout, wish, of, seed=seed, resident=8 + seed % 3)
@@ -317,6 +318,17 @@ def counted_bytes(outcome, buffers) -> int:
     )
 
 
+def assert_modelled(outcome) -> None:
+    """The sectors of each launch together are the planner's bytes, within 2 %.
+
+    Within one launch of S the sectors that are read twice count once.
+    """
+    assert outcome.plan["launches"] <= 2
+    names = {name for launch in outcome.traffic for name in launch["buffers"]}
+    everything = counted_bytes(outcome, sorted(names))
+    assert abs(everything / outcome.plan["dram_bytes"] - 1) <= 0.02, outcome.plan
+
+
 @pytest.mark.parametrize(("shape", "k"), RESNET50, ids=lambda v: name_of(v) or str(v))
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
@@ -328,10 +340,10 @@ def test_traffic_of_resnet50(gpu, shape, k, layout, dtype):
     done = run(gpu, case, layout, count=True)
     assert done is not None
     for outcome, most in zip(done[1], (2.05, 3.05), strict=True):
-        assert outcome.plan["launches"] == 1
+        if outcome.plan["strategy"] == "S":  # which reads one map again, from L2
+            most += 1
         assert counted_bytes(outcome, ("x", "y", "dy", "dx")) <= most * bytes_of_x
-        everything = counted_bytes(outcome, list(outcome.traffic[0]["buffers"]))
-        assert abs(everything / outcome.plan["dram_bytes"] - 1) <= 0.02, outcome.plan
+        assert_modelled(outcome)
 
 
 @pytest.mark.parametrize(
@@ -348,9 +360,7 @@ def test_traffic_is_what_the_planner_models(gpu, wish, of, layout):
     done = run(gpu, case, layout, wish, of, count=True)
     assert done is not None
     for outcome in done[1]:
-        assert outcome.plan["launches"] == 1
-        everything = counted_bytes(outcome, list(outcome.traffic[0]["buffers"]))
-        assert abs(everything / outcome.plan["dram_bytes"] - 1) <= 0.02, outcome.plan
+        assert_modelled(outcome)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

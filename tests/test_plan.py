@@ -68,12 +68,14 @@ def broken_limits(p: dict[str, Any], found: dict[str, Any], gpu: dict[str, Any])
     size = {"float64": 8, "float32": 4}.get(p["dtype"], 2)
     reserved = 1024 if gpu["capability"] >= 80 else 0
     on_chip = found["strategy"] != "C"
+    in_registers = found["strategy"] in "RFPS"  # these leave dweight to a second launch
     all_channels = found["tile"] == p["channels"]
     resident = found["occupancy"] * gpu["multiprocessors"]
     waiting = found["exchange"] == "global"  # blocks that must all have room at a time
     rules = {
-        "a known strategy": found["strategy"] in "ABCD",
-        "planes, or pixels": not on_chip or (found["strategy"] == "D") == p["channels_last"],
+        "a known strategy": found["strategy"] in "ABCDRFPS",
+        "planes, or pixels": not on_chip or (found["strategy"] in "DPS") == p["channels_last"],
+        "what a thread holds": in_registers == (found["depth"] > 0),
         "shared memory of a block": 0 <= found["shared_bytes"] <= gpu["shared_per_block"],
         "shared memory of a multiprocessor": found["occupancy"] * (found["shared_bytes"] + reserved)
         <= gpu["shared_per_multiprocessor"],
@@ -82,17 +84,21 @@ def broken_limits(p: dict[str, Any], found: dict[str, Any], gpu: dict[str, Any])
         "threads of a multiprocessor": found["occupancy"] * found["threads"]
         <= gpu["threads_per_multiprocessor"],
         "blocks": 1 <= found["blocks"] < BLOCKS,
-        "launches": found["launches"] == 1 if on_chip else found["launches"] >= 1,
+        "launches": found["launches"] == 1 + (in_registers and p["backward"])
+        if on_chip
+        else found["launches"] >= 1,
         "tile": 1 <= found["tile"] <= p["channels"],
         "tiles are all channels": (found["tiles"] - 1) * found["tile"]
         < p["channels"]
         <= found["tiles"] * found["tile"],
-        "held": all_channels or found["tile"] + 2 * found["halo"] <= p["channels"],
+        "held": all_channels
+        or in_registers
+        or found["tile"] + 2 * found["halo"] <= p["channels"],
         "no halo around all channels": not all_channels or found["halo"] == 0,
         "the halo is as wide as the taps": not on_chip
         or all_channels
         or found["halo"] >= min(p["kernel_size"] // 2, p["channels"]),
-        "a block for each tile of each sample": not on_chip
+        "a block for each tile of each sample": found["strategy"] in "CS"
         or found["blocks"] == p["samples"] * found["tiles"] * found["group"],
         "group": (found["group"] == 1) == (found["exchange"] == "none"),
         "cluster": found["exchange"] != "cluster" or found["group"] <= gpu["largest_cluster"],
@@ -128,20 +134,23 @@ def test_maps_move_once_in_the_model(
         full = (samples, *shape)
         found = eca_fused.plan(full, dtype, FORMATS[layout], device="sm_90", backward=backward)
         x_bytes = math.prod(full) * dtype.itemsize
-        # Mean and gate in float32: written forward, read backward; 8 % of x at most.
-        small = 2 * samples * shape[0] * 4
+        # Mean and gate in float32, dz to and fro; and each part's sums: 16 % of x at most.
+        numbers = 4 if backward else 2
+        if found.strategy == "S":
+            numbers += 2 * found.parts + (2 if backward else 0)
+        small = numbers * samples * shape[0] * 4
         most = (3.05 if backward else 2.05) * x_bytes
         assert found.map_bytes == (3 if backward else 2) * x_bytes
         assert found.map_bytes <= found.dram_bytes - small <= most
         if small < 0.03 * x_bytes:
             assert found.dram_bytes <= most
-        assert found.launches == 1
+        assert found.launches == 1 + (backward and found.depth > 0)
 
 
 def test_most_layers_count_mean_and_gate() -> None:
     """The test above judges the total too, for all layers but those of 7x7."""
     sizes = [h * w * d.itemsize for _, h, w in RESNET50 for d in (torch.float32, torch.bfloat16)]
-    assert [0.03 * size > 8 for size in sizes] == 6 * [True] + 2 * [False]
+    assert [0.03 * size > 16 for size in sizes] == 5 * [True] + 3 * [False]
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -154,7 +163,7 @@ def test_random_problems_reach_every_strategy_and_exchange() -> None:
     gpu = _C.gpu_by_name("sm_90")
     drawn = problems(1500)
     found = [_C.plan(**p, gpu=gpu) for p in drawn]
-    assert {f["strategy"] for f in found} == set("ABCD")
+    assert {f["strategy"] for f in found} == set("ABCDRFPS")
     assert {f["exchange"] for f in found} == {"none", "cluster"}
     older = [_C.plan(**p, gpu=_C.gpu_by_name("sm_80")) for p in drawn]
     assert {f["exchange"] for f in older} == {"none", "global"}
@@ -165,7 +174,7 @@ def test_random_problems_reach_every_strategy_and_exchange() -> None:
         {"threads": 200},
         {"threads": 2048},
         {"blocks": 2**31},
-        {"launches": 2},
+        {"launches": 3},
         {"halo": 0},
         {"tile": 0},
         {"exchange": "cluster", "group": 16},
@@ -190,8 +199,8 @@ def test_small_problems_are_one_launch(shape: tuple[int, ...], gpu: str) -> None
                 # What fits into a block of any GPU; all of it in half precision, on large GPUs.
                 large = gpu in ("sm_90", "sm_100") and dtype.itemsize == 2
                 if large or math.prod(shape) * dtype.itemsize <= 64 << 10:
-                    assert found.launches == 1
-                assert (found.launches == 1) == (found.strategy != "C")
+                    assert found.launches <= 1 + backward
+                assert (found.launches <= 1 + backward) == (found.strategy != "C")
 
 
 def test_clusters_only_from_capability_9() -> None:
@@ -210,7 +219,7 @@ def test_no_halo_in_place(gpu: str) -> None:
     found = [_C.plan(**p, gpu=limits) for p in drawn]
     assert {f["halo"] for f in found} == {0}
     for p, f in zip(drawn, found, strict=True):
-        assert f["strategy"] == "C" or f["tile"] == p["channels"]
+        assert f["strategy"] == "C" or f["tile"] == p["channels"]  # S: a block its own pixels
         assert broken_limits(p, f, limits) == []
     assert any(f["strategy"] != "C" for f in found)
     elsewhere = [_C.plan(**p | {"in_place": False}, gpu=limits)["halo"] for p in drawn]
@@ -310,9 +319,9 @@ def test_kernel_size_is_that_of_the_layer() -> None:
 
 
 def test_more_multiprocessors_get_more_blocks() -> None:
-    few, many = (eca_fused.plan((1, 256, 56, 56), device=d) for d in ("sm_90:8", "sm_90:132"))
+    few, many = (eca_fused.plan((1, 512, 28, 28), device=d) for d in ("sm_90:8", "sm_90:132"))
     assert few.blocks < many.blocks
-    assert eca_fused.plan((1, 256, 56, 56), device="sm_90") == many
+    assert eca_fused.plan((1, 512, 28, 28), device="sm_90") == many
 
 
 def test_shapes_are_sequences() -> None:
@@ -462,7 +471,7 @@ def test_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (4, 256, 56, 56), torch.float32, torch.channels_last, device="sm_80:50", backward=True
     )
     x_bytes = 4 * 4 * 256 * 56 * 56
-    strategy = [found.strategy] + (["x", str(found.launches)] if found.launches > 1 else [])
+    strategy = [found.strategy] + (["x", str(found.launches)] if found.launches > 2 else [])
     group = [str(found.group)] + ([] if found.exchange == "none" else [found.exchange])
     assert lines[-1].split() == [
         *("256x56x56", "5", "NHWC", "backward", *strategy, *group),

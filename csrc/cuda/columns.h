@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kColumnThreads, column_blocks(kDepth, false))
   column.put_parts(sums, t.held, parts);
   block_barrier();
   for (int h = thread_index(); h < tile.held; h += thread_count())
-    means.set(h, column.total(h, t.held, parts) / A(p.pixels));
+    means.set(h, column.total(h, t.held, parts) / A(int(p.pixels)));
   means.clear_ends();
   block_barrier();
 
@@ -159,15 +159,14 @@ __global__ void __launch_bounds__(kColumnThreads, column_blocks(kDepth, true))
     dz.set(h, value);
     if (!tile.is_own(h)) continue;
     gates.set(h - tile.halo, gate);
-    if (b.dweight)
-      put(static_cast<A*>(work.dz) + tile.sample * p.channels + channel, value);
+    if (b.dweight) put(static_cast<A*>(work.dz) + tile.sample * p.channels + channel, value);
   }
   dz.clear_ends();
   block_barrier();
   if (!b.dx.data) return;
 
   for (int c = thread_index(); c < tile.own; c += thread_count())
-    shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) / A(p.pixels));
+    shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) / A(int(p.pixels)));
   block_barrier();
   if (column.channel < 0 || !tile.is_own(column.held)) return;
   const Vector<A, V> gate = values_from<V>(gates, column.held - tile.halo);

@@ -191,7 +191,14 @@ class Shared {
 
   template <int V>
   __device__ void store(int i, const Vector<T, V>& v) const {
-    *reinterpret_cast<Vector<T, V>*>(data_ + i) = v;
+    static_assert(sizeof(v) == 16);
+    uint32_t word[4];
+    std::memcpy(word, &v, sizeof v);
+    // As in store(): an assignment becomes four stores, which meet in the same banks.
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(
+                     uint32_t(__cvta_generic_to_shared(data_ + i))),
+                 "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
+                 : "memory");
   }
 
   // From the array at the same place of another block of the cluster.
@@ -392,11 +399,15 @@ struct Launch {
   int64_t shared_bytes;  // dynamic shared memory of a block
   Stream stream;
   bool in_order = false;  // blocks wait for those of lower numbers: all GPUs start them in order
+  // The kernel's loads are under way through the L1 cache, which is what shared memory leaves of
+  // the same memory: let the driver divide it.
+  bool wants_l1 = false;
 };
 
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  if (how.shared_bytes > 8 << 10) allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
+  if (how.shared_bytes > 8 << 10 && !how.wants_l1)
+    allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(how.blocks));
   config.blockDim = dim3(unsigned(how.threads));

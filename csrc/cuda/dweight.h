@@ -9,41 +9,50 @@ namespace eca::cuda {
 
 constexpr int kTapsAtOnce = 8;
 
-// One set of taps: each block adds up some runs of channels of some samples, and the last to arrive
-// adds the blocks, in the order of their numbers. A run is as long as a block has threads.
+// One set of taps. A run is 256 channels of a sample, one for each thread. A block asks for
+// kDweightRuns of them at once, and the last block to arrive adds the blocks, in the order of their
+// numbers.
 template <class T>
-__global__ void __launch_bounds__(kDweightThreads)
-    sum_shared_dweight(Backward b, Workspace work) {
+__global__ void __launch_bounds__(kDweightThreads) sum_shared_dweight(Backward b, Workspace work) {
   using A = Accumulator<T>;
   const Problem& p = b.problem;
-  const int channels = int(p.channels), radius = int(p.kernel_size / 2);
+  constexpr int R = kDweightRuns, kWarps = kDweightThreads / 32;
+  const int channels = int(p.channels), radius = int(p.kernel_size / 2), k = int(p.kernel_size);
   const int runs = (channels + kDweightThreads - 1) / kDweightThreads;  // of a sample
   const int all = int(p.samples) * runs, blocks = int(block_count());
-  const A* const dz = static_cast<const A*>(work.dz);
-  const A* const mean = static_cast<const A*>(b.mean);
-  A* const partials = static_cast<A*>(work.dweight);  // (k, blocks)
   const int lane = thread_index() % 32, warp = thread_index() / 32;
-  constexpr int kWarps = kDweightThreads / 32;
   const auto flag = shared_array<uint32_t>(0, 1);
   const auto sums = shared_array<A>(16, kWarps * kTapsAtOnce);
-  for (int64_t first = 0; first < p.kernel_size; first += kTapsAtOnce) {
-    const int taps = int(min(int64_t(kTapsAtOnce), p.kernel_size - first));
+  A* const partials = static_cast<A*>(work.dweight);  // (k, blocks)
+  for (int first = 0; first < k; first += kTapsAtOnce) {
+    const int taps = min(kTapsAtOnce, k - first);
     A sum[kTapsAtOnce] = {};
-#pragma unroll 4
-    for (int run = int(block_index()); run < all; run += blocks) {
-      const int sample = run / runs, c = (run - sample * runs) * kDweightThreads + thread_index();
-      if (c >= channels) continue;
-      const A value = value_at(dz + int64_t(sample) * channels + c);
-      const A* const means = mean + int64_t(sample) * channels;
+    for (int base = int(block_index()) * R; base < all; base += blocks * R) {
+      A dz[R], means[R][kTapsAtOnce];
 #pragma unroll
-      for (int u = 0; u < kTapsAtOnce; ++u) {
-        int from = c + int(first) + u - radius;
-        if (p.circular) from += from < 0 ? channels : from >= channels ? -channels : 0;
-        if (u < taps && from >= 0 && from < channels) sum[u] += value * value_at(means + from);
+      for (int r = 0; r < R; ++r) {
+        const int run = base + r, sample = run / runs;
+        const int c = (run - sample * runs) * kDweightThreads + thread_index();
+        const bool there = run < all && c < channels;
+        const int64_t row = int64_t(sample) * channels;
+        dz[r] = there ? value_at(static_cast<const A*>(work.dz) + row + c) : A(0);
+#pragma unroll
+        for (int u = 0; u < kTapsAtOnce; ++u) {
+          int from = c + first + u - radius;
+          if (p.circular) from += from < 0 ? channels : from >= channels ? -channels : 0;
+          means[r][u] = there && u < taps && from >= 0 && from < channels
+                            ? value_at(static_cast<const A*>(b.mean) + row + from)
+                            : A(0);
+        }
       }
+#pragma unroll
+      for (int r = 0; r < R; ++r)
+#pragma unroll
+        for (int u = 0; u < kTapsAtOnce; ++u) sum[u] += dz[r] * means[r][u];
     }
 #pragma unroll
     for (int u = 0; u < kTapsAtOnce; ++u) {
+      if (u >= taps) continue;
       sum[u] = warp_sum(sum[u]);
       if (lane == 0) sums.set(warp * kTapsAtOnce + u, sum[u]);
     }
@@ -52,15 +61,16 @@ __global__ void __launch_bounds__(kDweightThreads)
       A total = 0;
       for (int w = 0; w < kWarps; ++w) total += sums.get(w * kTapsAtOnce + thread_index());
       if (blocks == 1) store_dweight<T>(p, b.dweight, first + thread_index(), total);
-      else put(partials + (first + thread_index()) * blocks + block_index(), total);
+      else put(partials + int64_t(first + thread_index()) * blocks + block_index(), total);
     }
     block_barrier();
   }
   if (blocks == 1 || !last_to_arrive(work.counters.dweight(0), blocks, flag)) return;
-  for (int64_t j = warp; j < p.kernel_size; j += kWarps) {
+  for (int j = warp; j < k; j += kWarps) {
     A sum = 0;
-#pragma unroll 4
-    for (int64_t i = lane; i < blocks; i += 32) sum += load_from_other_block(partials + j * blocks + i);
+#pragma unroll 8
+    for (int i = lane; i < blocks; i += 32)
+      sum += load_from_other_block(partials + int64_t(j) * blocks + i);
     sum = warp_sum(sum);
     if (lane == 0) store_dweight<T>(p, b.dweight, j, sum);
   }

@@ -21,8 +21,13 @@ inline Workspace arrange(const Problem& p, Pass pass, const Plan& plan, const Me
 
 inline Launch launch_of(const Plan& plan, const Memory& memory) {
   const int cluster = plan.tiling.exchange == Exchange::kCluster ? plan.tiling.group : 1;
-  return {plan.blocks, plan.tiling.threads, cluster, plan.shared_bytes,
-          static_cast<Stream>(memory.stream), plan.strategy == 'S'};
+  return {plan.blocks,
+          plan.tiling.threads,
+          cluster,
+          plan.shared_bytes,
+          static_cast<Stream>(memory.stream),
+          plan.strategy == 'S',
+          plan.tiling.depth > 0};
 }
 
 // Strategy C's launches over one chunk of samples.
@@ -55,17 +60,22 @@ void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const W
   if constexpr (!std::is_same_v<T, double>) {
     const Tiling& t = plan.tiling;
     const SharedLayout s = register_layout(f.problem, plan.strategy, t);
-    const auto start = [&](auto kernel) { launch(launch_of(plan, memory), kernel, f, t, s, Rescale{}); };
+    const auto start = [&](auto kernel) {
+      launch(launch_of(plan, memory), kernel, f, t, s, Rescale{});
+    };
     if (plan.strategy == 'S') {
       if (!f.mean) f.mean = work.mean, f.gate = work.gate;
       return launch(launch_of(plan, memory), forward_stream<T, kStreamForwardDepth, Rescale>, f, t,
                     s, work, Rescale{});
     }
     switch (plan.strategy) {
-      case 'R': return start(t.depth == 7 ? forward_rows<T, 7, Rescale> : forward_rows<T, 13, Rescale>);
-      case 'F': return start(t.depth == 2 ? forward_runs<T, 2, Rescale> : forward_runs<T, 4, Rescale>);
+      case 'R':
+        return start(t.depth == 7 ? forward_rows<T, 7, Rescale> : forward_rows<T, 13, Rescale>);
+      case 'F':
+        return start(t.depth == 2 ? forward_runs<T, 2, Rescale> : forward_runs<T, 4, Rescale>);
       default:
-        return start(t.depth == 4 ? forward_columns<T, 4, Rescale> : forward_columns<T, 8, Rescale>);
+        return start(t.depth == 4 ? forward_columns<T, 4, Rescale>
+                                  : forward_columns<T, 8, Rescale>);
     }
   }
 }

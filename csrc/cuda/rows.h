@@ -76,18 +76,16 @@ __global__ void __launch_bounds__(row_threads(kDepth), row_blocks(kDepth))
   A sums[4] = {};
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) add_to(sums, widen(x[i]));
-  const A mean =
-      row.total((sums[0] + sums[1]) + (sums[2] + sums[3]), shared_array<A>(s.scratch, t.threads / 32)) /
-      A(p.pixels);
-  if (row.lane == 0 && row.held < tile.held)
-    means.set(row.held, row.channel < 0 ? A(0) : mean);
+  const A mean = row.total((sums[0] + sums[1]) + (sums[2] + sums[3]),
+                           shared_array<A>(s.scratch, t.threads / 32)) /
+                 A(int(p.pixels));
+  if (row.lane == 0 && row.held < tile.held) means.set(row.held, row.channel < 0 ? A(0) : mean);
   means.clear_ends();
   block_barrier();
   if (!tile.is_own(row.held)) return;
 
   const A gate = gate_of(means, taps, row.channel, row.held);
-  if (row.lane == 0)
-    put_mean_and_gate(f, row.sample * p.channels + row.channel, mean, gate);
+  if (row.lane == 0) put_mean_and_gate(f, row.sample * p.channels + row.channel, mean, gate);
   row.for_each(f.y, [&](int i, int64_t offset) {
     store(static_cast<T*>(f.y.data) + offset, epilogue.forward(x[i], all_of<V>(gate), offset));
   });
@@ -123,7 +121,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), row_blocks(kDepth))
 
   if (row.lane == 0 && b.dweight) put(static_cast<A*>(work.dz) + i_channel, own_dz);
   if (!b.dx.data) return;
-  const A shift = dm_of(tile, dz, taps, row.held) / A(p.pixels);
+  const A shift = dm_of(tile, dz, taps, row.held) / A(int(p.pixels));
   row.for_each(b.dx, [&](int i, int64_t offset) {
     store(static_cast<T*>(b.dx.data) + offset,
           dx_of(dy[i], all_of<V>(gate), all_of<V>(shift), epilogue));

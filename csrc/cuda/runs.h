@@ -135,12 +135,13 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks)
   for (int base = 0; base < tile.held; base += teams) {
     const int h = base + thread_index() / t.lanes;
     const A sum = run.total(h - run.first, lane, t.lanes, before, behind);
-    if (lane == 0 && h < tile.held) means.set(h, sum / A(p.pixels));
+    if (lane == 0 && h < tile.held) means.set(h, sum / A(int(p.pixels)));
   }
   means.clear_ends();
   block_barrier();
 
-  const auto gates = shared_array<A>(s.gate, t.tile + 1);  // one beyond the last, for the last vector
+  const auto gates =
+      shared_array<A>(s.gate, t.tile + 1);  // one beyond the last, for the last vector
   for (int c = thread_index(); c <= tile.own; c += thread_count()) {
     if (c == tile.own) {
       gates.set(c, A(0));
@@ -174,7 +175,8 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks)
   run.load_from(b.x, x);
   const NearTaps<T> taps(p, b.weight, s);
   const Neighbours<A> dz(p, t, s);
-  const auto gates = shared_array<A>(s.gate, t.held + 1), shifts = shared_array<A>(s.shift, t.tile + 1);
+  const auto gates = shared_array<A>(s.gate, t.held + 1),
+             shifts = shared_array<A>(s.shift, t.tile + 1);
   const A* const sample_gates = static_cast<const A*>(b.gate) + tile.sample * p.channels;
   for (int h = thread_index(); h <= tile.held; h += thread_count()) {
     const int channel = h < tile.held ? tile.channel(h) : -1;
@@ -205,7 +207,7 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks)
   if (!b.dx.data) return;
 
   for (int c = thread_index(); c <= tile.own; c += thread_count())
-    shifts.set(c, c == tile.own ? A(0) : dm_of(tile, dz, taps, c + tile.halo) / A(p.pixels));
+    shifts.set(c, c == tile.own ? A(0) : dm_of(tile, dz, taps, c + tile.halo) / A(int(p.pixels)));
   block_barrier();
   run.for_each_own(b.dx, tile, [&](int i, auto at, int64_t offset) {
     const int h = at.plane + run.first, c = h - tile.halo;

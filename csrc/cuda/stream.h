@@ -18,13 +18,12 @@ struct StreamPart {
   int part;
 
   __device__ StreamPart(const Problem& p, const Tiling& t) {
-    const int64_t group_parts = t.chunk * t.parts;
-    const int64_t step = block_index() / (2 * group_parts);
-    const int64_t within = block_index() - step * 2 * group_parts;
+    const auto block = uint32_t(block_index()), group_parts = uint32_t(t.chunk * t.parts);
+    const uint32_t step = block / (2 * group_parts), within = block - step * 2 * group_parts;
     rescales = within % 2 != 0;
-    const int64_t i = within / 2;
-    sample = (rescales ? step - 1 : step) * t.chunk + i / t.parts;
-    part = int(i % t.parts);
+    const uint32_t in_group = within / 2 / uint32_t(t.parts);
+    sample = (int64_t(step) - (rescales ? 1 : 0)) * t.chunk + in_group;
+    part = int(within / 2 - in_group * uint32_t(t.parts));
     exists = sample >= 0 && sample < p.samples;
   }
 };
@@ -75,13 +74,19 @@ __device__ inline void put_part(const Problem& p, const Tiling& t, const Workspa
   put(static_cast<A*>(work.sums) + (here.sample * t.parts + here.part) * p.channels + c, sum);
 }
 
-// V numbers that another block has written.
+// V numbers of channels from a multiple of V on, 16 bytes at a time. Where another block has written
+// them: behind the barrier that follows the wait.
 template <int V, class A>
-__device__ inline Vector<A, V> from_other_block(const void* numbers, int64_t at) {
+__device__ inline Vector<A, V> numbers_from(const void* numbers, int64_t at) {
+  constexpr int W = 16 / int(sizeof(A));
+  static_assert(V % W == 0);
   Vector<A, V> v;
 #pragma unroll
-  for (int e = 0; e < V; ++e)
-    v.element[e] = load_from_other_block(static_cast<const A*>(numbers) + at + e);
+  for (int e = 0; e < V; e += W) {
+    const Vector<A, W> some = load<W>(static_cast<const A*>(numbers) + at + e);
+#pragma unroll
+    for (int u = 0; u < W; ++u) v.element[e + u] = some.element[u];
+  }
   return v;
 }
 
@@ -103,8 +108,7 @@ __global__ void __launch_bounds__(kColumnThreads, stream_blocks(false))
     if (thread_index() == 0) counters.wait();
     block_barrier();
     if (column.channel < 0) return;
-    const Vector<A, V> gate =
-        from_other_block<V, A>(f.gate, here.sample * p.channels + column.channel);
+    const Vector<A, V> gate = numbers_from<V, A>(f.gate, here.sample * p.channels + column.channel);
     column.for_each(f.y, [&](int i, int64_t offset) {
       store(static_cast<T*>(f.y.data) + offset, epilogue.forward(x[i], gate, offset));
     });
@@ -124,7 +128,7 @@ __global__ void __launch_bounds__(kColumnThreads, stream_blocks(false))
   const NearTaps<T> taps(p, f.weight, s);
   const Neighbours<A> means(p, t, s);
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    means.set(c, total_of_sample<A>(p, t, work, here.sample, c) / A(p.pixels));
+    means.set(c, total_of_sample<A>(p, t, work, here.sample, c) / A(int(p.pixels)));
   means.clear_ends();
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())
@@ -154,10 +158,8 @@ __global__ void __launch_bounds__(kColumnThreads, stream_blocks(true))
     if (thread_index() == 0) counters.wait();
     block_barrier();
     if (column.channel < 0 || !b.dx.data) return;
-    Vector<A, V> gate;
-#pragma unroll
-    for (int e = 0; e < V; ++e) gate.element[e] = value_at(gates + column.channel + e);
-    const Vector<A, V> shift = from_other_block<V, A>(work.shift, channels + column.channel);
+    const Vector<A, V> gate = numbers_from<V, A>(b.gate, channels + column.channel);
+    const Vector<A, V> shift = numbers_from<V, A>(work.shift, channels + column.channel);
     column.for_each(b.dx, [&](int i, int64_t offset) {
       store(static_cast<T*>(b.dx.data) + offset, dx_of(dy[i], gate, shift, epilogue));
     });
@@ -187,7 +189,7 @@ __global__ void __launch_bounds__(kColumnThreads, stream_blocks(true))
   dz.clear_ends();
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    put(static_cast<A*>(work.shift) + channels + c, dm_of(tile, dz, taps, c) / A(p.pixels));
+    put(static_cast<A*>(work.shift) + channels + c, dm_of(tile, dz, taps, c) / A(int(p.pixels)));
   block_barrier();
   if (thread_index() == 0) counters.set_ready();
 }

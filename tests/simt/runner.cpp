@@ -169,7 +169,7 @@ bool answer_one() {
                 r.l2,
                 int32_t(r.threads_per_multiprocessor),
                 int32_t(r.largest_cluster)};
-  const Wish wish{r.two_passes != 0,  int32_t(r.tile), int32_t(r.group),
+  const Wish wish{r.two_passes != 0,  int32_t(r.tile),  int32_t(r.group),
                   int32_t(r.threads), char(r.strategy), int32_t(r.depth)};
 
   simt::settings.seed = uint64_t(r.seed);

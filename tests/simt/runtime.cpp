@@ -441,7 +441,8 @@ void run(const Kernel& how) {
   random_source = {settings.seed};
   order.resize(size_t(how.blocks / how.cluster));
   std::iota(order.begin(), order.end(), int64_t(0));
-  for (size_t i = how.in_order ? 0 : order.size(); i > 1; --i) std::swap(order[i - 1], order[random_source.below(i)]);
+  for (size_t i = how.in_order ? 0 : order.size(); i > 1; --i)
+    std::swap(order[i - 1], order[random_source.below(i)]);
   constexpr int kLoyalties[] = {0, 32, 60, 63};
   loyalty = kLoyalties[random_source.below(4)];
   favourite = nullptr;

@@ -275,6 +275,7 @@ struct Launch {
   int64_t shared_bytes;
   Stream stream;
   bool in_order = false;  // of the start of blocks, as on all GPUs; else in any
+  bool wants_l1 = false;
   Place place = Place::here();
 };
 
