@@ -161,7 +161,8 @@ def test_gradients_of_gradients_from_copies(backend):
 def test_what_is_kept_may_move_to_the_host(backend, layout):
     case = make_case((2, 8, 5, 4), layout=layout)
     want = run(fused(backend), case)
-    with torch.autograd.graph.save_on_cpu(pin_memory=DEVICE == "cuda"):
+    # PyTorch makes the host's copies on the default device, which the tests set to the GPU.
+    with torch.device("cpu"), torch.autograd.graph.save_on_cpu(pin_memory=DEVICE == "cuda"):
         assert same(run(fused(backend), case), want)
 
 
@@ -213,7 +214,9 @@ def test_a_checkpoint_keeps_its_arguments_alone(backend):
     kept = Kept()
     with kept.hooks():
         y = checkpoint(fused(backend), x, case.weight, use_reentrant=False)
-    assert {t.data_ptr() for t in kept.packed} <= {x.data_ptr(), case.weight.data_ptr()}
+    # Up to torch 2.12 an empty tensor is packed too.
+    packed = {t.data_ptr() for t in kept.packed if t.numel()}
+    assert packed <= {x.data_ptr(), case.weight.data_ptr()}
     y.backward(case.dy)
     assert same((x.grad,), run(fused(backend), case)[1:2])
 
