@@ -1,10 +1,10 @@
-"""The scripts for a GPU, without one: the tuner, what a profiler saw, and gpu_check.sh."""
+"""The scripts for a GPU, without one: the tuner, what a profiler saw, and gpu_check.py."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import eca_fused
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu_check  # noqa: E402
 import gpu_probe  # noqa: E402
 import tune  # noqa: E402
 
@@ -50,117 +51,186 @@ def test_candidates_of_the_tuner_need_no_gpu(capsys):
 
 # ---- what a profiler saw ----
 
+COUNTED = ("us", "read", "written", "instructions")
 
-def test_bytes_of_each_call_from_the_output_of_ncu():
-    plan = {"strategy": "C", "group": 1, "launches": 2, "dram_bytes": 4e6}
-    call = {"shape": [1, 2, 3, 4], "layout": "contiguous", "direction": "forward"}
-    calls = [{**call, "plan": plan, "ideal": 4e6}]
+
+def rows_of_ncu(kernels: int, values: dict[str, str]) -> list[str]:
+    """The output of Nsight Compute, a line for each counter."""
     head = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
     rows = [
-        f'"{i}","k{i}","{name}","byte","{value}"'
-        for i in (0, 1)
-        for name, value in ((gpu_probe.READ, "1,500,000"), (gpu_probe.WRITTEN, "1000000"))
+        f'"{i}","k{i}","{gpu_probe.COUNTERS[name]}","byte","{value}"'
+        for i in range(kernels)
+        for name, value in values.items()
     ]
-    seen = gpu_probe.kernels(["==PROF== Connected", head, *rows])
-    assert [kernel[gpu_probe.READ] for kernel in seen] == [1.5e6, 1.5e6]
-    assert "3.0, 2.0, 4.0, 4.0; 1.250" in gpu_probe.traffic(calls, seen)
-    assert "expected 2 kernels, saw 1" in gpu_probe.traffic(calls, seen[:1])
-    raw = [f'"ID","Kernel Name","{gpu_probe.READ}","{gpu_probe.WRITTEN}"', '"","","byte","byte"']
-    assert gpu_probe.kernels([*raw, '"0","k","7","8"'])[0][gpu_probe.WRITTEN] == 8
-    assert gpu_probe.kernels(["==ERROR== ERR_NVGPUCTRPERM"]) == []
+    return ["==PROF== Connected", head, *rows]
 
 
-# ---- gpu_check.sh ----
+def test_counters_of_each_call_from_the_output_of_ncu(tmp_path, capsys):
+    plan = {"strategy": "C", "launches": 2}
+    call = {"shape": [1, 2, 16, 16], "k": 3, "dtype": "float32", "layout": "contiguous"}
+    calls = [{**call, "direction": "forward", "plan": plan, "ideal": 4e6}]
+    values = {"read": "1,500,000", "written": "1000000", "us": "2,000", "instructions": "40"}
+    lines = rows_of_ncu(2, {**values, "stall long": "n/a"})
+    seen = gpu_probe.kernels(lines)
+    assert [kernel["read"] for kernel in seen] == [1.5e6, 1.5e6]
+    assert seen[0]["us"] == 2  # from nanoseconds
+    assert "stall long" not in seen[0]
+    (tmp_path / "calls.json").write_text(json.dumps(calls))
+    (tmp_path / "ncu.csv").write_text("\n".join(lines))
+    files = [str(tmp_path / name) for name in ("calls.json", "ncu.csv", "counters.json")]
+    assert gpu_probe.main(["read", *files]) == 0
+    # 5 MB of 4 ideal; 80 instructions for four times 512 bytes of x.
+    assert "| C | 4.0 | 1.250 | 20 |" in capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "counters.json").read_text())
+    assert len(found["kernels"]) == 2
+    (tmp_path / "ncu.csv").write_text("\n".join(rows_of_ncu(1, values)))
+    assert gpu_probe.main(["read", *files]) == 1
+    assert "expected 2 kernels, saw 1" in capsys.readouterr().out
+    (tmp_path / "ncu.csv").write_text("==ERROR== ERR_NVGPUCTRPERM")
+    assert gpu_probe.main(["read", *files]) == 3
+    raw = [f'"ID","Kernel Name","{gpu_probe.COUNTERS["read"]}","{gpu_probe.COUNTERS["written"]}"']
+    assert gpu_probe.kernels([*raw, '"","","byte","byte"', '"0","k","7","8"'])[0]["written"] == 8
 
-CHECK = ROOT / "benchmarks" / "gpu_check.sh"
 
-# Stands for a Python with a GPU. A test named in $FAIL fails.
-STUB = r"""#!/usr/bin/env bash
-case "$*" in
-  *get_device_name*) echo 'Pretend GPU 1' ;;
-  *get_device_capability*) echo 9.0 ;;
-  *device_count*) echo 1 ;;
-  *eca_fused.native*) exit 0 ;;
-  *find_spec*) exit 1 ;;
-  *-m\ pytest*)
-    if [ -n "${FAIL:-}" ] && [[ "$*" == *"$FAIL"* ]]; then
-      echo 'FAILED tests/test_cuda.py::test_x - wrong'
-      echo '1 failed, 2 passed in 0.10s'
-      exit 1
-    fi
-    echo '3 passed in 0.10s' ;;
-  *triton*) echo 'not usable: no Triton'; exit 1 ;;
-  -\ *) shift; exec REAL - "$@" ;;
-  *) echo "stub $*" ;;
-esac
-"""
+# ---- gpu_check.py ----
+
+CHECK = ROOT / "benchmarks" / "gpu_check.py"
+MOST_FILES = 8  # that come back from a lent machine
 
 
-def check(*arguments, cwd=ROOT, **env):
-    return subprocess.run(
-        [str(CHECK), *map(str, arguments)],
-        cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=100,
+def say(text: str, status: int = 0) -> list[str]:
+    return [sys.executable, "-c", f"print({text!r}); raise SystemExit({status})"]
+
+
+def part(command: list[str], verdict=gpu_check.last_line, limit: float = 60) -> gpu_check.Part:
+    return gpu_check.Part(limit, command, command, verdict)
+
+
+def summary(folder: Path) -> dict[str, str]:
+    found = json.loads((folder / "summary.json").read_text())
+    return {name: entry["verdict"] for name, entry in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "status", "lines", "wanted"),
+    [
+        (gpu_check.last_line, 0, ["a", "b", ""], "ok: b"),
+        (gpu_check.last_line, 3, [], "FAILED: status 3: no output"),
+        (gpu_check.of_pytest, 0, ["== 3 passed, 1 skipped in 0.1s =="], "ok: 3 passed, 1 skipped"),
+        (gpu_check.of_pytest, 1, ["1 failed, 2 passed in 9.10s"], "FAILED: 1 failed, 2 passed"),
+        (gpu_check.of_pytest, 5, ["9 deselected in 0.1s"], "FAILED: no test was selected"),
+        (gpu_check.of_sanitizer, 0, ["== ERROR SUMMARY: 0 errors"], "ok: ERROR SUMMARY: 0 errors"),
+        (gpu_check.of_sanitizer, 9, ["== ERROR SUMMARY: 2 errors"], "FAILED: status 9: ERROR"),
+        (gpu_check.of_sanitizer, 0, ["34 calls, 0 wrong"], "FAILED: the sanitizer did not say"),
+        (gpu_check.of_sanitizer, 1, ["== Device not supported"], "not available: Device not supp"),
+        (gpu_check.of_rows, 0, ["fine"], "ok"),
+        (gpu_check.of_rows, 0, ["FAILED x: y"], "FAILED: status 0; 1 faults; FAILED x: y"),
+        (gpu_check.of_rows, 1, ["x"], "FAILED: status 1"),
+    ],
+)
+def test_verdicts(verdict, status, lines, wanted):
+    assert verdict(status, lines).startswith(wanted)
+
+
+def test_a_part_that_fails_or_is_not_there_does_not_hide_the_next(tmp_path):
+    run = gpu_check.Run(tmp_path, dry=False, seconds=60)
+    run.run("wrong", part(say("no", 1)))
+    run.run("absent", part([str(tmp_path / "no such tool")]))
+    run.run("right", part(say("yes")))
+    verdicts = summary(tmp_path)
+    assert verdicts["wrong"] == "FAILED: status 1: no"
+    assert verdicts["absent"].startswith("not available: ")
+    assert verdicts["right"] == "ok: yes"
+    log = (tmp_path / "log.txt").read_text()
+    assert "wrong| no" in log
+    assert "right| yes" in log
+    assert gpu_check.show(run) == 1
+
+
+def test_a_part_that_takes_too_long_is_stopped_with_its_children(tmp_path):
+    run = gpu_check.Run(tmp_path, dry=False, seconds=60)
+    code = "import subprocess, sys; print('begun', flush=True); subprocess.run(['sleep', '60'])"
+    began = time.monotonic()
+    run.run("slow", part([sys.executable, "-c", code], limit=6))
+    assert time.monotonic() - began < 40
+    assert summary(tmp_path)["slow"].startswith("FAILED: not done in 6 s; begun")
+
+
+def test_what_has_been_seen_is_on_disk_while_a_part_runs(tmp_path):
+    """A machine that is taken back kills everything: the log and the verdicts must be there."""
+    code = "import time; print('half', flush=True); time.sleep(60)"
+    command = [
+        sys.executable, "-c",
+        "import sys; sys.path[:0] = [sys.argv[1]]\n"
+        "import gpu_check as g; from pathlib import Path\n"
+        "run = g.Run(Path(sys.argv[2]), False, 100)\n"
+        "run.run('done', g.Part(60, [sys.executable, '-c', 'print(1)'], [], g.last_line))\n"
+        "run.run('half', g.Part(60, [sys.executable, '-c', sys.argv[3]], [], g.last_line))",
+        str(ROOT / "benchmarks"), str(tmp_path), code,
+    ]  # fmt: skip
+    child = subprocess.Popen(command)
+    try:
+        end = time.monotonic() + 50
+        while "half| half" not in (tmp_path / "log.txt").read_text() if (
+            tmp_path / "log.txt"
+        ).exists() else True:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    finally:
+        child.kill()
+        child.wait()
+    assert summary(tmp_path) == {"done": "ok: 1", "half": "running"}
+
+
+def test_what_there_is_no_time_for_is_said(tmp_path):
+    run = gpu_check.Run(tmp_path, dry=False, seconds=1)
+    run.run("late", part(say("yes")))
+    assert summary(tmp_path) == {"late": "not available: no time left"}
+
+
+def test_plans_name_parts_that_exist(tmp_path):
+    parts = gpu_check.all_parts(tmp_path)
+    for stages in gpu_check.PLANS.values():
+        for stage in stages:
+            assert set(stage) <= set(parts)
+    done = subprocess.run(
+        [sys.executable, str(CHECK), str(tmp_path / "out"), "nonsense", "--device", "dry-run"],
+        capture_output=True, text=True, timeout=100,
     )  # fmt: skip
-
-
-needs_bash = pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
-
-
-@needs_bash
-def test_parts_of_the_gpu_check(tmp_path):
-    listed = check("--list").stdout.split()
-    assert listed[0] == "build"
-    assert {"tests", "sanitizer", "determinism", "graphs", "profile", "bench", "tune"} <= {*listed}
-    assert listed[-3:] == ["networks", "sizes", "calls"]
-    chosen = check("--dry-run", "out", "bench", "tests", cwd=tmp_path).stdout.splitlines()
-    assert chosen == [f"DIR {tmp_path}/out", "would run bench", "would run tests"]
-    usual = check("--dry-run", cwd=tmp_path).stdout.splitlines()[1:]
-    asked = ("tune", "networks", "sizes", "calls", "compile")
-    assert usual == [f"would run {part}" for part in listed if part not in asked]
-    for wrong in (["out", "nonsense"], ["--nonsense"]):
-        done = check(*wrong)
-        assert done.returncode == 2
-        assert "nonsense" in done.stderr
-    assert "summary.json" in check("--help").stdout
-
-
-@needs_bash
-@pytest.mark.parametrize("fail", ["", "same_bits"])
-def test_a_part_of_the_gpu_check_that_fails_does_not_hide_the_next(tmp_path, fail):
-    stub = tmp_path / "python"
-    stub.write_text(STUB.replace("REAL", sys.executable))
-    stub.chmod(0o755)
-    out = tmp_path / "out"
-    parts = ["build", "tests", "determinism", "graphs", "devices", "triton", "sanitizer"]
-    done = check(out, *parts, cwd=tmp_path, PYTHON=str(stub), FAIL=fail, PATH="/usr/bin:/bin")
-    assert done.returncode == (1 if fail else 0), done.stdout + done.stderr
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["gpu"] == "Pretend GPU 1"
-    verdicts = {part["part"]: part["verdict"] for part in summary["parts"]}
-    assert list(verdicts) == parts
-    assert verdicts["tests"] == "ok: 3 passed in 0.10s"
-    assert verdicts["graphs"].startswith("ok")
-    assert verdicts["devices"] == "not available: needs two GPUs, there is 1"
-    assert verdicts["triton"].startswith("not available: not usable: no Triton")
-    assert verdicts["sanitizer"].startswith("not available: no compute-sanitizer")
-    assert verdicts["determinism"].startswith("FAILED: 1 failed, 2 passed" if fail else "ok")
-    table = done.stdout.splitlines()[-len(parts) :]
-    assert [line.split()[0] for line in table] == parts
-    assert ("test_x - wrong" in done.stdout) == bool(fail)
-    log = (out / "log.txt").read_text()
-    assert all(f"######## {part}" in log for part in parts)
-    assert sorted(path.name for path in out.iterdir()) == ["log.txt", "summary.json"]
-
-
-@needs_bash
-def test_the_gpu_check_says_that_there_is_no_gpu(tmp_path):
-    done = check("out", "tests", cwd=tmp_path, CUDA_VISIBLE_DEVICES="", PYTHON=sys.executable)
     assert done.returncode == 2
-    assert "no GPU" in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert "unknown: nonsense; there are first, second, third, facts" in done.stderr
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
-def test_the_gpu_check_passes_shellcheck():
-    done = subprocess.run(["shellcheck", str(CHECK)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+def test_every_test_file_of_the_gpu_check_exists():
+    assert [f for f in gpu_check.COMMON_TESTS if not (ROOT / f).is_file()] == []
+
+
+@needs_extension
+@pytest.mark.skipif("cuda" not in eca_fused.native.devices, reason="needs a build with CUDA")
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git, which knows what would travel")
+@pytest.mark.parametrize("plan", ["first", "second", "third"])
+def test_rehearsal_from_what_would_travel(plan, tmp_path):
+    """Each plan runs without a GPU, in a copy of what git knows and of build/gpu alone."""
+    copy, out = tmp_path / "copy", tmp_path / "out"
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode != 0:
+        pytest.skip("needs a checkout: an unpacked archive has no list of what would travel")
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    from eca_fused import _C
+
+    bundle = copy / "build" / "gpu"
+    bundle.mkdir(parents=True)
+    shutil.copy2(_C.__file__, bundle)
+    command = [sys.executable, "benchmarks/gpu_check.py", str(out), plan, "--device", "dry-run"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = summary(out)
+    wanted = {name for stage in gpu_check.PLANS[plan] for name in stage} - {"few counters"}
+    assert set(verdicts) == {"extension", *wanted}
+    assert all(verdict.startswith("ok") for verdict in verdicts.values()), verdicts
+    assert len(list(out.iterdir())) <= MOST_FILES
