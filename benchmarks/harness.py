@@ -43,8 +43,8 @@ def machine(device: Device) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "eca_fused": eca_fused.__version__,
-        # A copy of the source without its history can be told its commit.
-        "commit": commit() or os.environ.get("ECA_FUSED_COMMIT") or "unknown",
+        # A copy of the source with no history, or with an older one, can be told its commit.
+        "commit": os.environ.get("ECA_FUSED_COMMIT") or commit() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
     return found | gpu() if device.kind == "cuda" and not found["dry_run"] else found

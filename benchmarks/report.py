@@ -31,7 +31,7 @@ import tables
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: made by benchmarks/report.py -->", "<!-- end of figures -->"
-GPU_RESULTS = ("bench", "networks", "sizes", "calls")
+GPU_RESULTS = ("bench", "rivals", "networks", "sizes", "calls")
 README_BATCH = 32  # of the README's table
 README_LAYERS = ("cpu-layers", "bench")  # results with the whole grid; the others are beside it
 
@@ -150,7 +150,7 @@ def where_another_is_faster(result: Result) -> str:
 
 
 def committed() -> list[Path]:
-    """The result files in the repository; gpu_check.sh makes a folder for a GPU."""
+    """The result files in the repository; a GPU has a folder."""
     of_gpus = [path for name in GPU_RESULTS for path in RESULTS.glob(f"*/{name}.json")]
     return sorted([*RESULTS.glob("*.json"), *of_gpus])
 
