@@ -119,13 +119,30 @@ def test_every_kernel_is_there(resources):
             assert len(kernels(resources, name, dtype)) == wanted, (name, dtype)
 
 
-def test_nothing_is_spilled(resources, instructions):
+# Bytes of a thread, stored and loaded once each in the L1 cache, of kernels whose threads load 224
+# and 416 from their maps: the alternative is a block less on each multiprocessor. With fewer chains
+# of sums, or with the checks of bounds written otherwise, other kernels have some.
+SPILLED = {
+    ("sm_80", "backward_rows", "float16", 7): 16,
+    ("sm_100", "backward_rows", "float16", 13): 8,
+}
+
+
+def test_nothing_is_spilled(resources, instructions, architecture):
     assert resources
+    allowed = {
+        kernel: stack
+        for (where, name, dtype, depth), stack in SPILLED.items()
+        for kernel in kernels(resources, name, dtype)
+        if where == architecture and f"Li{depth}E" in kernel
+    }
     for name, used in resources.items():
-        assert used["stack"] == used["local"] == 0, name
+        assert used["stack"] <= allowed.get(name, 0), name
+        assert used["local"] == 0, name
     for name, counts in instructions.items():
-        assert not has(counts, "LDL"), name
-        assert not has(counts, "STL"), name
+        if name not in allowed:
+            assert not has(counts, "LDL"), name
+            assert not has(counts, "STL"), name
 
 
 @pytest.mark.parametrize("name", REGISTERS)
@@ -133,7 +150,9 @@ def test_registers_and_shared_memory_are_what_the_planner_counts_with(
     resources, name, architecture
 ):
     for kernel, used in kernels(resources, name).items():
-        assert used["registers"] <= REGISTERS[name], kernel
+        # From capability 10.0 on one block less is asked for, so that a thread may have more.
+        most = 128 if architecture == "sm_100" and name in IN_REGISTERS else REGISTERS[name]
+        assert used["registers"] <= most, kernel
         # Dynamic shared memory is the plan's; below it lies what the driver reserves.
         assert used["shared"] <= (1024 if architecture != "sm_80" else 0), kernel
 

@@ -91,9 +91,7 @@ def broken_limits(p: dict[str, Any], found: dict[str, Any], gpu: dict[str, Any])
         "tiles are all channels": (found["tiles"] - 1) * found["tile"]
         < p["channels"]
         <= found["tiles"] * found["tile"],
-        "held": all_channels
-        or in_registers
-        or found["tile"] + 2 * found["halo"] <= p["channels"],
+        "held": all_channels or in_registers or found["tile"] + 2 * found["halo"] <= p["channels"],
         "no halo around all channels": not all_channels or found["halo"] == 0,
         "the halo is as wide as the taps": not on_chip
         or all_channels

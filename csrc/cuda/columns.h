@@ -19,20 +19,21 @@ struct Column {
   int held, row;  // the held number of the column's first channel, and which of these pixels
   int first;      // pixel
   int channel;    // -1 where there is none, and for threads that are left over
-  int pixels;
+  int left;       // pixels from this thread's first on
   int64_t sample;
 
   __device__ Column(const Problem& p, const Tiling& t, const HeldTile& tile, int first_row = 0)
-      : pixels(int(p.pixels)), sample(tile.sample) {
+      : sample(tile.sample) {
     const int columns = t.held / V;
     rows = t.threads / columns;
     row = thread_index() / columns;
     held = (thread_index() - row * columns) * V;
     channel = row < rows && held < tile.held ? tile.channel(held) : -1;
     first = first_row + row;
+    left = channel < 0 ? 0 : int(p.pixels) - first;
   }
 
-  __device__ bool has(int i) const { return channel >= 0 && first + i * rows < pixels; }
+  __device__ bool has(int i) const { return i * rows < left; }
 
   __device__ int64_t offset(const Map& map) const {
     return sample * map.sample_stride + first * map.row_stride + channel;
@@ -93,7 +94,7 @@ __device__ inline void add_all(Vector<A, V>& sums, const Vector<A, V>& more) {
 }
 
 template <class T, int kDepth, class Epilogue>
-__global__ void __launch_bounds__(kColumnThreads, column_blocks(kDepth, false))
+__global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(kDepth, false)))
     forward_columns(Forward f, Tiling t, SharedLayout s, Epilogue epilogue) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kColumnThreads, column_blocks(kDepth, false))
 
 // dz (samples, channels), and dx.
 template <class T, int kDepth, class Epilogue>
-__global__ void __launch_bounds__(kColumnThreads, column_blocks(kDepth, true))
+__global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(kDepth, true)))
     backward_columns(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;

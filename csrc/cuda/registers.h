@@ -104,11 +104,11 @@ struct HeldTile {
   __device__ bool is_own(int h) const { return h >= halo && h < halo + own; }
 };
 
-// A vector's sum, in four chains that do not wait for each other.
-template <class A, int V>
-__device__ inline void add_to(A (&sums)[4], const Vector<A, V>& v) {
+// A vector's sum, in chains that do not wait for each other.
+template <class A, int kChains, int V>
+__device__ inline void add_to(A (&sums)[kChains], const Vector<A, V>& v) {
 #pragma unroll
-  for (int e = 0; e < V; ++e) sums[e % 4] += v.element[e];
+  for (int e = 0; e < V; ++e) sums[e % kChains] += v.element[e];
 }
 
 template <class T, int V, class Epilogue>

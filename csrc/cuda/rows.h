@@ -15,15 +15,16 @@ struct Row {
   using Held = Vector<T, V>[kDepth];
 
   int lanes, lane, held;  // held: the channel's number in the tile
-  int vectors;            // of a plane
   int channel;            // -1 where there is none
+  int left;               // vectors of the plane from this lane's first on
   int64_t sample;
 
   __device__ Row(const Problem& p, const Tiling& t, const HeldTile& tile)
       : lanes(t.lanes), lane(thread_index() % t.lanes), held(thread_index() / t.lanes),
-        vectors(int(p.pixels) / V), channel(tile.channel(held)), sample(tile.sample) {}
+        channel(tile.channel(held)), left(channel < 0 ? 0 : int(p.pixels) / V - lane),
+        sample(tile.sample) {}
 
-  __device__ bool has(int i) const { return channel >= 0 && lane + i * lanes < vectors; }
+  __device__ bool has(int i) const { return i * lanes < left; }
 
   __device__ int64_t offset(const Map& map) const {
     return sample * map.sample_stride + channel * map.row_stride + lane * V;
@@ -61,7 +62,7 @@ struct Row {
 };
 
 template <class T, int kDepth, class Epilogue>
-__global__ void __launch_bounds__(row_threads(kDepth), row_blocks(kDepth))
+__global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_blocks(kDepth)))
     forward_rows(Forward f, Tiling t, SharedLayout s, Epilogue epilogue) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), row_blocks(kDepth))
 
 // dz (samples, channels), from which dweight is made by a kernel of its own; and dx.
 template <class T, int kDepth, class Epilogue>
-__global__ void __launch_bounds__(row_threads(kDepth), row_blocks(kDepth))
+__global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_blocks(kDepth)))
     backward_rows(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;

@@ -91,7 +91,7 @@ __device__ inline Vector<A, V> numbers_from(const void* numbers, int64_t at) {
 }
 
 template <class T, int kDepth, class Epilogue>
-__global__ void __launch_bounds__(kColumnThreads, stream_blocks(false))
+__global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(false)))
     forward_stream(Forward f, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kColumnThreads, stream_blocks(false))
 
 // dz and dm / S (samples, channels), and dx.
 template <class T, int kDepth, class Epilogue>
-__global__ void __launch_bounds__(kColumnThreads, stream_blocks(true))
+__global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(true)))
     backward_stream(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
