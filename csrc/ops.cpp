@@ -152,7 +152,13 @@ struct View {
   int64_t row_stride;
 };
 
-View view_of(const Tensor& x, const Problem& p) {
+// Whether the memory begins at a multiple of an element's size. A view of raw bytes need not: the
+// kernels would fault on a GPU, and in vector stores on a CPU, so they get a copy.
+bool aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.data_ptr()) % uintptr_t(t.element_size()) == 0;
+}
+
+View view_by_strides(const Tensor& x, const Problem& p) {
   const auto sizes = x.sizes(), strides = x.strides();
   const int64_t C = p.channels, S = p.pixels;
   int64_t pixel_stride = -1, run = 0;
@@ -173,6 +179,12 @@ View view_of(const Tensor& x, const Problem& p) {
     return {true, row == S && sample == C * S, Layout::kPlanes, sample, row};
   }
   return {false, false, channels_inside ? Layout::kPixels : Layout::kPlanes, 0, 0};
+}
+
+View view_of(const Tensor& x, const Problem& p) {
+  View view = view_by_strides(x, p);
+  view.readable = view.readable && aligned(x);
+  return view;
 }
 
 Sizes dense_strides(const Tensor& x, Layout layout) {
@@ -231,7 +243,8 @@ Tensor readable(const Tensor& x, const View& view, Layout layout) {
 
 // Asking first saves a call through the dispatcher.
 Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  if (!t.is_contiguous()) return torch::stable::contiguous(t);
+  return aligned(t) ? t : dense_copy(t, Layout::kPlanes);
 }
 
 // A tensor (samples, channels), contiguous and in this dtype.

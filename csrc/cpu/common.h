@@ -62,5 +62,7 @@ constexpr int64_t kGrain = 32768;
 template <class T>
 bool streams(const Problem& p, const Map& out, const Map& in) {
   const int64_t bytes = p.samples * p.channels * p.pixels * (int64_t)sizeof(T);
-  return out.data != in.data && 2 * bytes > last_level_cache_bytes();
+  // Whole vectors begin where their address is a multiple of their size, if an element does.
+  const bool aligned = (uintptr_t)out.data % sizeof(T) == 0;
+  return aligned && out.data != in.data && 2 * bytes > last_level_cache_bytes();
 }

@@ -170,7 +170,7 @@ inline Vec<T> load(const T* p) {
 }
 
 // kStream writes around the caches, for outputs that would only push everything else out of them.
-// It needs stream_aligned(p).
+// p is a multiple of the vector's size.
 template <bool kStream, class T>
 inline void store_bits(T* p, Bits<T> bits) {
 #if defined(ECA_AVX512)
@@ -195,11 +195,6 @@ inline void store_bits(T* p, Bits<T> bits) {
 template <bool kStream, class T>
 inline void store(T* p, Vec<T> v) {
   store_bits<kStream>(p, packed(p, v));
-}
-
-template <class T>
-inline bool stream_aligned(const T* p) {
-  return (uintptr_t)p % (sizeof(T) * kLanes<T>) == 0;
 }
 
 // Streamed lines become visible to other threads only after a fence.
