@@ -134,7 +134,7 @@ def _fuse(module: nn.Module, backend: str, inplace: bool) -> None:
     """
     if isinstance(module, ECALayer):
         recognition.check_class(module)
-        options = _options(module.padding_mode, backend, inplace or module.inplace)
+        options = _options(module.padding_mode, backend, inplace or module.overwrites)
     else:
         options = _options(recognition.padding_mode(module), backend, inplace)
     own = vars(module)
@@ -146,7 +146,7 @@ def _fuse(module: nn.Module, backend: str, inplace: bool) -> None:
 
 def _options(padding_mode: str, backend: str, inplace: bool) -> dict[str, Any]:
     """The attributes of an ECALayer that are no modules."""
-    return {"padding_mode": padding_mode, "fused": True, "backend": backend, "inplace": inplace}
+    return {"padding_mode": padding_mode, "fused": True, "backend": backend, "overwrites": inplace}
 
 
 def _check_module(model: nn.Module) -> None:

@@ -64,7 +64,7 @@ class ECALayer(nn.Module):
     """
 
     # TorchScript leaves out what they exclude: with fused=False, the compiled operators.
-    __constants__ = ("fused", "inplace")
+    __constants__ = ("fused", "overwrites")
 
     def __init__(
         self,
@@ -89,7 +89,8 @@ class ECALayer(nn.Module):
         self.padding_mode = padding_mode
         self.fused = fused
         self.backend = backend
-        self.inplace = inplace
+        # Not called inplace: frameworks set that to True on every module with it, for their ReLUs.
+        self.overwrites = inplace
         # The module is there for its name in the state dict and for its initialisation, which are
         # those of the authors' layer; it is never called.
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype)
@@ -97,15 +98,15 @@ class ECALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # TorchScript compiles this, and cannot choose a function first and call it later.
         if not self.fused:
-            return plain(x, self.conv.weight, self.padding_mode, self.inplace)
-        if self.inplace:
+            return plain(x, self.conv.weight, self.padding_mode, self.overwrites)
+        if self.overwrites:
             return eca_(x, self.conv.weight, padding_mode=self.padding_mode, backend=self.backend)
         return eca(x, self.conv.weight, padding_mode=self.padding_mode, backend=self.backend)
 
     def extra_repr(self) -> str:
         return (
             f"kernel_size={self.conv.kernel_size[0]}, padding_mode={self.padding_mode!r}, "
-            f"fused={self.fused}, backend={self.backend!r}, inplace={self.inplace}"
+            f"fused={self.fused}, backend={self.backend!r}, inplace={self.overwrites}"
         )
 
 

@@ -138,7 +138,7 @@ def test_modules(module: Any, shape: tuple[int, ...], padding_mode: str) -> None
     assert report.left == {}
     assert type(module) is ECALayer
     assert (module.fused, module.padding_mode) == (True, padding_mode)
-    assert (module.backend, module.inplace) == ("auto", False)
+    assert (module.backend, module.overwrites) == ("auto", False)
     assert_same(results(module, x), want)
     assert revert(module) == 1
     assert type(module) is before
@@ -189,7 +189,7 @@ def test_dtype_and_memory_format_stay(dtype: torch.dtype) -> None:
 def test_options() -> None:
     model = nn.Sequential(eca_layer(8), ECALayer(8, fused=False))
     convert(model, backend="reference", inplace=True)
-    assert [(m.backend, m.inplace) for m in model] == [("reference", True)] * 2  # type: ignore[union-attr]
+    assert [(m.backend, m.overwrites) for m in model] == [("reference", True)] * 2  # type: ignore[union-attr]
     x = torch.randn(2, 8, 6, 5)
     with torch.no_grad():
         assert model(x) is x
@@ -355,7 +355,7 @@ def test_twice() -> None:
     second = convert(model)
     assert (second.converted, second.left) == ({}, {})
     assert second.already_fused == ("0", "1", "2")
-    assert model[2].inplace
+    assert model[2].overwrites
     assert [m.backend for m in model] == ["reference", "auto", "reference"]  # type: ignore[union-attr]
     assert revert(model) == 2
     assert [type(m) for m in model] == [eca_layer, ECALayer, ECALayer]

@@ -193,3 +193,25 @@ def test_doctest_of_the_package():
 
     assert doctest.testmod(eca_fused).attempted > 0
     assert doctest.testmod(eca_fused).failed == 0
+
+
+# What frameworks set on every module that has such an attribute, for its activations.
+SET_BY_FRAMEWORKS = ("inplace",)
+
+
+@pytest.mark.parametrize("name", [name for name in eca_fused.attention.METHODS if name != "none"])
+def test_no_attribute_that_frameworks_set_on_every_module(name):
+    module = eca_fused.attention.make(name, 256)
+    own = [m for m in module.modules() if type(m).__module__.startswith("eca_fused")]
+    assert own
+    assert not [m for m in own for attribute in SET_BY_FRAMEWORKS if hasattr(m, attribute)]
+
+
+def test_a_framework_that_sets_inplace_changes_nothing():
+    layer, x = eca_fused.ECALayer(8), torch.randn(2, 8, 5, 5)
+    before, wanted = x.clone(), layer(x)
+    for module in layer.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = True
+    assert torch.equal(layer(x), wanted)
+    assert torch.equal(x, before)

@@ -300,7 +300,7 @@ def test_inference_mode(backend, made):
         assert y.is_inference()
         assert torch.equal(y, want)
         assert layer.requires_grad_(True).conv.weight.requires_grad
-        layer.inplace = True
+        layer.overwrites = True
         assert layer(x) is x
     assert torch.equal(x, want)
 
