@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.compiler import is_dynamo_compiling
 
 from eca_fused import native
+from eca_fused.torch_state import is_exporting
 
 __all__ = ["Backend", "backends", "use_backend"]
 
@@ -108,7 +109,7 @@ _triton_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # Process-wide, like torch.backends' flags. Read here, as torch.compile would compile again after a
 # first call that sets it; checked when it is used, as an import must not fail.
-_default = os.environ.get("ECA_FUSED_BACKEND", "auto")
+_default = os.environ.get("ECA_FUSED_BACKEND") or "auto"  # empty is as if it were not set
 
 
 def named(backend: str) -> str:

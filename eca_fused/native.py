@@ -48,10 +48,13 @@ try:
     rescale_backward = torch.ops.eca_fused.rescale_backward.default
 except Exception as error:  # a broken build may fail in any way, and must not break the import
     devices = frozenset()
-    missing = (
-        f"the compiled extension could not be loaded, or is another version's "
-        f"({type(error).__name__}: {error}); build it with `pip install .` in the source folder"
-    )
+    if "ECA_FUSED_" in str(error):  # a setting's value, which no build would mend
+        missing = f"the compiled extension does not start: {error}; unset it, or use one of these"
+    else:
+        missing = (
+            f"the compiled extension could not be loaded, or is another version's "
+            f"({type(error).__name__}: {error}); build it with `pip install .` in the source folder"
+        )
 
 if missing is None:
     for _name in fakes.__all__:
