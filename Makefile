@@ -5,7 +5,7 @@ CPP = $(shell find csrc tests/cpp tests/simt -name "*.h" -o -name "*.cpp" -o -na
 
 # The tests run in several processes, whose threads together are more than the processors: with the
 # wait policy they do not spin while they wait for each other.
-.PHONY: help run test build lint format mutations clean
+.PHONY: help run test build lint format mutations versions clean
 .NOTPARALLEL:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo 'make lint     set up, and check style and types'
 	@echo 'make format   format the sources'
 	@echo 'make mutations  deliberate faults in the CUDA kernels, each of which a test must find'
+	@echo 'make versions the tests under every supported torch, in clean environments'
 	@echo 'make clean    remove what was built, keep the environment'
 	@echo
 	@echo 'They use the active virtual environment, or make .venv; a torch that is there is kept.'
@@ -48,6 +49,9 @@ format:
 mutations:
 	@tools/setup.sh demo test
 	@'$(BIN)/python' tests/mutation_check.py $(ARGS)
+
+versions:
+	@tools/versions.sh --write
 
 clean:
 	rm -rf build dist *.egg-info eca_fused/_C*.so '$(ENV)/.eca_fused'

@@ -174,13 +174,21 @@ def extension(toolkit: Toolkit | None) -> "Extension":
     return module
 
 
+def oldest_torch() -> str:
+    """Major and minor version of the oldest torch that is supported, from tools/versions.txt."""
+    lines = Path("tools/versions.txt").read_text().splitlines()
+    first = next(line for line in lines if line.strip() and not line.startswith("#"))
+    return ".".join(first.split()[0].split(".")[:2])
+
+
 def main() -> None:
     try:
         import torch
     except ImportError as error:
         raise SystemExit(
             f"eca_fused: error: the build needs PyTorch, which does not import ({error}). "
-            "Install torch 2.11 or newer, or let pip do it: leave out --no-build-isolation."
+            f"Install torch {oldest_torch()} or newer, or let pip do it: leave out "
+            "--no-build-isolation."
         ) from error
 
     toolkit, reason = choose_toolkit(

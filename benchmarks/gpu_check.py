@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does on a GPU what only a GPU can: is it right, how fast is it, and why. GPU.md says how to use it.
+"""Does on a GPU what only a GPU can: is it right, how fast, and why. GPU.md says how to use it.
 
     python benchmarks/gpu_check.py OUT first        # 4 minutes: correctness, and our own times
     python benchmarks/gpu_check.py OUT second       # 6 minutes: counters, forced plans, rivals
@@ -11,8 +11,8 @@ each part, and the results that the parts make, at most eight files. A part's ve
 until it ends, so that a run that is killed shows how far it came. A part that fails does not keep
 the next from running. The exit status is 0 if no part failed.
 
-The extension is taken from build/gpu (tools/gpu_bundle.sh makes it); where there is none that loads,
-it is built here. Settings of the card are read and never changed.
+The extension is taken from build/gpu (tools/gpu_bundle.sh makes it); where none is there that
+loads, it is built here. Settings of the card are read and never changed.
 """
 
 import argparse
@@ -212,7 +212,9 @@ def all_parts(out: Path) -> dict[str, Part]:
         "devices": on_gpu(
             60, 1, "-k", "not_the_current", "tests/test_cuda.py", "tests/test_streams.py"
         ),
-        "bench": bench("bench", 75, *RESNET50, "--batch", "256", "32", "1", "--contender", "native"),
+        "bench": bench(
+            "bench", 75, *RESNET50, "--batch", "256", "32", "1", "--contender", "native"
+        ),
         # The layers of gpu_cases(), the first few also compiled, as far as the time goes.
         "rivals": bench("rivals", 110, "--compile-seconds", "60"),
         **profile(out),
@@ -226,8 +228,9 @@ def all_parts(out: Path) -> dict[str, Part]:
         ),
         "networks": Part(
             300,
-            script("network", "--device", "cuda", "--network", "resnet50", "--precision", "bfloat16",
-                   "--mode", "eager", "compiled", "--output", str(out / "networks.json")),
+            script("network", "--device", "cuda", "--network", "resnet50", "--precision",
+                   "bfloat16", "--mode", "eager", "compiled", "--output",
+                   str(out / "networks.json")),
             script("network", *dry, "--network", "mobilenetv2", "--pass", "inference", "--batch",
                    "2", "--size", "32", "--output", str(out / "networks.json")),
             of_rows,
@@ -245,7 +248,9 @@ def all_parts(out: Path) -> dict[str, Part]:
 # alone.
 PLANS: dict[str, list[list[str]]] = {
     "first": [
-        ["facts"], ["small"], ["memcheck", "racecheck", "plans", "graphs", "common", "small triton"],
+        ["facts"],
+        ["small"],
+        ["memcheck", "racecheck", "plans", "graphs", "common", "small triton"],
         ["bench"],
     ],
     "second": [
@@ -362,7 +367,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("out", type=Path, help="folder for the results")
     parser.add_argument("what", nargs="+", help="a plan, or parts in their order")
     parser.add_argument("--device", choices=["cuda", "dry-run"], default="cuda")
-    parser.add_argument("--seconds", type=float, default=560, help="no part runs longer (default 560)")
+    parser.add_argument(
+        "--seconds", type=float, default=560, help="no part runs longer (default 560)"
+    )
     args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
     sys.path.insert(0, str(ROOT / "benchmarks"))

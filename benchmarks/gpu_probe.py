@@ -1,6 +1,6 @@
 """Small programs for a GPU and for the tools that watch one; gpu_check.py runs them.
 
-    python benchmarks/gpu_probe.py facts                       # the card, versions, room for clusters
+    python benchmarks/gpu_probe.py facts                       # card, versions, room for clusters
     python benchmarks/gpu_probe.py small                       # every plan on small maps, checked
     compute-sanitizer --tool racecheck python benchmarks/gpu_probe.py small
     ncu ... python benchmarks/gpu_probe.py layers calls.json   # one call of each layer of interest
@@ -100,7 +100,9 @@ def facts(device: str) -> int:
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
         found["clusters"] = clusters()
-        smi = subprocess.run(["nvidia-smi", "-q", "-d", "CLOCK,POWER"], capture_output=True, text=True)
+        smi = subprocess.run(
+            ["nvidia-smi", "-q", "-d", "CLOCK,POWER"], capture_output=True, text=True
+        )
         print(smi.stdout)
     print(json.dumps(found, indent=1))
     return 0
@@ -149,8 +151,11 @@ def small(device: str, backend: str) -> int:
 
 
 def layers() -> list[Case]:
-    """Where instructions may be the limit rather than bytes, and the largest layer in both layouts."""
-    large = [Case((256, 256, 56, 56), 3, "bfloat16", layout) for layout in ("contiguous", "channels_last")]
+    """Where instructions may be the limit rather than bytes; the largest layer, both layouts."""
+    large = [
+        Case((256, 256, 56, 56), 3, "bfloat16", layout)
+        for layout in ("contiguous", "channels_last")
+    ]
     few = [
         Case((32, c, side, side), k, dtype, "contiguous")
         for c, side, k in ((512, 28, 5), (1024, 14, 5), (2048, 7, 7))
@@ -234,7 +239,8 @@ def table(calls: list[dict[str, Any]]) -> str:
     """Markdown: a row for each call."""
     lines = [
         "| layer | direction | strategy | us | DRAM / ideal | warp instructions per 512 B of x | "
-        "issue active % | warps active % | bank conflicts per 512 B | stalls: long, short, barrier, mio |",
+        "issue active % | warps active % | bank conflicts per 512 B | "
+        "stalls: long, short, barrier, mio |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for call in calls:

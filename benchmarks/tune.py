@@ -74,7 +74,9 @@ def candidates(case: Case, backward: bool, limits: Any) -> dict[Wish, dict[str, 
     found = {}
     wishes = [Wish(0, two_passes=True)]
     wishes += [Wish(t, g, n) for t in tiles_of(case) for g in GROUPS for n in THREADS]
-    names = product(("R7", "R13", "F2", "F4", "P4", "P8"), (64, 128, 256, 512), (0, 16, 32, 64, 128))
+    names = product(
+        ("R7", "R13", "F2", "F4", "P4", "P8"), (64, 128, 256, 512), (0, 16, 32, 64, 128)
+    )
     wishes += [Wish(tile, 1, n, False, name) for name, n, tile in names]
     wishes += [Wish(0, strategy="S")]
     for wish in wishes:

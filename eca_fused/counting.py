@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from eca_fused.attention import ECANS, ChannelAttention, ECALayer, ECAVariant, GSoP
+from eca_fused.torch_state import BatchNorm, Convolution
 
 __all__ = ["MMDETECTION", "THOP", "Rules", "count_flops", "count_parameters"]
 
@@ -51,7 +50,7 @@ def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def _convolution(module: _ConvNd, x: Tensor, y: Tensor) -> int:
+def _convolution(module: Convolution, x: Tensor, y: Tensor) -> int:
     return y.numel() * (module.in_channels // module.groups) * math.prod(module.kernel_size)
 
 
@@ -59,7 +58,7 @@ def _linear(module: nn.Linear, x: Tensor, y: Tensor) -> int:
     return y.numel() * module.in_features
 
 
-def _norm(module: _BatchNorm, x: Tensor, y: Tensor) -> int:
+def _norm(module: BatchNorm, x: Tensor, y: Tensor) -> int:
     return (4 if module.affine else 2) * x.numel()
 
 
@@ -88,7 +87,7 @@ def _nothing(module: nn.Module, x: Tensor, y: Tensor) -> int:
     return 0
 
 
-def _with_bias(module: _ConvNd, x: Tensor, y: Tensor) -> int:
+def _with_bias(module: Convolution, x: Tensor, y: Tensor) -> int:
     return _convolution(module, x, y) + (0 if module.bias is None else y.numel())
 
 
@@ -101,9 +100,9 @@ THOP = Rules(
         ((ECALayer, ECANS), _band),
         (ECAVariant, lambda m, x, y: (_band if m.conv2 is None else _pooled)(m, x, y)),
         (ChannelAttention, _pooled),
-        (_ConvNd, _convolution),
+        (Convolution, _convolution),
         (nn.Linear, _linear),
-        (_BatchNorm, _norm),
+        (BatchNorm, _norm),
         (nn.AdaptiveAvgPool2d, _average),
     ),
 )
@@ -114,9 +113,9 @@ MMDETECTION = Rules(
         ((ECALayer, ECANS), lambda m, x, y: _read(m, x, y) + _taps(m, x)),
         (ECAVariant, lambda m, x, y: _read(m, x, y) + (_taps(m, x) if m.conv2 is None else 0)),
         (ChannelAttention, _read),
-        (_ConvNd, _with_bias),
+        (Convolution, _with_bias),
         (nn.Linear, _linear),
-        (_BatchNorm, lambda m, x, y: (2 if m.affine else 1) * x.numel()),
+        (BatchNorm, lambda m, x, y: (2 if m.affine else 1) * x.numel()),
         ((nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.ReLU), _read),
     ),
 )

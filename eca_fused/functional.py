@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.jit._trace import TracerWarning
 from torch.overrides import handle_torch_function, has_torch_function
 
 from eca_fused import decomposed, reference, scripting
 from eca_fused.backend import is_for_the_compiler, named, select, warn_once
 from eca_fused.checks import PADDING_MODES, check, check_out, check_padding_mode
 from eca_fused.double_backward import double_backward, plain_backward
-from eca_fused.modes import exporting_to_onnx, is_tracing, transformed
+from eca_fused.torch_state import (
+    TracerWarning,
+    batched_by_autograd,
+    exporting_to_onnx,
+    is_tracing,
+    transformed,
+)
 from eca_fused.transforms import transformed_backward, transformed_eca
 
 __all__ = ["ECAFunction", "eca", "eca_"]
@@ -44,7 +49,7 @@ class ECAFunction(torch.autograd.Function):
         x, weight, mean, gate = ctx.saved_tensors
         need_dx, need_dweight = ctx.needs_input_grad[:2]
         if not is_compiling():
-            if torch._C._functorch.is_legacy_batchedtensor(dy):
+            if batched_by_autograd(dy):
                 # Under is_grads_batched=True, a function inside this one would not be recorded.
                 warn_once(
                     "eca_fused computes gradients with is_grads_batched in plain PyTorch: slower"
@@ -226,6 +231,10 @@ def eca(
     if is_tracing():
         return _scripted(False)(x, weight, padding_mode, named(backend))  # type: ignore[no-any-return]
     circular = padding_mode == "circular"
+    if is_compiling():
+        check(
+            x, weight, padding_mode
+        )  # up to torch 2.13 an operator's error has another type there
     if exporting_to_onnx():
         check(x, weight, padding_mode)
         return decomposed.eca(x, weight, circular)

@@ -21,7 +21,12 @@ from eca_fused import decomposed, reference, scripting
 from eca_fused.backend import is_for_the_compiler, named, select
 from eca_fused.checks import check_gate, check_x
 from eca_fused.double_backward import spread, total
-from eca_fused.modes import exporting_to_onnx, is_tracing, transformed
+from eca_fused.torch_state import (
+    batched_by_autograd,
+    exporting_to_onnx,
+    is_tracing,
+    transformed,
+)
 
 __all__ = ["pool", "rescale"]
 
@@ -51,9 +56,7 @@ def _plainly(dy: Tensor) -> bool:
     """
     if torch.is_grad_enabled():
         return True
-    return not torch.compiler.is_compiling() and (
-        transformed() or torch._C._functorch.is_legacy_batchedtensor(dy)
-    )
+    return not torch.compiler.is_compiling() and (transformed() or batched_by_autograd(dy))
 
 
 class _Pool(torch.autograd.Function):
@@ -135,6 +138,8 @@ def pool(x: Tensor, *, backend: str = "auto") -> Tensor:
         return reference.pool(x)
     if is_tracing():
         return _scripted("pool")(x, named(backend))  # type: ignore[no-any-return]
+    if torch.compiler.is_compiling():
+        check_x(x)  # up to torch 2.13 an operator's error has another type there
     if exporting_to_onnx():
         check_x(x)
         return decomposed.pool(x)
@@ -176,6 +181,8 @@ def rescale(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
         return reference.rescale(x, gate)
     if is_tracing():
         return _scripted("rescale")(x, gate, named(backend))  # type: ignore[no-any-return]
+    if torch.compiler.is_compiling():
+        check_gate(x, gate)
     if exporting_to_onnx():
         check_gate(x, gate)
         return decomposed.rescale(x, gate)

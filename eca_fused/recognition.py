@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import _disable_current_modes
 
 from eca_fused import reference
 from eca_fused.checks import PADDING_MODES
 from eca_fused.layers import ECALayer
+from eca_fused.torch_state import without_modes
 
 __all__ = ["NotPlainECA", "check_class", "looks_like_eca", "padding_mode"]
 
@@ -61,7 +61,7 @@ def padding_mode(module: nn.Module) -> str:
     check_class(module)
     _check_parts(module)
     # Outside of modes such as FakeTensorMode, whose results have no values.
-    with _disable_current_modes(), torch.inference_mode(False), torch.enable_grad():
+    with without_modes(), torch.inference_mode(False), torch.enable_grad():
         trials = [_results(module, training) for training in (False, True)]
         for mode in PADDING_MODES:
             expected = _expected(module, mode)

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch.autograd import forward_ad
 
 from eca_fused import decomposed
 from eca_fused.backend import warn_once
 from eca_fused.checks import check
 from eca_fused.double_backward import double_backward, taps_gradient
 from eca_fused.forward_mode import backward_tangents, forward_tangent
+from eca_fused.torch_state import batched, functionalized, primal, with_tangents
 
 __all__ = ["transformed_backward", "transformed_eca"]
 
@@ -37,9 +36,9 @@ def transformed_eca(x: Tensor, weight: Tensor, padding_mode: str, kernels: Modul
     they make goes on to a compiler, which fuses plain operations.
     """
     check(x, weight, padding_mode)
-    if torch.compiler.is_compiling() or _functionalized():
+    if torch.compiler.is_compiling() or functionalized():
         return decomposed.eca(x, weight, padding_mode == "circular")
-    if _batched(weight):
+    if batched(weight):
         warn_once("eca_fused runs in plain PyTorch for taps batched by vmap(), which is slower")
         return decomposed.eca(x, weight, padding_mode == "circular")
     return TransformedECA.apply(x, weight, padding_mode == "circular", kernels)[0]  # type: ignore[no-any-return]
@@ -62,21 +61,6 @@ def transformed_backward(
     return dx if need_dx else None, dweight[0] if need_dweight else None
 
 
-def _batched(t: Tensor) -> bool:
-    """Whether any vmap() around us batches t."""
-    while functorch.is_functorch_wrapped_tensor(t):
-        if functorch.is_batchedtensor(t):
-            return True
-        t = functorch.get_unwrapped(t)
-    return False
-
-
-def _functionalized() -> bool:
-    """Whether torch.func.functionalize() is among the transforms around us."""
-    levels = functorch.get_interpreter_stack() or []
-    return any(level.key() == functorch.TransformType.Functionalize for level in levels)
-
-
 def _mode(circular: bool) -> str:
     return "circular" if circular else "zeros"
 
@@ -88,8 +72,8 @@ def _jvp_rule(saved: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     Torch switches forward mode off in a rule, for all levels: jvp(jvp()) would silently lack a
     part. With it on, the tangents of the innermost level, which are the rule's, are taken off.
     """
-    with forward_ad._set_fwd_grad_enabled(True):
-        yield tuple(torch._VF._unpack_dual(t, level=0)[0] for t in saved)
+    with with_tangents():
+        yield tuple(primal(t) for t in saved)
 
 
 class TransformedECA(torch.autograd.Function):

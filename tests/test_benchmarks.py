@@ -5,6 +5,7 @@ import contextlib
 import gc
 import itertools
 import json
+import re
 import sys
 import weakref
 from pathlib import Path
@@ -263,7 +264,7 @@ def test_a_wrong_contender_is_reported_and_not_timed(device, monkeypatch):
         for direction in cases.DIRECTIONS
     }
     failed = {direction: " ".join(one["failed"]) for direction, one in found.items()}
-    assert "eager: y of input 0 has relative error 0.1" in failed["forward"]
+    assert re.search(r"eager: y of input 0 has relative error 0\.(1|09\d),", failed["forward"])
     assert "timm: RuntimeError: nothing works" in failed["forward"]
     assert "compile:" not in failed["forward"]
     assert "compile: dx of input 0 has relative error 0.5" in failed["backward"]
@@ -445,7 +446,7 @@ def test_the_microbenchmark_writes_a_result_that_the_report_reads(monkeypatch, t
         for entry in one["contenders"].values():
             assert entry["us"]["samples"] == 3
             assert entry["us"]["p20"] <= entry["us"]["median"] <= entry["us"]["p80"]
-    assert found["rows"][0]["plan"]["strategy"] in "ABCD"
+    assert found["rows"][0]["plan"]["strategy"] in "ABCDRFPS"
     assert "no time left for it" in found["rows"][0]["left_out"][0]
     assert "3x8x4x4 k=3 bfloat16 channels_last backward" in capsys.readouterr().out
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install eca-fused[demo]")

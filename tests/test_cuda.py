@@ -37,8 +37,9 @@ pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
 ops = torch.ops.eca_fused
 
-# (tile, group, threads, two_passes, strategy), shape, layout: every strategy, every way to exchange sums,
-# tiles with and without a halo, a last tile that is smaller, more blocks than a GPU has room for.
+# (tile, group, threads, two_passes, strategy), shape, layout: every strategy, every way to exchange
+# sums, tiles with and without a halo, a last tile that is smaller, more blocks than there is room
+# for.
 FORCED = {
     "A, one tile": ((24, 1, 256, False), (3, 24, 8, 8), "contiguous"),
     "A, halo": ((8, 1, 64, False), (3, 44, 8, 8), "contiguous"),

@@ -171,9 +171,11 @@ def test_what_has_been_seen_is_on_disk_while_a_part_runs(tmp_path):
     child = subprocess.Popen(command)
     try:
         end = time.monotonic() + 50
-        while "half| half" not in (tmp_path / "log.txt").read_text() if (
-            tmp_path / "log.txt"
-        ).exists() else True:
+        while (
+            "half| half" not in (tmp_path / "log.txt").read_text()
+            if (tmp_path / "log.txt").exists()
+            else True
+        ):
             assert time.monotonic() < end
             time.sleep(0.1)
     finally:

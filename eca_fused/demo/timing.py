@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eca_fused.demo.measure import Contender, interleave, reason
 from eca_fused.demo.network import last_eca_layers, layer_inputs
 from eca_fused.models import ResNet
+from eca_fused.torch_state import forget_compiled
 
 __all__ = ["Case", "Effort", "layer_cases", "network_cases"]
 
@@ -76,15 +77,6 @@ def attempt(name: str, module: nn.Module, use: Callable[[nn.Module], object]) ->
     except Exception as error:  # of many kinds: no compiler, no support for the device or Python
         return Contender(name, None, reason(error))
     return Contender(name, lambda: use(fast))
-
-
-def forget_compiled() -> None:
-    """Keep each case below torch's limit of compiled forms of one piece of code.
-
-    Beyond it, torch.compile would quietly run the plain form.
-    """
-    dynamo: Any = torch._dynamo
-    dynamo.reset()
 
 
 def rotation(x: Tensor) -> int:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from eca_fused.models import resnet
+from eca_fused.torch_state import BatchNorm
 
 try:
     from torchvision.models import detection as library
@@ -87,7 +87,7 @@ class Pyramid(BackboneWithFPN):  # type: ignore[misc]
     def train(self, mode: bool = True) -> "Pyramid":
         super().train(mode)
         for module in self.body.modules():
-            if isinstance(module, _BatchNorm) and (
+            if isinstance(module, BatchNorm) and (
                 self.norm_eval or not module.weight.requires_grad
             ):
                 module.eval()

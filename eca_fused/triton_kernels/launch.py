@@ -5,11 +5,13 @@ operator by reading these functions, for the keys of its caches of compiled grap
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+import triton
 from torch import Tensor
-from torch.library import wrap_triton
 
 from eca_fused.layout import sums_dtype
 from eca_fused.triton_kernels import plan, tuning
@@ -18,6 +20,15 @@ from eca_fused.triton_kernels.passes import finish, gate_gradients, gates, scale
 from eca_fused.triton_kernels.plan import Pass, Shape, Tile, ceil_div, power_of_two
 from eca_fused.triton_kernels.resident import backward_resident, forward_resident
 from eca_fused.triton_kernels.taps import tap_gradients, tap_totals
+
+
+def as_it_is(kernel: Any) -> Any:
+    return kernel
+
+
+# The interpreter's kernels are no JITFunctions, and torch 2.11 and 2.12 refuse to wrap them.
+interpreted: bool = triton.knobs.runtime.interpret
+wrap_triton: Callable[[Any], Any] = as_it_is if interpreted else torch.library.wrap_triton
 
 # Of the kernels over (N, C): channels of a program, and samples that a part of dweight adds up.
 CHANNELS = 64

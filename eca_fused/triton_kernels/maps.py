@@ -7,9 +7,9 @@ Pixels (channels_last): a row is a pixel's channels.
 import math
 
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from eca_fused.layout import dense_strides, output_strides
+from eca_fused.torch_state import is_fake
 
 
 def in_planes(x: Tensor) -> bool:

@@ -1,0 +1,98 @@
+"""What PyTorch is doing around a call, and every private name of PyTorch that this package uses.
+
+tests/test_versions.py finds private names elsewhere. Each was tried on every version of torch in
+tools/versions.txt; where a name is missing on one of them, what stands in for it is here too.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
+from torch.jit._trace import TracerWarning
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.conv import _ConvNd as Convolution
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+__all__ = [
+    "BatchNorm",  # of any number of dimensions, and SyncBatchNorm
+    "Convolution",
+    "TracerWarning",
+    "batched",
+    "batched_by_autograd",
+    "exporting_to_onnx",
+    "forget_compiled",
+    "functionalized",
+    "is_exporting",
+    "is_fake",
+    "is_tracing",
+    "primal",
+    "transformed",
+    "with_tangents",
+    "without_modes",
+]
+
+
+def is_tracing() -> bool:
+    """By torch.jit.trace; torch.jit.is_tracing() takes longer."""
+    return torch._C._is_tracing()
+
+
+# torch.compile cannot trace the question, and breaks the graph at it without a word.
+is_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_exporting() -> bool:
+    """By torch.export, and by nothing else.
+
+    torch.compiler.is_exporting() is true in every torch.compile on torch 2.11: it is folded there.
+    """
+    return bool(torch.compiler._is_exporting_flag)
+
+
+def exporting_to_onnx() -> bool:
+    """ONNX knows standard operators only; any other export keeps ours."""
+    return is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def transformed() -> bool:
+    """Inside torch.func's transforms or forward-mode AD, which have rules of their own."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def batched_by_autograd(t: Tensor) -> bool:
+    """Whether torch.autograd.grad(is_grads_batched=True) batches t, without torch.func."""
+    return functorch.is_legacy_batchedtensor(t)
+
+
+def batched(t: Tensor) -> bool:
+    """Whether any vmap() around us batches t."""
+    while functorch.is_functorch_wrapped_tensor(t):
+        if functorch.is_batchedtensor(t):
+            return True
+        t = functorch.get_unwrapped(t)
+    return False
+
+
+def functionalized() -> bool:
+    """Whether torch.func.functionalize() is among the transforms around us."""
+    levels = functorch.get_interpreter_stack() or []
+    return any(level.key() == functorch.TransformType.Functionalize for level in levels)
+
+
+def with_tangents() -> Any:
+    """A context with forward-mode AD on, which torch switches off within a rule for it."""
+    return forward_ad._set_fwd_grad_enabled(True)
+
+
+def primal(t: Tensor) -> Tensor:
+    """t without its tangent of the innermost level."""
+    return torch._VF._unpack_dual(t, level=0)[0]
+
+
+def forget_compiled() -> None:
+    """Forget every compiled form, as torch.compile does not compile beyond a number of them."""
+    dynamo: Any = torch._dynamo
+    dynamo.reset()

@@ -1,0 +1,121 @@
+"""What is supported is in one table, and private names of PyTorch are in one file."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "tools" / "versions.txt"
+HOME = "eca_fused/torch_state.py"
+
+# torch._x, torch.a._b, from torch._x import, from torch.a import _b, forward_ad._x
+PRIVATE = re.compile(
+    r"\btorch(\.\w+)*\._(?!_)\w+|from torch[\w.]*\._\w+|from torch[\w.]* import .*\b_(?!_)\w+"
+    r"|\b(forward_ad|functorch)\._\w+"
+)
+
+needs_checkout = pytest.mark.skipif(not TABLE.is_file(), reason="needs the source folder")
+
+
+def rows() -> list[list[str]]:
+    lines = TABLE.read_text().splitlines()
+    return [line.split(None, 4) for line in lines if line.strip() and not line.startswith("#")]
+
+
+@needs_checkout
+def test_the_table_of_versions():
+    names = [row[0] for row in rows()]
+    assert len(names) == len(set(names))
+    assert {"default", "newest"} < set(names)
+    assert rows()[0][0] == "2.11.0"
+    assert all(len(row) == 5 for row in rows())
+
+
+@needs_checkout
+def test_the_oldest_version_is_the_same_everywhere():
+    oldest = ".".join(rows()[0][0].split(".")[:2])
+    project = (ROOT / "pyproject.toml").read_text()
+    assert project.count(f'"torch>={oldest}"') == 2
+    major, minor = map(int, oldest.split("."))
+    setup = (ROOT / "setup.py").read_text()
+    assert f"TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL" in setup
+    for text in ((ROOT / "README.md").read_text(), (ROOT / "tools/setup.sh").read_text()):
+        assert re.search(rf"\b{re.escape(oldest)}\b", text)
+
+
+def test_this_torch_is_supported():
+    oldest = tuple(map(int, rows()[0][0].split(".")[:2]))
+    assert tuple(map(int, torch.__version__.split(".")[:2])) >= oldest
+
+
+def uses(text: str) -> list[str]:
+    """The private names of torch in Python source, comments left out."""
+    found = []
+    for line in text.splitlines():
+        code = line.split("  #")[0]
+        if not code.lstrip().startswith("#"):
+            found += [match[0] for match in PRIVATE.finditer(code)]
+    return found
+
+
+@needs_checkout
+def test_private_names_of_torch_are_in_one_file():
+    found = {
+        f"{path.relative_to(ROOT)}: {use}"
+        for path in sorted((ROOT / "eca_fused").rglob("*.py"))
+        if path.relative_to(ROOT).as_posix() != HOME
+        for use in uses(path.read_text())
+    }
+    assert found == set()
+    assert len(uses((ROOT / HOME).read_text())) >= 8  # a pattern that finds nothing proves nothing
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x = torch._C._is_tracing()",
+        "from torch._subclasses.fake_tensor import is_fake",
+        "from torch.jit._trace import TracerWarning",
+        "with forward_ad._set_fwd_grad_enabled(True):",
+        "flag = torch.compiler._is_exporting_flag",
+    ],
+)
+def test_what_counts_as_a_private_name(line):
+    assert uses(line)
+    assert not uses("# " + line)
+
+
+def test_no_graph_break_in_the_layer():
+    """Without fullgraph a break is silent, and what is called compiled is slow."""
+    code = """
+import torch, eca_fused
+from torch._dynamo import explain
+x = torch.randn(2, 16, 8, 8)
+for layer in (
+    eca_fused.ECALayer(16), eca_fused.ECALayer(16, padding_mode="circular"),
+    eca_fused.ECALayer(16, fused=False), eca_fused.attention.make("se", 16),
+    *([eca_fused.ECALayer(16, backend="native")] if eca_fused.backends()["native"] else []),
+):
+    for grad in (False, True):
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(grad):
+            found = explain(layer)(x)
+        assert (found.graph_count, found.graph_break_count) == (1, 0), (layer, found.break_reasons)
+print("whole")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "whole", done.stderr[-3000:]
+
+
+@needs_checkout
+def test_versions_script_lists_its_rows():
+    script = ROOT / "tools" / "versions.sh"
+    done = subprocess.run([str(script), "--list"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == [row[0] for row in rows()]
+    wrong = subprocess.run([str(script), "1.0"], capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2
+    assert "no row 1.0" in wrong.stderr
