@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
+from eca_fused.layout import sums_dtype
 from eca_fused.torch_state import is_tracing
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -105,26 +106,49 @@ def check_x(x: Tensor) -> None:
     _check_floating("x", x)
 
 
-def check_gate(x: Tensor, gate: Tensor) -> None:
+def check_gate(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> None:
     """Check the arguments of rescale().
 
     Raises:
-        TypeError: x or gate is no tensor, or has an unsupported dtype.
-        ValueError: a shape or the device of the gate does not fit.
+        TypeError: x, gate or shift is no tensor, or has an unsupported dtype.
+        ValueError: a shape or the device of the gate or the shift does not fit.
     """
     check_x(x)
-    _check_tensor("gate", gate)
-    if gate.shape != x.shape[:2]:
+    for name, t in (("gate", gate), ("shift", shift)):
+        if t is None and name == "shift":
+            continue
+        _check_tensor(name, t)
+        if t.shape != x.shape[:2]:
+            raise ValueError(
+                f"expected a {name} of shape (N, C) = {tuple(x.shape[:2])} for x "
+                f"{tuple(x.shape)}, got {tuple(t.shape)}; bring it to that with flatten(1) or "
+                "expand()"
+            )
+        _check_floating(name, t)
+        if t.device != x.device:
+            raise ValueError(
+                f"expected the {name} on the device of x, {x.device}, got {t.device}; "
+                f"move it with {name}.to(x.device)"
+            )
+
+
+def _check_same(name: str, t: Tensor, x: Tensor, dims: int, dtype: torch.dtype) -> None:
+    if t.shape != x.shape[:dims] or t.dtype != dtype or t.device != x.device:
         raise ValueError(
-            f"expected a gate of shape (N, C) = {tuple(x.shape[:2])} for x {tuple(x.shape)}, got "
-            f"{tuple(gate.shape)}; bring it to that with flatten(1) or expand()"
+            f"expected {name} of shape {tuple(x.shape[:dims])}, {dtype}, on {x.device}, "
+            f"got {tuple(t.shape)}, {t.dtype}, on {t.device}"
         )
-    _check_floating("gate", gate)
-    if gate.device != x.device:
-        raise ValueError(
-            f"expected the gate on the device of x, {x.device}, got {gate.device}; "
-            "move it with gate.to(x.device)"
-        )
+
+
+def check_dy(x: Tensor, dy: Tensor) -> None:
+    """Raise ValueError unless dy has the shape, the dtype and the device of x."""
+    _check_same("dy", dy, x, x.dim(), x.dtype)
+
+
+def check_kept(x: Tensor, mean: Tensor, gate: Tensor) -> None:
+    """Raise ValueError unless mean and gate are what a forward pass of x keeps: (N, C)."""
+    _check_same("mean", mean, x, 2, sums_dtype(x))
+    _check_same("gate", gate, x, 2, sums_dtype(x))
 
 
 def check_out(x: Tensor, out: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from eca_fused.checks import check, check_gate, check_out, check_x
+from eca_fused.checks import check, check_dy, check_gate, check_kept, check_out, check_x
 from eca_fused.layout import output_strides, sums_dtype
 
 __all__ = [
@@ -56,6 +56,8 @@ def backward(
     need_dweight: bool = True,
 ) -> tuple[Tensor, Tensor]:
     check(x, weight, _mode(circular))
+    check_dy(x, dy)
+    check_kept(x, mean, gate)
     dx = _like(x) if need_dx else x.new_empty(0)
     dweight = weight.new_empty(weight.shape if need_dweight else 0)
     return dx, dweight
@@ -67,7 +69,7 @@ def pool(x: Tensor) -> Tensor:
 
 
 def rescale(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> Tensor:
-    check_gate(x, gate)
+    check_gate(x, gate, shift)
     return _like(x)
 
 
@@ -75,4 +77,5 @@ def rescale_backward(
     dy: Tensor, x: Tensor, gate: Tensor, need_dx: bool = True
 ) -> tuple[Tensor, Tensor]:
     check_gate(x, gate)
+    check_dy(x, dy)
     return _like(x) if need_dx else x.new_empty(0), gate.new_empty(gate.shape)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import DEVICE, DTYPES, LAYOUTS, in_layout, make_case, name_of, needs_extension
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import eca_fused
 from eca_fused import native
@@ -133,3 +134,55 @@ def test_kernels_for_other_processors(capability):
     )
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
+
+
+def calls():
+    """Every operator, with arguments that it takes."""
+    case = make_case((2, 6, 4, 4))
+    x, weight, dy = case.x, case.weight, case.dy
+    mean, gate = torch.rand(2, 6, device=DEVICE), torch.rand(2, 6, device=DEVICE)
+    return {
+        "forward": (x, weight),
+        "inference": (x, weight),
+        "inference_": (x.clone(), weight),
+        "inference_into": (x, weight, torch.empty_like(x)),
+        "backward": (dy, x, weight, mean, gate),
+        "pool": (x,),
+        "rescale": (x, gate, mean),
+        "rescale_backward": (dy, x, gate),
+    }
+
+
+def arguments_of_operators():
+    names = {
+        "forward": "x weight",
+        "inference": "x weight",
+        "inference_": "x weight",
+        "inference_into": "x weight out",
+        "backward": "dy x weight mean gate",
+        "rescale": "x gate shift",
+        "rescale_backward": "dy x gate",
+    }
+    return [(op, i, a) for op, them in names.items() for i, a in enumerate(them.split())]
+
+
+@pytest.mark.parametrize(("op", "position", "argument"), arguments_of_operators())
+def test_one_argument_without_memory_is_refused(op, position, argument):
+    """Torch then calls the fake: what it returns is memory that no kernel has written."""
+    given = list(calls()[op])
+    given[position] = given[position].to("meta")
+    with pytest.raises((ValueError, RuntimeError), match=r"device|meta"):
+        getattr(ops, op)(*given)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype"])
+@pytest.mark.parametrize(("op", "position", "argument"), arguments_of_operators())
+def test_fakes_refuse_what_the_operators_refuse(op, position, argument, change):
+    given = list(calls()[op])
+    t = given[position]
+    changed = {"shape": t.flatten(), "dtype": t.to(torch.int32)}
+    given[position] = changed[change]
+    with pytest.raises(RuntimeError, match="expected"):
+        getattr(ops, op)(*given)
+    with FakeTensorMode() as mode, pytest.raises((TypeError, ValueError), match="expected"):
+        getattr(ops, op)(*(mode.from_tensor(t) for t in given))

@@ -12,8 +12,8 @@ import triton
 from torch import Tensor
 
 from eca_fused import fakes, flops
-from eca_fused.checks import check, check_gate, check_out, check_x
-from eca_fused.layout import output_strides, sums_dtype
+from eca_fused.checks import check, check_dy, check_gate, check_kept, check_out, check_x
+from eca_fused.layout import output_strides
 from eca_fused.triton_kernels import launch
 from eca_fused.triton_kernels.maps import apart, in_planes, overlap, readable, same_memory
 
@@ -38,16 +38,6 @@ _operator: Any = torch.library.custom_op if INTERPRETED else torch.library.trito
 
 def _check(x: Tensor, weight: Tensor, circular: bool) -> None:
     check(x, weight, "circular" if circular else "zeros")
-
-
-def _check_same(
-    name: str, t: Tensor, shape: tuple[int, ...], x: Tensor, dtype: torch.dtype
-) -> None:
-    if tuple(t.shape) != shape or t.dtype != dtype or t.device != x.device:
-        raise ValueError(
-            f"expected {name} of shape {shape}, {dtype}, on {x.device}, "
-            f"got {tuple(t.shape)}, {t.dtype}, on {t.device}"
-        )
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -130,10 +120,8 @@ def _backward(
     need_dweight: bool = True,
 ) -> tuple[Tensor, Tensor]:
     _check(x, weight, circular)
-    sums = sums_dtype(x)
-    _check_same("dy", dy, tuple(x.shape), x, x.dtype)
-    _check_same("mean", mean, tuple(x.shape[:2]), x, sums)
-    _check_same("gate", gate, tuple(x.shape[:2]), x, sums)
+    check_dy(x, dy)
+    check_kept(x, mean, gate)
     dx = _empty_like(x) if need_dx else None
     dweight = weight.new_empty(weight.shape) if need_dweight else None
     if x.shape[0] == 0 or x.shape[1] == 0:
@@ -158,9 +146,7 @@ def _pool(x: Tensor) -> Tensor:
 
 @_operator("eca_fused::triton_rescale", mutates_args=())
 def _rescale(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> Tensor:
-    check_gate(x, gate)
-    if shift is not None:
-        check_gate(x, shift)
+    check_gate(x, gate, shift)
     y = _empty_like(x)
     if x.numel() != 0:
         with _on_device(x):
@@ -173,7 +159,7 @@ def _rescale_backward(
     dy: Tensor, x: Tensor, gate: Tensor, need_dx: bool = True
 ) -> tuple[Tensor, Tensor]:
     check_gate(x, gate)
-    _check_same("dy", dy, tuple(x.shape), x, x.dtype)
+    check_dy(x, dy)
     dx = _empty_like(x) if need_dx else None
     dgate = gate.new_empty(gate.shape)
     if x.numel() == 0:
