@@ -324,3 +324,30 @@ def test_missing_packages_are_one_line(
         assert main(["gates", *arguments]) == 3
         message = f"error: {names} not installed; pip install 'eca-fused[demo]'\n"
         assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("I;16", "png"), ("I;16", "tif"), ("I", "tif"), ("I", "pgm")]
+)
+def test_grey_levels_of_16_bits_are_scaled(tmp_path, mode, suffix):
+    levels = torch.arange(0, 65536, 257, dtype=torch.int32).reshape(16, 16)
+    file = tmp_path / f"grey.{suffix}"
+    grey = image.fromarray(levels.numpy())
+    (grey.convert("I;16") if mode == "I;16" else grey).save(file)
+    pixels = photographs.read_photograph(file).pixels
+    assert pixels[..., 0].flatten().tolist() == list(range(256))
+    assert (pixels == pixels[..., :1]).all()
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (torch.tensor([[0.0, 1.0]]), "grey levels are floating-point numbers; save it"),
+        (torch.tensor([[-1, 7]], dtype=torch.int32), "grey levels go from -1 to 7; save it"),
+        (torch.tensor([[0, 70000]], dtype=torch.int32), "grey levels go from 0 to 70000; save it"),
+    ],
+)
+def test_grey_levels_whose_white_is_unknown_are_refused(tmp_path, levels, message):
+    image.fromarray(levels.numpy()).save(tmp_path / "grey.tif")
+    with pytest.raises(ValueError, match=message):
+        photographs.read_photograph(tmp_path / "grey.tif")

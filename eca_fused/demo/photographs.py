@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ def read_photograph(file: Path) -> Photograph:
     pillow, turn = importlib.import_module("PIL.Image"), importlib.import_module("PIL.ImageOps")
     try:
         with pillow.open(file) as opened:
-            image = turn.exif_transpose(opened).convert("RGB")
+            image = _eight_bits(turn.exif_transpose(opened)).convert("RGB")
     except Exception as error:  # a broken file may fail in any way
         raise ValueError(
             f"expected {file} as an image, cannot read it: {type(error).__name__}: {error}"
@@ -60,6 +61,21 @@ def read_photograph(file: Path) -> Photograph:
     width, height = image.size
     data = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return Photograph(file.stem, data.reshape(height, width, 3))
+
+
+def _eight_bits(image: Any) -> Any:
+    """Pillow's convert() clips grey levels beyond 255: levels of 16 bits are scaled before it."""
+    if image.mode == "F":
+        raise ValueError("its grey levels are floating-point numbers; save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    levels = image.convert("I")
+    darkest, lightest = levels.getextrema()
+    if darkest < 0 or lightest > 65535:
+        raise ValueError(
+            f"its grey levels go from {darkest} to {lightest}; save it with 8 or 16 bits"
+        )
+    return levels.point(lambda level: level * (1 / 257) + 0.5).convert("L")
 
 
 def crop(pixels: Tensor, size: int = 224) -> Tensor:
