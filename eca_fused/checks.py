@@ -114,9 +114,8 @@ def check_gate(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> None:
         ValueError: a shape or the device of the gate or the shift does not fit.
     """
     check_x(x)
-    for name, t in (("gate", gate), ("shift", shift)):
-        if t is None and name == "shift":
-            continue
+    given = {"gate": gate} if shift is None else {"gate": gate, "shift": shift}
+    for name, t in given.items():
         _check_tensor(name, t)
         if t.shape != x.shape[:2]:
             raise ValueError(

@@ -49,11 +49,12 @@ def convert(model: nn.Module, backend: str = "auto", inplace: bool = False) -> C
     """Turn a model's ECA modules into fused ECALayers, in place.
 
     Known are timm's EcaModule and CecaModule, the ECA-Net authors' eca_layer, ECALayers with
-    fused=False, and modules built as these are: global average pooling, a Conv1d(1, 1, k) under
-    the name conv, and a sigmoid. Each that is not ours has its forward tried against plain ECA, see
-    recognition.padding_mode(). What computes anything else is left as it is, with the reason in the
-    report: other gates, biases and the MLP of timm's options, subclasses and hooks that would no
-    longer be called, TorchScript.
+    fused=False, and modules built as these are: global average pooling, as a module or a
+    function, a Conv1d(1, 1, k) under the name conv, and a sigmoid. Each that is not ours has its
+    forward tried against plain ECA, see recognition.padding_mode(). What computes anything else is
+    left as it is, with the reason in the report: other gates, biases and the MLP of timm's options,
+    subclasses, hooks and children of your own classes that would no longer be called, TorchScript.
+    All modules are looked at before the first is changed.
 
     The modules stay the same objects and change their class to ECALayer, so that parameters,
     hooks, state dict, optimizers, dtype, device, modules in several places and references from
@@ -77,6 +78,7 @@ def convert(model: nn.Module, backend: str = "auto", inplace: bool = False) -> C
     _check_module(model)
     check_backend(backend)
     converted, left, fused = {}, {}, []
+    found = []  # all are looked at before the first is changed
     for name, module in list(model.named_modules()):
         if not recognition.looks_like_eca(module):
             continue
@@ -85,11 +87,18 @@ def convert(model: nn.Module, backend: str = "auto", inplace: bool = False) -> C
             continue
         before = _class_name(module)
         try:
-            _fuse(module, backend, inplace)
+            options = _as_eca_layer(module, backend, inplace)
         except NotPlainECA as reason:
             left[name] = f"{before}: {reason}"
         else:
             converted[name] = before
+            found.append((module, options))
+    for module, options in found:
+        own = vars(module)
+        original = (type(module), {name: own[name] for name in options if name in own})
+        module.__class__ = ECALayer
+        own.update(options)
+        own[ORIGINAL] = original
     return Conversion(converted, left, tuple(fused))
 
 
@@ -126,22 +135,22 @@ def revert(model: nn.Module) -> int:
     return len(modules)
 
 
-def _fuse(module: nn.Module, backend: str, inplace: bool) -> None:
-    """Make an ECALayer of a module, and keep in it what revert() needs.
+def _as_eca_layer(module: nn.Module, backend: str, inplace: bool) -> dict[str, Any]:
+    """The attributes with which a module becomes an ECALayer. It stays as it is.
 
     Raises:
-        NotPlainECA: it cannot be one. It is as it was.
+        NotPlainECA: it cannot be one.
     """
     if isinstance(module, ECALayer):
         recognition.check_class(module)
         options = _options(module.padding_mode, backend, inplace or module.overwrites)
     else:
         options = _options(recognition.padding_mode(module), backend, inplace)
-    own = vars(module)
-    original = (type(module), {name: own[name] for name in options if name in own})
-    module.__class__ = ECALayer
-    own.update(options)
-    own[ORIGINAL] = original
+    try:
+        object.__new__(type(module)).__class__ = ECALayer
+    except TypeError as error:  # of a class with __slots__
+        raise NotPlainECA(f"its class cannot be exchanged: {error}") from error
+    return options
 
 
 def _options(padding_mode: str, backend: str, inplace: bool) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Which modules of other people compute ECA: told by what they compute, not by their names."""
 
+import collections
 import copy
 import inspect
 import itertools
@@ -25,7 +26,8 @@ POOLS: dict[type[nn.Module], int] = {  # with the spatial dimensions of their ma
     nn.AdaptiveAvgPool3d: 3,
 }
 SPATIAL = (4, 3, 2)  # of the maps of the trial, as many as the module pools
-CONTAINERS = (list, dict, set)
+# Whose modules have no code of a user's, which the fused layer would not run.
+LIBRARIES = ("torch", "timm")
 # What a class has of its own without doing more than its forward.
 HARMLESS = {"__init__", "forward", "extra_repr", "__repr__", "__annotate__", "__annotate_func__"}
 
@@ -37,15 +39,21 @@ class NotPlainECA(Exception):
 def looks_like_eca(module: nn.Module) -> bool:
     """Whether a module is ECA by its class, timm's or the authors', or by its parts.
 
-    The parts are a global average pooling and a Conv1d of one channel, both direct children.
+    The parts are a Conv1d of one channel and a global average pooling, both direct children; or the
+    convolution alone, with nothing else that has parameters, where the pooling is a function.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", None) in NAMES
     if _known(type(module)) is not None:
         return True
-    if isinstance(module, nn.Sequential) or _pooled(module) is None:
+    if isinstance(module, nn.Sequential):
         return False
-    return any(isinstance(m, nn.Conv1d) and _one_channel(m) for m in module.children())
+    children = list(module.children())
+    convs = [m for m in children if isinstance(m, nn.Conv1d) and _one_channel(m)]
+    if not convs:
+        return False
+    others = (m for m in children if m is not convs[0])
+    return _pooled(module) is not None or all(not any(m.parameters()) for m in others)
 
 
 def padding_mode(module: nn.Module) -> str:
@@ -62,11 +70,21 @@ def padding_mode(module: nn.Module) -> str:
     _check_parts(module)
     # Outside of modes such as FakeTensorMode, whose results have no values.
     with without_modes(), torch.inference_mode(False), torch.enable_grad():
-        trials = [_results(module, training) for training in (False, True)]
-        for mode in PADDING_MODES:
-            expected = _expected(module, mode)
-            if all(_agree(got, expected) for got in trials):
-                return mode
+        pooled = _pooled(module)
+        failures: list[NotPlainECA] = []
+        ranks = (2, 1, 3) if pooled is None else (pooled,)
+        for dims in ranks:
+            try:
+                trials = [_results(module, dims, training) for training in (False, True)]
+            except NotPlainECA as failure:
+                failures.append(failure)
+                continue
+            for mode in PADDING_MODES:
+                expected = _expected(module, dims, mode)
+                if all(_agree(got, expected) for got in trials):
+                    return mode
+        if len(failures) == len(ranks):
+            raise failures[0]
     gates = [type(m).__name__ for m in module.children() if _could_be_a_gate(m)]
     other = f" (its gate is {gates[0]})" if gates and gates[0] != "Sigmoid" else ""
     raise NotPlainECA(f"computes something else than sigmoid(conv1d(mean(x))) * x{other}")
@@ -154,6 +172,14 @@ def _check_parts(module: nn.Module) -> None:
         )
     tensors = itertools.chain(module.named_parameters(), module.named_buffers())
     taps = ("conv.weight", "conv.parametrizations.weight.")
+    own = [
+        f"{name} ({type(part).__name__})"
+        for name, part in module.named_modules()
+        if name and name != "conv" and not name.startswith("conv.")
+        if type(part).__module__.partition(".")[0] not in LIBRARIES
+    ]
+    if own:
+        raise NotPlainECA(f"has {', '.join(own)}, which the fused layer would not call")
     others = [name for name, _ in tensors if name != taps[0] and not name.startswith(taps[1])]
     if others:
         raise NotPlainECA(f"has {', '.join(others)} besides its taps")
@@ -171,7 +197,7 @@ def _has_hooks(name: str, part: nn.Module) -> bool:
     return "forward" in vars(part) or any(vars(part)[kind] for kind in kinds)
 
 
-def _arguments(module: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _arguments(module: Any, dims: int) -> tuple[Tensor, Tensor, Tensor]:
     """x (2, C, *spatial), taps (1, 1, k) and dy (2, C, *spatial) of the trial, random."""
     k = module.conv.kernel_size[0]
     g = torch.Generator("cpu").manual_seed(0)
@@ -179,14 +205,14 @@ def _arguments(module: Any) -> tuple[Tensor, Tensor, Tensor]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64, device="cpu")
 
-    shape = (2, 2 * k + 2, *SPATIAL[: _pooled(module) or 2])
+    shape = (2, 2 * k + 2, *SPATIAL[:dims])
     channels = normal(*shape[:2]).reshape(shape[:2] + (1,) * (len(shape) - 2))
     return normal(*shape) + channels, normal(1, 1, k), normal(*shape)
 
 
-def _results(module: Any, training: bool) -> tuple[Tensor, ...]:
+def _results(module: Any, dims: int, training: bool) -> tuple[Tensor, ...]:
     """y, dx and dw of a module's own forward on the arguments of the trial."""
-    x, taps, dy = _arguments(module)
+    x, taps, dy = _arguments(module, dims)
     conv = nn.Conv1d(
         1,
         1,
@@ -205,11 +231,13 @@ def _results(module: Any, training: bool) -> tuple[Tensor, ...]:
         vars(twin)["_modules"] = {**parts, "conv": conv}
         twin.train(training)
         # The twin shares all else with the module, which may fill a list as it runs.
-        containers = {n: copy.copy(v) for n, v in vars(twin).items() if type(v) in CONTAINERS}
-        vars(twin).update(containers)
+        attributes = {n: v for n, v in vars(twin).items() if n != "_modules"}
+        vars(twin).update({name: _apart(value) for name, value in attributes.items()})
         before = {name: _contents(value) for name, value in vars(twin).items()}
         y = type(module).forward(twin, x.requires_grad_())
         gradients = torch.autograd.grad(y, (x, conv.weight), dy)
+        conv.weight = nn.Parameter(taps.float())
+        single = type(module).forward(twin, x.detach().float())
     except Exception as error:
         shape = tuple(x.shape)
         raise NotPlainECA(f"its forward fails on a map of shape {shape}: {error}") from error
@@ -217,19 +245,40 @@ def _results(module: Any, training: bool) -> tuple[Tensor, ...]:
     stored = [name for name, contents in after.items() if contents != before.get(name)]
     if stored:
         raise NotPlainECA(f"its forward stores {', '.join(stored)}, which ECALayer does not")
+    for result, dtype in ((y, torch.float64), (single, torch.float32)):
+        if result.dtype != dtype:
+            raise NotPlainECA(f"its forward returns {result.dtype} for a map of {dtype}")
     return y.detach(), *gradients
+
+
+def _apart(value: Any) -> Any:
+    """A container with containers of its own; what they hold in the end is shared."""
+    if not isinstance(value, dict | list | collections.deque | set | tuple):
+        return value
+    twin: Any = copy.copy(value)
+    if isinstance(value, dict):
+        twin.update({key: _apart(part) for key, part in value.items()})
+    elif isinstance(value, list | collections.deque):
+        twin.clear()
+        twin.extend(map(_apart, value))
+    elif type(value) is tuple:
+        twin = tuple(map(_apart, value))
+    return twin
 
 
 def _contents(value: Any) -> list[int]:
     """Tells objects apart, and containers with other objects in them."""
-    if type(value) not in CONTAINERS:
+    if isinstance(value, dict):
+        parts: Any = itertools.chain.from_iterable(value.items())
+    elif isinstance(value, list | collections.deque | set | tuple):
+        parts = value
+    else:
         return [id(value)]
-    parts = itertools.chain.from_iterable(value.items()) if isinstance(value, dict) else value
-    return [id(value), *map(id, parts)]
+    return [id(value), *itertools.chain.from_iterable(map(_contents, parts))]
 
 
-def _expected(module: nn.Module, mode: str) -> tuple[Tensor, ...]:
-    x, taps, dy = _arguments(module)
+def _expected(module: nn.Module, dims: int, mode: str) -> tuple[Tensor, ...]:
+    x, taps, dy = _arguments(module, dims)
     x.requires_grad_()
     taps.requires_grad_()
     y = reference.eca(x, taps, padding_mode=mode)

@@ -1,5 +1,6 @@
 """convert() and revert(): what is recognised, what stays the same, what is left and why."""
 
+import collections
 import copy
 import io
 import pickle
@@ -12,10 +13,11 @@ import torch
 from support import needs_extension
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import eca_fused
-from eca_fused import ECALayer, convert, revert
+from eca_fused import ECALayer, convert, recognition, revert
 from eca_fused.models import Bottleneck, ResNet
 
 Results = tuple[Tensor, ...]
@@ -60,6 +62,41 @@ class Sequences(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.conv(self.pool(x).mT).sigmoid().mT
+
+
+class Functional(nn.Module):
+    """Not of a known name: ECA whose pooling is a function, as many detectors have it."""
+
+    def __init__(self, pool: Any, k_size: int = 3) -> None:
+        super().__init__()
+        self.pool = pool
+        self.conv = nn.Conv1d(1, 1, k_size, padding=k_size // 2, bias=False)
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.conv(self.pool(x).reshape(x.shape[0], 1, -1))
+        return x * self.sigmoid(rows).reshape(*x.shape[:2], *(x.dim() - 2) * [1])
+
+
+def mean_of_pixels(x: Tensor) -> Tensor:
+    return x.mean((2, 3), keepdim=True)
+
+
+def pooled_to_one(x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(x, 1)
+
+
+def pooled_by_its_size(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, x.shape[2:])
+
+
+def mean_of_a_sequence(x: Tensor) -> Tensor:
+    _, _, steps = x.shape
+    return x.sum(-1) / steps
+
+
+def pooled_to_the_largest(x: Tensor) -> Tensor:
+    return F.adaptive_max_pool2d(x, 1)
 
 
 class C2f(nn.Module):
@@ -126,6 +163,10 @@ def image(*shape: int) -> Tensor:
         (eca_layer(8, 1), (2, 8, 6, 5), "zeros"),
         (WrapAround(5), (2, 8, 6, 5), "circular"),
         (Sequences(), (2, 8, 6), "zeros"),
+        (Functional(mean_of_pixels), (2, 8, 6, 5), "zeros"),
+        (Functional(pooled_to_one, 5), (2, 8, 6, 5), "zeros"),
+        (Functional(pooled_by_its_size), (2, 8, 6, 5), "zeros"),
+        (Functional(mean_of_a_sequence), (2, 8, 6), "zeros"),
         (ECALayer(8, fused=False), (2, 8, 6, 5), "zeros"),
         (ECALayer(8, fused=False, padding_mode="circular"), (2, 8, 6), "circular"),
     ],
@@ -479,6 +520,20 @@ def appending(module: Any, x: Tensor) -> Tensor:
     return plain(module, x)
 
 
+def appending_inside(module: Any, x: Tensor) -> Tensor:
+    module.log["all"][0].append(x)
+    return plain(module, x)
+
+
+class Recorder(nn.Module):
+    def forward(self, gate: Tensor) -> Tensor:
+        return gate
+
+
+def recorded(module: Any, x: Tensor) -> Tensor:
+    return plain(module, module.record(x))
+
+
 def with_a_mask(module: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     return plain(module, x if mask is None else x * mask)
 
@@ -522,6 +577,34 @@ LEFT = {
     "appends": (
         lambda: changed(lambda m: setattr(m, "seen", []), parts(appending)),
         "its forward stores seen, which",
+    ),
+    "functional maximum": (
+        lambda: Functional(pooled_to_the_largest),
+        "computes something else than sigmoid",
+    ),
+    "appends to a deque": (
+        lambda: changed(lambda m: setattr(m, "seen", collections.deque()), parts(appending)),
+        "its forward stores seen, which",
+    ),
+    "appends inside": (
+        lambda: changed(lambda m: setattr(m, "log", {"all": ([],)}), parts(appending_inside)),
+        "its forward stores log, which",
+    ),
+    "records in a child": (
+        lambda: changed(lambda m: setattr(m, "record", Recorder()), parts(recorded)),
+        r"has record \(Recorder\), which the fused layer would not call",
+    ),
+    "single precision": (
+        lambda: parts(lambda m, x: plain(m, x).float()),
+        "its forward returns torch.float32 for a map of torch.float64",
+    ),
+    "double precision": (
+        lambda: parts(lambda m, x: plain(m, x).double()),
+        "its forward returns torch.float64 for a map of torch.float32",
+    ),
+    "slots": (
+        lambda: type("Slots", (Parts,), {"forward": plain, "__slots__": ("__extra__",)})(),
+        "its class cannot be exchanged",
     ),
     "arguments": (lambda: parts(with_a_mask), r"its forward takes \(x, mask\), not one map alone"),
     "any arguments": (lambda: parts(lambda m, *x: plain(m, *x)), r"its forward takes \(\*x\), not"),
@@ -578,6 +661,29 @@ def test_left_with_the_reason(case: str) -> None:
     assert dict(vars(module)) == names
     assert {name: names[name] for name in lists} == lists
     assert revert(model) == 1
+
+
+def test_what_a_forward_appends_to_holds_nothing_of_the_trial() -> None:
+    module: Any = parts(appending_inside)
+    module.log = {"all": ([],)}
+    assert convert(module).left
+    assert module.log == {"all": ([],)}
+
+
+def test_an_unexpected_failure_leaves_the_model_as_it_was(monkeypatch: Any) -> None:
+    model = nn.Sequential(eca_layer(8), eca_layer(8), eca_layer(8))
+    seen = []
+
+    def fails_at_the_third(module: nn.Module) -> str:
+        seen.append(module)
+        if len(seen) == 3:
+            raise MemoryError("no more")
+        return "zeros"
+
+    monkeypatch.setattr(recognition, "padding_mode", fails_at_the_third)
+    with pytest.raises(MemoryError, match="no more"):
+        convert(model)
+    assert [type(m) for m in model] == 3 * [eca_layer]
 
 
 def test_the_parts_alone_are_eca() -> None:
