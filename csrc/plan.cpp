@@ -332,7 +332,8 @@ struct Planner {
   // Blocks on a multiprocessor, of kernels with these launch bounds.
   int32_t resident(const Plan& plan, int64_t threads, int64_t blocks) const {
     const int64_t reserved = gpu.capability >= 80 ? 1 << 10 : 0;
-    if (gpu.capability >= 100 && blocks > 1) --blocks;  // as resident_blocks() of cuda/device.h
+    // As resident_blocks() of cuda/device.h.
+    if (gpu.capability >= 100 && plan.strategy != 'F' && blocks > 2) --blocks;
     const int64_t registers = 65536 / (threads * blocks) / 8 * 8;
     const int64_t own = plan.tiling.threads;
     return int32_t(
