@@ -15,7 +15,11 @@ COMMANDS = {
     "plan": "eca_fused.plan_command",
     "tables": "eca_fused.tables_command",
 }
-READER_GONE = 141  # what shells give for a program that SIGPIPE ends
+# What shells give for a program that SIGPIPE and SIGINT end.
+READER_GONE = 141
+INTERRUPTED = 130
+# What PyTorch says, as a RuntimeError, of more memory than there is, or than can be counted.
+NO_MEMORY = ("can't allocate memory", "out of memory", "calculation overflowed")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -30,11 +34,47 @@ def main(argv: Sequence[str]) -> int:
     return int(importlib.import_module(COMMANDS[name]).main(arguments))
 
 
-if __name__ == "__main__":
+def process(argv: Sequence[str]) -> int:
+    """main() where what goes wrong outside of the program is one line on stderr, and a status.
+
+    A full disk, a reader that is gone, an interruption, or more memory than there is. Any other
+    exception is a fault of the program, and has its traceback.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        else:  # not every terminal has the characters of file names
+            stream.reconfigure(errors="backslashreplace")
     try:
-        status = main(sys.argv[1:])
-        sys.stdout.flush()
+        try:
+            return main(argv)
+        finally:  # also after argparse's exit
+            sys.stdout.flush()
     except BrokenPipeError:  # such as head, which has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        status = READER_GONE
-    sys.exit(status)
+        status, message = READER_GONE, ""
+    except KeyboardInterrupt:
+        status, message = INTERRUPTED, "interrupted"
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        status, message = 1, f"{error.strerror or error}{where}"
+    except (MemoryError, OverflowError) as error:
+        status, message = 1, too_large(error)
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in NO_MEMORY):
+            raise
+        status, message = 1, too_large(error)
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    # What is left to write must not fail again at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return status
+
+
+def too_large(error: BaseException) -> str:
+    reason = str(error).partition("\n")[0]
+    return f"not enough memory for these sizes: {reason or 'none left'}; use smaller ones"
+
+
+if __name__ == "__main__":
+    sys.exit(process(sys.argv[1:]))

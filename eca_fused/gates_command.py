@@ -37,6 +37,7 @@ ENDINGS = (".pdf", ".png", ".svg")
 ORDERS = ("gate", "channel")
 SEED = 0
 LEAST_SIDE = 64  # below, the last stage is one pixel, of which batch norms have no statistics
+MOST_SIDE = 2**20
 RANDOM = "random weights: the gates say nothing about the classes"
 
 
@@ -51,9 +52,9 @@ class Found:
 
 def side(text: str) -> int:
     """A side of images, in pixels."""
-    if not text.isdecimal() or int(text) < LEAST_SIDE:
+    if not text.isdecimal() or not LEAST_SIDE <= int(text) <= MOST_SIDE:
         raise argparse.ArgumentTypeError(
-            f"expected a whole number of pixels from {LEAST_SIDE} up, got {text!r}"
+            f"expected a whole number of pixels from {LEAST_SIDE} to {MOST_SIDE}, got {text!r}"
         )
     return int(text)
 

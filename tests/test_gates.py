@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -294,7 +295,8 @@ def test_checkpoints_that_cannot_be_used(folder: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "32"], "expected a whole number of pixels from 64 up, got '32'"),
+        (["--size", "32"], "expected a whole number of pixels from 64 to 1048576, got '32'"),
+        (["--size", "9" * 20], "of pixels from 64 to 1048576, got '99999999999999999999'"),
         (["--model", "vgg"], "invalid choice: 'vgg'"),
         (["--attention", "none"], "invalid choice: 'none'"),
         (["--output", "gates.txt"], "expected a file that ends with .pdf, .png, .svg"),
@@ -351,3 +353,20 @@ def test_grey_levels_whose_white_is_unknown_are_refused(tmp_path, levels, messag
     image.fromarray(levels.numpy()).save(tmp_path / "grey.tif")
     with pytest.raises(ValueError, match=message):
         photographs.read_photograph(tmp_path / "grey.tif")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs file names that may be any bytes")
+def test_class_names_that_are_no_mathematics_and_no_unicode(tmp_path, capsys, monkeypatch):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/sh\xe4rk"))
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("needs a file system whose names may be any bytes")
+    image.new("RGB", (80, 80), "red").save(folder / "a.png")
+    other = tmp_path / "b.png"
+    image.new("RGB", (80, 80), "blue").save(other)
+    output = tmp_path / "gates.png"
+    arguments = [*SMALL, "--output", str(output), str(folder), f"$^{{={other}"]
+    assert main(["gates", *arguments]) == 0
+    assert "sh\\xe4rk (1), $^{ (1)" in capsys.readouterr().out
+    assert image.open(output).size[0] > 100

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -379,6 +380,74 @@ def test_a_reader_that_wants_no_more() -> None:
         errors = process.stderr.read()
     assert process.returncode == 141
     assert b"BrokenPipe" not in errors
+
+
+COMMANDS = {
+    "plan": ["plan", "--shape", "64x7x7"],
+    "json": ["plan", "--shape", "64x7x7", "--json"],
+    "tables": ["tables"],
+}
+
+
+def in_a_shell(arguments: list[str], rest: str = "", **environment: str) -> Any:
+    command = shlex.join([sys.executable, "-m", "eca_fused", *arguments])
+    return subprocess.run(
+        ["sh", "-c", f"{command} {rest}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk(command: str) -> None:
+    done = in_a_shell(COMMANDS[command], "> /dev/full")
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "2>&-", "<&-"])
+def test_streams_that_are_closed(closed: str) -> None:
+    done = in_a_shell(COMMANDS["plan"], closed)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--batch", "99999999999999999999"],
+        ["--batch", "9999999999"],
+        ["gates", "--size", "1000000"],
+    ],
+)
+def test_sizes_beyond_any_memory(arguments: list[str], tmp_path: Path) -> None:
+    done = in_a_shell([*arguments, "--output", str(tmp_path / "of.png")])
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert "for these sizes" in done.stderr
+
+
+def test_an_interruption() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from eca_fused import __main__ as program\n"
+        "program.main = lambda argv: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(program.process([]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback() -> None:
+    code = (
+        "import sys, torch\n"
+        "from eca_fused import __main__ as program\n"
+        "program.main = lambda argv: torch.ones(2) @ torch.ones(3)\n"
+        "sys.exit(program.process([]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
 
 
 def test_output_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

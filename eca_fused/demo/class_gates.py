@@ -1,5 +1,6 @@
 """The gates of a network for images of different classes: `python -m eca_fused gates`."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def find_classes(arguments: Sequence[str]) -> dict[str, list[Path]]:
                 raise ValueError(f"expected an image or a folder as CLASS=path, got {argument!r}")
         if not path.exists():
             raise ValueError(f"expected an image or a folder of images, there is no {path}")
-        name = name or (path.resolve().name if path.is_dir() else path.stem)
+        name = printable(name or (path.resolve().name if path.is_dir() else path.stem))
         found.setdefault(name, []).extend(images_in(path) if path.is_dir() else [path])
     if len(found) > MOST_CLASSES:
         raise ValueError(
@@ -82,6 +83,11 @@ def find_classes(arguments: Sequence[str]) -> dict[str, list[Path]]:
             f"{len(found)}; CLASS=path puts several images into one class"
         )
     return found
+
+
+def printable(name: str) -> str:
+    """A name as Unicode has it: of bytes that are no UTF-8, Python makes what cannot be drawn."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -34,6 +34,7 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "grid.color": "#dddddd",
     "savefig.dpi": 160,
+    "text.parse_math": False,  # a class may be called $100
 }
 
 
