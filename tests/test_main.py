@@ -430,6 +430,7 @@ def test_sizes_beyond_any_memory(arguments: list[str], tmp_path: Path) -> None:
 def test_an_interruption() -> None:
     code = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "from eca_fused import __main__ as program\n"
         "program.main = lambda argv: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(program.process([]))"
