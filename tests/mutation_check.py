@@ -181,8 +181,8 @@ MUTATIONS = [
     Mutation(
         "the end of a plane taken for the next one's beginning",
         "cuda/runs.h",
-        "behind.get(v) : before.get(v)",
-        "before.get(v) : before.get(v)",
+        "sums.behind.get(v) : sums.before.get(v)",
+        "sums.before.get(v) : sums.before.get(v)",
     ),
     Mutation(
         "a vector of two planes rescaled by one gate",

@@ -59,11 +59,11 @@ Access access_of(const Problem& p, const Map& map) {
   const int64_t size = size_of(p.dtype), rows = p.layout == Layout::kPlanes ? p.channels : p.pixels,
                 length = p.layout == Layout::kPlanes ? p.pixels : p.channels;
   const auto whole = [&](int64_t elements) { return elements * size % 16 == 0; };
-  const bool aligned = reinterpret_cast<uintptr_t>(map.data) % 16 == 0 && whole(length) &&
-                       (rows <= 1 || whole(map.row_stride)) &&
+  const bool begins = reinterpret_cast<uintptr_t>(map.data) % 16 == 0;
+  const bool aligned = begins && whole(length) && (rows <= 1 || whole(map.row_stride)) &&
                        (p.samples <= 1 || whole(map.sample_stride));
-  const bool samples_aligned = reinterpret_cast<uintptr_t>(map.data) % 16 == 0 &&
-                               (p.samples <= 1 ? whole(rows * length) : whole(map.sample_stride));
+  const bool samples_aligned =
+      begins && (p.samples <= 1 ? whole(rows * length) : whole(map.sample_stride));
   return {aligned, rows <= 1 || map.row_stride == length, samples_aligned, false};
 }
 

@@ -54,7 +54,7 @@ void for_each_chunk(const Problem& p, const Tiling& t, const Memory& memory, Bod
   }
 }
 
-// Strategies R, F and P. float64 has the others alone: it is for checking gradients.
+// Strategies R, F, P and S. float64 has the others alone: it is for checking gradients.
 template <class T>
 void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const Workspace& work) {
   if constexpr (!std::is_same_v<T, double>) {

@@ -83,10 +83,10 @@ struct HeldTile {
   int channels;
   bool circular;
 
+  // A division of 64 bits would take 100 instructions.
   __device__ HeldTile(const Problem& p, const Tiling& t)
       : HeldTile(p, t, int(uint32_t(block_index()) / uint32_t(t.tiles)),
-                 int(uint32_t(block_index()) % uint32_t(t.tiles))) {
-  }  // of 64 bits: 100 instructions
+                 int(uint32_t(block_index()) % uint32_t(t.tiles))) {}
 
   __device__ HeldTile(const Problem& p, const Tiling& t, int64_t sample, int tile)
       : sample(sample), tile(tile), begin(tile * t.tile), own(min(t.tile, int(p.channels) - begin)),
@@ -104,12 +104,19 @@ struct HeldTile {
   __device__ bool is_own(int h) const { return h >= halo && h < halo + own; }
 };
 
-// A vector's sum, in chains that do not wait for each other.
-template <class A, int kChains, int V>
-__device__ inline void add_to(A (&sums)[kChains], const Vector<A, V>& v) {
+// The sum of vectors, in four chains that do not wait for each other.
+template <class A>
+struct ChainedSum {
+  A chains[4] = {};
+
+  template <int V>
+  __device__ void add(const Vector<A, V>& v) {
 #pragma unroll
-  for (int e = 0; e < V; ++e) sums[e % kChains] += v.element[e];
-}
+    for (int e = 0; e < V; ++e) chains[e % 4] += v.element[e];
+  }
+
+  __device__ A total() const { return (chains[0] + chains[1]) + (chains[2] + chains[3]); }
+};
 
 template <class T, int V, class Epilogue>
 __device__ inline Vector<Accumulator<T>, V> products_of(const Vector<T, V>& dy,

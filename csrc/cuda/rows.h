@@ -74,12 +74,11 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   const NearTaps<T> taps(p, f.weight, s);
   const Neighbours<A> means(p, t, s);
 
-  A sums[4] = {};
+  ChainedSum<A> sum;
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) add_to(sums, widen(x[i]));
-  const A mean = row.total((sums[0] + sums[1]) + (sums[2] + sums[3]),
-                           shared_array<A>(s.scratch, t.threads / 32)) /
-                 A(int(p.pixels));
+  for (int i = 0; i < kDepth; ++i) sum.add(widen(x[i]));
+  const A mean =
+      row.total(sum.total(), shared_array<A>(s.scratch, t.threads / 32)) / A(int(p.pixels));
   if (row.lane == 0 && row.held < tile.held) means.set(row.held, row.channel < 0 ? A(0) : mean);
   means.clear_ends();
   block_barrier();
@@ -109,12 +108,11 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   const NearTaps<T> taps(p, b.weight, s);
   const Neighbours<A> dz(p, t, s);
 
-  A sums[4] = {};
+  ChainedSum<A> sum;
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) add_to(sums, products_of(dy[i], x[i], epilogue));
-  const A own_dz = row.total((sums[0] + sums[1]) + (sums[2] + sums[3]),
-                             shared_array<A>(s.scratch, t.threads / 32)) *
-                   gate * (A(1) - gate);
+  for (int i = 0; i < kDepth; ++i) sum.add(products_of(dy[i], x[i], epilogue));
+  const A own_dz =
+      row.total(sum.total(), shared_array<A>(s.scratch, t.threads / 32)) * gate * (A(1) - gate);
   if (row.lane == 0 && row.held < tile.held) dz.set(row.held, row.channel < 0 ? A(0) : own_dz);
   dz.clear_ends();
   block_barrier();

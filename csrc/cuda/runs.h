@@ -9,6 +9,16 @@
 
 namespace eca::cuda {
 
+// Of each vector's sum: the part before the border between two planes, and the part behind it.
+template <class A>
+struct BorderSums {
+  Shared<A> before, behind;
+
+  __device__ BorderSums(const SharedLayout& s, int vectors)
+      : before(shared_array<A>(s.scratch, vectors)),
+        behind(shared_array<A>(s.scratch + vectors * int(sizeof(A)), vectors)) {}
+};
+
 // A run of held planes, in vectors.
 template <class T, int kDepth>
 struct Run {
@@ -61,9 +71,7 @@ struct Run {
     }
   }
 
-  // The parts of each vector's sum: before the border between two planes, and behind it.
-  __device__ void put_parts(int v, const Vector<A, V>& terms, Shared<A> before,
-                            Shared<A> behind) const {
+  __device__ void put_parts(int v, const Vector<A, V>& terms, const BorderSums<A>& sums) const {
     const int count = position(v).count;
     A first_part = 0, second_part = 0;
 #pragma unroll
@@ -71,17 +79,17 @@ struct Run {
       if (e < count) first_part += terms.element[e];
       else second_part += terms.element[e];
     }
-    before.set(v, first_part);
-    behind.set(v, second_part);
+    sums.before.set(v, first_part);
+    sums.behind.set(v, second_part);
   }
 
   // The sum of a plane by `lanes` threads, in all of them.
-  __device__ A total(int plane, int lane, int lanes, Shared<A> before, Shared<A> behind) const {
+  __device__ A total(int plane, int lane, int lanes, const BorderSums<A>& sums) const {
     A sum = 0;
     if (plane >= 0 && plane < planes) {
       const int from = lead + plane * pixels, last = (from + pixels - 1) / V;
       for (int v = from / V + lane; v <= last; v += lanes)
-        sum += v == from / V && from % V != 0 ? behind.get(v) : before.get(v);
+        sum += v == from / V && from % V != 0 ? sums.behind.get(v) : sums.before.get(v);
     }
     for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
     return sum;
@@ -100,7 +108,7 @@ struct Run {
   }
 };
 
-// The values of the two planes of a vector, by element. `of` gives that of a held plane.
+// The values of the two planes of a vector, by element.
 template <int V, class A, class Position>
 __device__ inline Vector<A, V> by_position(const Position& at, A first, A second) {
   Vector<A, V> values;
@@ -121,27 +129,25 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks)
   run.load_from(f.x, x);
   const NearTaps<T> taps(p, f.weight, s);
   const Neighbours<A> means(p, t, s);
-  const int capacity = kDepth * t.threads;
-  const auto before = shared_array<A>(s.scratch, capacity);
-  const auto behind = shared_array<A>(s.scratch + capacity * int(sizeof(A)), capacity);
+  const BorderSums<A> sums(s, kDepth * t.threads);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
     const int v = thread_index() + i * thread_count();
-    if (v < run.vectors) run.put_parts(v, widen(x[i]), before, behind);
+    if (v < run.vectors) run.put_parts(v, widen(x[i]), sums);
   }
   block_barrier();
 
   const int teams = t.threads / t.lanes, lane = thread_index() % t.lanes;
   for (int base = 0; base < tile.held; base += teams) {
     const int h = base + thread_index() / t.lanes;
-    const A sum = run.total(h - run.first, lane, t.lanes, before, behind);
+    const A sum = run.total(h - run.first, lane, t.lanes, sums);
     if (lane == 0 && h < tile.held) means.set(h, sum / A(int(p.pixels)));
   }
   means.clear_ends();
   block_barrier();
 
-  const auto gates =
-      shared_array<A>(s.gate, t.tile + 1);  // one beyond the last, for the last vector
+  // One beyond the last, for the last vector.
+  const auto gates = shared_array<A>(s.gate, t.tile + 1);
   for (int c = thread_index(); c <= tile.own; c += thread_count()) {
     if (c == tile.own) {
       gates.set(c, A(0));
@@ -182,20 +188,18 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks)
     const int channel = h < tile.held ? tile.channel(h) : -1;
     gates.set(h, channel < 0 ? A(0) : value_at(sample_gates + channel));
   }
-  const int capacity = kDepth * t.threads;
-  const auto before = shared_array<A>(s.scratch, capacity);
-  const auto behind = shared_array<A>(s.scratch + capacity * int(sizeof(A)), capacity);
+  const BorderSums<A> sums(s, kDepth * t.threads);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
     const int v = thread_index() + i * thread_count();
-    if (v < run.vectors) run.put_parts(v, products_of(dy[i], x[i], epilogue), before, behind);
+    if (v < run.vectors) run.put_parts(v, products_of(dy[i], x[i], epilogue), sums);
   }
   block_barrier();
 
   const int teams = t.threads / t.lanes, lane = thread_index() % t.lanes;
   for (int base = 0; base < tile.held; base += teams) {
     const int h = base + thread_index() / t.lanes;
-    const A sum = run.total(h - run.first, lane, t.lanes, before, behind);
+    const A sum = run.total(h - run.first, lane, t.lanes, sums);
     if (lane != 0 || h >= tile.held) continue;
     const A gate = gates.get(h), value = sum * gate * (A(1) - gate);
     dz.set(h, value);
