@@ -231,12 +231,11 @@ def eca(
     if is_tracing():
         return _scripted(False)(x, weight, padding_mode, named(backend))  # type: ignore[no-any-return]
     circular = padding_mode == "circular"
-    if is_compiling():
-        check(
-            x, weight, padding_mode
-        )  # up to torch 2.13 an operator's error has another type there
-    if exporting_to_onnx():
+    to_onnx = exporting_to_onnx()
+    if to_onnx or is_compiling():
+        # Before the call: up to torch 2.13 an operator's error has another type there.
         check(x, weight, padding_mode)
+    if to_onnx:
         return decomposed.eca(x, weight, circular)
     try:
         if _needs_kernels_gradient(x, weight, kernels):

@@ -138,10 +138,11 @@ def pool(x: Tensor, *, backend: str = "auto") -> Tensor:
         return reference.pool(x)
     if is_tracing():
         return _scripted("pool")(x, named(backend))  # type: ignore[no-any-return]
-    if torch.compiler.is_compiling():
-        check_x(x)  # up to torch 2.13 an operator's error has another type there
-    if exporting_to_onnx():
+    to_onnx = exporting_to_onnx()
+    if to_onnx or torch.compiler.is_compiling():
+        # Before the call: up to torch 2.13 an operator's error has another type there.
         check_x(x)
+    if to_onnx:
         return decomposed.pool(x)
     try:
         if torch.is_grad_enabled() and x.requires_grad:
@@ -181,10 +182,10 @@ def rescale(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
         return reference.rescale(x, gate)
     if is_tracing():
         return _scripted("rescale")(x, gate, named(backend))  # type: ignore[no-any-return]
-    if torch.compiler.is_compiling():
+    to_onnx = exporting_to_onnx()
+    if to_onnx or torch.compiler.is_compiling():
         check_gate(x, gate)
-    if exporting_to_onnx():
-        check_gate(x, gate)
+    if to_onnx:
         return decomposed.rescale(x, gate)
     try:
         if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad):
