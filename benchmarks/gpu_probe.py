@@ -44,8 +44,12 @@ SMALL: list[tuple[tuple[int, ...], str, Wish | None]] = [
     ((2, 20, 16, 16), "contiguous", (4, 1, 128, False, "R13")),
     ((2, 24, 7, 7), "contiguous", (0, 1, 32, False, "F4")),
     ((2, 24, 7, 7), "contiguous", (0, 1, 64, False, "F2")),
-    ((2, 48, 6, 6), "channels_last", (16, 1, 64, False, "P8")),
+    ((2, 48, 6, 6), "channels_last", (16, 1, 64, False, "P7")),
+    ((2, 48, 12, 12), "channels_last", (16, 1, 64, False, "P13")),
     ((2, 48, 6, 6), "channels_last", (0, 1, 128, False, "P4")),
+    ((5, 48, 16, 16), "channels_last", (0, 1, 256, False, "K")),
+    ((5, 48, 16, 16), "channels_last", (0, 1, 256, False, "K3")),
+    ((2, 64, 56, 56), "channels_last", (0, 1, 256, False, "K")),
     ((5, 48, 16, 16), "channels_last", (0, 1, 256, False, "S")),
     ((2, 7, 5, 3), "contiguous", None),
     ((2, 7, 5, 3), "channels_last", None),
@@ -66,7 +70,7 @@ COUNTERS = {
     "stall mio": "smsp__average_warps_issue_stalled_mio_throttle_per_issue_active.ratio",
 }
 FEWEST_COUNTERS = ("us", "read", "written", "instructions")  # that every Nsight Compute has
-OUR_KERNELS = "regex:on_chip|sum_|make_|rescale_|add_parts"
+OUR_KERNELS = "regex:forward_|backward_|sum_|make_|rescale_|add_parts"
 
 
 def wish(sizes: Wish | None) -> None:

@@ -75,9 +75,10 @@ def candidates(case: Case, backward: bool, limits: Any) -> dict[Wish, dict[str, 
     wishes = [Wish(0, two_passes=True)]
     wishes += [Wish(t, g, n) for t in tiles_of(case) for g in GROUPS for n in THREADS]
     names = product(
-        ("R7", "R13", "F2", "F4", "P4", "P8"), (64, 128, 256, 512), (0, 16, 32, 64, 128)
+        ("R7", "R13", "F2", "F4", "P4", "P7", "P13"), (64, 128, 256, 512), (0, 16, 32, 64, 128)
     )
     wishes += [Wish(tile, 1, n, False, name) for name, n, tile in names]
+    wishes += [Wish(0, strategy=f"K{vectors}") for vectors in (4, 8, 12, 16, 20, 25, 32, 0)]
     wishes += [Wish(0, strategy="S")]
     for wish in wishes:
         plan = plan_of(case, backward, tuple(wish), limits)

@@ -51,12 +51,20 @@ constexpr double kGlobalBarriers = 3.0;
 // Of R, F and P: the price of a slot that holds nothing, and the bytes that a multiprocessor must
 // have under way to be as fast as it can be.
 constexpr double kIdle = 0.3, kInFlight = 64 << 10;
+constexpr double kColumnIdle = 0.8, kColumnInFlight = 96 << 10;  // of P
 // Of what neighbours read too, relative to DRAM: rows have instructions to spare, the others have
-// not.
-constexpr double kRowHaloSpeed = 5, kHaloSpeed = 2.5;
+// not, and P reads in short pieces.
+constexpr double kRowHaloSpeed = 5, kRunHaloSpeed = 2.5, kColumnHaloSpeed = 1.5;
 constexpr double kLastWave = 0.5;
-constexpr double kStreamSpeed = 0.74;  // relative to a copy, which moves two thirds as much
-constexpr double kAlone = 0.95;        // the speed of a block that is alone on its multiprocessor
+constexpr double kAlone = 0.95;  // the speed of a block that is alone on its multiprocessor
+// Of S, relative to a copy, which moves two thirds as much; backward three quarters.
+constexpr double kStreamForwardSpeed = 0.74, kStreamBackwardSpeed = 0.66;
+// Of K and S: from the last sum of a sample until its blocks go on, in microseconds, and what each
+// channel adds to it. Each wave of blocks of K pays it, S but once.
+constexpr double kGatesOfSample = 4.0, kGatesOfChannel = 1.0 / 128;
+
+// Bytes of a multiprocessor's memory that K leaves to the L1 cache backward, through which x comes.
+constexpr int64_t kLeftToL1 = 32 << 10;
 
 constexpr int64_t kStreams = 8;  // on which groups may wait at the same time
 
@@ -226,9 +234,9 @@ struct Planner {
   }
   mutable double best_cost = 0;
 
-  // ---- R, F and P ----
+  // ---- R, F, P, K and S ----
 
-  // What holds for all three.
+  // What holds for all of them.
   bool registers_fit() const {
     // Taps further out than all channels would need a place of their own.
     return p.pixels > 0 && p.dtype != Dtype::kFloat64 && p.kernel_size / 2 <= p.channels &&
@@ -298,6 +306,8 @@ struct Planner {
     *plan = {};
     Tiling& t = plan->tiling;
     if (planes || !access.aligned || pad > V) return false;
+    // Backward 13 vectors of dy leave too little for those of x.
+    if (backward) depth = std::min(depth, 7);
     t.depth = depth;
     t.threads = threads;
     const int64_t rows = ceil_div(p.pixels, depth), columns = threads / rows;
@@ -305,11 +315,12 @@ struct Planner {
            threads / (t.held / V) * int64_t(depth) >= p.pixels;
   }
 
-  bool stream(Plan* plan) const {
+  // What K and S have in common.
+  bool all_channels(char strategy, int32_t depth, Plan* plan) const {
     *plan = {};
     Tiling& t = plan->tiling;
     if (planes || !access.aligned || p.channels / V > kColumnThreads) return false;
-    t.depth = backward ? kStreamBackwardDepth : kStreamForwardDepth;
+    t.depth = depth;
     t.threads = kColumnThreads;
     t.exchange = Exchange::kNone;
     t.group = 1;
@@ -317,23 +328,62 @@ struct Planner {
     t.tile = t.held = int32_t(p.channels);
     t.pad = int32_t(pad);
     t.tiles = 1;
+    t.chunk = p.samples;
+    plan->strategy = strategy;
+    plan->launches = backward ? 2 : 1;
+    return true;
+  }
+
+  // K, with so many vectors of a thread, or, if 0, as many as there is room for. `for_l1`: bytes of a
+  // multiprocessor that shared memory leaves.
+  bool kept(int64_t vectors, int64_t for_l1, Plan* plan) const {
+    const int64_t depth = backward ? kKeptBackwardDepth : kKeptForwardDepth;
+    if (!all_channels('K', int32_t(depth), plan)) return false;
+    Tiling& t = plan->tiling;
+    const int64_t threads = t.threads, blocks = resident_blocks(kept_blocks(backward));
+    const int64_t reserved = gpu.capability >= 80 ? 1 << 10 : 0;
+    const int64_t room =
+        std::min(gpu.shared_per_block,
+                 (gpu.shared_per_multiprocessor - for_l1) / blocks - reserved) -
+        register_layout(p, 'K', t).end;
+    const int64_t most = depth + std::max<int64_t>(0, room / (threads * 16));
+    const int64_t in_sample = ceil_div(p.pixels, threads / (p.channels / V));
+    const int64_t parts = ceil_div(in_sample, std::min(vectors ? vectors : most, most));
+    t.share = int32_t(ceil_div(in_sample, parts));
+    t.spare = int32_t(std::max<int64_t>(0, t.share - depth));
+    t.parts = int32_t(ceil_div(in_sample, t.share));
+    plan->blocks = p.samples * t.parts;
+    plan->shared_bytes = register_layout(p, 'K', t).end;
+    plan->occupancy = resident(*plan, kColumnThreads, kept_blocks(backward));
+    // A sample's blocks wait for each other, and so may those of other streams.
+    return t.share <= most && t.parts <= kMostParts && plan->blocks <= kMostBlocks &&
+           plan->shared_bytes <= gpu.shared_per_block &&
+           kStreams * t.parts <= plan->occupancy * int64_t(gpu.multiprocessors);
+  }
+
+  bool stream(Plan* plan) const {
+    if (!all_channels('S', backward ? kStreamBackwardDepth : kStreamForwardDepth, plan))
+      return false;
+    Tiling& t = plan->tiling;
     const int64_t rows = t.threads / (p.channels / V);
     t.parts = int32_t(std::min<int64_t>(ceil_div(p.pixels, rows * t.depth), kMostParts + 1));
     const int64_t sample_bytes = p.channels * p.pixels * size * (backward ? 2 : 1);
     t.chunk = std::clamp<int64_t>(gpu.l2 / (backward ? 4 : 8) / sample_bytes, 1, p.samples);
-    plan->strategy = 'S';
     plan->blocks = 2 * (ceil_div(p.samples, t.chunk) + 1) * t.chunk * t.parts;
-    plan->launches = backward ? 2 : 1;
     plan->shared_bytes = register_layout(p, 'S', t).end;
     return t.parts <= kMostParts && plan->blocks <= kMostBlocks &&
            plan->shared_bytes <= std::min<int64_t>(48 << 10, gpu.shared_per_block);
   }
 
+  // As in cuda/device.h.
+  int64_t resident_blocks(int64_t blocks) const {
+    return gpu.capability >= 100 && blocks > 2 ? blocks - 1 : blocks;
+  }
+
   // Blocks on a multiprocessor, of kernels with these launch bounds.
   int32_t resident(const Plan& plan, int64_t threads, int64_t blocks) const {
     const int64_t reserved = gpu.capability >= 80 ? 1 << 10 : 0;
-    // As resident_blocks() of cuda/device.h.
-    if (gpu.capability >= 100 && plan.strategy != 'F' && blocks > 2) --blocks;
+    if (plan.strategy != 'F') blocks = resident_blocks(blocks);
     const int64_t registers = 65536 / (threads * blocks) / 8 * 8;
     const int64_t own = plan.tiling.threads;
     return int32_t(
@@ -341,17 +391,42 @@ struct Planner {
                   gpu.threads_per_multiprocessor / own, 65536 / (own * registers), int64_t(24)}));
   }
 
-  double cost_of_stream(Plan* plan) const {
+  // Of K and S, with the sums of the parts.
+  void count_bytes_of_sample(Plan* plan) const {
     const int64_t maps = backward ? 2 : 1;
-    plan->occupancy = resident(*plan, kColumnThreads, stream_blocks(backward));
     const int64_t parts = 2 * p.samples * plan->tiling.parts * p.channels * accumulator;
     const int64_t shift = backward ? 2 * p.samples * p.channels * accumulator : 0;
     const int64_t small = small_bytes(*plan) + parts + shift;
     plan->dram_bytes = (maps + 1) * map_bytes + small;
-    plan->l2_bytes = (maps + 2) * map_bytes + small;
+    plan->l2_bytes = (maps + (plan->strategy == 'S' ? 2 : 1)) * map_bytes + small;
+  }
+
+  double cost_of_stream(Plan* plan) const {
+    plan->occupancy = resident(*plan, kColumnThreads, stream_blocks(backward));
+    count_bytes_of_sample(plan);
     const double idle =
         std::max(1.0, gpu.multiprocessors / kOneMultiprocessor / (double(plan->blocks) / 2));
-    return double(plan->dram_bytes) / kStreamSpeed * idle;
+    return double(plan->dram_bytes) / (backward ? kStreamBackwardSpeed : kStreamForwardSpeed) *
+               idle +
+           gates_of_sample();
+  }
+
+  // The wait for a sample's gates, in bytes as all costs.
+  double gates_of_sample() const {
+    return (kGatesOfSample + kGatesOfChannel * double(p.channels)) * kMicrosecond *
+           gpu.multiprocessors;
+  }
+
+  double cost_of_kept(Plan* plan) const {
+    count_bytes_of_sample(plan);
+    const double SMs = gpu.multiprocessors;
+    const double waves = double(plan->blocks) / (SMs * double(std::max(1, plan->occupancy)));
+    const double last_wave = waves > 1 ? 1 + kLastWave * (std::ceil(waves) / waves - 1) : 1;
+    const double block_bytes = double(plan->dram_bytes) / double(plan->blocks);
+    const double busiest = double(ceil_div(plan->blocks, gpu.multiprocessors)) * block_bytes * SMs /
+                           kOneMultiprocessor;
+    return std::max(double(plan->dram_bytes) * last_wave, busiest) +
+           std::ceil(waves) * gates_of_sample();
   }
 
   double cost_in_registers(Plan* plan) const {
@@ -359,7 +434,7 @@ struct Planner {
     const int64_t maps = backward ? 2 : 1;
     const int64_t blocks = plan->strategy == 'R'   ? row_blocks(t.depth)
                            : plan->strategy == 'F' ? kRunBlocks
-                                                   : column_blocks(t.depth, backward);
+                                                   : column_blocks(t.depth);
     const int64_t most = plan->strategy == 'R' ? row_threads(t.depth) : kRunThreads;
     plan->occupancy = resident(*plan, most, blocks);
     const int64_t held_bytes = p.samples * held_in_sample(t) * p.pixels * size * maps;
@@ -369,14 +444,21 @@ struct Planner {
     const double slots = double(plan->blocks) * t.threads * t.depth * 16;
     const double idle = 1 - double(held_bytes) / (slots * double(maps));
     const double in_flight = double(plan->occupancy) * t.threads * t.depth * 16;
-    const double halo_bytes = double(held_bytes - maps * map_bytes);
+    double halo_bytes = double(held_bytes - maps * map_bytes);
+    // P's halo is half a sector on either side, of which whole ones move.
+    if (plan->strategy == 'P') halo_bytes *= 2;
     // The last wave of blocks leaves multiprocessors idle, but for what the others still do.
     const double waves = double(plan->blocks) / (SMs * double(std::max(1, plan->occupancy)));
     const double last_wave = waves > 1 ? 1 + kLastWave * (std::ceil(waves) / waves - 1) : 1;
-    const double halo_speed = plan->strategy == 'R' ? kRowHaloSpeed : kHaloSpeed;
-    const double streaming =
-        (double(plan->dram_bytes) + halo_bytes / halo_speed) * (1 + kIdle * idle) * last_wave /
-        std::min(1.0, 0.6 + 0.4 * in_flight / kInFlight) / (plan->occupancy == 1 ? kAlone : 1);
+    const double halo_speed = plan->strategy == 'R'   ? kRowHaloSpeed
+                              : plan->strategy == 'F' ? kRunHaloSpeed
+                                                      : kColumnHaloSpeed;
+    const bool columns = plan->strategy == 'P';
+    const double wanted = columns ? kColumnInFlight : kInFlight;
+    double speed = std::min(1.0, 0.6 + 0.4 * in_flight / wanted);
+    if (plan->occupancy == 1) speed *= kAlone;
+    const double streaming = (double(plan->dram_bytes) + halo_bytes / halo_speed) *
+                             (1 + (columns ? kColumnIdle : kIdle) * idle) * last_wave / speed;
     const double busiest = double(ceil_div(plan->blocks, gpu.multiprocessors)) *
                            double(held_bytes + map_bytes) / double(plan->blocks) * SMs /
                            kOneMultiprocessor;
@@ -387,17 +469,16 @@ struct Planner {
     if (!registers_fit()) return false;
     double lowest = std::numeric_limits<double>::infinity();
     Plan plan{};
-    const auto consider = [&](bool possible) {
-      if (!possible) return;
-      const double cost = cost_in_registers(&plan);
-      if (plan.occupancy < 1 || cost >= lowest) return;
-      lowest = cost;
-      *best = plan;
+    const auto better = [&](double cost) {
+      if (plan.occupancy > 0 && cost < lowest) lowest = cost, *best = plan;
     };
-    if (stream(&plan)) {
-      const double cost = cost_of_stream(&plan);
-      if (plan.occupancy > 0) lowest = cost, *best = plan;
-    }
+    const auto consider = [&](bool possible) {
+      if (possible) better(cost_in_registers(&plan));
+    };
+    if (stream(&plan)) better(cost_of_stream(&plan));
+    // Fewer vectors of a thread give more blocks.
+    for (int64_t vectors : {0, 25, 20, 16, 12, 8, 4, 2})
+      if (kept(vectors, backward ? kLeftToL1 : 0, &plan)) better(cost_of_kept(&plan));
     for (int32_t threads : {128, 256, 512}) {
       for (int32_t depth : kRowDepths) consider(rows(depth, threads, 0, &plan));
       if (threads > kRunThreads) continue;
@@ -466,6 +547,10 @@ struct Planner {
         cost_of_stream(&plan);
         return plan;
       }
+      if (fits && s == 'K' && kept(wish.depth, 0, &plan)) {
+        cost_of_kept(&plan);
+        return plan;
+      }
       const bool can =
           fits &&
           ((s == 'R' && known(kRowDepths) && rows(wish.depth, wish.threads, wish.tile, &plan)) ||
@@ -504,9 +589,9 @@ struct Planner {
       plan.dweight_blocks = ceil_div(p.channels, 32) * p.kernel_size;
     else if (own_kernel)
       plan.dweight_blocks = std::clamp<int64_t>(
-          ceil_div(p.samples * ceil_div(p.channels, kDweightThreads), 2 * kDweightRuns), 1, 128);
+          ceil_div(p.samples * ceil_div(p.channels, kDweightThreads), kDweightRuns), 1, 128);
     if (global) plan.counters = 1 + t.tiles + p.samples * t.tiles;
-    else if (plan.strategy == 'S') plan.counters = 2 + 2 * p.samples;
+    else if (plan.strategy == 'K' || plan.strategy == 'S') plan.counters = 2 + 2 * p.samples;
     else if (own_kernel) plan.counters = p.taps_per_channel || plan.dweight_blocks == 1 ? 0 : 2;
     else if (backward) plan.counters = p.taps_per_channel ? 1 + t.tiles : 2;
     plan.map_bytes = (backward ? 3 : 2) * map_bytes;
@@ -591,7 +676,7 @@ SharedLayout register_layout(const Problem& p, char strategy, const Tiling& t) {
                            std::numeric_limits<int32_t>::max());
   };
   const int64_t rows =
-      strategy == 'P' || strategy == 'S' ? t.threads / std::max<int64_t>(1, t.held / V) : 0;
+      strategy == 'R' || strategy == 'F' ? 0 : t.threads / std::max<int64_t>(1, t.held / V);
   place(&s.padded, t.held + (t.halo ? 0 : 2 * int64_t(t.pad)));
   place(&s.taps, p.taps_per_channel ? 0 : p.kernel_size);
   // A gate beyond the last, for the last vector of a run.
@@ -601,6 +686,7 @@ SharedLayout register_layout(const Problem& p, char strategy, const Tiling& t) {
   place(&s.scratch, strategy == 'R'   ? t.threads / 32
                     : strategy == 'F' ? 2 * int64_t(t.depth) * t.threads
                                       : rows * t.held);
+  place(&s.held, ceil_div(int64_t(t.spare) * t.threads * 16, accumulator));
   s.end = int32_t(at);
   return s;
 }
@@ -616,7 +702,7 @@ WorkspaceLayout workspace_layout(const Problem& p, Pass pass, const Plan& plan) 
     w.end += round_up(bytes, 16);
   };
   const int64_t groups = p.samples * t.tiles * t.group;
-  const bool streamed = plan.strategy == 'S';
+  const bool streamed = plan.strategy == 'K' || plan.strategy == 'S';
   place(&w.sums, two_passes || streamed            ? t.parts * per_channel
                  : t.exchange == Exchange::kGlobal ? groups * t.held * accumulator
                                                    : 0);

@@ -10,6 +10,7 @@
 //   R  planes: a team of threads for each plane of a tile and of its halo
 //   F  planes: the run of a tile's planes, where they do not begin at multiples of 16 bytes
 //   P  pixels: the columns of a tile's channels and one more on either side
+//   K  pixels: a part of a sample's pixels, in shared memory too; the sample's blocks add up
 //   S  pixels: nothing; two kinds of blocks in one launch, the second out of the L2 cache
 #pragma once
 
@@ -39,14 +40,16 @@ constexpr int32_t kMostThreads = 256, kForwardRegisters = 64, kBackwardRegisters
 
 // Strategies R, F and P: vectors of 16 bytes that a thread holds (`depth`), threads of a block at
 // most, and blocks that shall be resident at least, from which the registers of a thread follow.
-constexpr int32_t kRowDepths[] = {7, 13}, kRunDepths[] = {2, 4}, kColumnDepths[] = {4, 8};
+constexpr int32_t kRowDepths[] = {7, 13}, kRunDepths[] = {2, 4}, kColumnDepths[] = {4, 7, 13};
 constexpr int32_t row_threads(int32_t depth) { return depth > 7 ? 512 : 256; }
 constexpr int32_t row_blocks(int32_t depth) { return depth > 7 ? 1 : 3; }
 constexpr int32_t kRunThreads = 256, kRunBlocks = 4;
 constexpr int32_t kColumnThreads = 256;
-constexpr int32_t column_blocks(int32_t depth, bool backward) {
-  return (depth > 4 ? 3 : 4) - (backward ? 1 : 0);
-}
+constexpr int32_t column_blocks(int32_t depth) { return depth > 7 ? 2 : 3; }
+
+// Strategy K: vectors in registers, as above; more of them in shared memory.
+constexpr int32_t kKeptForwardDepth = 18, kKeptBackwardDepth = 7;
+constexpr int32_t kept_blocks(bool backward) { return backward ? 3 : 2; }
 
 // Strategy S.
 constexpr int32_t kStreamForwardDepth = 12, kStreamBackwardDepth = 8;
@@ -70,12 +73,14 @@ struct Tiling {
   int32_t held;   // tile + 2 * halo
   int32_t pad;    // channels on either side whose sums the gates need
   int32_t group;  // blocks
-  int32_t share;  // of a block: elements (planes) or pixels (pixels) of what is held
+  int32_t share;  // of a block: elements (planes) or pixels (pixels) of what is held; K: vectors
+                  // that a thread holds
   int32_t lanes;  // planes: threads that sum one plane, a power of two
-  int32_t depth;  // R, F, P and S: vectors that a thread holds; 0 for the others
+  int32_t depth;  // R, F, P, K and S: vectors in a thread's registers; 0 for the others
+  int32_t spare;  // K: vectors of a thread in shared memory
   int64_t tiles;  // in a sample
 
-  // Strategies C and S
+  // Strategies C, K and S
   int64_t chunk;  // samples in one pair of passes, or in a group
   int32_t parts;  // of a plane, or of the pixels of a sample, summed by different blocks
 
@@ -83,7 +88,7 @@ struct Tiling {
 };
 
 struct Plan {
-  char strategy;  // 'A' to 'D', 'R', 'F', 'P' or 'S'
+  char strategy;  // 'A' to 'D', 'R', 'F', 'P', 'K' or 'S'
   Tiling tiling;
   int64_t blocks;  // of one launch
   int64_t launches;
@@ -115,7 +120,9 @@ enum class Pass { kForward, kBackward };
 struct Wish {
   bool two_passes;  // strategy C, and nothing else counts
   int32_t tile, group, threads;
-  char strategy = 0;  // 'R', 'F' or 'P', with `depth`; a tile of 0 is the largest that fits; or 'S'
+  // 'R', 'F' or 'P', with `depth`; a tile of 0 is the largest that fits. 'K', with `depth` vectors
+  // of a thread in all, 0 for as many as fit. 'S'.
+  char strategy = 0;
   int32_t depth = 0;
 };
 

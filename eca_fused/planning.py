@@ -30,6 +30,8 @@ class Plan:
     - "R": whole planes (contiguous) of a tile of channels and of its halo, a team of threads each.
     - "F": the run of a tile's planes, where they do not begin at multiples of 16 bytes.
     - "P": columns of 16 bytes of channels by all pixels (channels_last), and one more on each side.
+    - "K": a part of a sample's pixels (channels_last), in shared memory too; the blocks of a sample
+      add up their sums.
 
     In shared memory, for what those cannot hold:
 
@@ -55,11 +57,12 @@ class Plan:
         group: Blocks that share a tile.
         chunk: Samples in one pair of passes of C, or in a group of S; the batch, for the others.
         parts: Parts of a plane (contiguous) or of a sample's pixels (channels_last) that different
-            warps or blocks sum, for C and S; 1 for the others.
+            warps or blocks sum, for C, K and S; 1 for the others.
         threads: Threads in a block.
-        depth: Vectors of 16 bytes that a thread holds, for R, F, P and S; 0 for the others.
+        depth: Vectors of 16 bytes in a thread's registers, for R, F, P, K and S; 0 for the others.
+        spare: More such vectors, in shared memory, for K; 0 for the others.
         blocks: Blocks in a launch.
-        launches: Kernel launches in the call: R, F, P and S make dweight in one of its own.
+        launches: Kernel launches in the call: R, F, P, K and S make dweight in one of its own.
         shared_bytes: Shared memory of a block, in bytes.
         occupancy: Blocks that fit on a multiprocessor at a time.
         workspace_bytes: Bytes of temporary GPU memory.
@@ -79,6 +82,7 @@ class Plan:
     parts: int
     threads: int
     depth: int
+    spare: int
     blocks: int
     launches: int
     shared_bytes: int

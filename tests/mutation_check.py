@@ -209,6 +209,18 @@ MUTATIONS = [
         "kReady + uint32_t(parts_ - 1)) put(ready_, 1u);",
     ),
     Mutation(
+        "what a thread has in shared memory is not rescaled",
+        "cuda/kept.h",
+        "  spare.for_each(f.y, rescale);\n",
+        "",
+    ),
+    Mutation(
+        "what a thread has in shared memory is read before it is there",
+        "cuda/kept.h",
+        "  finish_fetches();\n  spare.add_to(sums);\n",
+        "  spare.add_to(sums);\n  finish_fetches();\n",
+    ),
+    Mutation(
         "one warp's part of dweight lost",
         "cuda/dweight.h",
         "for (int w = 0; w < kWarps; ++w) total +=",
@@ -233,6 +245,7 @@ def quick_cases() -> Iterator[tuple[tuple[int, ...], int, torch.dtype, str, str,
     for layout in LAYOUTS:
         for mode in MODES:
             shapes = [((2, 40, 49), 5), ((2, 64, 16), 7), ((3, 33, 24), 3), ((1, 6, 5000), 3)]
+            shapes += [((1, 64, 400), 3)]
             for shape, k in shapes:
                 for own_taps in (False, True):
                     yield shape, k, torch.float32, layout, mode, own_taps
@@ -244,7 +257,7 @@ def check(gpu: HostGpu) -> None:
     ways = [
         (None, H200), (Wish(16, 1, 64), H200), (Wish(16, 2, 128), H200), (Wish(16, 4, 64), A100),
         (Wish(two_passes=True), tiny), (Wish(two_passes=True), H200),
-        *((Wish(0, threads=64, strategy=name), H200) for name in ("R7", "R13", "F2", "P4", "P8")),
+        *((Wish(0, threads=64, strategy=name), H200) for name in ("R7", "R13", "F2", "P4", "P7", "K6", "K")),
         (Wish(16, threads=128, strategy="P4"), H200), (Wish(8, threads=64, strategy="F2"), H200),
         (Wish(strategy="S"), tiny),
     ]  # fmt: skip

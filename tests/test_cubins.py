@@ -21,14 +21,16 @@ KERNELS = [
 # Those that keep their tile in registers, by the vectors that a thread holds; none for float64.
 IN_REGISTERS = {
     "forward_rows": (7, 13), "backward_rows": (7, 13), "forward_runs": (2, 4),
-    "backward_runs": (2, 4), "forward_columns": (4, 8), "backward_columns": (4, 8),
+    "backward_runs": (2, 4), "forward_columns": (4, 7, 13), "backward_columns": (4, 7),
+    "forward_kept": (18,), "backward_kept": (7,),
     "forward_stream": (12,), "backward_stream": (8,),
 }  # fmt: skip
 LAYOUTS = {"planes": "0", "pixels": "1"}
 # What __launch_bounds__ of csrc/plan.h leaves a thread.
 REGISTERS = {
     "forward_on_chip": 64, "backward_on_chip": 80, "forward_rows": 128, "backward_rows": 128,
-    "forward_runs": 64, "backward_runs": 64, "forward_columns": 80, "backward_columns": 128,
+    "forward_runs": 64, "backward_runs": 64, "forward_columns": 128, "backward_columns": 80,
+    "forward_kept": 128, "backward_kept": 80,
     "forward_stream": 80, "backward_stream": 128,
 }  # fmt: skip
 
@@ -123,8 +125,8 @@ def test_every_kernel_is_there(resources):
 # and 416 from their maps: the alternative is a block less on each multiprocessor. With fewer chains
 # of sums, or with the checks of bounds written otherwise, other kernels have some.
 SPILLED = {
-    ("sm_80", "backward_rows", "float16", 7): 16,
-    ("sm_100", "backward_rows", "float16", 13): 8,
+    ("sm_80", "backward_rows", "float16", 7): 8,
+    ("sm_100", "backward_rows", "float16", 13): 16,
 }
 
 
@@ -180,7 +182,10 @@ def test_tiles_in_registers_are_asked_for_at_once(instructions, name, dtype):
         loads = sum(n for i, n in counts.items() if i.startswith("LDG") and ".128" in i)
         stores = sum(n for i, n in counts.items() if i.startswith("STG") and ".128" in i)
         assert loads >= maps * depth, (name, depth)
-        assert stores == depth, (name, depth)
+        if name.endswith("kept"):  # and those of what is in shared memory
+            assert stores > depth, (name, depth)
+        else:
+            assert stores == depth, (name, depth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

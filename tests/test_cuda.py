@@ -62,15 +62,18 @@ FORCED = {
     "R, teams of several warps": ((0, 1, 512, False, "R13"), (3, 20, 48, 48), "contiguous"),
     "F, one tile": ((0, 1, 64, False, "F4"), (3, 16, 7, 7), "contiguous"),
     "F, halo": ((0, 1, 64, False, "F4"), (3, 64, 7, 7), "contiguous"),
-    "P, one tile": ((0, 1, 128, False, "P8"), (3, 32, 7, 7), "channels_last"),
+    "P, one tile": ((0, 1, 128, False, "P7"), (3, 32, 7, 7), "channels_last"),
+    "P, many pixels": ((16, 1, 128, False, "P13"), (3, 64, 12, 12), "channels_last"),
     "P, halo": ((16, 1, 256, False, "P4"), (3, 96, 8, 8), "channels_last"),
+    "K, registers": ((0, 1, 256, False, "K6"), (20, 64, 28, 28), "channels_last"),
+    "K, shared memory too": ((0, 1, 256, False, "K"), (5, 128, 56, 56), "channels_last"),
     "S": ((0, 1, 256, False, "S"), (20, 64, 28, 28), "channels_last"),
 }
 
 
 def exists(name: str, dtype: torch.dtype, padding_mode: str) -> bool:
     """float64 has no kernels in registers, and channels that wrap around are no part of a run."""
-    in_registers = name[0] in "RFPS"
+    in_registers = name[0] in "RFPKS"
     return not (in_registers and dtype == torch.float64) and (name, padding_mode) != (
         "F, halo",
         "circular",

@@ -20,7 +20,9 @@ from support import (
     assert_near,
     make_case,
     name_of,
+    plain,
 )
+from support import run as run_plainly
 
 pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
 
@@ -46,8 +48,11 @@ WISHES = {
     "rows of tiles": (Wish(4, threads=128, strategy="R13"), H200),
     "runs": (Wish(0, threads=32, strategy="F4"), H200),
     "runs of tiles": (Wish(8, threads=64, strategy="F2"), H200),
-    "columns": (Wish(0, threads=64, strategy="P8"), H200),
+    "columns": (Wish(0, threads=64, strategy="P7"), H200),
+    "deep columns": (Wish(16, threads=64, strategy="P13"), H200),
     "columns of tiles": (Wish(16, threads=128, strategy="P4"), H200),
+    "kept": (Wish(strategy="K"), H200),
+    "kept in parts": (Wish(strategy="K2"), H200),
     "stream": (Wish(strategy="S"), H200),
 }
 # One pixel; planes below, at and above a vector; no multiples; one channel; one sample; more
@@ -129,6 +134,43 @@ def test_two_passes_over_parts_and_chunks(gpu, dtype, layout, shape, of):
     assert_as_accurate(done[0], case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("vectors", ["", "23", "9", "2"])
+def test_kept_in_registers_and_in_shared_memory(gpu, dtype, padding_mode, own_taps, vectors):
+    """Of strategy K: more vectors of a thread than its registers have room for, in one part or in
+    several, of which the last one ends early; and threads that have no column."""
+    shape = (2, 96, 16 // dtype.itemsize * 85)
+    case = make_case(shape, 5, dtype, "channels_last", padding_mode, own_taps)
+    done = run(gpu, case, "channels_last", Wish(strategy=f"K{vectors}"))
+    assert done is not None
+    for outcome in done[1]:
+        assert outcome.plan["strategy"] == "K"
+        assert (outcome.plan["spare"] > 0) or vectors != ""
+        assert (outcome.plan["parts"] > 1) or vectors == ""
+    assert_as_accurate(done[0], case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("name", WISHES)
+def test_taps_that_are_not_finite(gpu, name, padding_mode, own_taps, layout):
+    """Forward, zeros around the channels are multiplied by them; backward there is nothing there."""
+    wish, of = WISHES[name]
+    if wish is not None and wish.tile == 0 and not wish.strategy:
+        wish = replace(wish, tile=32)
+    for tap in (0, 4):
+        case = make_case((2, 32, 24), 5, torch.float32, layout, padding_mode, own_taps)
+        case.weight[-1, 0, tap] = float("inf")
+        done = run(gpu, case, layout, wish, of) or run(gpu, case, layout)
+        assert done is not None
+        plainly = run_plainly(plain(case), case, torch.float64)
+        for ours, theirs in zip(done[0], plainly, strict=True):
+            assert torch.equal(ours.isnan(), theirs.isnan()), (name, tap)
+
+
 def test_every_strategy_is_run(gpu):
     """The grid above would be worth little if its wishes were all refused."""
     seen = set()
@@ -143,7 +185,7 @@ def test_every_strategy_is_run(gpu):
     assert seen == {
         ("A", "none"), ("B", "cluster"), ("B", "global"), ("C", "none"),
         ("D", "none"), ("D", "cluster"), ("D", "global"),
-        ("R", "none"), ("F", "none"), ("P", "none"), ("S", "none"),
+        ("R", "none"), ("F", "none"), ("P", "none"), ("K", "none"), ("S", "none"),
     }  # fmt: skip
 
 
@@ -156,7 +198,7 @@ def test_any_schedule_gives_the_same_bits(gpu, layout, name):
         wish = replace(wish, tile=32)
     first = run(gpu, case, layout, wish, of)
     if first is None:  # planes or pixels alone
-        other = ("columns", "stream") if layout == "contiguous" else ("one channel", "rows", "runs")
+        other = ("columns", "deep columns", "kept", "stream") if layout == "contiguous" else ("one channel", "rows", "runs")
         assert name.startswith(other), f"{name} was refused"
         return
     for seed in range(2, 8):

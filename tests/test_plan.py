@@ -68,13 +68,13 @@ def broken_limits(p: dict[str, Any], found: dict[str, Any], gpu: dict[str, Any])
     size = {"float64": 8, "float32": 4}.get(p["dtype"], 2)
     reserved = 1024 if gpu["capability"] >= 80 else 0
     on_chip = found["strategy"] != "C"
-    in_registers = found["strategy"] in "RFPS"  # these leave dweight to a second launch
+    in_registers = found["strategy"] in "RFPKS"  # these leave dweight to a second launch
     all_channels = found["tile"] == p["channels"]
     resident = found["occupancy"] * gpu["multiprocessors"]
     waiting = found["exchange"] == "global"  # blocks that must all have room at a time
     rules = {
-        "a known strategy": found["strategy"] in "ABCDRFPS",
-        "planes, or pixels": not on_chip or (found["strategy"] in "DPS") == p["channels_last"],
+        "a known strategy": found["strategy"] in "ABCDRFPKS",
+        "planes, or pixels": not on_chip or (found["strategy"] in "DPKS") == p["channels_last"],
         "what a thread holds": in_registers == (found["depth"] > 0),
         "shared memory of a block": 0 <= found["shared_bytes"] <= gpu["shared_per_block"],
         "shared memory of a multiprocessor": found["occupancy"] * (found["shared_bytes"] + reserved)
@@ -96,11 +96,13 @@ def broken_limits(p: dict[str, Any], found: dict[str, Any], gpu: dict[str, Any])
         "the halo is as wide as the taps": not on_chip
         or all_channels
         or found["halo"] >= min(p["kernel_size"] // 2, p["channels"]),
-        "a block for each tile of each sample": found["strategy"] in "CS"
+        "a block for each tile of each sample": found["strategy"] in "CKS"
         or found["blocks"] == p["samples"] * found["tiles"] * found["group"],
         "group": (found["group"] == 1) == (found["exchange"] == "none"),
         "cluster": found["exchange"] != "cluster" or found["group"] <= gpu["largest_cluster"],
         "blocks that wait have room": not waiting or found["group"] <= resident,
+        "blocks of K have room": found["strategy"] != "K" or found["parts"] <= resident,
+        "what K keeps": found["spare"] == 0 or found["strategy"] == "K",
         "chunk": 1 <= found["chunk"] <= p["samples"],
         "parts": found["parts"] >= 1,
         "vectors": p["aligned"] or not found["vectors"],
@@ -134,7 +136,7 @@ def test_maps_move_once_in_the_model(
         x_bytes = math.prod(full) * dtype.itemsize
         # Mean and gate in float32, dz to and fro; and each part's sums: 16 % of x at most.
         numbers = 4 if backward else 2
-        if found.strategy == "S":
+        if found.strategy in "KS":
             numbers += 2 * found.parts + (2 if backward else 0)
         small = numbers * samples * shape[0] * 4
         most = (3.05 if backward else 2.05) * x_bytes
@@ -161,7 +163,7 @@ def test_random_problems_reach_every_strategy_and_exchange() -> None:
     gpu = _C.gpu_by_name("sm_90")
     drawn = problems(1500)
     found = [_C.plan(**p, gpu=gpu) for p in drawn]
-    assert {f["strategy"] for f in found} == set("ABCDRFPS")
+    assert {f["strategy"] for f in found} == set("ABCDRFPKS")
     assert {f["exchange"] for f in found} == {"none", "cluster"}
     older = [_C.plan(**p, gpu=_C.gpu_by_name("sm_80")) for p in drawn]
     assert {f["exchange"] for f in older} == {"none", "global"}
@@ -217,7 +219,7 @@ def test_no_halo_in_place(gpu: str) -> None:
     found = [_C.plan(**p, gpu=limits) for p in drawn]
     assert {f["halo"] for f in found} == {0}
     for p, f in zip(drawn, found, strict=True):
-        assert f["strategy"] == "C" or f["tile"] == p["channels"]  # S: a block its own pixels
+        assert f["strategy"] == "C" or f["tile"] == p["channels"]  # K, S: its own pixels
         assert broken_limits(p, f, limits) == []
     assert any(f["strategy"] != "C" for f in found)
     elsewhere = [_C.plan(**p | {"in_place": False}, gpu=limits)["halo"] for p in drawn]

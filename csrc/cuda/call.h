@@ -14,7 +14,7 @@ struct Counters {
   __device__ uint32_t* ticket() const { return words; }
   // Blocks that have added to dweight: of all, or of one tile of channels.
   __device__ uint32_t* dweight(int64_t tile) const { return words + 1 + tile; }
-  // Strategy S: parts of a sample that have been summed; behind those of all samples, whether its
+  // Strategies K and S: parts of a sample that have been summed; behind those of all samples, whether its
   // gates are there.
   __device__ uint32_t* arrived(int64_t sample) const { return words + 2 + sample; }
   // Blocks of a group that have written, and read, their sums.
@@ -24,12 +24,13 @@ struct Counters {
 // Device memory for one call, of Plan::workspace bytes in all. A is float or double.
 struct Workspace {
   Counters counters;
-  void* sums;     // (groups, group, held) for Exchange::kGlobal, (parts, samples, channels) for C
+  void* sums;     // (groups, group, held) for Exchange::kGlobal, (parts, samples, channels) for C,
+                  // (samples, parts, channels) for K and S
   void* dz;       // (samples, channels)
-  void* shift;    // C, backward: dm / S, (samples, channels)
+  void* shift;    // C, K and S, backward: dm / S, (samples, channels)
   void* dweight;  // (k, blocks that add): partial sums
-  void* mean;     // C, inference: (samples, channels)
-  void* gate;     // C, inference: (samples, channels)
+  void* mean;     // C, K and S, inference: (samples, channels)
+  void* gate;     // C, K and S, inference: (samples, channels)
 };
 
 template <class A>

@@ -22,15 +22,16 @@ struct Column {
   int left;       // pixels from this thread's first on
   int64_t sample;
 
-  __device__ Column(const Problem& p, const Tiling& t, const HeldTile& tile, int first_row = 0)
+  // Of the pixels from `begin` to before `end`.
+  __device__ Column(const Problem& p, const Tiling& t, const HeldTile& tile, int begin, int end)
       : sample(tile.sample) {
     const int columns = t.held / V;
     rows = t.threads / columns;
     row = thread_index() / columns;
     held = (thread_index() - row * columns) * V;
     channel = row < rows && held < tile.held ? tile.channel(held) : -1;
-    first = first_row + row;
-    left = channel < 0 ? 0 : int(p.pixels) - first;
+    first = begin + row;
+    left = channel < 0 ? 0 : end - first;
   }
 
   __device__ bool has(int i) const { return i * rows < left; }
@@ -78,12 +79,18 @@ struct Column {
   }
 };
 
-// The values of the channels of a vector, from `at` on.
+// The values of the channels of a vector, from a multiple of V on.
 template <int V, class A>
 __device__ inline Vector<A, V> values_from(Shared<A> values, int at) {
+  constexpr int W = 16 / int(sizeof(A));
+  static_assert(V % W == 0);
   Vector<A, V> v;
 #pragma unroll
-  for (int e = 0; e < V; ++e) v.element[e] = values.get(at + e);
+  for (int e = 0; e < V; e += W) {
+    const Vector<A, W> some = values.template load<W>(at + e);
+#pragma unroll
+    for (int u = 0; u < W; ++u) v.element[e + u] = some.element[u];
+  }
   return v;
 }
 
@@ -93,14 +100,37 @@ __device__ inline void add_all(Vector<A, V>& sums, const Vector<A, V>& more) {
   for (int e = 0; e < V; ++e) sums.element[e] += more.element[e];
 }
 
+// Adds dy * x. x is asked for by kAtOnce vectors: it is not kept, so that dy may fill the registers.
+template <int kAtOnce, class T, int kDepth, class Epilogue>
+__device__ inline void add_products(const Column<T, kDepth>& column,
+                                    const typename Column<T, kDepth>::Held& dy, const Map& x,
+                                    Epilogue epilogue,
+                                    Vector<Accumulator<T>, kVector<T>>& sums) {
+  constexpr int V = kVector<T>;
+  const T* const from =
+      static_cast<const T*>(x.data) + (column.channel < 0 ? 0 : column.offset(x));
+  const int64_t step = column.rows * x.row_stride;
+#pragma unroll
+  for (int first = 0; first < kDepth; first += kAtOnce) {
+    Vector<T, V> some[kAtOnce] = {};
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u)
+      if (first + u < kDepth && column.has(first + u))
+        some[u] = load<V>(from + (first + u) * step);
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u)
+      if (first + u < kDepth) add_all(sums, products_of(dy[first + u], some[u], epilogue));
+  }
+}
+
 template <class T, int kDepth, class Epilogue>
-__global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(kDepth, false)))
+__global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(kDepth)))
     forward_columns(Forward f, Tiling t, SharedLayout s, Epilogue epilogue) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = f.problem;
   const HeldTile tile(p, t);
-  const Column<T, kDepth> column(p, t, tile);
+  const Column<T, kDepth> column(p, t, tile, 0, int(p.pixels));
   typename Column<T, kDepth>::Held x;
   column.load_from(f.x, x);
   const NearTaps<T> taps(p, f.weight, s);
@@ -133,22 +163,20 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
 
 // dz (samples, channels), and dx.
 template <class T, int kDepth, class Epilogue>
-__global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(kDepth, true)))
+__global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(kDepth)))
     backward_columns(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = b.problem;
   const HeldTile tile(p, t);
-  const Column<T, kDepth> column(p, t, tile);
-  typename Column<T, kDepth>::Held dy, x;
+  const Column<T, kDepth> column(p, t, tile, 0, int(p.pixels));
+  typename Column<T, kDepth>::Held dy;
   column.load_from(b.dy, dy);
-  column.load_from(b.x, x);
   const NearTaps<T> taps(p, b.weight, s);
   const Neighbours<A> dz(p, t, s);
   const auto parts = shared_array<A>(s.scratch, column.rows * t.held);
   Vector<A, V> sums{};
-#pragma unroll
-  for (int i = 0; i < kDepth; ++i) add_all(sums, products_of(dy[i], x[i], epilogue));
+  add_products<4>(column, dy, b.x, epilogue, sums);
   column.put_parts(sums, t.held, parts);
   block_barrier();
   const auto gates = shared_array<A>(s.gate, t.tile), shifts = shared_array<A>(s.shift, t.tile);

@@ -89,6 +89,18 @@ __device__ inline Vector<T, V> narrow(const Vector<Accumulator<T>, V>& wide) {
   return v;
 }
 
+// Lets the compiler know nothing of the vector: it would keep what it has converted for the next
+// use, in twice the registers.
+template <class T, int V>
+__device__ inline void forget(Vector<T, V>& v) {
+  static_assert(sizeof(v) % 4 == 0);
+  uint32_t words[sizeof(v) / 4];
+  std::memcpy(words, &v, sizeof v);
+#pragma unroll
+  for (uint32_t& word : words) asm volatile("" : "+r"(word));
+  std::memcpy(&v, words, sizeof v);
+}
+
 // The upper half of the product: a division by a number whose 2^32nd part is known.
 __device__ inline uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
@@ -210,6 +222,21 @@ class Shared {
                  : "memory");
   }
 
+  // Starts to copy V elements from global memory to where this thread alone reads them, after
+  // finish_fetches(). 16 bytes, which take no register on their way.
+  template <int V>
+  __device__ void fetch(int i, const T* from) const {
+    static_assert(sizeof(T) * V == 16);
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                     uint32_t(__cvta_generic_to_shared(data_ + i))),
+                 "l"(__cvta_generic_to_global(from))
+                 : "memory");
+#else
+    store<V>(i, cuda::load<V>(from));
+#endif
+  }
+
   // From the array at the same place of another block of the cluster.
   __device__ T get_from_rank(int rank, int i) const {
     static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
@@ -238,6 +265,13 @@ template <class T>
 __device__ inline Shared<T> shared_array(int first_byte, int count) {
   extern __shared__ __align__(16) unsigned char memory[];
   return Shared<T>(reinterpret_cast<T*>(memory + first_byte), count);
+}
+
+// All that this thread has fetched is there.
+__device__ inline void finish_fetches() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }
 
 // ---- clusters, from compute capability 9.0 on ----
@@ -398,8 +432,9 @@ inline void fill_with_zeros(void* memory, size_t bytes, Stream stream) {
 }
 
 // Lets a kernel have all the shared memory of the current device, once for each of both: a limit
-// that was set for each launch could be another thread's when the launch comes. Defined in host.cu.
-void allow_all_shared_memory(const void* kernel);
+// that was set for each launch could be another thread's when the launch comes. `reserve`: and
+// leaves the L1 cache no more than it must have. Defined in host.cu.
+void allow_all_shared_memory(const void* kernel, bool reserve);
 
 struct Launch {
   int64_t blocks;
@@ -407,7 +442,7 @@ struct Launch {
   int cluster;           // blocks in a cluster, 1 for none
   int64_t shared_bytes;  // dynamic shared memory of a block
   Stream stream;
-  bool in_order = false;  // blocks wait for those of lower numbers: all GPUs start them in order
+  bool in_order = false;  // blocks wait for each other: all GPUs start them in order
   // The kernel's loads are under way through the L1 cache, which is what shared memory leaves of
   // the same memory: let the driver divide it.
   bool wants_l1 = false;
@@ -415,8 +450,9 @@ struct Launch {
 
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  if (how.shared_bytes > 8 << 10 && !how.wants_l1)
-    allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
+  // Without being allowed to, a block may have 48 KB.
+  if (how.shared_bytes > (how.wants_l1 ? 48 : 8) << 10)
+    allow_all_shared_memory(reinterpret_cast<const void*>(kernel), !how.wants_l1);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(how.blocks));
   config.blockDim = dim3(unsigned(how.threads));

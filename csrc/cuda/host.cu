@@ -59,7 +59,7 @@ Gpu current_gpu() {
 }
 
 int active_clusters(int blocks, int threads, int64_t shared_bytes) {
-  allow_all_shared_memory(reinterpret_cast<const void*>(probe));
+  allow_all_shared_memory(reinterpret_cast<const void*>(probe), true);
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = unsigned(blocks);
@@ -82,7 +82,7 @@ uint32_t* counter_slab() {
   return static_cast<uint32_t*>(address);
 }
 
-void allow_all_shared_memory(const void* kernel) {
+void allow_all_shared_memory(const void* kernel, bool reserve) {
   static std::mutex mutex;
   static auto& done = *new std::set<std::pair<const void*, int>>;
   const int device = current_device();
@@ -91,9 +91,10 @@ void allow_all_shared_memory(const void* kernel) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)),
         "the GPU does not give its shared memory");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared),
-        "the GPU does not give its shared memory");
+  if (reserve)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared),
+          "the GPU does not give its shared memory");
   done.insert({kernel, device});
 }
 

@@ -4,6 +4,7 @@
 #include "columns.h"
 #include "cuda.h"
 #include "dweight.h"
+#include "kept.h"
 #include "on_chip.h"
 #include "rows.h"
 #include "runs.h"
@@ -26,7 +27,7 @@ inline Launch launch_of(const Plan& plan, const Memory& memory) {
           cluster,
           plan.shared_bytes,
           static_cast<Stream>(memory.stream),
-          plan.strategy == 'S',
+          plan.strategy == 'K' || plan.strategy == 'S',
           plan.tiling.depth > 0};
 }
 
@@ -54,7 +55,7 @@ void for_each_chunk(const Problem& p, const Tiling& t, const Memory& memory, Bod
   }
 }
 
-// Strategies R, F, P and S. float64 has the others alone: it is for checking gradients.
+// Strategies R, F, P, K and S. float64 has the others alone: it is for checking gradients.
 template <class T>
 void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const Workspace& work) {
   if constexpr (!std::is_same_v<T, double>) {
@@ -63,10 +64,12 @@ void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const W
     const auto start = [&](auto kernel) {
       launch(launch_of(plan, memory), kernel, f, t, s, Rescale{});
     };
-    if (plan.strategy == 'S') {
+    if (plan.strategy == 'K' || plan.strategy == 'S') {
       if (!f.mean) f.mean = work.mean, f.gate = work.gate;
-      return launch(launch_of(plan, memory), forward_stream<T, kStreamForwardDepth, Rescale>, f, t,
-                    s, work, Rescale{});
+      return launch(launch_of(plan, memory),
+                    plan.strategy == 'K' ? forward_kept<T, kKeptForwardDepth, Rescale>
+                                         : forward_stream<T, kStreamForwardDepth, Rescale>,
+                    f, t, s, work, Rescale{});
     }
     switch (plan.strategy) {
       case 'R':
@@ -74,8 +77,9 @@ void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const W
       case 'F':
         return start(t.depth == 2 ? forward_runs<T, 2, Rescale> : forward_runs<T, 4, Rescale>);
       default:
-        return start(t.depth == 4 ? forward_columns<T, 4, Rescale>
-                                  : forward_columns<T, 8, Rescale>);
+        return start(t.depth == 4   ? forward_columns<T, 4, Rescale>
+                     : t.depth == 7 ? forward_columns<T, 7, Rescale>
+                                    : forward_columns<T, 13, Rescale>);
     }
   }
 }
@@ -90,6 +94,7 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
       launch(launch_of(plan, memory), kernel, b, t, s, work, Rescale{});
     };
     switch (plan.strategy) {
+      case 'K': return start(backward_kept<T, kKeptBackwardDepth, Rescale>);
       case 'S': return start(backward_stream<T, kStreamBackwardDepth, Rescale>);
       case 'R':
         return start(t.depth == 7 ? backward_rows<T, 7, Rescale> : backward_rows<T, 13, Rescale>);
@@ -97,7 +102,7 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
         return start(t.depth == 2 ? backward_runs<T, 2, Rescale> : backward_runs<T, 4, Rescale>);
       default:
         return start(t.depth == 4 ? backward_columns<T, 4, Rescale>
-                                  : backward_columns<T, 8, Rescale>);
+                                  : backward_columns<T, 7, Rescale>);
     }
   }
 }
@@ -109,7 +114,8 @@ void run_dweight(const Backward& b, const Plan& plan, const Memory& memory, cons
   const int64_t accumulator = sizeof(Accumulator<T>);
   const int64_t shared = b.problem.taps_per_channel
                              ? kDweightThreads * accumulator
-                             : 16 + kDweightThreads / 32 * kTapsAtOnce * accumulator;
+                             : 16 + kDweightThreads / 32 * kTapsAtOnce * accumulator +
+                                   kDweightRuns * (kDweightThreads + kTapsAtOnce) * accumulator;
   launch({plan.dweight_blocks, kDweightThreads, 1, shared, static_cast<Stream>(memory.stream)},
          b.problem.taps_per_channel ? sum_own_dweight<T> : sum_shared_dweight<T>, b, work);
 }

@@ -163,17 +163,13 @@ __device__ inline A gate_of(const Neighbours<A>& means, const NearTaps<T>& taps,
 template <class T, class A>
 __device__ inline A dm_of(const HeldTile& tile, const Neighbours<A>& dz, const NearTaps<T>& taps,
                           int held) {
+  // Beyond the ends there are no channels whose taps could lie over this one.
+  const int top = tile.begin - tile.halo + held + dz.radius;  // the channel of tap 0
   A dm = 0;
-  if (taps.own()) {
 #pragma unroll 1
-    for (int j = 0; j < taps.size(); ++j) {
-      // A channel of zeros has no taps.
-      const int64_t over =
-          channel_at(tile.begin - tile.halo + held + dz.radius - j, tile.channels, tile.circular);
-      if (over >= 0) dm += taps.far(over, j) * dz.over_tap(held, j);
-    }
-  } else {
-    for (int j = 0; j < taps.size(); ++j) dm += taps.near(j) * dz.over_tap(held, j);
+  for (int j = 0; j < taps.size(); ++j) {
+    const int64_t over = channel_at(top - j, tile.channels, tile.circular);
+    if (over >= 0) dm += (taps.own() ? taps.far(over, j) : taps.near(j)) * dz.over_tap(held, j);
   }
   return dm;
 }

@@ -70,8 +70,8 @@ __device__ inline A total_of_sample(const Problem& p, const Tiling& t, const Wor
 // This block's sum of a channel, for the last one.
 template <class A>
 __device__ inline void put_part(const Problem& p, const Tiling& t, const Workspace& work,
-                                const StreamPart& here, int c, A sum) {
-  put(static_cast<A*>(work.sums) + (here.sample * t.parts + here.part) * p.channels + c, sum);
+                                int64_t sample, int part, int c, A sum) {
+  put(static_cast<A*>(work.sums) + (sample * t.parts + part) * p.channels + c, sum);
 }
 
 // V numbers of channels from a multiple of V on, 16 bytes at a time. Where another block has written
@@ -90,6 +90,47 @@ __device__ inline Vector<A, V> numbers_from(const void* numbers, int64_t at) {
   return v;
 }
 
+// By the last block of a sample: mean and gate of all its channels.
+template <class T>
+__device__ inline void make_gates_of_sample(const Forward& f, const Tiling& t,
+                                            const SharedLayout& s, const Workspace& work,
+                                            const HeldTile& tile) {
+  using A = Accumulator<T>;
+  const Problem& p = f.problem;
+  const NearTaps<T> taps(p, f.weight, s);
+  const Neighbours<A> means(p, t, s);
+  for (int c = thread_index(); c < tile.held; c += thread_count())
+    means.set(c, total_of_sample<A>(p, t, work, tile.sample, c) / A(int(p.pixels)));
+  means.clear_ends();
+  block_barrier();
+  for (int c = thread_index(); c < tile.held; c += thread_count())
+    put_mean_and_gate(f, tile.sample * p.channels + c, means.get(c), gate_of(means, taps, c, c));
+  block_barrier();
+}
+
+// By the last block of a sample: dz and dm / S of all its channels.
+template <class T>
+__device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
+                                             const SharedLayout& s, const Workspace& work,
+                                             const HeldTile& tile) {
+  using A = Accumulator<T>;
+  const Problem& p = b.problem;
+  const int64_t channels = tile.sample * p.channels;
+  const NearTaps<T> taps(p, b.weight, s);
+  const Neighbours<A> dz(p, t, s);
+  for (int c = thread_index(); c < tile.held; c += thread_count()) {
+    const A gate = value_at(static_cast<const A*>(b.gate) + channels + c);
+    const A value = total_of_sample<A>(p, t, work, tile.sample, c) * gate * (A(1) - gate);
+    dz.set(c, value);
+    if (b.dweight) put(static_cast<A*>(work.dz) + channels + c, value);
+  }
+  dz.clear_ends();
+  block_barrier();
+  for (int c = thread_index(); c < tile.held; c += thread_count())
+    put(static_cast<A*>(work.shift) + channels + c, dm_of(tile, dz, taps, c) / A(int(p.pixels)));
+  block_barrier();
+}
+
 template <class T, int kDepth, class Epilogue>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(false)))
     forward_stream(Forward f, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
@@ -101,7 +142,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   const HeldTile tile(p, t, here.sample, 0);
   const StreamCounters counters(p, t, work, here.sample);
   const int rows = t.threads / (t.held / V);
-  const Column<T, kDepth> column(p, t, tile, here.part * kDepth * rows);
+  const Column<T, kDepth> column(p, t, tile, here.part * kDepth * rows, int(p.pixels));
   typename Column<T, kDepth>::Held x;
   column.load_from(f.x, x);
   if (here.rescales) {
@@ -122,18 +163,10 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   column.put_parts(sums, t.held, parts);
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    put_part(p, t, work, here, c, column.total(c, t.held, parts));
+    put_part(p, t, work, here.sample, here.part, c, column.total(c, t.held, parts));
   if (!counters.arrive(shared_array<uint32_t>(s.flag, 1))) return;
 
-  const NearTaps<T> taps(p, f.weight, s);
-  const Neighbours<A> means(p, t, s);
-  for (int c = thread_index(); c < tile.held; c += thread_count())
-    means.set(c, total_of_sample<A>(p, t, work, here.sample, c) / A(int(p.pixels)));
-  means.clear_ends();
-  block_barrier();
-  for (int c = thread_index(); c < tile.held; c += thread_count())
-    put_mean_and_gate(f, here.sample * p.channels + c, means.get(c), gate_of(means, taps, c, c));
-  block_barrier();
+  make_gates_of_sample<T>(f, t, s, work, tile);
   if (thread_index() == 0) counters.set_ready();
 }
 
@@ -149,9 +182,8 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   const HeldTile tile(p, t, here.sample, 0);
   const StreamCounters counters(p, t, work, here.sample);
   const int rows = t.threads / (t.held / V);
-  const Column<T, kDepth> column(p, t, tile, here.part * kDepth * rows);
+  const Column<T, kDepth> column(p, t, tile, here.part * kDepth * rows, int(p.pixels));
   const int64_t channels = here.sample * p.channels;
-  const A* const gates = static_cast<const A*>(b.gate) + channels;
   typename Column<T, kDepth>::Held dy;
   column.load_from(b.dy, dy);
   if (here.rescales) {
@@ -175,22 +207,10 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   column.put_parts(sums, t.held, parts);
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    put_part(p, t, work, here, c, column.total(c, t.held, parts));
+    put_part(p, t, work, here.sample, here.part, c, column.total(c, t.held, parts));
   if (!counters.arrive(shared_array<uint32_t>(s.flag, 1))) return;
 
-  const NearTaps<T> taps(p, b.weight, s);
-  const Neighbours<A> dz(p, t, s);
-  for (int c = thread_index(); c < tile.held; c += thread_count()) {
-    const A gate = value_at(gates + c);
-    const A value = total_of_sample<A>(p, t, work, here.sample, c) * gate * (A(1) - gate);
-    dz.set(c, value);
-    if (b.dweight) put(static_cast<A*>(work.dz) + channels + c, value);
-  }
-  dz.clear_ends();
-  block_barrier();
-  for (int c = thread_index(); c < tile.held; c += thread_count())
-    put(static_cast<A*>(work.shift) + channels + c, dm_of(tile, dz, taps, c) / A(int(p.pixels)));
-  block_barrier();
+  make_shifts_of_sample<T>(b, t, s, work, tile);
   if (thread_index() == 0) counters.set_ready();
 }
 

@@ -220,7 +220,9 @@ __global__ void __launch_bounds__(kMostThreads)
   A z = 0;
   for (int64_t j = thread_index() % 32; j < taps.size(); j += 32) {
     const int64_t from = channel_at(c + j - taps.size() / 2, p.channels, p.circular);
-    if (from >= 0) z += taps.get(c, j) * (total_of_parts(p, t, sums, sample, from) / A(p.pixels));
+    // A tap that is not finite shows, beyond the ends too.
+    const A mean = from < 0 ? A(0) : total_of_parts(p, t, sums, sample, from) / A(p.pixels);
+    z += taps.get(c, j) * mean;
   }
   z = warp_sum(z);
   if (thread_index() % 32 != 0) return;

@@ -48,6 +48,13 @@ struct Copy {
   bool landed;
 };
 
+struct Fetch {
+  std::byte* to;
+  const std::byte* from;
+  int bytes;
+  Place place;
+};
+
 struct CopyObject {
   const void* barrier;
   bool waited;
@@ -95,6 +102,7 @@ struct Block {
   int64_t cells_size = 0;
   std::vector<Copy> copies;
   std::vector<CopyObject> copy_objects;
+  std::vector<std::vector<Fetch>> fetches;  // of each thread, that are not finished
   uint16_t peer_arrivals;  // the latest read by a peer
   int peer;
   bool ended;

@@ -118,6 +118,7 @@ std::string describe(const Plan& plan) {
          ", \"vectors\": " + (t.vectors ? "true" : "false") +
          ", \"blocks\": " + std::to_string(plan.blocks) +
          ", \"launches\": " + std::to_string(plan.launches) +
+         ", \"spare\": " + std::to_string(t.spare) +
          ", \"chunk\": " + std::to_string(t.chunk) + ", \"parts\": " + std::to_string(t.parts) +
          ", \"map_bytes\": " + std::to_string(plan.map_bytes) +
          ", \"dram_bytes\": " + std::to_string(plan.dram_bytes) +
@@ -190,8 +191,10 @@ bool answer_one() {
                        std::vector<Buffer*> guarded) {
     plan_text = describe(plan);
     // Unless asked for otherwise: just the room that blocks that wait for each other need.
-    const bool wait = plan.tiling.exchange == Exchange::kGlobal;
-    simt::settings.resident = r.resident ? int(r.resident) : wait ? plan.tiling.group : 2;
+    const int needed = plan.tiling.exchange == Exchange::kGlobal ? plan.tiling.group
+                       : plan.strategy == 'K'                    ? plan.tiling.parts
+                                                                 : 2;
+    simt::settings.resident = r.resident ? int(r.resident) : needed;
     Buffer workspace("workspace", plan.workspace), counters("counters", 4 * plan.counters);
     counters.clear();
     for (Buffer* b : guarded) b->guard(true);

@@ -206,6 +206,7 @@ void start_cluster(int64_t index) {
     b.epoch = 1;
     b.copies.clear();
     b.copy_objects.clear();
+    b.fetches.clear();
     b.peer = b.peer_arrivals = 0;
     b.ended = false;
     start_shared_memory(b, kernel.shared_bytes);

@@ -121,6 +121,10 @@ struct Rows {
   int64_t pitch, stride, rows, bytes;
 };
 
+// A copy to where this thread alone reads it, after finish_fetches().
+void fetch(void* to, const void* from, int bytes, Place place);
+void finish_fetches(Place place);
+
 void copy(int copies, const Rows& what, Place place);
 void wait_for_copies(int copies, Place place);
 

@@ -200,6 +200,9 @@ void start_wait_for_copies(Block& b, int object, Place place) {
 }
 
 void end_shared_memory(Block& b) {
+  for (const auto& of_thread : b.fetches)
+    if (!of_thread.empty())
+      fault("copy never waited for", of_thread.front().place, "the block has ended");
   for (const Copy& copy : b.copies)
     if (!b.copy_objects[size_t(copy.object)].waited)
       fault("copy never waited for", copy.place, "the block has ended");
@@ -260,6 +263,35 @@ const void* shared_of_rank(const void* address, int bytes, int rank, Place place
   b.peer_arrivals = b.peer == 0 ? t.arrivals : std::max(b.peer_arrivals, t.arrivals);
   b.peer = number_of(t);
   return b.shared + first;
+}
+
+// It lands when the thread waits for it; until then nobody may touch its target.
+void fetch(void* to, const void* from, int bytes, Place place) {
+  Block& b = *self->in;
+  const int64_t first = place_in(b, to, bytes, place);
+  if (settings.check_shared) check_write(b, *self, first, bytes, kInFlight, place);
+#if defined(__SANITIZE_ADDRESS__)
+  // At once, so that the report names the kernel's line.
+  if (__asan_region_is_poisoned(const_cast<void*>(from), size_t(bytes)))
+    std::memcpy(to, from, size_t(bytes));
+#endif
+  b.fetches.resize(b.threads.size());
+  b.fetches[size_t(self->thread)].push_back(
+      {static_cast<std::byte*>(to), static_cast<const std::byte*>(from), bytes, place});
+}
+
+void finish_fetches(Place) {
+  Block& b = *self->in;
+  if (b.fetches.empty()) return;
+  auto& mine = b.fetches[size_t(self->thread)];
+  for (const Fetch& f : mine) {
+    std::memcpy(f.to, f.from, size_t(f.bytes));
+    if (!settings.check_shared) continue;
+    const auto me = uint16_t(number_of(*self));
+    for (int64_t i = f.to - b.shared; i < f.to - b.shared + f.bytes; ++i)
+      b.cells[size_t(i)] = {me, b.epoch, self->arrivals, kNobody, 0, 0, kNobody, 0};
+  }
+  mine.clear();
 }
 
 int new_copies(const void* barrier, Place place) {

@@ -83,6 +83,9 @@ inline Vector<T, V> narrow(const Vector<Accumulator<T>, V>& wide) {
   return v;
 }
 
+template <class T, int V>
+inline void forget(Vector<T, V>&) {}
+
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
 
 inline void check_aligned(const void* address, int bytes, Place place) {
@@ -172,6 +175,16 @@ class Shared {
     std::memcpy(data_ + i, &v, sizeof v);
   }
 
+  template <int V>
+  void fetch(int i, const T* from, Place place = Place::here()) const {
+    static_assert(sizeof(T) * V == 16);
+    check_index(i, V, place);
+    check_aligned(data_ + i, 16, place);
+    check_aligned(from, 16, place);
+    if (simt::counting) simt::count_access(from, 16, simt::Direction::kLoad, true, place);
+    simt::fetch(data_ + i, from, 16, place);
+  }
+
   T get_from_rank(int rank, int i, Place place = Place::here()) const {
     static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
     check_index(i, 1, place);
@@ -204,6 +217,8 @@ inline Shared<T> shared_array(int first_byte, int count, Place place = Place::he
   if (count > 0) check_aligned(memory, alignof(T), place);
   return Shared<T>(reinterpret_cast<T*>(memory), count);
 }
+
+inline void finish_fetches(Place place = Place::here()) { simt::finish_fetches(place); }
 
 // ---- clusters ----
 

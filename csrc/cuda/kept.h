@@ -1,0 +1,181 @@
+// Strategy K: pixels of which several blocks together hold a sample. A block keeps a part of the
+// sample's pixels, all channels of them: in registers, and in shared memory what those cannot hold.
+// It adds up its part, waits until the last block of the sample has made the gates, and rescales
+// what it has kept.
+//
+// A block waits for blocks of higher numbers too. All blocks of a sample have room at the same time,
+// beside those of other streams, and a GPU starts blocks in their order: so the sample that began
+// first is never waiting for one that has not started.
+#pragma once
+
+#include "stream.h"
+
+namespace eca::cuda {
+
+// A thread's vectors beyond those in its registers, in shared memory, where it alone uses them.
+template <class T, int kDepth>
+class Spare {
+ public:
+  static constexpr int V = kVector<T>;
+  using A = Accumulator<T>;
+
+  __device__ Spare(const Tiling& t, const SharedLayout& s, const Column<T, kDepth>& column)
+      : column_(column), places_(shared_array<T>(s.held, t.spare * t.threads * V)),
+        end_(min(t.share, (column.left + column.rows - 1) / column.rows)) {}
+
+  __device__ void fetch_from(const Map& map) const {
+    const T* const from = at(map);
+    const int64_t step = column_.rows * map.row_stride;
+#pragma unroll 4
+    for (int i = kDepth; i < end_; ++i)
+      places_.template fetch<V>(place(i), from + (i - kDepth) * step);
+  }
+
+  __device__ void add_to(Vector<A, V>& sums) const {
+#pragma unroll 2
+    for (int i = kDepth; i < end_; ++i) add_all(sums, widen(get(i)));
+  }
+
+  // Adds what is kept, dy, times x, kAtOnce vectors at a time.
+  template <int kAtOnce, class Epilogue>
+  __device__ void add_products_to(const Map& x, Epilogue epilogue, Vector<A, V>& sums) const {
+    const T* const from = at(x);
+    const int64_t step = column_.rows * x.row_stride;
+#pragma unroll 1
+    for (int first = kDepth; first < end_; first += kAtOnce) {
+      Vector<T, V> some[kAtOnce] = {};
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+        if (first + u < end_) some[u] = load<V>(from + (first + u - kDepth) * step);
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u)
+        if (first + u < end_) add_all(sums, products_of(get(first + u), some[u], epilogue));
+    }
+  }
+
+  // The vectors, and where they belong in a map.
+  template <class Body>
+  __device__ void for_each(const Map& map, Body body) const {
+    const int64_t begin = column_.offset(map), step = column_.rows * map.row_stride;
+#pragma unroll 2
+    for (int i = kDepth; i < end_; ++i) body(get(i), begin + i * step);
+  }
+
+ private:
+  __device__ int place(int i) const {
+    return ((i - kDepth) * thread_count() + thread_index()) * V;
+  }
+  __device__ Vector<T, V> get(int i) const { return places_.template load<V>(place(i)); }
+  __device__ const T* at(const Map& map) const {
+    const int64_t first =
+        column_.channel < 0 ? 0 : column_.offset(map) + kDepth * column_.rows * map.row_stride;
+    return static_cast<const T*>(map.data) + first;
+  }
+
+  const Column<T, kDepth>& column_;
+  Shared<T> places_;
+  int end_;
+};
+
+// Which sample, and which part of its pixels.
+struct KeptPart {
+  int64_t sample;
+  int part, begin, end;  // pixels
+
+  // A division of 64 bits would take 100 instructions.
+  __device__ KeptPart(const Problem& p, const Tiling& t, int rows)
+      : sample(uint32_t(block_index()) / uint32_t(t.parts)),
+        part(int(uint32_t(block_index()) - uint32_t(sample) * uint32_t(t.parts))),
+        begin(part * t.share * rows), end(min(int(p.pixels), begin + t.share * rows)) {}
+};
+
+// A block's sums, for the last one of the sample; true in that one.
+template <class T, int kDepth>
+__device__ inline bool give_sums(const Problem& p, const Tiling& t, const SharedLayout& s,
+                                 const Workspace& work, const KeptPart& here,
+                                 const Column<T, kDepth>& column,
+                                 const Vector<Accumulator<T>, kVector<T>>& sums,
+                                 const StreamCounters& counters) {
+  using A = Accumulator<T>;
+  const auto parts = shared_array<A>(s.scratch, column.rows * t.held);
+  column.put_parts(sums, t.held, parts);
+  block_barrier();
+  for (int c = thread_index(); c < t.held; c += thread_count())
+    put_part(p, t, work, here.sample, here.part, c, column.total(c, t.held, parts));
+  return counters.arrive(shared_array<uint32_t>(s.flag, 1));
+}
+
+template <class T, int kDepth, class Epilogue>
+__global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(false)))
+    forward_kept(Forward f, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+  using A = Accumulator<T>;
+  constexpr int V = kVector<T>;
+  const Problem& p = f.problem;
+  const KeptPart here(p, t, t.threads / (t.held / V));
+  const HeldTile tile(p, t, here.sample, 0);
+  const StreamCounters counters(p, t, work, here.sample);
+  const Column<T, kDepth> column(p, t, tile, here.begin, here.end);
+  const Spare<T, kDepth> spare(t, s, column);
+  typename Column<T, kDepth>::Held x;
+  spare.fetch_from(f.x);
+  column.load_from(f.x, x);
+  Vector<A, V> sums{};
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) {
+    add_all(sums, widen(x[i]));
+    forget(x[i]);
+  }
+  finish_fetches();
+  spare.add_to(sums);
+  if (give_sums<T>(p, t, s, work, here, column, sums, counters)) {
+    make_gates_of_sample<T>(f, t, s, work, tile);
+    if (thread_index() == 0) counters.set_ready();
+  }
+  if (thread_index() == 0) counters.wait();
+  block_barrier();
+  if (column.left <= 0) return;
+  const Vector<A, V> gate = numbers_from<V, A>(f.gate, here.sample * p.channels + column.channel);
+  const auto rescale = [&](const Vector<T, V>& some, int64_t offset) {
+    store(static_cast<T*>(f.y.data) + offset, epilogue.forward(some, gate, offset));
+  };
+  column.for_each(f.y, [&](int i, int64_t offset) { rescale(x[i], offset); });
+  spare.for_each(f.y, rescale);
+}
+
+// dz and dm / S (samples, channels), and dx.
+template <class T, int kDepth, class Epilogue>
+__global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(true)))
+    backward_kept(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+  using A = Accumulator<T>;
+  constexpr int V = kVector<T>, kAtOnce = 4;
+  const Problem& p = b.problem;
+  const KeptPart here(p, t, t.threads / (t.held / V));
+  const HeldTile tile(p, t, here.sample, 0);
+  const StreamCounters counters(p, t, work, here.sample);
+  const Column<T, kDepth> column(p, t, tile, here.begin, here.end);
+  const Spare<T, kDepth> spare(t, s, column);
+  typename Column<T, kDepth>::Held dy;
+  spare.fetch_from(b.dy);
+  column.load_from(b.dy, dy);
+  Vector<A, V> sums{};
+  add_products<kAtOnce>(column, dy, b.x, epilogue, sums);
+  finish_fetches();
+  spare.template add_products_to<kAtOnce>(b.x, epilogue, sums);
+  if (give_sums<T>(p, t, s, work, here, column, sums, counters)) {
+    make_shifts_of_sample<T>(b, t, s, work, tile);
+    if (thread_index() == 0) counters.set_ready();
+  }
+  if (thread_index() == 0) counters.wait();
+  block_barrier();
+  if (column.left <= 0 || !b.dx.data) return;
+  const int64_t at = here.sample * p.channels + column.channel;
+  const Vector<A, V> gate = numbers_from<V, A>(b.gate, at);
+  const Vector<A, V> shift = numbers_from<V, A>(work.shift, at);
+  const auto rescale = [&](const Vector<T, V>& some, int64_t offset) {
+    store(static_cast<T*>(b.dx.data) + offset, dx_of(some, gate, shift, epilogue));
+  };
+  column.for_each(b.dx, [&](int i, int64_t offset) { rescale(dy[i], offset); });
+  spare.for_each(b.dx, rescale);
+}
+
+}  // namespace eca::cuda
