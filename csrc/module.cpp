@@ -125,10 +125,11 @@ py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64
                   "exchange"_a = exchanges[int(t.exchange)], "vectors"_a = t.vectors,
                   "tile"_a = t.tile, "halo"_a = t.halo, "tiles"_a = t.tiles, "group"_a = t.group,
                   "chunk"_a = t.chunk, "parts"_a = t.parts, "threads"_a = t.threads,
-                  "depth"_a = t.depth, "spare"_a = t.spare, "blocks"_a = plan.blocks, "launches"_a = plan.launches,
-                  "shared_bytes"_a = plan.shared_bytes, "occupancy"_a = plan.occupancy,
-                  "workspace_bytes"_a = plan.workspace, "map_bytes"_a = plan.map_bytes,
-                  "dram_bytes"_a = plan.dram_bytes, "l2_bytes"_a = plan.l2_bytes);
+                  "depth"_a = t.depth, "spare"_a = t.spare, "blocks"_a = plan.blocks,
+                  "launches"_a = plan.launches, "shared_bytes"_a = plan.shared_bytes,
+                  "occupancy"_a = plan.occupancy, "workspace_bytes"_a = plan.workspace,
+                  "map_bytes"_a = plan.map_bytes, "dram_bytes"_a = plan.dram_bytes,
+                  "l2_bytes"_a = plan.l2_bytes);
 }
 
 }  // namespace

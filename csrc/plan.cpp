@@ -63,7 +63,7 @@ constexpr double kStreamForwardSpeed = 0.74, kStreamBackwardSpeed = 0.66;
 // channel adds to it. Each wave of blocks of K pays it, S but once.
 constexpr double kGatesOfSample = 4.0, kGatesOfChannel = 1.0 / 128;
 
-// Bytes of a multiprocessor's memory that K leaves to the L1 cache backward, through which x comes.
+// Bytes of a multiprocessor's memory that K leaves to the L1 cache, through which registers are filled.
 constexpr int64_t kLeftToL1 = 32 << 10;
 
 constexpr int64_t kStreams = 8;  // on which groups may wait at the same time
@@ -342,10 +342,9 @@ struct Planner {
     Tiling& t = plan->tiling;
     const int64_t threads = t.threads, blocks = resident_blocks(kept_blocks(backward));
     const int64_t reserved = gpu.capability >= 80 ? 1 << 10 : 0;
-    const int64_t room =
-        std::min(gpu.shared_per_block,
-                 (gpu.shared_per_multiprocessor - for_l1) / blocks - reserved) -
-        register_layout(p, 'K', t).end;
+    const int64_t room = std::min(gpu.shared_per_block,
+                                  (gpu.shared_per_multiprocessor - for_l1) / blocks - reserved) -
+                         register_layout(p, 'K', t).end;
     const int64_t most = depth + std::max<int64_t>(0, room / (threads * 16));
     const int64_t in_sample = ceil_div(p.pixels, threads / (p.channels / V));
     const int64_t parts = ceil_div(in_sample, std::min(vectors ? vectors : most, most));
@@ -391,6 +390,15 @@ struct Planner {
                   gpu.threads_per_multiprocessor / own, 65536 / (own * registers), int64_t(24)}));
   }
 
+  // The last wave of blocks leaves multiprocessors idle, but for what the others still do; and where
+  // all have room at once, some multiprocessors have one less than others.
+  double idle_at_the_end(const Plan& plan) const {
+    const double SMs = gpu.multiprocessors, blocks = double(plan.blocks);
+    double rounds = blocks / (SMs * double(std::max(1, plan.occupancy)));
+    if (rounds <= 1) rounds = blocks / SMs;
+    return rounds > 1 ? 1 + kLastWave * (std::ceil(rounds) / rounds - 1) : 1;
+  }
+
   // Of K and S, with the sums of the parts.
   void count_bytes_of_sample(Plan* plan) const {
     const int64_t maps = backward ? 2 : 1;
@@ -421,7 +429,7 @@ struct Planner {
     count_bytes_of_sample(plan);
     const double SMs = gpu.multiprocessors;
     const double waves = double(plan->blocks) / (SMs * double(std::max(1, plan->occupancy)));
-    const double last_wave = waves > 1 ? 1 + kLastWave * (std::ceil(waves) / waves - 1) : 1;
+    const double last_wave = idle_at_the_end(*plan);
     const double block_bytes = double(plan->dram_bytes) / double(plan->blocks);
     const double busiest = double(ceil_div(plan->blocks, gpu.multiprocessors)) * block_bytes * SMs /
                            kOneMultiprocessor;
@@ -447,9 +455,7 @@ struct Planner {
     double halo_bytes = double(held_bytes - maps * map_bytes);
     // P's halo is half a sector on either side, of which whole ones move.
     if (plan->strategy == 'P') halo_bytes *= 2;
-    // The last wave of blocks leaves multiprocessors idle, but for what the others still do.
-    const double waves = double(plan->blocks) / (SMs * double(std::max(1, plan->occupancy)));
-    const double last_wave = waves > 1 ? 1 + kLastWave * (std::ceil(waves) / waves - 1) : 1;
+    const double last_wave = idle_at_the_end(*plan);
     const double halo_speed = plan->strategy == 'R'   ? kRowHaloSpeed
                               : plan->strategy == 'F' ? kRunHaloSpeed
                                                       : kColumnHaloSpeed;
@@ -478,7 +484,7 @@ struct Planner {
     if (stream(&plan)) better(cost_of_stream(&plan));
     // Fewer vectors of a thread give more blocks.
     for (int64_t vectors : {0, 25, 20, 16, 12, 8, 4, 2})
-      if (kept(vectors, backward ? kLeftToL1 : 0, &plan)) better(cost_of_kept(&plan));
+      if (kept(vectors, kLeftToL1, &plan)) better(cost_of_kept(&plan));
     for (int32_t threads : {128, 256, 512}) {
       for (int32_t depth : kRowDepths) consider(rows(depth, threads, 0, &plan));
       if (threads > kRunThreads) continue;
@@ -589,7 +595,7 @@ struct Planner {
       plan.dweight_blocks = ceil_div(p.channels, 32) * p.kernel_size;
     else if (own_kernel)
       plan.dweight_blocks = std::clamp<int64_t>(
-          ceil_div(p.samples * ceil_div(p.channels, kDweightThreads), kDweightRuns), 1, 128);
+          ceil_div(p.samples * ceil_div(p.channels, kDweightThreads), kDweightRuns), 1, 256);
     if (global) plan.counters = 1 + t.tiles + p.samples * t.tiles;
     else if (plan.strategy == 'K' || plan.strategy == 'S') plan.counters = 2 + 2 * p.samples;
     else if (own_kernel) plan.counters = p.taps_per_channel || plan.dweight_blocks == 1 ? 0 : 2;

@@ -48,7 +48,7 @@ constexpr int32_t kColumnThreads = 256;
 constexpr int32_t column_blocks(int32_t depth) { return depth > 7 ? 2 : 3; }
 
 // Strategy K: vectors in registers, as above; more of them in shared memory.
-constexpr int32_t kKeptForwardDepth = 18, kKeptBackwardDepth = 7;
+constexpr int32_t kKeptForwardDepth = 20, kKeptBackwardDepth = 7;
 constexpr int32_t kept_blocks(bool backward) { return backward ? 3 : 2; }
 
 // Strategy S.

@@ -157,7 +157,7 @@ def test_kept_in_registers_and_in_shared_memory(gpu, dtype, padding_mode, own_ta
 @pytest.mark.parametrize("padding_mode", MODES)
 @pytest.mark.parametrize("name", WISHES)
 def test_taps_that_are_not_finite(gpu, name, padding_mode, own_taps, layout):
-    """Forward, zeros around the channels are multiplied by them; backward there is nothing there."""
+    """Forward they are multiplied by the zeros around; backward there is nothing around."""
     wish, of = WISHES[name]
     if wish is not None and wish.tile == 0 and not wish.strategy:
         wish = replace(wish, tile=32)
@@ -198,7 +198,11 @@ def test_any_schedule_gives_the_same_bits(gpu, layout, name):
         wish = replace(wish, tile=32)
     first = run(gpu, case, layout, wish, of)
     if first is None:  # planes or pixels alone
-        other = ("columns", "deep columns", "kept", "stream") if layout == "contiguous" else ("one channel", "rows", "runs")
+        other = (
+            ("columns", "deep columns", "kept", "stream")
+            if layout == "contiguous"
+            else ("one channel", "rows", "runs")
+        )
         assert name.startswith(other), f"{name} was refused"
         return
     for seed in range(2, 8):

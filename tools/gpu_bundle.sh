@@ -23,7 +23,7 @@ rm -f "$work.log"
 rm -rf "$folder"
 mkdir -p "$folder"
 cp "$work"/eca_fused/_C.*.so "$folder/"
-git rev-parse HEAD >"$folder/commit" 2>/dev/null || true
+git rev-parse --short HEAD >"$folder/commit" 2>/dev/null || true
 bytes=$(du -sb "$folder" | cut -f1)
 [ "$bytes" -lt $((64 << 20)) ] || { echo "$folder has $bytes bytes, more than 64 MiB" >&2; exit 1; }
 echo "$folder: $bytes bytes"

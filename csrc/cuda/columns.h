@@ -104,19 +104,16 @@ __device__ inline void add_all(Vector<A, V>& sums, const Vector<A, V>& more) {
 template <int kAtOnce, class T, int kDepth, class Epilogue>
 __device__ inline void add_products(const Column<T, kDepth>& column,
                                     const typename Column<T, kDepth>::Held& dy, const Map& x,
-                                    Epilogue epilogue,
-                                    Vector<Accumulator<T>, kVector<T>>& sums) {
+                                    Epilogue epilogue, Vector<Accumulator<T>, kVector<T>>& sums) {
   constexpr int V = kVector<T>;
-  const T* const from =
-      static_cast<const T*>(x.data) + (column.channel < 0 ? 0 : column.offset(x));
+  const T* const from = static_cast<const T*>(x.data) + (column.channel < 0 ? 0 : column.offset(x));
   const int64_t step = column.rows * x.row_stride;
 #pragma unroll
   for (int first = 0; first < kDepth; first += kAtOnce) {
     Vector<T, V> some[kAtOnce] = {};
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u)
-      if (first + u < kDepth && column.has(first + u))
-        some[u] = load<V>(from + (first + u) * step);
+      if (first + u < kDepth && column.has(first + u)) some[u] = load<V>(from + (first + u) * step);
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u)
       if (first + u < kDepth) add_all(sums, products_of(dy[first + u], some[u], epilogue));

@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(kDweightThreads) sum_shared_dweight(Backward b
                     ? value_at(static_cast<const A*>(work.dz) + int64_t(sample) * channels + c)
                     : A(0);
         near[r] = mean_at(c + first - radius);
-        far[r] = thread_index() < kTapsAtOnce ? mean_at(c + first - radius + kDweightThreads) : A(0);
+        far[r] =
+            thread_index() < kTapsAtOnce ? mean_at(c + first - radius + kDweightThreads) : A(0);
         start += kDweightThreads;
         if (start >= channels) start = 0, ++sample;
       }

@@ -62,9 +62,7 @@ class Spare {
   }
 
  private:
-  __device__ int place(int i) const {
-    return ((i - kDepth) * thread_count() + thread_index()) * V;
-  }
+  __device__ int place(int i) const { return ((i - kDepth) * thread_count() + thread_index()) * V; }
   __device__ Vector<T, V> get(int i) const { return places_.template load<V>(place(i)); }
   __device__ const T* at(const Map& map) const {
     const int64_t first =

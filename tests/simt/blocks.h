@@ -103,7 +103,7 @@ struct Block {
   std::vector<Copy> copies;
   std::vector<CopyObject> copy_objects;
   std::vector<std::vector<Fetch>> fetches;  // of each thread, that are not finished
-  uint16_t peer_arrivals;  // the latest read by a peer
+  uint16_t peer_arrivals;                   // the latest read by a peer
   int peer;
   bool ended;
 };

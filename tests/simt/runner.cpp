@@ -118,8 +118,8 @@ std::string describe(const Plan& plan) {
          ", \"vectors\": " + (t.vectors ? "true" : "false") +
          ", \"blocks\": " + std::to_string(plan.blocks) +
          ", \"launches\": " + std::to_string(plan.launches) +
-         ", \"spare\": " + std::to_string(t.spare) +
-         ", \"chunk\": " + std::to_string(t.chunk) + ", \"parts\": " + std::to_string(t.parts) +
+         ", \"spare\": " + std::to_string(t.spare) + ", \"chunk\": " + std::to_string(t.chunk) +
+         ", \"parts\": " + std::to_string(t.parts) +
          ", \"map_bytes\": " + std::to_string(plan.map_bytes) +
          ", \"dram_bytes\": " + std::to_string(plan.dram_bytes) +
          ", \"l2_bytes\": " + std::to_string(plan.l2_bytes) + "}";
