@@ -507,6 +507,9 @@ STABLE_TORCH_LIBRARY(eca_fused, m) {
   m.def("inference(Tensor x, Tensor weight, bool circular=False) -> Tensor");
   m.def("inference_(Tensor(a!) x, Tensor weight, bool circular=False) -> ()");
   m.def("inference_into(Tensor x, Tensor weight, Tensor(a!) out, bool circular=False) -> ()");
+  // For who has checked that no gradient is needed, and counts the write.
+  m.def("_inference_(Tensor(a!) x, Tensor weight, bool circular=False) -> ()");
+  m.def("_inference_into(Tensor x, Tensor weight, Tensor(a!) out, bool circular=False) -> ()");
   m.def(
       "backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor gate, bool circular=False, "
       "bool need_dx=True, bool need_dweight=True) -> (Tensor dx, Tensor dweight)");
@@ -523,6 +526,8 @@ static void implement(Library& m) {
   m.impl("inference", TORCH_BOX(&eca::inference));
   m.impl("inference_", TORCH_BOX(&eca::inference_));
   m.impl("inference_into", TORCH_BOX(&eca::inference_into));
+  m.impl("_inference_", TORCH_BOX(&eca::inference_));
+  m.impl("_inference_into", TORCH_BOX(&eca::inference_into));
   m.impl("backward", TORCH_BOX(&eca::backward));
   m.impl("pool", TORCH_BOX(&eca::pool));
   m.impl("rescale", TORCH_BOX(&eca::rescale));

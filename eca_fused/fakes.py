@@ -6,6 +6,8 @@ from eca_fused.checks import check, check_dy, check_gate, check_kept, check_out,
 from eca_fused.layout import output_strides, sums_dtype
 
 __all__ = [
+    "_inference_",
+    "_inference_into",
     "backward",
     "forward",
     "inference",
@@ -43,6 +45,9 @@ def inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
 def inference_into(x: Tensor, weight: Tensor, out: Tensor, circular: bool = False) -> None:
     check(x, weight, _mode(circular))
     check_out(x, out)
+
+
+_inference_, _inference_into = inference_, inference_into
 
 
 def backward(

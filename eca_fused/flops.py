@@ -48,6 +48,8 @@ FORMULAS = {
     "inference": _forward,
     "inference_": _forward,
     "inference_into": _forward,
+    "_inference_": _forward,
+    "_inference_into": _forward,
     "backward": _backward,
 }
 
@@ -58,7 +60,9 @@ def register(prefix: str) -> None:
     Importing the counter imports Triton, which takes 0.24 s, five times as long as eca_fused after
     torch: so this waits until somebody else imports it.
     """
-    operators = {getattr(torch.ops.eca_fused, prefix + name): f for name, f in FORMULAS.items()}
+    of_native = ("_inference_", "_inference_into")
+    names = [name for name in FORMULAS if not prefix or name not in of_native]
+    operators = {getattr(torch.ops.eca_fused, prefix + name): FORMULAS[name] for name in names}
     if MODULE in sys.modules:
         _add(sys.modules[MODULE], operators)
     else:

@@ -1,8 +1,6 @@
 """eca(): checks, choice of the backend, and the autograd function around the kernels."""
 
 import functools
-import warnings
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,10 +14,11 @@ from eca_fused.backend import is_for_the_compiler, named, select, warn_once
 from eca_fused.checks import PADDING_MODES, check, check_out, check_padding_mode
 from eca_fused.double_backward import double_backward, plain_backward
 from eca_fused.torch_state import (
-    TracerWarning,
     batched_by_autograd,
     exporting_to_onnx,
     is_tracing,
+    quietly,
+    tracing_to_onnx,
     transformed,
 )
 from eca_fused.transforms import transformed_backward, transformed_eca
@@ -109,22 +108,29 @@ def _needs_kernels_gradient(x: Tensor, weight: Tensor, kernels: ModuleType) -> b
     return not is_for_the_compiler(kernels) or kernels.trains_in_kernels(x)
 
 
-def _quietly(function: Callable[..., Any], *args: Any) -> Any:
-    """Call it without a trace's warnings that it has the numbers of channels and taps for fixed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TracerWarning)
-        return function(*args)
-
-
 def _in_reference(x: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
     check(x, weight, padding_mode)
     return reference.eca(x, weight, padding_mode=padding_mode)
+
+
+def _in_operations(x: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
+    """For ONNX, in whose graphs nothing is written in place."""
+    check(x, weight, padding_mode)
+    return decomposed.eca(x, weight, padding_mode == "circular")
 
 
 @functools.cache
 def _scripted(inplace: bool) -> Any:
     """What a trace records: whether a gradient is needed is known when the trace runs."""
     return torch.jit.script(scripting.eca_ if inplace else scripting.eca)
+
+
+def _under_autocast(x: Tensor, weight: Tensor) -> Tensor:
+    """The taps; under autocast, which a convolution obeys, in a dtype that x takes."""
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    if not half or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return weight
+    return weight.to(x.dtype)
 
 
 def _check_writable(name: str, t: Tensor) -> None:
@@ -154,9 +160,13 @@ def _written(out: Tensor, x: Tensor, weight: Tensor, padding_mode: str, backend:
             modes: dict[str, Any] = {"padding_mode": padding_mode, "backend": backend, "out": out}
             return handle_torch_function(eca, (x, weight, out), x, weight, **modes)
         _check_all(x, weight, out, padding_mode)
+    if weight.dtype != x.dtype:
+        weight = _under_autocast(x, weight)
     kernels = select(x, backend)
     if is_tracing():
-        _quietly(_check_all, x, weight, out, padding_mode)
+        quietly(_check_all, x, weight, out, padding_mode)
+        if tracing_to_onnx():
+            return quietly(_in_operations, x, weight, padding_mode)  # type: ignore[no-any-return]
         name = "reference" if kernels is None else named(backend)
         return _scripted(False)(x, weight, padding_mode, name, out)  # type: ignore[no-any-return]
     scripting.check_no_gradient(x, weight, out)
@@ -197,7 +207,7 @@ def eca(
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
         weight: taps (1, 1, k), or (C, 1, k) for taps of each channel's own (ECA-NS), k odd, in
-            float32 or the dtype of x.
+            float32 or the dtype of x; under autocast in any, as for a convolution.
         padding_mode: "zeros", or "circular" to wrap around at the first and last channel.
         backend: "native", "triton", "reference", or "auto" for the best of them that works here.
         out: memory for y, for inference: like x, of any memory format, such as a slice of a larger
@@ -216,19 +226,23 @@ def eca(
     if out is not None:
         return _written(out, x, weight, padding_mode, backend)
     tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
+    if tensors and weight.dtype != x.dtype:
+        weight = _under_autocast(x, weight)
     kernels = select(x, backend) if tensors else None
     if kernels is None:
         if not tensors and has_torch_function((x, weight)):  # such as a proxy of torch.fx
             modes: dict[str, Any] = {"padding_mode": padding_mode, "backend": backend}
             return handle_torch_function(eca, (x, weight), x, weight, **modes)
         if is_tracing():
-            return _quietly(_in_reference, x, weight, padding_mode)  # type: ignore[no-any-return]
+            return quietly(_in_reference, x, weight, padding_mode)  # type: ignore[no-any-return]
         return _in_reference(x, weight, padding_mode)
     if transformed():
         return transformed_eca(x, weight, padding_mode, kernels)
     if padding_mode not in PADDING_MODES:
         check_padding_mode(padding_mode)
     if is_tracing():
+        if tracing_to_onnx():
+            return quietly(_in_operations, x, weight, padding_mode)  # type: ignore[no-any-return]
         return _scripted(False)(x, weight, padding_mode, named(backend))  # type: ignore[no-any-return]
     circular = padding_mode == "circular"
     to_onnx = exporting_to_onnx()
@@ -264,9 +278,13 @@ def eca_(
     if not tensors and has_torch_function((x, weight)):
         modes: dict[str, Any] = {"padding_mode": padding_mode, "backend": backend}
         return handle_torch_function(eca_, (x, weight), x, weight, **modes)
+    if tensors and weight.dtype != x.dtype:
+        weight = _under_autocast(x, weight)
     kernels = select(x, backend) if tensors else None
     if is_tracing():
-        _quietly(check, x, weight, padding_mode)
+        quietly(check, x, weight, padding_mode)
+        if tracing_to_onnx():
+            return quietly(_in_operations, x, weight, padding_mode)  # type: ignore[no-any-return]
         name = "reference" if kernels is None else named(backend)
         return _scripted(True)(x, weight, padding_mode, name)  # type: ignore[no-any-return]
     check(x, weight, padding_mode)

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from eca_fused.backend import check_backend
 from eca_fused.checks import check_channels, check_kernel_size, check_padding_mode
+from eca_fused.convolutions import Called, by_calling, plain_taps
 from eca_fused.functional import eca, eca_, plain
+from eca_fused.torch_state import child, is_scripting
 
 __all__ = ["ECALayer", "kernel_size"]
 
@@ -91,17 +93,30 @@ class ECALayer(nn.Module):
         self.backend = backend
         # Not called inplace: frameworks set that to True on every module with it, for their ReLUs.
         self.overwrites = inplace
-        # The module is there for its name in the state dict and for its initialisation, which are
-        # those of the authors' layer; it is never called.
+        # The kernels take its weight; it is called where that is not all there is to it.
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         # TorchScript compiles this, and cannot choose a function first and call it later.
+        if is_scripting():
+            weight = self.conv.weight
+        else:
+            taps = plain_taps(child(self, "conv"), False, True)
+            if taps is None:
+                backend = self.backend if self.fused else "reference"
+                return by_calling(x, self.conv, self.padding_mode, backend, self.overwrites)
+            weight = taps
         if not self.fused:
-            return plain(x, self.conv.weight, self.padding_mode, self.overwrites)
+            return plain(x, weight, self.padding_mode, self.overwrites)
         if self.overwrites:
-            return eca_(x, self.conv.weight, padding_mode=self.padding_mode, backend=self.backend)
-        return eca(x, self.conv.weight, padding_mode=self.padding_mode, backend=self.backend)
+            return eca_(x, weight, padding_mode=self.padding_mode, backend=self.backend)
+        return eca(x, weight, padding_mode=self.padding_mode, backend=self.backend)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles in its place."""
+        if plain_taps(self.conv, False, True) is not None:
+            return self
+        return Called(self.conv, self.padding_mode, self.overwrites)
 
     def extra_repr(self) -> str:
         return (

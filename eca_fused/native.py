@@ -10,7 +10,7 @@ import re
 
 import torch
 
-from eca_fused import fakes, flops
+from eca_fused import fakes, flops, writing
 
 __all__ = [
     "backward",
@@ -41,8 +41,9 @@ try:
     forward = torch.ops.eca_fused.forward.default
     backward = torch.ops.eca_fused.backward.default
     inference = torch.ops.eca_fused.inference.default
-    inference_ = torch.ops.eca_fused.inference_.default
-    inference_into = torch.ops.eca_fused.inference_into.default
+    # The operators without "_" check gradients and count the write: see writing.py.
+    inference_ = torch.ops.eca_fused._inference_.default
+    inference_into = torch.ops.eca_fused._inference_into.default
     pool = torch.ops.eca_fused.pool.default
     rescale = torch.ops.eca_fused.rescale.default
     rescale_backward = torch.ops.eca_fused.rescale_backward.default
@@ -59,6 +60,7 @@ except Exception as error:  # a broken build may fail in any way, and must not b
 if missing is None:
     for _name in fakes.__all__:
         torch.library.register_fake(f"eca_fused::{_name}")(getattr(fakes, _name))
+    writing.register("", inference_, inference_into)
     flops.register("")
 
 

@@ -25,6 +25,8 @@ from eca_fused.torch_state import (
     batched_by_autograd,
     exporting_to_onnx,
     is_tracing,
+    quietly,
+    tracing_to_onnx,
     transformed,
 )
 
@@ -101,7 +103,7 @@ def _kernels(x: Tensor, backend: str) -> ModuleType | None:
     kernels = select(x, backend)
     if kernels is None or is_for_the_compiler(kernels) or transformed():
         return None
-    return kernels
+    return None if is_tracing() and tracing_to_onnx() else kernels
 
 
 @functools.cache
@@ -134,7 +136,10 @@ def pool(x: Tensor, *, backend: str = "auto") -> Tensor:
         return handle_torch_function(pool, (x,), x, backend=backend)
     kernels = _kernels(x, backend) if isinstance(x, Tensor) else None
     if kernels is None:
-        check_x(x)
+        if is_tracing():
+            quietly(check_x, x)
+        else:
+            check_x(x)
         return reference.pool(x)
     if is_tracing():
         return _scripted("pool")(x, named(backend))  # type: ignore[no-any-return]
@@ -178,7 +183,10 @@ def rescale(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
         return handle_torch_function(rescale, (x, gate), x, gate, backend=backend)
     kernels = _kernels(x, backend) if tensors else None
     if kernels is None:
-        check_gate(x, gate)
+        if is_tracing():
+            quietly(check_gate, x, gate)
+        else:
+            check_gate(x, gate)
         return reference.rescale(x, gate)
     if is_tracing():
         return _scripted("rescale")(x, gate, named(backend))  # type: ignore[no-any-return]

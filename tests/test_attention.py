@@ -353,3 +353,67 @@ def test_what_a_module_is_shows():
     for name in ("se", "cbam", "gsop"):
         shown = repr(attention.make(name, 64, backend="reference"))
         assert "channels=64, fused=True, backend='reference'" in shown
+
+
+# ---- structural pruning ----
+
+
+def prune_inputs(module, keep):
+    """As torch-pruning does: a smaller weight, and the sizes that torch's modules declare."""
+    module.weight = nn.Parameter(module.weight.detach()[:, keep].clone())
+    name = "in_features" if isinstance(module, nn.Linear) else "in_channels"
+    setattr(module, name, len(keep))
+
+
+def prune_outputs(module, keep):
+    module.weight = nn.Parameter(module.weight.detach()[keep].clone())
+    if module.bias is not None:
+        module.bias = nn.Parameter(module.bias.detach()[keep].clone())
+    name = "out_features" if isinstance(module, nn.Linear) else "out_channels"
+    setattr(module, name, len(keep))
+
+
+def prune_depthwise(conv, keep):
+    prune_outputs(conv, keep)
+    conv.in_channels = conv.groups = len(keep)
+
+
+def prune_groups(conv, keep):
+    """Whole groups of two channels."""
+    prune_outputs(conv, keep)
+    conv.in_channels, conv.groups = len(keep), len(keep) // 2
+
+
+def prune_ends(first, last, keep):
+    prune_inputs(first, keep)
+    prune_outputs(last, keep)
+
+
+PRUNED = {
+    "SE": (lambda: attention.SE(16, 4), lambda m, keep: prune_ends(m.fc[0], m.fc[2], keep)),
+    "SE-Var3": (lambda: attention.SEGroups(16), lambda m, keep: prune_ends(m.fc, m.fc, keep)),
+    "SE-GC3": (lambda: attention.SEGroups(16, 8), lambda m, keep: prune_groups(m.fc, keep)),
+    "SE-Var2": (lambda: attention.SEVar2(16), lambda m, keep: prune_depthwise(m.conv, keep)),
+    "ECA-NS": (lambda: attention.ECANS(16), lambda m, keep: prune_depthwise(m.conv, keep)),
+    "CBAM": (lambda: attention.CBAM(16, 4), lambda m, keep: prune_ends(m.mlp[0], m.mlp[2], keep)),
+    "GSoP": (lambda: attention.GSoP(16, 4), lambda m, keep: prune_ends(m.reduce, m.fc, keep)),
+}
+
+
+@pytest.mark.parametrize("name", PRUNED)
+@pytest.mark.parametrize("fused", [True, False])
+def test_pruned_widths_count(name, fused):
+    """The numbers of channels are those of the parameters, not those it was built for."""
+    make, prune = PRUNED[name]
+    layer = make().eval()
+    layer.fused = fused
+    keep = [0, 1, 4, 5, 6, 7, 10, 11, 12, 13]
+    prune(layer, keep)
+    x = torch.randn(2, len(keep), 5, 6)
+    layer.fused = False
+    want = layer(x)
+    layer.fused = fused
+    torch.testing.assert_close(layer(x), want)
+    assert f"channels={len(keep)}, " in repr(layer)
+    with pytest.raises(ValueError, match=r"expected x of shape \(N, 10, "):
+        layer(torch.randn(2, 16, 5, 6))

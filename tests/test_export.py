@@ -15,6 +15,7 @@ from torch import nn
 
 import eca_fused
 from eca_fused import ECALayer, native
+from eca_fused.attention import ECANS, SE
 from eca_fused.models import BasicBlock, ResNet
 
 try:
@@ -408,6 +409,40 @@ def test_onnx_of_a_network(layout):
     session = onnx_session(program)
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), want)
+
+
+@needs_onnx
+@no_torchscript
+@pytest.mark.parametrize(
+    "form", ["layer", "in place", "circular", "called", "SE", "ECA-NS", "pool"]
+)
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:UserWarning")
+def test_onnx_by_a_trace(form, tmp_path):
+    """The older exporter, torch.onnx.export(dynamo=False), traces: standard operators alone."""
+    torch.manual_seed(0)
+    modules = {
+        "layer": ECALayer(8), "in place": ECALayer(8, inplace=True), "SE": SE(8, 2),
+        "circular": ECALayer(8, padding_mode="circular"), "ECA-NS": ECANS(8), "called": ECALayer(8),
+        "pool": Ends(),
+    }  # fmt: skip
+    module = modules[form].eval()
+    if form == "called":
+        module.conv = nn.Conv1d(1, 1, 3, padding=1)
+    x = torch.randn(2, 8, 5, 7)
+    with torch.no_grad():
+        want = module(x.clone())
+        path = tmp_path / "traced.onnx"
+        torch.onnx.export(module, (x.clone(),), str(path), dynamo=False)
+    session = onnxruntime.InferenceSession(str(path))
+    (y, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), want, rtol=1e-5, atol=1e-5)
+
+
+class Ends(nn.Module):
+    """Both ends of channel attention, called as functions."""
+
+    def forward(self, x):
+        return eca_fused.rescale(x, torch.sigmoid(eca_fused.pool(x)))
 
 
 @needs_extension

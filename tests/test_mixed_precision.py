@@ -12,6 +12,7 @@ from support import (
     DEVICE,
     DTYPES,
     LAYOUTS,
+    Case,
     Results,
     assert_as_accurate,
     make_case,
@@ -47,6 +48,36 @@ def test_autocast_keeps_the_dtype_of_x(backend, dtype, fused):
         single = layer(torch.randn(2, 16, 5, 5))
         half = layer(torch.randn(2, 16, 5, 5, dtype=dtype))
     assert (single.dtype, half.dtype) == (torch.float32, dtype)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, *HALVES], ids=name_of)
+@pytest.mark.parametrize("taps_dtype", HALVES, ids=name_of)
+@pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
+def test_taps_in_half_precision_under_autocast(backend, taps_dtype, x_dtype, own_taps):
+    """As a half precision model has them where something before ECA works in float32."""
+    case = make_case((2, 16, 5, 5), dtype=x_dtype, taps_dtype=torch.float32, own_taps=own_taps)
+    case.weight = case.weight.to(taps_dtype)
+    want = run(fused(backend), Case(case.x, case.weight.to(x_dtype), case.dy))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        ours = run(fused(backend), case)
+        with torch.no_grad():
+            out = torch.empty_like(case.x)
+            eca_fused.eca(case.x, case.weight, backend=backend, out=out)
+            written = eca_fused.eca_(case.x.clone(), case.weight, backend=backend)
+    assert ours[2].dtype == taps_dtype
+    assert same(ours[:2], want[:2])
+    torch.testing.assert_close(ours[2], want[2].to(taps_dtype))
+    torch.testing.assert_close(out, want[0])
+    torch.testing.assert_close(written, want[0])
+    if x_dtype != taps_dtype:
+        with pytest.raises(TypeError, match=r"expected taps of dtype torch\.float32"):
+            fused(backend)(case.x, case.weight)
+
+
+@pytest.mark.parametrize("taps_dtype", [torch.float64, torch.int32], ids=name_of)
+def test_taps_that_autocast_leaves_alone(backend, taps_dtype):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), pytest.raises(TypeError, match="taps"):
+        fused(backend)(torch.randn(2, 8, 5, 5), torch.ones(1, 1, 3, dtype=taps_dtype))
 
 
 @pytest.mark.parametrize("x_dtype", DTYPES, ids=name_of)

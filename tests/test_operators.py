@@ -153,6 +153,70 @@ def calls():
     }
 
 
+# ---- the operators that write, called directly ----
+
+
+def written(op, x, weight, target):
+    """Call it so that target is written."""
+    if op == "inference_":
+        return ops.inference_(target, weight)
+    return ops.inference_into(x, weight, target)
+
+
+@pytest.mark.parametrize("op", ["inference_", "inference_into"])
+def test_a_write_is_counted(op):
+    """Autograd finds out that what it has kept is gone."""
+    case = make_case((2, 8, 4, 4))
+    target, factor = case.x.clone(), torch.randn_like(case.x).requires_grad_()
+    product = (factor * target).sum()
+    version = target._version
+    with torch.no_grad():
+        written(op, case.x, case.weight, target)
+    assert target._version == version + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.parametrize("op", ["inference_", "inference_into"])
+@pytest.mark.parametrize("who", ["x", "weight", "target"])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_write_refuses_what_needs_a_gradient(op, who, leaf):
+    case = make_case((2, 8, 4, 4))
+    given = {"x": case.x, "weight": case.weight, "target": case.x.clone()}
+    if op == "inference_":
+        given["x"] = given["target"]
+    before = given["target"].clone()
+    given[who] = given[who].requires_grad_() if leaf else given[who].requires_grad_() * 1
+    if op == "inference_" and who == "x":
+        given["target"] = given["x"]
+    with pytest.raises(RuntimeError, match="has no gradient, and one is needed"):
+        written(op, given["x"], given["weight"], given["target"])
+    assert torch.equal(given["target"], before)
+    with torch.no_grad():
+        written(op, given["x"], given["weight"], given["target"])
+    assert not torch.equal(given["target"], before)
+
+
+@pytest.mark.parametrize("op", ["inference_", "inference_into"])
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_a_write_refuses_a_negated_view(op, inference_mode):
+    case = make_case((2, 8, 4, 4))
+    with torch.inference_mode(inference_mode):
+        target = torch._neg_view(case.x.clone())
+        with pytest.raises(RuntimeError, match=r"a negated view.*resolve_neg\(\)"):
+            written(op, case.x, case.weight, target)
+
+
+def test_writes_in_inference_mode():
+    case = make_case((2, 8, 4, 4))
+    want = eca_fused.eca(case.x, case.weight)
+    with torch.inference_mode():
+        x, out = case.x.clone(), torch.empty_like(case.x)
+        ops.inference_(x, case.weight)
+        ops.inference_into(case.x, case.weight, out, circular=False)
+    torch.testing.assert_close((x, out), (want, want))
+
+
 def arguments_of_operators():
     names = {
         "forward": "x weight",

@@ -71,6 +71,42 @@ def test_opcheck_in_place(view, layout):
     torch.library.opcheck(ops.triton_inference_into, (x, case.weight, torch.empty_like(x)))
 
 
+def written(op, x, weight, target):
+    if op == "inference_":
+        return ops.triton_inference_(target, weight)
+    return ops.triton_inference_into(x, weight, target)
+
+
+@pytest.mark.parametrize("op", ["inference_", "inference_into"])
+def test_a_write_is_counted(op):
+    case = on_device(make_case((2, 8, 4, 4)))
+    target, factor = case.x.clone(), torch.randn_like(case.x).requires_grad_()
+    product = (factor * target).sum()
+    with torch.no_grad():
+        written(op, case.x, case.weight, target)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.parametrize("op", ["inference_", "inference_into"])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_a_write_refuses_what_needs_a_gradient(op, leaf):
+    case = on_device(make_case((2, 8, 4, 4)))
+    target = case.x.clone().requires_grad_()
+    before = target.detach().clone()
+    target = target if leaf else target * 1
+    with pytest.raises(RuntimeError, match="has no gradient, and one is needed"):
+        written(op, case.x, case.weight, target)
+    assert torch.equal(target, before)
+
+
+@pytest.mark.parametrize("op", ["inference_", "inference_into"])
+def test_a_write_refuses_a_negated_view(op):
+    case = on_device(make_case((2, 8, 4, 4)))
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"negated view.*resolve_neg\(\)"):
+        written(op, case.x, case.weight, torch._neg_view(case.x.clone()))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("padding_mode", MODES)

@@ -15,6 +15,7 @@ from eca_fused.pool_rescale import (
     pool,
     rescale,
 )
+from eca_fused.torch_state import is_scripting
 
 __all__ = ["BandAttention", "ChannelAttention", "pool", "rescale"]
 
@@ -50,19 +51,27 @@ class ChannelAttention(nn.Module):
         self.fused = fused
         self.backend = backend
 
+    def width(self) -> int:
+        """The number of channels that the gates are for, which pruning may have changed."""
+        return self.channels
+
     def extra_repr(self) -> str:
-        return f"channels={self.channels}, fused={self.fused}, backend={self.backend!r}"
+        return f"channels={self.width()}, fused={self.fused}, backend={self.backend!r}"
 
     def gate(self, mean: Tensor) -> Tensor:
         """The gates (N, C), each in 0 to 1, of the means (N, C)."""
         raise NotImplementedError(f"{type(self).__name__} must define gate()")
 
-    def forward(self, x: Tensor) -> Tensor:
-        check_map(x, self.channels)
+    def by_gate(self, x: Tensor) -> Tensor:
+        """gate(mean(x)) * x, in two passes over x."""
         if not self.fused:
             return plain_rescale(x, self.gate(plain_pool(x)))
         mean, token = linked_pool(x, self.backend)
         return linked_rescale(x, self.gate(mean), token, self.backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_map(x, self.width())
+        return self.by_gate(x)
 
 
 class BandAttention(ChannelAttention):
@@ -101,14 +110,20 @@ class BandAttention(ChannelAttention):
         rows = reference.convolve(mean.to(taps.dtype), taps, self.padding_mode)
         return torch.sigmoid(rows).to(mean.dtype)
 
+    def has_taps(self) -> bool:
+        """Whether taps() is all there is to the gate: no hooks and no module in between."""
+        return True
+
     def forward(self, x: Tensor) -> Tensor:
-        check_map(x, self.channels)
+        check_map(x, self.width())
+        if not is_scripting() and not self.has_taps():
+            return self.by_gate(x)
         if not self.fused:
             return plain(x, self.taps(), self.padding_mode, False)
         return eca(x, self.taps(), padding_mode=self.padding_mode, backend=self.backend)
 
     def extra_repr(self) -> str:
         return (
-            f"channels={self.channels}, kernel_size={self.taps().shape[-1]}, "
+            f"channels={self.width()}, kernel_size={self.taps().shape[-1]}, "
             f"padding_mode={self.padding_mode!r}, fused={self.fused}, backend={self.backend!r}"
         )

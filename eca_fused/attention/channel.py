@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from eca_fused.attention.base import BandAttention, ChannelAttention
 from eca_fused.checks import check_kernel_size
+from eca_fused.convolutions import as_it_takes, plain_taps
 from eca_fused.layers import kernel_size as adaptive
+from eca_fused.reference import padded
+from eca_fused.torch_state import is_scripting
 
 __all__ = ["ECANS", "SE", "SEGroups", "SEVar1", "SEVar2"]
 
@@ -47,6 +50,11 @@ class SE(ChannelAttention):
             nn.ReLU(inplace=True),
             nn.Linear(hidden, channels, bias=False, device=device, dtype=dtype),
         )
+
+    def width(self) -> int:
+        if is_scripting():
+            return int(self.fc[0].in_features)  # type: ignore[arg-type]
+        return getattr(self.fc[0], "in_features", self.channels)  # a wrapper may have none
 
     def gate(self, mean: Tensor) -> Tensor:
         return torch.sigmoid(self.fc(mean))
@@ -87,6 +95,11 @@ class SEGroups(ChannelAttention):
         self.fc = nn.Conv1d(
             channels, channels, 1, groups=groups, bias=False, device=device, dtype=dtype
         )
+
+    def width(self) -> int:
+        if is_scripting():
+            return self.fc.in_channels
+        return getattr(self.fc, "in_channels", self.channels)  # a wrapper may have none
 
     def gate(self, mean: Tensor) -> Tensor:
         return torch.sigmoid(self.fc(mean.unsqueeze(-1)).squeeze(-1))
@@ -144,14 +157,29 @@ class ECANS(BandAttention):
         super().__init__(channels, padding_mode=padding_mode, fused=fused, backend=backend)
         k = adaptive(channels) if kernel_size is None else kernel_size
         check_kernel_size(k)
-        # The module is there for its name in the state dict and for its initialisation; it is
-        # never called.
+        self.kernel_size = k
+        # The kernels take its weight; it is called where that is not all there is to it.
         self.conv = nn.Conv1d(
             channels, channels, k, groups=channels, bias=False, device=device, dtype=dtype
         )
 
+    def width(self) -> int:
+        if is_scripting():
+            return self.conv.in_channels
+        return getattr(self.conv, "in_channels", self.channels)  # a wrapper may have none
+
     def taps(self) -> Tensor:
         return self.conv.weight
+
+    def gate(self, mean: Tensor) -> Tensor:
+        """The gates (N, C) of the means (N, C), by calling the convolution on its windows."""
+        rows = padded(mean, self.kernel_size // 2, self.padding_mode)
+        windows = rows.unfold(1, self.kernel_size, 1)  # (N, C, k)
+        found = self.conv(as_it_takes(self.conv, windows)).squeeze(-1)
+        return torch.sigmoid(found).to(mean.dtype)
+
+    def has_taps(self) -> bool:
+        return plain_taps(self.conv, True, False) is not None
 
 
 class SEVar2(ECANS):

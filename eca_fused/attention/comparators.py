@@ -15,6 +15,7 @@ from eca_fused.pool_rescale import (
     plain_rescale,
     rescale,
 )
+from eca_fused.torch_state import is_scripting
 
 __all__ = ["CBAM", "GSoP"]
 
@@ -63,6 +64,11 @@ class CBAM(ChannelAttention):
         self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(1, device=device, dtype=dtype)
 
+    def width(self) -> int:
+        if is_scripting():
+            return int(self.mlp[0].in_features)  # type: ignore[arg-type]
+        return getattr(self.mlp[0], "in_features", self.channels)  # a wrapper may have none
+
     def channel_gate(self, mean: Tensor, peak: Tensor) -> Tensor:
         """The gates (N, C) of the means and maxima (N, C)."""
         return torch.sigmoid(self.mlp(mean) + self.mlp(peak))
@@ -73,7 +79,7 @@ class CBAM(ChannelAttention):
         return torch.sigmoid(self.bn(self.conv(seen)))
 
     def forward(self, x: Tensor) -> Tensor:
-        check_map(x, self.channels, 2)
+        check_map(x, self.width(), 2)
         peak = x.amax((2, 3))
         if self.fused:
             mean, token = linked_pool(x, self.backend)
@@ -131,6 +137,11 @@ class GSoP(ChannelAttention):
         )
         self.fc = nn.Conv2d(4 * reduced, channels, 1, device=device, dtype=dtype)
 
+    def width(self) -> int:
+        if is_scripting():
+            return self.reduce.in_channels
+        return getattr(self.reduce, "in_channels", self.channels)  # a wrapper may have none
+
     def channel_gate(self, x: Tensor) -> Tensor:
         """The gates (N, C) of x (N, C, H, W)."""
         small = torch.relu(self.reduce_bn(self.reduce(torch.relu(x)))).flatten(2)  # (N, d, S)
@@ -140,7 +151,7 @@ class GSoP(ChannelAttention):
         return torch.sigmoid(self.fc(rows)).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_map(x, self.channels, 2)
+        check_map(x, self.width(), 2)
         if not self.fused:
             return plain_rescale(x, self.channel_gate(x))
         return rescale(x, self.channel_gate(x), backend=self.backend)

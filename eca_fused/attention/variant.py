@@ -79,7 +79,8 @@ class ECAVariant(ChannelAttention):
 
     def gate(self, mean: Tensor) -> Tensor:
         if self.conv2 is None or self.act is None:
-            rows = reference.convolve(mean, self.conv.weight, self.padding_mode)
+            r = self.conv.kernel_size[0] // 2
+            rows = self.conv(reference.padded(mean, r, self.padding_mode).unsqueeze(1)).squeeze(1)
         else:
             rows = self.conv2(self.act(self.conv(mean.unsqueeze(1)))).squeeze(1)
         return self.nonlinearity(rows)  # type: ignore[no-any-return]

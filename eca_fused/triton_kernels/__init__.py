@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from eca_fused import fakes, flops
+from eca_fused import fakes, flops, writing
 from eca_fused.checks import check, check_dy, check_gate, check_kept, check_out, check_x
 from eca_fused.layout import output_strides
 from eca_fused.triton_kernels import launch
@@ -98,12 +98,13 @@ def _write(x: Tensor, weight: Tensor, circular: bool, out: Tensor, name: str) ->
         out.copy_(y)
 
 
-@_operator("eca_fused::triton_inference_", mutates_args=("x",))
+# The operators without "_" check gradients too: see writing.py.
+@_operator("eca_fused::_triton_inference_", mutates_args=("x",))
 def _inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
     _write(x, weight, circular, x, "x")
 
 
-@_operator("eca_fused::triton_inference_into", mutates_args=("out",))
+@_operator("eca_fused::_triton_inference_into", mutates_args=("out",))
 def _inference_into(x: Tensor, weight: Tensor, out: Tensor, circular: bool = False) -> None:
     _write(x, weight, circular, out, "out")
 
@@ -182,14 +183,15 @@ for _body, _fake in (
     (_rescale_backward, fakes.rescale_backward),
 ):
     _body.register_fake(_fake)
-flops.register("triton_")
 
 _operators = torch.ops.eca_fused
+inference_ = _operators._triton_inference_.default
+inference_into = _operators._triton_inference_into.default
+writing.define("triton_", inference_, inference_into)
+flops.register("triton_")
 forward = _operators.triton_forward.default
 backward = _operators.triton_backward.default
 inference = _operators.triton_inference.default
-inference_ = _operators.triton_inference_.default
-inference_into = _operators.triton_inference_into.default
 pool = _operators.triton_pool.default
 rescale = _operators.triton_rescale.default
 rescale_backward = _operators.triton_rescale_backward.default
