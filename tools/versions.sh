@@ -16,7 +16,7 @@ folder=${VERSIONS_DIR:-$root/build/versions}
 # What depends on torch: the rest of the suite is about other things.
 tests=(kernels values layouts gradients fuzz errors layer operators out sensitivity transforms memory
   mixed_precision instruments pool_rescale backend compile export surgery triton triton_operators
-  conversion models unaligned plan cubins benchmarks gpu_scripts gpu_timing versions)
+  conversion convolution attention models unaligned plan cubins benchmarks gpu_scripts gpu_timing versions)
 
 rows() { sed -e '/^#/d' -e '/^ *$/d' tools/versions.txt; }
 
