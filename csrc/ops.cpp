@@ -331,6 +331,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& weight
 // Without mean and gate, which only a gradient needs: two tensors less to create.
 void run_inference(const Problem& p, const Tensor& x, const View& view, const Tensor& y,
                    const Tensor& weight) {
+  // Maps without pixels may have more channels than there is memory for gates.
+  if (p.pixels == 0) return;
   if (device_of(x).type == kCudaType)
     return run_forward(p, x, view, y, as_contiguous(weight), nullptr, nullptr);
   std::vector<double> scratch(2 * p.samples * p.channels);  // room for either dtype

@@ -29,11 +29,15 @@ class Architecture:
         title: for messages.
         build: from keyword options (fused, backend, device, dtype) to the network.
         tensors: of the state dict, under the names that they have in the network.
+        blocks: of the network.
+        dtype: of its first convolution.
     """
 
     title: str
     build: Callable[..., nn.Module]
     tensors: Mapping[str, Tensor]
+    blocks: int
+    dtype: torch.dtype
 
 
 def infer(tensors: Mapping[str, Tensor]) -> Architecture | None:
@@ -92,7 +96,8 @@ def _resnet(tensors: Mapping[str, Tensor]) -> Architecture:
     dtype = _dtype(tensors["conv1.weight"])
     build = partial(ResNet, block, layers, sizes, classes, attention=name, dtype=dtype)
     depth = sum(layers) * (3 if block is Bottleneck else 2) + 2
-    return Architecture(f"ResNet-{depth} with attention {name!r}", build, tensors)
+    title = f"ResNet-{depth} with attention {name!r}"
+    return Architecture(title, build, tensors, sum(layers), tensors["conv1.weight"].dtype)
 
 
 def _mobilenetv2(tensors: Mapping[str, Tensor]) -> Architecture:
@@ -101,7 +106,8 @@ def _mobilenetv2(tensors: Mapping[str, Tensor]) -> Architecture:
     classes = _classes(tensors, "classifier.1.weight")
     dtype = _dtype(tensors["features.0.0.weight"])
     build = partial(MobileNetV2, sizes, classes, attention=name, dtype=dtype)
-    return Architecture(f"MobileNetV2 with attention {name!r}", build, tensors)
+    title = f"MobileNetV2 with attention {name!r}"
+    return Architecture(title, build, tensors, BLOCKS, tensors["features.0.0.weight"].dtype)
 
 
 def _attention(tensors: Mapping[str, Tensor], taps: list[str]) -> tuple[str, list[int] | None]:

@@ -1,6 +1,7 @@
 """load_checkpoint(): a network from a file of weights, wholly or not at all."""
 
 import argparse
+import importlib
 import os
 import re
 import threading
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from eca_fused import architectures
 from eca_fused.conversion import convert
@@ -22,6 +24,8 @@ WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dic
 DECIDED = {"attention", "kernel_sizes", "num_classes"}  # no options of load_checkpoint()
 MARKING = threading.Lock()  # what is safe to load is marked for all threads at once
 SHOWN = 6  # names of each kind in a message
+MOST_BLOCKS = 1000  # of a network that is built; the deepest ResNet published has 333
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TIMM = (
     "; for a network of timm install timm, which builds its own ECA networks, or pass "
     "model=timm.create_model(name, num_classes=...)"
@@ -82,8 +86,9 @@ def load_checkpoint(
         The model. One that is built is in training mode, as any new module.
 
     Raises:
-        CheckpointError: the file holds code or no state dict, no network is known for it, or names
-            and shapes do not fit, which are listed. A model that was given is as it was.
+        CheckpointError: the file holds code or no state dict, no network is known for it, names and
+            shapes do not fit, which are listed, or a tensor has less memory than its shape says. A
+            model that was given is as it was.
         TypeError: source is no path or mapping, model no module, options come with a model, or are
             what the tensors decide: attention, kernel_sizes and num_classes.
         FileNotFoundError: there is no such file.
@@ -101,6 +106,8 @@ def load_checkpoint(
     name = "the state dict" if isinstance(source, Mapping) else os.fspath(source)
     contents = source if isinstance(source, Mapping) else _read(Path(name))
     tensors = _unprefixed(_unwrapped(contents, key, name))
+    size = None if isinstance(source, Mapping) else Path(name).stat().st_size
+    _check_memory(name, tensors, size)
     if model is not None:
         _check_fit(name, tensors, model, type(model).__name__)
         _load_or_restore(model, tensors)
@@ -123,9 +130,22 @@ def _built(name: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> nn
             f"{name}: expected the names of a ResNet or MobileNetV2 of torchvision or of the "
             f"ECA-Net authors, got {first} and so on{TIMM}"
         )
+    if found.blocks > MOST_BLOCKS:
+        raise CheckpointError(
+            f"{name}: expected a network of at most {MOST_BLOCKS} blocks, got the names of "
+            f"{found.blocks}; build it, and pass it as model="
+        )
+    if found.dtype.is_floating_point and found.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{name}: expected a first convolution in {_listed([str(d) for d in DTYPES])}, got "
+            f"{found.dtype}, whose numbers need scales; pass the network as model="
+        )
     model = found.build(**options | {"device": "meta"})
     _check_fit(name, found.tensors, model, found.title, hint=TIMM)
-    model.to_empty(device=options.get("device") or torch.get_default_device())
+    try:
+        model.to_empty(device=options.get("device") or torch.get_default_device())
+    except (RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"{name}: no memory for {found.title}: {error}") from error
     model.load_state_dict(_renamed(model, found.tensors))
     return model
 
@@ -167,8 +187,9 @@ def _read(path: Path) -> Any:
         # timm keeps the arguments of its script, which are plain values too. What the caller has
         # marked as safe would be unmarked on leaving.
         with MARKING:
-            ours = {argparse.Namespace} - set(torch.serialization.get_safe_globals())
-            with torch.serialization.safe_globals(list(ours)):
+            safe = [argparse.Namespace, *_numpys_numbers()]
+            marked = torch.serialization.get_safe_globals()
+            with torch.serialization.safe_globals([s for s in safe if s not in marked]):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -184,6 +205,58 @@ def _read(path: Path) -> Any:
             f"{found[1] or found[2]}, which loads by running code. If you trust the file, pass the "
             "state dict in torch.load(path, weights_only=False), or of torch.jit.load(path)"
         ) from error
+
+
+def _numpys_numbers() -> list[Any]:
+    """What a numpy scalar is made of in a file, such as the best accuracy so far."""
+    try:
+        numpy: Any = importlib.import_module("numpy")
+    except ImportError:
+        return []
+    # Pickle has numbers as scalar(dtype, bytes), by a function whose module has been renamed.
+    scalar = numpy.float64(0).__reduce__()[0]
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+    names = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+    names += ["bool", "float16", "float32", "float64"]
+    return [
+        *((scalar, f"{module}.scalar") for module in modules),
+        numpy.dtype,
+        *{type(numpy.dtype(name)) for name in names},
+    ]
+
+
+def _check_memory(name: str, tensors: Mapping[str, Tensor], size: int | None) -> None:
+    """Raise CheckpointError unless every tensor has the memory that its shape asks for.
+
+    Before anything is allocated: a small file may hold tensors that repeat one number, or share
+    their memory, by which it would ask for a network of any size.
+
+    Args:
+        name: for messages.
+        tensors: of a state dict.
+        size: of the file they are from, in bytes; None where there is none.
+    """
+    wrong, asked = [], 0
+    for key, t in tensors.items():
+        if t.is_nested or is_lazy(t):
+            wrong.append(f"{key} ({'nested' if t.is_nested else 'without a shape yet'})")
+        elif t.layout == torch.strided and not t.is_meta:
+            bytes_asked = t.numel() * t.element_size()
+            asked += bytes_asked
+            if bytes_asked > t.untyped_storage().nbytes():
+                held = f"{t.untyped_storage().nbytes()} bytes"
+                wrong.append(f"{key} {tuple(t.shape)}, which has {held}")
+    if wrong:
+        raise CheckpointError(
+            f"{name}: expected tensors with the memory that their shapes ask for, got "
+            f"{_listed(wrong)}; save them as they are, or after contiguous()",
+            mismatched=tuple(entry.split(" ")[0] for entry in wrong),
+        )
+    if size is not None and asked > size:
+        raise CheckpointError(
+            f"{name}: expected tensors of no more than its {size} bytes, got {asked} bytes, as "
+            "tensors share their memory; save each with clone()"
+        )
 
 
 def _unwrapped(contents: Any, key: str | None, name: str) -> dict[str, Tensor]:
@@ -307,12 +380,14 @@ def _load_or_restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         )
     try:
         model.load_state_dict(_renamed(model, tensors))
-    except Exception:
+    except Exception as error:
         # Names and shapes fit, so it was a hook of the model, with some tensors loaded already.
         with torch.no_grad():
             for name, tensor in _own_tensors(model).items():
                 tensor.copy_(before[name])
-        raise
+        raise CheckpointError(
+            f"the model's own loading failed, and it is as it was: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _listed(entries: list[str], separator: str = ", ") -> str:

@@ -105,6 +105,17 @@ def plain(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, w: reference.eca(x, w, padding_mode=case.padding_mode)
 
 
+def shifted(t: Tensor, offset: int) -> Tensor:
+    """t, with its strides, `offset` bytes behind where it would lie."""
+    elements = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    memory = bytearray(elements * t.element_size() + 64)
+    begin = torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 64
+    flat = torch.frombuffer(
+        memory, dtype=t.dtype, count=elements, offset=(64 - begin) % 64 + offset
+    )
+    return flat.as_strided(t.shape, t.stride()).copy_(t)
+
+
 def assert_same_sums(ours: Tensor, theirs: Tensor) -> None:
     """The same bits on the CPU. On a GPU the kernel depends on the layout and on whether it runs in
     place, and kernels add up in different orders."""

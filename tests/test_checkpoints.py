@@ -406,9 +406,103 @@ def test_a_model_whose_hook_fails_is_as_before(state: State) -> None:
         raise RuntimeError("no")
 
     model.layer4.register_load_state_dict_pre_hook(fail)  # after three stages are loaded
-    with pytest.raises(RuntimeError, match="no"):
+    with pytest.raises(CheckpointError, match="it is as it was: RuntimeError: no"):
         load_checkpoint(state, model)
     assert_holds(model, before)
+
+
+# ---- sizes that a file only claims ----
+
+
+def claimed(state: State, name: str, shape: tuple[int, ...]) -> State:
+    """A tensor of any shape, that repeats one number."""
+    return state | {name: torch.zeros((), dtype=state[name].dtype).expand(shape)}
+
+
+@pytest.mark.parametrize("into", ["a network of its own", "a model"])
+@pytest.mark.parametrize("kind", ["state dict", "file"])
+@pytest.mark.parametrize("classes", [10, 2**33])
+def test_a_tensor_with_less_memory_than_its_shape(
+    state: State, tmp_path: Path, into: str, kind: str, classes: int
+) -> None:
+    given: Any = claimed(state, "fc.weight", (classes, state["fc.weight"].shape[1]))
+    given = claimed(given, "fc.bias", (classes,))
+    if kind == "file":
+        torch.save(given, tmp_path / "small.pth")
+        assert (tmp_path / "small.pth").stat().st_size < 10 * sum(t.nbytes for t in state.values())
+        given = tmp_path / "small.pth"
+    model = small() if into == "a model" else None
+    before = copied(model) if model is not None else {}
+    with pytest.raises(CheckpointError, match=r"fc\.weight \(.*, which has 4 bytes") as error:
+        load_checkpoint(given, model)
+    assert error.value.mismatched[:1] == ("fc.weight",)
+    if model is not None:
+        assert_holds(model, before)
+
+
+def test_tensors_that_share_their_memory_in_a_file(state: State, tmp_path: Path) -> None:
+    largest = max(state.values(), key=lambda t: t.numel())
+    memory = torch.zeros(largest.numel())
+    shared = {
+        n: memory[: t.numel()].view(t.shape) if t.is_floating_point() else t
+        for n, t in state.items()
+    }
+    torch.save(shared, tmp_path / "shared.pth")
+    with pytest.raises(CheckpointError, match=r"no more than its \d+ bytes, got \d+ bytes"):
+        load_checkpoint(tmp_path / "shared.pth")
+    assert_holds(load_checkpoint(shared, small()), shared)  # one's own state dict may
+
+
+def test_more_blocks_than_any_network(state: State) -> None:
+    many = {f"layer1.{i}.conv1.weight": state["layer1.0.conv1.weight"] for i in range(20_000)}
+    with pytest.raises(CheckpointError, match="at most 1000 blocks, got the names of 20"):
+        load_checkpoint(state | many)
+
+
+@pytest.mark.parametrize("into", ["a network of its own", "a model"])
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda t: torch.nested.nested_tensor([t, t]), "nested"),
+        (lambda t: nn.parameter.UninitializedParameter(), "without a shape yet"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_without_a_shape(
+    state: State, into: str, make: Callable[[Tensor], Tensor], what: str
+) -> None:
+    given = state | {"layer1.0.conv1.weight": make(state["layer1.0.conv1.weight"])}
+    with pytest.raises(CheckpointError, match=rf"layer1\.0\.conv1\.weight \({what}\)"):
+        load_checkpoint(given, small() if into == "a model" else None)
+
+
+def test_a_first_convolution_that_needs_scales(state: State) -> None:
+    given = state | {"conv1.weight": state["conv1.weight"].to(torch.float8_e4m3fn)}
+    with pytest.raises(CheckpointError, match=r"first convolution in .*got torch\.float8"):
+        load_checkpoint(given)
+
+
+@pytest.mark.parametrize("number", ["float64", "float32", "int64", "bool"])
+def test_a_numpy_scalar_beside_the_tensors(state: State, tmp_path: Path, number: str) -> None:
+    numpy = pytest.importorskip("numpy", reason="needs numpy")
+    torch.save({"state_dict": state, "best": getattr(numpy, number)(1)}, tmp_path / "best.pth")
+    assert_holds(load_checkpoint(tmp_path / "best.pth"), state)
+
+
+def test_no_array_of_objects(state: State, tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy", reason="needs numpy")
+    torch.save({"state_dict": state, "best": numpy.array([{}])}, tmp_path / "objects.pth")
+    with pytest.raises(CheckpointError, match="is refused, and nothing of it was run"):
+        load_checkpoint(tmp_path / "objects.pth")
+
+
+def test_no_memory_for_the_network(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(nn.Module, "to_empty", fail)
+    with pytest.raises(CheckpointError, match=r"no memory for ResNet-.*can't allocate"):
+        load_checkpoint(state)
 
 
 def test_into_wrapped_and_converted_models(state: State) -> None:

@@ -1,10 +1,14 @@
 """Random views: sizes, strides, dtypes, taps and paddings nobody thought of, from fixed seeds."""
 
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from support import BACKENDS, Case, assert_as_accurate, run
+from support import BACKENDS, DEVICE, Case, assert_as_accurate, run, shifted
 
 import eca_fused
 from eca_fused.layout import output_strides
@@ -28,6 +32,8 @@ def random_view(rng: random.Random, shape: list[int], dtype: torch.dtype) -> tor
         whole.append(start + size * step + more)
         slices.append(slice(start, start + size * step, step))
     buffer = torch.randn([whole[d] for d in order]).to(dtype)
+    if DEVICE == "cpu" and buffer.numel() and rng.random() < 0.15:
+        buffer = shifted(buffer, rng.choice([1, dtype.itemsize // 2, dtype.itemsize + 1]))
     view = buffer.permute([order.index(d) for d in dims])[tuple(slices)].expand(shape)
     if rng.random() < 0.3:  # strides of dimensions of one element mean nothing
         strides = [
@@ -109,3 +115,22 @@ def test_random_views(start, backend):
                     results[0],
                     what,
                 )
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the CPU's: run it without ECA_FUSED_TEST_DEVICE")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_views_stored_around_the_caches(backend):
+    """As maps are that are larger than the caches, here however small: one pointer that is not
+    aligned, and a store of a whole vector ends the process."""
+    if backend != "native" or "ECA_FUSED_CPU_CACHE_BYTES" in os.environ:
+        pytest.skip("the compiled kernels do so: run it without ECA_FUSED_CPU_CACHE_BYTES")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "native"]
+    done = subprocess.run(
+        [*command, "test_fuzz.py", "test_kernels.py"],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "ECA_FUSED_CPU_CACHE_BYTES": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout

@@ -2,25 +2,13 @@
 
 import pytest
 import torch
-from support import DTYPES, LAYOUTS, make_case, name_of, needs_extension
-from torch import Tensor
+from support import DTYPES, LAYOUTS, make_case, name_of, needs_extension, shifted
 
 import eca_fused
 
 pytestmark = needs_extension
 
 ops = torch.ops.eca_fused
-
-
-def shifted(t: Tensor, offset: int) -> Tensor:
-    """t, with its strides, `offset` bytes behind where it would lie."""
-    elements = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    memory = bytearray(elements * t.element_size() + 64)
-    begin = torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 64
-    flat = torch.frombuffer(
-        memory, dtype=t.dtype, count=elements, offset=(64 - begin) % 64 + offset
-    )
-    return flat.as_strided(t.shape, t.stride()).copy_(t)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)

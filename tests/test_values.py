@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import (
     BACKENDS,
+    DEVICE,
     DTYPES,
     LAYOUTS,
     MODES,
@@ -86,6 +87,18 @@ def test_empty_maps_as_in_plain_pytorch(backend, shape, layout, own_taps):
     case.x = in_layout(case.x, layout)
     for ours, theirs in both(case, backend):
         torch.testing.assert_close(ours.double(), theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(2**31, 2**30, 0), (2**40, 8, 0), (1, 2**62, 0)], ids=name_of)
+def test_more_channels_than_memory_in_empty_maps(backend, shape):
+    """No pixels, and no memory for a number of each channel: inference needs none."""
+    x, weight = torch.empty(shape, device=DEVICE), torch.ones(1, 1, 3, device=DEVICE)
+    if backend != "reference":
+        assert eca_fused.eca(x, weight, backend=backend).shape == shape
+        assert eca_fused.eca_(x, weight, backend=backend) is x
+    else:
+        with pytest.raises(RuntimeError, match=r"overflowed|allocate|memory"):
+            eca_fused.eca(x, weight, backend=backend)
 
 
 def test_no_channels(backend):

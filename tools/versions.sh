@@ -4,7 +4,8 @@
 #   tools/versions.sh                    every row, and builds of one torch under another
 #   tools/versions.sh 2.11.0 default     these rows
 #   tools/versions.sh --list             the rows, one a line
-#   tools/versions.sh --write            also writes the table to tools/versions.md
+#   tools/versions.sh --write            also writes the table to tools/versions.md, with the rows
+#                                        that were tested before on the same commit
 #
 # VERSIONS_DIR (default: build/versions) holds the environments and the logs. The exit status is 1 if
 # a row fails. It needs a Python of each version, on PATH or under pyenv, a compiler, and nvcc.
@@ -91,22 +92,26 @@ print(v("torch"), v("triton"), platform.python_version(), v("numpy"), sep=" | ")
 }
 
 failed=0
-table=()
 mkdir -p "$folder"
+commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+keep() { printf '%s\n%s\n' "$commit" "$2" >"$folder/$1.row"; } # NAME TEXT: a row of the table
+kept() { # NAME
+  [ -f "$folder/$1.row" ] && [ "$(head -n 1 "$folder/$1.row")" = "$commit" ] && tail -n 1 "$folder/$1.row"
+}
 while read -r torch _ python with why; do
   if [ ${#chosen[@]} -gt 0 ] && [[ " ${chosen[*]} " != *" $torch "* ]]; then continue; fi
   env=$folder/$torch
   log=$folder/$torch.log
   printf '==> torch %s, Python %s (%s)\n' "$torch" "$python" "$why"
   if ! interpreter=$(find_python "$python"); then
-    table+=("| $torch | - | $python | - | not tested: no Python $python here |")
+    keep "$torch" "| $torch | - | $python | - | not tested: no Python $python here |"
     failed=1
     continue
   fi
   started=$SECONDS
   if ! prepare "$env" "$interpreter" "$torch" "$with" >"$log" 2>&1; then
     tail -n 30 "$log"
-    table+=("| $torch | - | $python | - | FAILED: could not be set up |")
+    keep "$torch" "| $torch | - | $python | - | FAILED: could not be set up |"
     failed=1
     continue
   fi
@@ -116,17 +121,19 @@ while read -r torch _ python with why; do
   status=$?
   result=$(counts "$log")
   [ $status -eq 0 ] || { failed=1; result="FAILED: $result"; grep -E '^(FAILED|ERROR) ' "$log" | head -n 40; }
-  table+=("| $(versions_of "$env") | $result |")
+  keep "$torch" "| $(versions_of "$env") | $result |"
   printf '    %s in %d s; %s\n' "$result" $((SECONDS - started)) "$log"
 done < <(rows)
 
 # A build of each torch under each other one of the same Python: that is what the stable ABI is for.
+crossed=()
 if [ ${#chosen[@]} -ne 1 ]; then
   for built in "$folder"/*/source; do
     for under in "$folder"/*/source; do
       a=$(basename "$(dirname "$built")") b=$(basename "$(dirname "$under")")
       file=$(cd "$built/eca_fused" && ls _C.*.so 2>/dev/null) || continue
-      [ "$a" != "$b" ] && [ -f "$under/eca_fused/$file" ] || continue
+      [ "$a" != "$b" ] && [ -f "$under/eca_fused/$file" ] && kept "$a" >/dev/null &&
+        kept "$b" >/dev/null || continue
       cp "$under/eca_fused/$file" "$folder/own.so"
       cp "$built/eca_fused/$file" "$under/eca_fused/$file"
       run_tests "$folder/$b" tests/test_operators.py tests/test_values.py >"$folder/$a-under-$b.log" 2>&1 </dev/null
@@ -134,7 +141,8 @@ if [ ${#chosen[@]} -ne 1 ]; then
       cp "$folder/own.so" "$under/eca_fused/$file"
       result=$(counts "$folder/$a-under-$b.log")
       [ $status -eq 0 ] || { failed=1; result="FAILED: $result"; }
-      table+=("| built with $a, under $b | | | | $result |")
+      crossed+=("$a-under-$b")
+      keep "$a-under-$b" "| built with $a, under $b | | | | $result |"
     done
   done
 fi
@@ -143,11 +151,12 @@ printf '\n'
 {
   echo '| torch | triton | Python | numpy | tests |'
   echo '|---|---|---|---|---|'
-  printf '%s\n' "${table[@]}"
+  for name in $(rows | cut -d' ' -f1) "${crossed[@]}"; do kept "$name"; done
 } | tee "$folder/table.md"
 if [ -n "$write" ]; then
   {
-    printf 'Made by `make versions`, on %s. The tests are those that depend on torch.\n\n' "$(date +%F)"
+    printf 'Made by `make versions`, on %s at commit %s. The tests are those that depend on torch.\n\n' \
+      "$(date +%F)" "$commit"
     cat "$folder/table.md"
   } >tools/versions.md
 fi

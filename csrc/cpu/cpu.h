@@ -39,7 +39,8 @@ extern const Kernels kernels;
 const Kernels& kernels();
 
 // Sizes of the second-level cache of a core, and of the cache closest to memory; 1 MB and 32 MB where
-// the system does not say.
+// the system does not say. ECA_FUSED_CPU_CACHE_BYTES, read at the first call, is taken for the
+// latter: with 0 all outputs are stored around the caches, as the tests have it.
 int64_t core_cache_bytes();
 int64_t last_level_cache_bytes();
 

@@ -48,7 +48,16 @@ int64_t core_cache_bytes() {
 }
 
 int64_t last_level_cache_bytes() {
-  static const int64_t bytes = cache_bytes(3, int64_t(32) << 20);
+  static const int64_t bytes = []() {
+    const char* variable = std::getenv("ECA_FUSED_CPU_CACHE_BYTES");
+    if (!variable || !*variable) return cache_bytes(3, int64_t(32) << 20);
+    char* end = nullptr;
+    const long long wish = std::strtoll(variable, &end, 10);
+    if (*end || wish < 0)
+      throw std::runtime_error("expected ECA_FUSED_CPU_CACHE_BYTES as a number from 0 up, got '" +
+                               std::string(variable) + "'");
+    return int64_t(wish);
+  }();
   return bytes;
 }
 

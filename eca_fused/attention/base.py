@@ -116,8 +116,10 @@ class BandAttention(ChannelAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.width())
-        if not is_scripting() and not self.has_taps():
-            return self.by_gate(x)
+        # TorchScript compiles both sides of an "and".
+        if not is_scripting():  # noqa: SIM102
+            if not self.has_taps():
+                return self.by_gate(x)
         if not self.fused:
             return plain(x, self.taps(), self.padding_mode, False)
         return eca(x, self.taps(), padding_mode=self.padding_mode, backend=self.backend)

@@ -118,6 +118,9 @@ def forward(
     Returns:
         mean and gate, (N, C) in float32, or float64 for float64 x; None unless keep.
     """
+    # Maps without pixels may have more channels than there is memory for gates.
+    if not keep and 0 in x.shape[2:]:
+        return None
     planes = in_planes(x)
     source, taps = readable(x, planes), weight.contiguous()
     p = _problem(planes, [source, y], taps, circular)
