@@ -57,6 +57,9 @@ FAULTS = {
     "copy_by_some": (RUNTIME, "bad copy"),
     "copy_waited_twice": (RUNTIME, "bad copy"),
     "copy_of_rows": (RUNTIME, "misaligned access"),
+    "fetch_read_too_early": (RUNTIME, "copy in flight"),
+    "fetch_bounds": (ASAN, "heap-buffer-overflow"),
+    "fetch_never_finished": (RUNTIME, "copy never waited for"),
     "too_much_shared": (REFUSED, "did not start: .* bytes of shared memory"),
 }
 

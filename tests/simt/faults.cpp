@@ -502,6 +502,53 @@ void run_copy_never_waited() {
   launch({2, kThreads, 1, 16 + 4 * kThreads, nullptr}, copy_never_waited<kFault>, x.get());
 }
 
+// ---- what a thread fetches for itself ----
+
+template <bool kFault>
+__global__ void fetch_read_too_early(const float* x, float* y) {
+  const auto a = shared_array<float>(0, 4 * kThreads);
+  a.fetch<4>(4 * thread_index(), x + 4 * thread_index());
+  if (!kFault) finish_fetches();
+  store<4>(y + 4 * thread_index(), a.load<4>(4 * thread_index()));
+  finish_fetches();
+}
+
+template <bool kFault>
+__global__ void fetch_bounds(const float* x, float* y) {
+  const auto a = shared_array<float>(0, 4 * kThreads);
+  a.fetch<4>(4 * thread_index(), x + 4 * (thread_index() + (kFault ? 1 : 0)));
+  finish_fetches();
+  store<4>(y + 4 * thread_index(), a.load<4>(4 * thread_index()));
+}
+
+template <bool kFault>
+__global__ void fetch_never_finished(const float* x, float* y) {
+  const auto a = shared_array<float>(0, 4 * kThreads);
+  a.fetch<4>(4 * thread_index(), x + 4 * thread_index());
+  if (!kFault) finish_fetches();
+  store<4>(y + 4 * thread_index(), load<4>(x + 4 * thread_index()));
+}
+
+template <class Kernel>
+void run_fetches(Kernel kernel) {
+  Buffer<float> x(4 * kThreads, 1), y(4 * kThreads);
+  launch({2, kThreads, 1, 16 * kThreads, nullptr}, kernel, x.get(), y.get());
+  expect_all(y, 1.0f, "fetched");
+}
+
+template <bool kFault>
+void run_fetch_read_too_early() {
+  run_fetches(fetch_read_too_early<kFault>);
+}
+template <bool kFault>
+void run_fetch_bounds() {
+  run_fetches(fetch_bounds<kFault>);
+}
+template <bool kFault>
+void run_fetch_never_finished() {
+  run_fetches(fetch_never_finished<kFault>);
+}
+
 template <bool kFault>
 __global__ void copy_over_use(const float* x, float* y) {
   const auto a = shared_array<float>(16, kThreads);
@@ -655,6 +702,9 @@ const Case kCases[] = {
     {"copy_by_some", run_copy_by_some<true>, run_copy_by_some<false>},
     {"copy_waited_twice", run_copy_waited_twice<true>, run_copy_waited_twice<false>},
     {"copy_of_rows", run_copy_of_rows<true>, run_copy_of_rows<false>},
+    {"fetch_read_too_early", run_fetch_read_too_early<true>, run_fetch_read_too_early<false>},
+    {"fetch_bounds", run_fetch_bounds<true>, run_fetch_bounds<false>},
+    {"fetch_never_finished", run_fetch_never_finished<true>, run_fetch_never_finished<false>},
     {"too_much_shared", run_too_much_shared<true>, run_too_much_shared<false>},
 };
 
