@@ -128,7 +128,7 @@ def revert(model: nn.Module) -> int:
             )
     for module in modules.values():
         cls, attributes = vars(module).pop(ORIGINAL)
-        for name in _options("zeros", "auto", False):
+        for name in (*_options("zeros", "auto", False), "taps_name"):
             vars(module).pop(name, None)
         vars(module).update(attributes)
         module.__class__ = cls
@@ -146,6 +146,7 @@ def _as_eca_layer(module: nn.Module, backend: str, inplace: bool) -> dict[str, A
         options = _options(module.padding_mode, backend, inplace or module.overwrites)
     else:
         options = _options(recognition.padding_mode(module), backend, inplace)
+        options["taps_name"] = recognition.taps_name(module)
     try:
         object.__new__(type(module)).__class__ = ECALayer
     except TypeError as error:  # of a class with __slots__

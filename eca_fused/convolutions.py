@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from eca_fused.pool_rescale import linked_pool, linked_rescale, plain_pool, plain_rescale
+from eca_fused.pool_rescale import linked_pool, linked_rescale
 from eca_fused.torch_state import has_hooks, is_tracing, own_parameters
 
-__all__ = ["Called", "as_it_takes", "by_calling", "plain_taps"]
+__all__ = ["as_it_takes", "by_calling", "plain_taps"]
 
 
 def plain_taps(conv: Any, own: bool, padded: bool) -> Tensor | None:
@@ -23,7 +23,7 @@ def plain_taps(conv: Any, own: bool, padded: bool) -> Tensor | None:
     Args:
         conv: a layer's convolution, or what has been put in its place.
         own: taps of each channel's own, in as many groups; else shared ones.
-        padded: it keeps the length; else it has no padding.
+        padded: it may keep the length; else it has no padding.
 
     Returns:
         Its weight, plain or parametrized.
@@ -42,7 +42,7 @@ def plain_taps(conv: Any, own: bool, padded: bool) -> Tensor | None:
         or conv.padding_mode != "zeros"
     ):
         return None
-    if conv.padding != ((conv.kernel_size[0] // 2,) if padded else (0,)):
+    if conv.padding != (0,) and not (padded and conv.padding == (conv.kernel_size[0] // 2,)):
         return None
     if kind is nn.Conv1d:
         parameters = own_parameters(conv)
@@ -62,26 +62,43 @@ def as_it_takes(conv: nn.Module, mean: Tensor) -> Tensor:
     return mean
 
 
-def _around(mean: Tensor, padding_mode: str) -> Tensor:
-    """The means (N, C) as (N, 1, L): as they are, or thrice, so that every tap wraps around."""
-    return (torch.cat([mean, mean, mean], 1) if padding_mode == "circular" else mean).unsqueeze(1)
+def _pads(conv: Any) -> bool:
+    """Whether a convolution is without padding of its own, as that of timm's CecaModule."""
+    return getattr(conv, "padding", None) in ((0,), 0) and getattr(conv, "kernel_size", 1) != (1,)
 
 
-def _own(rows: Tensor, channels: int, padding_mode: str) -> Tensor:
-    """What is made of _around(), (N, 1, L), without what lies around: (N, C)."""
-    return rows.squeeze(1).narrow(1, channels if padding_mode == "circular" else 0, channels)
+def _around(mean: Tensor, padding_mode: str, pads: bool) -> Tensor:
+    """The means (N, C) as (N, 1, L): as they are, or with as many around as any tap reaches."""
+    if padding_mode == "circular":
+        return torch.cat([mean, mean, mean], 1).unsqueeze(1)
+    if pads:
+        zeros = torch.zeros_like(mean)
+        return torch.cat([zeros, mean, zeros], 1).unsqueeze(1)
+    return mean.unsqueeze(1)
+
+
+def _own(rows: Tensor, channels: int) -> Tensor:
+    """What is made of _around(), (N, 1, L'), without what lies around: (N, C)."""
+    return rows.squeeze(1).narrow(1, (rows.shape[2] - channels) // 2, channels)
 
 
 def _rows(conv: nn.Module, mean: Tensor, padding_mode: str) -> Tensor:
-    given = _around(as_it_takes(conv, mean), padding_mode)
+    given = _around(as_it_takes(conv, mean), padding_mode, _pads(conv))
     found = conv(given)
-    if not is_tracing() and found.shape != given.shape:
-        raise ValueError(
-            f"expected the layer's convolution, {type(conv).__name__}, to return "
-            f"{tuple(given.shape)} for that shape, got {tuple(found.shape)}; give it one channel "
-            "in and out, stride 1 and padding that keeps the length"
-        )
-    return _own(found, mean.shape[1], padding_mode)
+    channels = mean.shape[1]
+    if not is_tracing():
+        lost = given.shape[2] - found.shape[2] if found.dim() == 3 else -1
+        if (
+            found.shape[:2] != given.shape[:2]
+            or lost % 2
+            or not 0 <= lost <= given.shape[2] - channels
+        ):
+            raise ValueError(
+                f"expected the layer's convolution, {type(conv).__name__}, to return "
+                f"{tuple(given.shape)} for that shape, got {tuple(found.shape)}; give it one "
+                "channel in and out, stride 1 and padding that keeps the length"
+            )
+    return _own(found, channels)
 
 
 def by_calling(
@@ -104,17 +121,3 @@ def by_calling(
         )
     y = linked_rescale(x, gate, token, backend)
     return x.copy_(y) if inplace else y
-
-
-class Called(nn.Module):
-    """by_calling() in plain operations, for torch.jit.script."""
-
-    def __init__(self, conv: nn.Module, padding_mode: str, overwrites: bool) -> None:
-        super().__init__()
-        self.conv, self.padding_mode, self.overwrites = conv, padding_mode, overwrites
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = plain_pool(x)
-        rows = self.conv(_around(mean, self.padding_mode))
-        y = plain_rescale(x, torch.sigmoid(_own(rows, mean.shape[1], self.padding_mode)))
-        return x.copy_(y) if self.overwrites else y

@@ -71,8 +71,14 @@ def _pooled(module: nn.Module, x: Tensor, y: Tensor) -> int:
 
 
 def _taps(module: Any, x: Tensor) -> int:
-    k: int = module.conv.weight.shape[2]
+    k: int = getattr(module, getattr(module, "taps_name", "conv")).weight.shape[2]
     return x.shape[0] * x.shape[1] * k
+
+
+def _has_taps(module: nn.Module) -> bool:
+    if isinstance(module, ECAVariant):
+        return module.conv2 is None
+    return isinstance(module, ECALayer | ECANS)
 
 
 def _band(module: Any, x: Tensor, y: Tensor) -> int:
@@ -156,7 +162,9 @@ def count_flops(
 
         return hook
 
-    found = [(module, rules.of(module)) for module in model.modules()]
+    # A layer's own rule has its taps, whether or not their convolution is called.
+    inner = {id(part) for m in model.modules() if _has_taps(m) for part in m.children()}
+    found = [(module, rules.of(module)) for module in model.modules() if id(module) not in inner]
     handles = [
         module.register_forward_hook(add(rule)) for module, rule in found if rule is not None
     ]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from eca_fused.backend import check_backend
 from eca_fused.checks import check_channels, check_kernel_size, check_padding_mode
-from eca_fused.convolutions import Called, by_calling, plain_taps
+from eca_fused.convolutions import by_calling, plain_taps
 from eca_fused.functional import eca, eca_, plain
 from eca_fused.torch_state import child, is_scripting
 
@@ -67,6 +67,8 @@ class ECALayer(nn.Module):
 
     # TorchScript leaves out what they exclude: with fused=False, the compiled operators.
     __constants__ = ("fused", "overwrites")
+    # Of the submodule with the taps: convert() leaves it the name that it has.
+    taps_name = "conv"
 
     def __init__(
         self,
@@ -101,10 +103,11 @@ class ECALayer(nn.Module):
         if is_scripting():
             weight = self.conv.weight
         else:
-            taps = plain_taps(child(self, "conv"), False, True)
+            conv = child(self, self.taps_name)
+            taps = plain_taps(conv, False, True)
             if taps is None:
                 backend = self.backend if self.fused else "reference"
-                return by_calling(x, self.conv, self.padding_mode, backend, self.overwrites)
+                return by_calling(x, conv, self.padding_mode, backend, self.overwrites)
             weight = taps
         if not self.fused:
             return plain(x, weight, self.padding_mode, self.overwrites)
@@ -113,14 +116,22 @@ class ECALayer(nn.Module):
         return eca(x, weight, padding_mode=self.padding_mode, backend=self.backend)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script compiles in its place."""
-        if plain_taps(self.conv, False, True) is not None:
-            return self
-        return Called(self.conv, self.padding_mode, self.overwrites)
+        """Asked by torch.jit.script, which would take `conv.weight` for all there is.
+
+        Not for something else to compile in its place: torch would put that into the model.
+        """
+        if self.taps_name != "conv" or plain_taps(self.conv, False, True) is None:
+            raise RuntimeError(
+                f"expected a convolution without hooks, bias or dilation, named conv, got "
+                f"{self.taps_name}, {child(self, self.taps_name)}; call torch.jit.trace instead, "
+                "or eca_fused.revert() before torch.jit.script"
+            )
+        return self
 
     def extra_repr(self) -> str:
+        k = child(self, self.taps_name).kernel_size[0]
         return (
-            f"kernel_size={self.conv.kernel_size[0]}, padding_mode={self.padding_mode!r}, "
+            f"kernel_size={k}, padding_mode={self.padding_mode!r}, "
             f"fused={self.fused}, backend={self.backend!r}, inplace={self.overwrites}"
         )
 

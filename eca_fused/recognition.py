@@ -15,7 +15,7 @@ from eca_fused.checks import PADDING_MODES
 from eca_fused.layers import ECALayer
 from eca_fused.torch_state import without_modes
 
-__all__ = ["NotPlainECA", "check_class", "looks_like_eca", "padding_mode"]
+__all__ = ["NotPlainECA", "check_class", "looks_like_eca", "padding_mode", "taps_name"]
 
 # Where timm has its modules, and had them once; it need not be installed.
 TIMM = ("timm.layers.eca", "timm.models.layers.eca")
@@ -160,27 +160,44 @@ def _could_be_a_gate(module: nn.Module) -> bool:
     return type(module) not in POOLS and not isinstance(module, nn.Conv1d)
 
 
+def taps_name(module: nn.Module) -> str:
+    """The name of the submodule with the taps: "conv" if there is such a one, else the first.
+
+    Raises:
+        NotPlainECA: there is none.
+    """
+    children = dict(module.named_children())
+    names = [name for name, m in children.items() if isinstance(m, nn.Conv1d) and _one_channel(m)]
+    if isinstance(children.get("conv"), nn.Conv1d):
+        return "conv"
+    if not names:
+        raise NotPlainECA("has no Conv1d of one channel among its modules, for the taps")
+    return names[0]
+
+
 def _check_parts(module: nn.Module) -> None:
-    conv = getattr(module, "conv", None)
-    if not isinstance(conv, nn.Conv1d):
-        raise NotPlainECA("has no Conv1d under the name conv, where ECALayer has its taps")
-    hooked = [name for name, part in module.named_modules() if _has_hooks(name, part)]
+    taps = taps_name(module)
+    conv: Any = getattr(module, taps)
+    inside = f"{taps}."
+    hooked = [
+        name
+        for name, part in module.named_modules()
+        if name and name != taps and not name.startswith(inside) and _has_hooks(part)
+    ]
     if hooked:
-        raise NotPlainECA(
-            f"has hooks on {', '.join(hooked)}, which the fused layer would not call; "
-            "torch.nn.utils.weight_norm and prune are such hooks, parametrizations are not"
-        )
-    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
-    taps = ("conv.weight", "conv.parametrizations.weight.")
+        raise NotPlainECA(f"has hooks on {', '.join(hooked)}, which the fused layer would not call")
     own = [
         f"{name} ({type(part).__name__})"
         for name, part in module.named_modules()
-        if name and name != "conv" and not name.startswith("conv.")
+        if name and name != taps and not name.startswith(inside)
         if type(part).__module__.partition(".")[0] not in LIBRARIES
     ]
     if own:
         raise NotPlainECA(f"has {', '.join(own)}, which the fused layer would not call")
-    others = [name for name, _ in tensors if name != taps[0] and not name.startswith(taps[1])]
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    # Those of a weight that is made of others, by a hook or a parametrization, are taps too.
+    others = [name for name, _ in tensors if not name.startswith(f"{inside}weight")]
+    others = [name for name in others if not name.startswith(f"{inside}parametrizations.weight.")]
     if others:
         raise NotPlainECA(f"has {', '.join(others)} besides its taps")
     if type(conv) is not nn.Conv1d and not parametrize.is_parametrized(conv):
@@ -189,17 +206,14 @@ def _check_parts(module: nn.Module) -> None:
         raise NotPlainECA(f"its convolution is not of one channel and an odd kernel size: {conv}")
 
 
-def _has_hooks(name: str, part: nn.Module) -> bool:
-    """Hooks of the module itself stay, and those of parametrizations are still called."""
-    if not name or name.startswith("conv.parametrizations"):
-        return False
+def _has_hooks(part: nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return "forward" in vars(part) or any(vars(part)[kind] for kind in kinds)
 
 
 def _arguments(module: Any, dims: int) -> tuple[Tensor, Tensor, Tensor]:
     """x (2, C, *spatial), taps (1, 1, k) and dy (2, C, *spatial) of the trial, random."""
-    k = module.conv.kernel_size[0]
+    k = getattr(module, taps_name(module)).kernel_size[0]
     g = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -213,22 +227,24 @@ def _arguments(module: Any, dims: int) -> tuple[Tensor, Tensor, Tensor]:
 def _results(module: Any, dims: int, training: bool) -> tuple[Tensor, ...]:
     """y, dx and dw of a module's own forward on the arguments of the trial."""
     x, taps, dy = _arguments(module, dims)
+    place = taps_name(module)
+    theirs = getattr(module, place)
     conv = nn.Conv1d(
         1,
         1,
-        module.conv.kernel_size,
-        stride=module.conv.stride,
-        padding=module.conv.padding,
-        dilation=module.conv.dilation,
+        theirs.kernel_size,
+        stride=theirs.stride,
+        padding=theirs.padding,
+        dilation=theirs.dilation,
         bias=False,
-        padding_mode=module.conv.padding_mode,
+        padding_mode=theirs.padding_mode,
         device="meta",  # draws no random numbers
     )
     conv.weight = nn.Parameter(taps)
     try:
-        parts = {name: copy.deepcopy(m) for name, m in module._modules.items() if name != "conv"}
+        parts = {name: copy.deepcopy(m) for name, m in module._modules.items() if name != place}
         twin = copy.copy(module)
-        vars(twin)["_modules"] = {**parts, "conv": conv}
+        vars(twin)["_modules"] = {**parts, place: conv}
         twin.train(training)
         # The twin shares all else with the module, which may fill a list as it runs.
         attributes = {n: v for n, v in vars(twin).items() if n != "_modules"}

@@ -4,6 +4,7 @@ import collections
 import copy
 import io
 import pickle
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -560,11 +561,6 @@ def with_a_scale(self: Any) -> None:
     self.scale = nn.Parameter(torch.zeros(1))
 
 
-def with_another_name(self: Any) -> None:
-    self.conv1d = self.conv
-    del self.conv
-
-
 LEFT = {
     "residual": (lambda: parts(lambda m, x: x + plain(m, x)), "computes something else than sig"),
     "other gate": (
@@ -617,24 +613,15 @@ LEFT = {
     "bias": (lambda: parts(plain, bias=True), "has conv.bias besides its taps"),
     "even": (lambda: parts(plain, k=4), "not of one channel and an odd kernel size"),
     "scale": (lambda: changed(with_a_scale, parts(plain)), "has scale besides its taps"),
-    "name": (lambda: changed(with_another_name, parts(plain)), "no Conv1d under the name conv"),
     "methods": (lambda: WithMethods(8), "its class has gate_of of its own, which ECALayer lacks"),
     "subclass": (lambda: Logging(8), "its class has forward of its own"),
     "our subclass": (
         lambda: type("Mine", (ECALayer,), {"forward": plain})(8, fused=False),
         "its class has forward of its own",
     ),
-    "hook": (
-        lambda: changed(lambda m: m.conv.register_forward_hook(print), eca_layer(8)),
-        "has hooks on conv, which the fused layer would not call",
-    ),
     "hook on the gate": (
         lambda: changed(lambda m: m.sigmoid.register_full_backward_hook(print), eca_layer(8)),
         "has hooks on sigmoid",
-    ),
-    "pruning": (
-        lambda: changed(lambda m: prune.l1_unstructured(m.conv, "weight", 1), eca_layer(8)),
-        "has hooks on conv",
     ),
     "instance": (
         lambda: changed(lambda m: setattr(m, "forward", lambda x: x), eca_layer(8)),
@@ -722,3 +709,68 @@ def test_report() -> None:
         "layer4.0.eca",
         "  fused before: last",
     ]
+
+
+# ---- taps under other names, and convolutions that are called ----
+
+
+class Named(nn.Module):
+    """ECA as copies of the authors' code have it, its convolution under another name."""
+
+    def __init__(self, name: str, functional: bool = False) -> None:
+        super().__init__()
+        if not functional:
+            self.pool = nn.AdaptiveAvgPool2d(1)
+        setattr(self, name, nn.Conv1d(1, 1, 3, padding=1, bias=False))
+        self.name, self.functional = name, functional
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = nn.functional.adaptive_avg_pool2d(x, 1) if self.functional else self.pool(x)
+        rows = getattr(self, self.name)(mean.squeeze(-1).transpose(-1, -2))
+        return x * torch.sigmoid(rows.transpose(-1, -2).unsqueeze(-1))
+
+
+@pytest.mark.parametrize("name", ["conv1", "conv1d", "fc", "k_conv"])
+@pytest.mark.parametrize("functional", [False, True])
+def test_taps_under_another_name(name: str, functional: bool) -> None:
+    module = Named(name, functional)
+    model, x = nn.Sequential(module, eca_layer(8)), torch.randn(2, 8, 5, 5)
+    state, want = model.state_dict(), model(x)
+    report = convert(model)
+    assert report.converted == {"0": "Named", "1": "eca_layer"}
+    assert type(module) is ECALayer
+    assert list(model.state_dict()) == list(state)
+    for run in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(run(x), want)
+    if sys.version_info < (3, 14):  # TorchScript needs an older one
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), want)
+        with pytest.raises(RuntimeError, match=r"named conv, .*revert\(\) before torch"):
+            torch.jit.script(model)
+    model(x).sum().backward()
+    assert getattr(module, name).weight.grad is not None
+    assert "kernel_size=3" in repr(module)
+    assert revert(model) == 2
+    assert type(module) is Named
+    torch.testing.assert_close(model(x), want)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.conv.register_forward_hook(lambda _, __, y: y + 1),
+        lambda m: m.conv.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
+        lambda m: prune.l1_unstructured(m.conv, "weight", 1),
+        lambda m: nn.utils.weight_norm(m.conv),
+        lambda m: nn.utils.parametrizations.weight_norm(m.conv),
+    ],
+    ids=["hook", "hook before", "prune", "weight_norm, old", "weight_norm, new"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_convolution_that_has_to_be_called_is(change: Any) -> None:
+    model, x = eca_layer(8), torch.randn(2, 8, 5, 5)
+    change(model)
+    want = model(x)
+    assert convert(model).converted == {"": "eca_layer"}
+    torch.testing.assert_close(model(x), want)
+    revert(model)
+    torch.testing.assert_close(model(x), want)

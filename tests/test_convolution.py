@@ -169,19 +169,18 @@ def test_taps_in_float32_under_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("mode", ["script", "trace", "compile"])
 @needs_extension
 def test_compiled_and_scripted(name: str, mode: str) -> None:
-    if mode == "script" and name != "a bias":
-        with pytest.raises((RuntimeError, AttributeError)):  # TorchScript compiles no such hook
-            torch.jit.script(made(name))
+    if mode == "script":
+        layer = made(name)
+        with pytest.raises(RuntimeError, match=r"without hooks.*call torch\.jit\.trace instead"):
+            torch.jit.script(nn.Sequential(layer))
         return
     layer = made(name).eval()
     x = torch.randn(2, C, 5, 4)
     want = by_hand(layer, x)
     if mode == "compile":
         run = torch.compile(layer, backend="eager", fullgraph=name != "prune")
-    elif mode == "trace":
-        run = torch.jit.trace(layer, x)
     else:
-        run = torch.jit.script(layer)
+        run = torch.jit.trace(layer, x)
     with torch.no_grad():
         torch.testing.assert_close(run(x), want)
 
@@ -218,7 +217,9 @@ def test_gradients_of_each_sample_by_hooks() -> None:
 @pytest.mark.parametrize(
     ("conv", "wrong"),
     [
-        (nn.Conv1d(1, 1, 3), r"to return \(2, 1, 8\).*got \(2, 1, 6\)"),
+        (nn.Conv1d(1, 1, 5, padding=1), r"to return \(2, 1, 8\).*got \(2, 1, 6\)"),
+        (nn.Conv1d(1, 1, 3, padding=2), r"to return \(2, 1, 8\).*got \(2, 1, 10\)"),
+        (nn.Conv1d(1, 1, 3, stride=2, padding=1), r"to return \(2, 1, 8\).*got \(2, 1, 4\)"),
         (nn.Conv1d(1, 2, 3, padding=1), r"got \(2, 2, 8\).*one channel in and out"),
     ],
 )
@@ -263,6 +264,13 @@ def test_bands(name: str, padding_mode: str, fused: bool, kind: type[ECANS]) -> 
         theirs = gradients(lambda x: band_by_hand(layer, x), layer, x)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_no_script_of_a_band_with_a_hook() -> None:
+    layer = ECANS(C)
+    layer.conv.register_forward_hook(shifted)
+    with pytest.raises(RuntimeError, match=r"without hooks or bias.*torch\.jit\.trace"):
+        torch.jit.script(layer)
 
 
 @pytest.mark.parametrize("padding_mode", MODES)

@@ -114,6 +114,15 @@ class BandAttention(ChannelAttention):
         """Whether taps() is all there is to the gate: no hooks and no module in between."""
         return True
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Asked by torch.jit.script, which would take the taps for all there is."""
+        if not self.has_taps():
+            raise RuntimeError(
+                "expected a convolution without hooks or bias for torch.jit.script, got "
+                f"{type(self).__name__} with one that has them; call torch.jit.trace instead"
+            )
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.width())
         # TorchScript compiles both sides of an "and".
