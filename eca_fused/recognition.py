@@ -26,6 +26,7 @@ POOLS: dict[type[nn.Module], int] = {  # with the spatial dimensions of their ma
     nn.AdaptiveAvgPool3d: 3,
 }
 SPATIAL = (4, 3, 2)  # of the maps of the trial, as many as the module pools
+MOST_CHANNELS = 130  # of them
 # Whose modules have no code of a user's, which the fused layer would not run.
 LIBRARIES = ("torch", "timm")
 # What a class has of its own without doing more than its forward.
@@ -219,7 +220,9 @@ def _arguments(module: Any, dims: int) -> tuple[Tensor, Tensor, Tensor]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64, device="cpu")
 
-    shape = (2, 2 * k + 2, *SPATIAL[:dims])
+    # So many that every tap reaches some, but for taps that no network has: the time of the trial
+    # is that of channels times taps.
+    shape = (2, min(2 * k + 2, MOST_CHANNELS), *SPATIAL[:dims])
     channels = normal(*shape[:2]).reshape(shape[:2] + (1,) * (len(shape) - 2))
     return normal(*shape) + channels, normal(1, 1, k), normal(*shape)
 

@@ -774,3 +774,21 @@ def test_a_convolution_that_has_to_be_called_is(change: Any) -> None:
     torch.testing.assert_close(model(x), want)
     revert(model)
     torch.testing.assert_close(model(x), want)
+
+
+@pytest.mark.parametrize("k", [1, 3, 63, 65, 255, 2001])
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_the_trial_does_not_grow_with_the_taps(k: int, padding_mode: str) -> None:
+    seen = []
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        seen.append(x.shape[1])
+        return eca_fused.reference.eca(x, self.conv.weight, padding_mode=padding_mode)
+
+    module = parts(forward, k=k)
+    report = convert(module)
+    assert max(seen) <= 130
+    assert max(seen) >= min(k, 130)
+    if (padding_mode, k) != ("circular", 2001):  # which ECA refuses with so few channels
+        assert list(report.converted) == [""]
+        assert module.padding_mode == (padding_mode if k > 1 else "zeros")
