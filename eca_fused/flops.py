@@ -48,8 +48,6 @@ FORMULAS = {
     "inference": _forward,
     "inference_": _forward,
     "inference_into": _forward,
-    "_inference_": _forward,
-    "_inference_into": _forward,
     "backward": _backward,
 }
 
@@ -60,9 +58,10 @@ def register(prefix: str) -> None:
     Importing the counter imports Triton, which takes 0.24 s, five times as long as eca_fused after
     torch: so this waits until somebody else imports it.
     """
-    of_native = ("_inference_", "_inference_into")
-    names = [name for name in FORMULAS if not prefix or name not in of_native]
-    operators = {getattr(torch.ops.eca_fused, prefix + name): FORMULAS[name] for name in names}
+    formulas = {prefix + name: formula for name, formula in FORMULAS.items()}
+    # Those that the writing operators call: see writing.py.
+    formulas |= {f"_{prefix}{name}": FORMULAS[name] for name in ("inference_", "inference_into")}
+    operators = {getattr(torch.ops.eca_fused, name): f for name, f in formulas.items()}
     if MODULE in sys.modules:
         _add(sys.modules[MODULE], operators)
     else:
