@@ -53,12 +53,12 @@ prepare() {
   "$2" -m venv "$1/env" || return
   pip=("$1/env/bin/python" -m pip --disable-pip-version-check install -q)
   case $3 in
-    default) torch=torch ;;
-    newest) torch='torch --upgrade' ;;
-    *) torch="torch==$3" ;;
+    default) spec=torch ;;
+    newest) spec='torch --upgrade' ;;
+    *) spec="torch==$3" ;;
   esac
   # shellcheck disable=SC2086  # "torch --upgrade" is two words
-  "${pip[@]}" --upgrade pip && "${pip[@]}" $torch || return
+  "${pip[@]}" --upgrade pip && "${pip[@]}" $spec || return
   "$1/env/bin/python" -c 'from importlib.metadata import version as v
 print("torch==" + v("torch"))' >"$1/constraints.txt" || return
   [ "$4" = - ] || echo "$4" >>"$1/constraints.txt"
