@@ -233,9 +233,7 @@ def eca(
         if not tensors and has_torch_function((x, weight)):  # such as a proxy of torch.fx
             modes: dict[str, Any] = {"padding_mode": padding_mode, "backend": backend}
             return handle_torch_function(eca, (x, weight), x, weight, **modes)
-        if is_tracing():
-            return quietly(_in_reference, x, weight, padding_mode)  # type: ignore[no-any-return]
-        return _in_reference(x, weight, padding_mode)
+        return quietly(_in_reference, x, weight, padding_mode)  # type: ignore[no-any-return]
     if transformed():
         return transformed_eca(x, weight, padding_mode, kernels)
     if padding_mode not in PADDING_MODES:

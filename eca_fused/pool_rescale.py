@@ -136,10 +136,7 @@ def pool(x: Tensor, *, backend: str = "auto") -> Tensor:
         return handle_torch_function(pool, (x,), x, backend=backend)
     kernels = _kernels(x, backend) if isinstance(x, Tensor) else None
     if kernels is None:
-        if is_tracing():
-            quietly(check_x, x)
-        else:
-            check_x(x)
+        quietly(check_x, x)
         return reference.pool(x)
     if is_tracing():
         return _scripted("pool")(x, named(backend))  # type: ignore[no-any-return]
@@ -183,10 +180,7 @@ def rescale(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
         return handle_torch_function(rescale, (x, gate), x, gate, backend=backend)
     kernels = _kernels(x, backend) if tensors else None
     if kernels is None:
-        if is_tracing():
-            quietly(check_gate, x, gate)
-        else:
-            check_gate(x, gate)
+        quietly(check_gate, x, gate)
         return reference.rescale(x, gate)
     if is_tracing():
         return _scripted("rescale")(x, gate, named(backend))  # type: ignore[no-any-return]

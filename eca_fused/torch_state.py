@@ -87,6 +87,8 @@ is_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def quietly(function: Callable[..., Any], *args: Any) -> Any:
     """Call it without a trace's warnings that it has the numbers of channels and taps for fixed."""
+    if not is_tracing():
+        return function(*args)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TracerWarning)
         return function(*args)
