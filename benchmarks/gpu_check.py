@@ -339,7 +339,7 @@ class Run:
 
 def loads(python_path: Path = ROOT) -> bool:
     """Whether the extension with CUDA kernels loads."""
-    ask = "import sys, eca_fused.native as n; sys.exit('cuda' not in n.devices)"
+    ask = "import sys, eca_fused.ops.native as n; sys.exit('cuda' not in n.devices)"
     env = {**os.environ, "PYTHONPATH": str(python_path)}
     return subprocess.run([sys.executable, "-c", ask], cwd=ROOT, env=env).returncode == 0
 

@@ -121,7 +121,7 @@ def small(device: str, backend: str) -> int:
     wrong = 0
     cpu: Any = torch.ops.eca_fused
     if backend == "triton":
-        from eca_fused import triton_kernels
+        from eca_fused.ops import triton as triton_kernels
 
         ops: Any = triton_kernels
     else:

@@ -20,8 +20,8 @@ from devices import Device, DryRun, Recording
 from options import recycles_heap
 
 import eca_fused
-from eca_fused.demo.environment import commit, cpu_model
-from eca_fused.demo.measure import Spread
+from eca_fused.cli.common.environment import commit, cpu_model
+from eca_fused.cli.common.measure import Spread
 
 WARM_UP_ROUNDS = 2
 T = TypeVar("T")

@@ -38,8 +38,9 @@ from options import INTERRUPTED, add_options, chosen_options, positive, prepare
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from eca_fused import ECALayer, native
+from eca_fused import ECALayer
 from eca_fused.models import mobilenetv2, resnet, set_fused
+from eca_fused.ops import native
 
 PASSES = ("inference", "training step")
 MODES = ("eager", "compiled")

@@ -8,13 +8,12 @@ torch.Size([8, 256, 56, 56])
 
 from eca_fused import reference
 from eca_fused._version import __version__
-from eca_fused.backend import Backend, backends, use_backend
-from eca_fused.checkpoints import CheckpointError, load_checkpoint
-from eca_fused.conversion import Conversion, convert, revert
+from eca_fused.conversion import CheckpointError, Conversion, convert, load_checkpoint, revert
 from eca_fused.functional import ECAFunction, eca, eca_
-from eca_fused.layers import ECALayer, kernel_size
-from eca_fused.planning import Plan, plan
-from eca_fused.pool_rescale import pool, rescale
+from eca_fused.functional.pool_rescale import pool, rescale
+from eca_fused.layer import ECALayer, kernel_size
+from eca_fused.ops.backend import Backend, backends, use_backend
+from eca_fused.ops.cuda_plan import Plan, plan
 
 __all__ = [
     "Backend",

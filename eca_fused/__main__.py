@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 # The module of each command has main(argv) -> exit status, and is imported only when it runs.
 COMMANDS = {
-    "run": "eca_fused.demo.command",
-    "gates": "eca_fused.gates_command",
-    "plan": "eca_fused.plan_command",
-    "tables": "eca_fused.tables_command",
+    "run": "eca_fused.cli.demo.command",
+    "gates": "eca_fused.cli.gates.command",
+    "plan": "eca_fused.cli.plan",
+    "tables": "eca_fused.cli.tables.command",
 }
 # What shells give for a program that SIGPIPE and SIGINT end.
 READER_GONE = 141

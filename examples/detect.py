@@ -24,10 +24,10 @@ from torch.optim.lr_scheduler import OneCycleLR
 from training.options import natural, positive, rate
 
 from eca_fused.attention import METHODS
-from eca_fused.demo.command import PACKAGES_MISSING, missing_packages
-from eca_fused.demo.console import Progress
-from eca_fused.demo.photographs import Photograph, load_photographs
-from eca_fused.published import TITLES
+from eca_fused.cli.common.console import Progress
+from eca_fused.cli.common.photographs import Photograph, load_photographs
+from eca_fused.cli.demo.command import PACKAGES_MISSING, missing_packages
+from eca_fused.cli.tables.published import TITLES
 
 DEPTHS = (18, 34, 50, 101, 152)
 SHOWN = 4  # scenes that are not trained on

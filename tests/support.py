@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import eca_fused
-from eca_fused import native, reference
+from eca_fused import reference
+from eca_fused.ops import native
 
 needs_extension = pytest.mark.skipif(
     native.missing is not None, reason="needs the compiled extension: run `make build`"

@@ -10,8 +10,8 @@ import torch
 from support import needs_extension
 
 import eca_fused
-from eca_fused import backend as backend_module
-from eca_fused import native
+from eca_fused.ops import backend as backend_module
+from eca_fused.ops import native
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -161,13 +161,13 @@ def test_environment_sets_the_default():
     code = (
         "import torch, eca_fused\n"
         "x, w = torch.randn(2, 4, 3, 3), torch.randn(1, 1, 3)\n"
-        "from eca_fused.backend import select\n"
+        "from eca_fused.ops.backend import select\n"
         "print(select(x, 'auto'))\n"
     )
     assert python(code, ECA_FUSED_BACKEND="reference").stdout.strip() == "None"
     if native.missing is None:
-        assert "eca_fused.native" in python(code, ECA_FUSED_BACKEND="native").stdout
-        assert "eca_fused.native" in python(code, ECA_FUSED_BACKEND="").stdout
+        assert "eca_fused.ops.native" in python(code, ECA_FUSED_BACKEND="native").stdout
+        assert "eca_fused.ops.native" in python(code, ECA_FUSED_BACKEND="").stdout
     failed = python(code, ECA_FUSED_BACKEND="fast")
     assert failed.returncode == 1
     assert (

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import eca_fused
-from eca_fused import CheckpointError, ECALayer, architectures, load_checkpoint, models
+from eca_fused import CheckpointError, ECALayer, load_checkpoint, models
+from eca_fused.conversion import architectures
 from eca_fused.models import BasicBlock, MobileNetV2, ResNet
 
 State = dict[str, Tensor]

@@ -23,7 +23,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import eca_fused
-from eca_fused import ECALayer, compiled, decomposed, native
+from eca_fused import ECALayer
+from eca_fused.functional import compiled
+from eca_fused.ops import graph as decomposed
+from eca_fused.ops import native
 
 VIEWS = {
     "batch slice": lambda t: t[1:],

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import eca_fused
-from eca_fused import ECALayer, convert, recognition, revert
+from eca_fused import ECALayer, convert, revert
+from eca_fused.conversion import recognise as recognition
 from eca_fused.models import Bottleneck, ResNet
 
 Results = tuple[Tensor, ...]

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import eca_fused
 from eca_fused.attention import ECANS, ECAVariant, SEVar2
-from eca_fused.convolutions import plain_taps
+from eca_fused.functional.convolution import plain_taps
 
 C = 8
 

@@ -25,7 +25,7 @@ from support import (
 from torch import Tensor
 
 import eca_fused
-from eca_fused import native
+from eca_fused.ops import native
 
 if "cuda" not in native.devices:
     reason = "needs the CUDA kernels: make build ECA_FUSED_CUDA=1"

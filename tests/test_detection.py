@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eca_fused import attention
-from eca_fused.counting import count_parameters
-from eca_fused.demo.photographs import Photograph
+from eca_fused.cli.common.photographs import Photograph
+from eca_fused.cli.tables.count import count_parameters
 from eca_fused.models import resnet, set_fused
 
 ROOT = Path(__file__).parent.parent

@@ -14,9 +14,10 @@ from support import LAYOUTS, MODES, assert_as_accurate, make_case, name_of, need
 from torch import nn
 
 import eca_fused
-from eca_fused import ECALayer, native
+from eca_fused import ECALayer
 from eca_fused.attention import ECANS, SE
 from eca_fused.models import BasicBlock, ResNet
+from eca_fused.ops import native
 
 try:
     import onnxruntime

@@ -11,7 +11,7 @@ import torch
 from support import BACKENDS, DEVICE, Case, assert_as_accurate, run, shifted
 
 import eca_fused
-from eca_fused.layout import output_strides
+from eca_fused.ops.results import output_strides
 
 
 def random_view(rng: random.Random, shape: list[int], dtype: torch.dtype) -> torch.Tensor:

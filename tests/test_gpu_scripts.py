@@ -23,7 +23,7 @@ import tune  # noqa: E402
 
 
 @needs_extension
-@pytest.mark.skipif("cuda" not in eca_fused.native.devices, reason="needs a build with CUDA")
+@pytest.mark.skipif("cuda" not in eca_fused.ops.native.devices, reason="needs a build with CUDA")
 def test_tuning_times_plans_and_marks_the_planners_choice(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tune, "GROUPS", (1, 2))
     path = tmp_path / "tune.json"
@@ -208,7 +208,7 @@ def test_every_test_file_of_the_gpu_check_exists():
 
 
 @needs_extension
-@pytest.mark.skipif("cuda" not in eca_fused.native.devices, reason="needs a build with CUDA")
+@pytest.mark.skipif("cuda" not in eca_fused.ops.native.devices, reason="needs a build with CUDA")
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git, which knows what would travel")
 @pytest.mark.parametrize("plan", ["first", "second", "third"])
 def test_rehearsal_from_what_would_travel(plan, tmp_path):

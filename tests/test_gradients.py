@@ -6,9 +6,9 @@ from support import BACKENDS, LAYOUTS, MODES, make_case, needs_extension, plain
 from torch.autograd import gradcheck, gradgradcheck
 
 import eca_fused
-from eca_fused import native
-from eca_fused.double_backward import plain_backward
+from eca_fused.autograd.derivatives import plain_backward
 from eca_fused.functional import ECAFunction
+from eca_fused.ops import native
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 

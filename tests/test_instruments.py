@@ -11,8 +11,8 @@ from support import BACKENDS, DEVICE, MODES, make_case, needs_extension
 from torch.utils.flop_counter import FlopCounterMode
 
 import eca_fused
-from eca_fused import native
-from eca_fused.backend import select
+from eca_fused.ops import native
+from eca_fused.ops.backend import select
 
 SHAPE, K = (3, 40, 5, 4), 5
 CONVOLUTION = 2 * 3 * 40 * 5  # multiplications and additions, over samples, channels and taps
@@ -105,7 +105,7 @@ def test_importing_does_not_import_the_counter_or_triton():
 def test_every_operator_has_a_formula(prefix, direction):
     if prefix:
         pytest.importorskip("triton", reason="needs Triton: pip install triton")
-        importlib.import_module("eca_fused.triton_kernels")
+        importlib.import_module("eca_fused.ops.triton")
     elif native.missing is not None:
         pytest.skip("needs the compiled extension: run `make build`")
     assert getattr(torch.ops.eca_fused, prefix + direction) in FlopCounterMode().flop_registry
@@ -118,7 +118,7 @@ def test_the_profiler_names_the_operators(backend):
     with torch.profiler.profile(record_shapes=True) as profile:
         eca_fused.eca(x, case.weight, backend=backend).backward(case.dy)
     shapes = {event.key: event.input_shapes for event in profile.key_averages(True)}
-    prefix = "" if select(x, backend).__name__ == "eca_fused.native" else "triton_"
+    prefix = "" if select(x, backend).__name__ == "eca_fused.ops.native" else "triton_"
     assert shapes[f"eca_fused::{prefix}forward"][:2] == [list(SHAPE), [1, 1, K]]
     assert shapes[f"eca_fused::{prefix}backward"][:3] == [list(SHAPE), list(SHAPE), [1, 1, K]]
     assert any("ECAFunctionBackward" in name for name in shapes)

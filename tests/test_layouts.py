@@ -19,7 +19,7 @@ from support import (
 from torch.profiler import ProfilerActivity, profile
 
 import eca_fused
-from eca_fused.layout import output_strides
+from eca_fused.ops.results import output_strides
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 

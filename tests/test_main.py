@@ -17,13 +17,14 @@ from support import needs_extension
 from torch import Tensor
 
 import eca_fused
-from eca_fused import native
 from eca_fused.__main__ import main
-from eca_fused.demo import command, console, environment, network, photographs, timing
-from eca_fused.demo.check import check_layers, check_network
-from eca_fused.demo.comparison import Check, Comparison, TopFive
-from eca_fused.demo.main_job import Settings, run
-from eca_fused.demo.measure import Contender, Spread, interleave, ratio
+from eca_fused.cli.common import console, environment, photographs
+from eca_fused.cli.common.measure import Contender, Spread, interleave, ratio
+from eca_fused.cli.demo import command, network, timing
+from eca_fused.cli.demo.check import check_layers, check_network
+from eca_fused.cli.demo.comparison import Check, Comparison, TopFive
+from eca_fused.cli.demo.main_job import Settings, run
+from eca_fused.ops import native
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 )
 
 import eca_fused
-from eca_fused.backend import select
+from eca_fused.ops.backend import select
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 

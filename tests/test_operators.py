@@ -11,7 +11,7 @@ from support import DEVICE, DTYPES, LAYOUTS, in_layout, make_case, name_of, need
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import eca_fused
-from eca_fused import native
+from eca_fused.ops import native
 
 pytestmark = needs_extension
 ops = torch.ops.eca_fused

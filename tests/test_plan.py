@@ -14,8 +14,11 @@ import torch
 from support import DTYPES, LAYOUTS, grid, name_of, needs_extension
 
 import eca_fused
-from eca_fused import kernel_size, native, plan_command, planning
+from eca_fused import kernel_size
 from eca_fused.__main__ import main
+from eca_fused.cli import plan as plan_command
+from eca_fused.ops import cuda_plan as planning
+from eca_fused.ops import native
 
 pytestmark = needs_extension
 

@@ -28,9 +28,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import eca_fused
-from eca_fused import attention, native, pool_rescale
-from eca_fused.backend import select
-from eca_fused.layout import output_strides
+from eca_fused import attention
+from eca_fused.functional import pool_rescale
+from eca_fused.ops import native
+from eca_fused.ops.backend import select
+from eca_fused.ops.results import output_strides
 
 NAMES = [*BACKENDS, "reference"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

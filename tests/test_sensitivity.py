@@ -4,8 +4,8 @@ import pytest
 import torch
 from support import Case, assert_as_accurate, make_case, needs_extension, run
 
-from eca_fused import native
 from eca_fused.functional import ECAFunction
+from eca_fused.ops import native
 
 pytestmark = needs_extension
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eca_fused import attention, published, tables_command
+from eca_fused import attention
 from eca_fused.__main__ import main
-from eca_fused.counting import MMDETECTION, count_flops, count_parameters
+from eca_fused.cli.tables import command as tables_command
+from eca_fused.cli.tables import published
+from eca_fused.cli.tables.count import MMDETECTION, count_flops, count_parameters
 from eca_fused.models import ResNet, mobilenetv2, resnet
 
 needs_thop = "thop's own count is compared: pip install thop"

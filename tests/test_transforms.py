@@ -27,8 +27,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import eca_fused
-from eca_fused import backend as backend_module
-from eca_fused.backend import select
+from eca_fused.ops import backend as backend_module
+from eca_fused.ops.backend import select
 
 pytestmark = [
     pytest.mark.parametrize("backend", BACKENDS),

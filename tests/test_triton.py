@@ -13,8 +13,8 @@ import test_layouts
 import torch
 from support import LAYOUTS, in_layout, name_of
 
-from eca_fused import backend as backend_module
-from eca_fused import native
+from eca_fused.ops import backend as backend_module
+from eca_fused.ops import native
 
 pytest.importorskip("triton", reason="needs Triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -75,11 +75,11 @@ def test_the_interpreter_makes_it_usable_on_the_cpu():
         "x, w = torch.randn(2, 4, 3), torch.randn(1, 1, 3)\n"
         "y = eca_fused.eca(x, w)\n"
         "torch.testing.assert_close(y, eca_fused.reference.eca(x, w))\n"
-        "from eca_fused.backend import select\n"
+        "from eca_fused.ops.backend import select\n"
         "print(select(x, 'auto').__name__, eca_fused.backends()['triton'])"
     )
     done = python(code, TRITON_INTERPRET="1", ECA_FUSED_BACKEND="triton")
-    assert done.stdout.startswith("eca_fused.triton_kernels usable: its interpreter"), done.stderr
+    assert done.stdout.startswith("eca_fused.ops.triton usable: its interpreter"), done.stderr
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_auto_falls_to_triton_and_says_why_once(monkeypatch, no_warning_yet):
     monkeypatch.setattr(native, "missing", None)
     monkeypatch.setattr(backend_module, "_triton_missing", lambda: None)
     kernels, message = chosen_on_gpu()
-    assert kernels.__name__ == "eca_fused.triton_kernels"
+    assert kernels.__name__ == "eca_fused.ops.triton"
     assert message == (
         "eca_fused runs its Triton kernels on cuda: "
         "the extension was compiled without kernels for cuda"
@@ -115,7 +115,7 @@ def test_auto_falls_to_triton_on_another_architecture(monkeypatch, no_warning_ye
     monkeypatch.setattr(native, "unsupported", lambda device: "compiled for 9.0, this one has 8.0")
     monkeypatch.setattr(backend_module, "_triton_missing", lambda: None)
     kernels, message = chosen_on_gpu()
-    assert kernels.__name__ == "eca_fused.triton_kernels"
+    assert kernels.__name__ == "eca_fused.ops.triton"
     assert "this one has 8.0" in message
 
 
@@ -153,7 +153,7 @@ def test_architectures_that_run(capability, compiled, runs):
 
 
 def shape_of(samples, channels, side, k=5, planes=True, itemsize=2):
-    from eca_fused.triton_kernels.plan import Shape
+    from eca_fused.ops.triton.plan import Shape
 
     return Shape(samples, channels, side * side, k, planes, itemsize)
 
@@ -163,7 +163,7 @@ def shape_of(samples, channels, side, k=5, planes=True, itemsize=2):
 )
 @pytest.mark.parametrize("maps", [1, 2])
 def test_planes_of_a_resnet_stay_in_registers_whatever_the_batch(channels, side, maps):
-    from eca_fused.triton_kernels import plan
+    from eca_fused.ops.triton import plan
 
     tiles = {plan.resident(shape_of(n, channels, side), maps) for n in (128, 256, 1000)}
     assert len(tiles) == 1
@@ -173,7 +173,7 @@ def test_planes_of_a_resnet_stay_in_registers_whatever_the_batch(channels, side,
 
 
 def test_large_planes_take_two_passes():
-    from eca_fused.triton_kernels import plan
+    from eca_fused.ops.triton import plan
 
     for planes in (True, False):
         shape = shape_of(32, 64, 224, planes=planes)
@@ -189,7 +189,7 @@ def test_large_planes_take_two_passes():
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("view", test_layouts.VIEWS)
 def test_views_are_read_in_place(view, layout):
-    from eca_fused.triton_kernels.maps import in_planes, readable, rows
+    from eca_fused.ops.triton.maps import in_planes, readable, rows
 
     x = test_layouts.VIEWS[view](in_layout(torch.randn(5, 12, 6, 7), layout))
     planes = in_planes(x)
@@ -211,7 +211,7 @@ def test_tracing_sees_the_kernels_and_the_strides(layout):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from eca_fused.triton_kernels import launch
+    from eca_fused.ops.triton import launch
 
     with FakeTensorMode():
         x = in_layout(torch.empty(8, 64, 14, 14, device="meta"), layout).to("meta")
@@ -246,7 +246,7 @@ SHAPES = [
 def test_compiles_without_spills(shape, k, dtype, layout, architecture, tmp_path, monkeypatch):
     from triton_aot import recorded
 
-    from eca_fused.triton_kernels import launch
+    from eca_fused.ops.triton import launch
 
     x = torch.empty(shape, dtype=dtype, device="meta")
     if layout == "channels_last":
@@ -283,7 +283,7 @@ def check_code(launches, architecture, folder, whole_lines):
 def test_pooling_and_rescaling_compile_without_spills(layout, tmp_path, monkeypatch):
     from triton_aot import recorded
 
-    from eca_fused.triton_kernels import launch
+    from eca_fused.ops.triton import launch
 
     x = in_layout(torch.empty(32, 256, 56, 56, dtype=torch.bfloat16, device="meta"), layout)
     half = torch.empty(32, 256, dtype=torch.bfloat16, device="meta")

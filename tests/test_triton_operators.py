@@ -14,7 +14,7 @@ if DEVICE not in (_status.devices or ()):
         allow_module_level=True,
     )
 
-from eca_fused.triton_kernels import launch, plan, tuning  # noqa: E402
+from eca_fused.ops.triton import launch, plan, tuning  # noqa: E402
 
 ops = torch.ops.eca_fused
 

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from eca_fused.triton_kernels import launch
+from eca_fused.ops.triton import launch
 
 POINTERS = {
     torch.float32: "*fp32",

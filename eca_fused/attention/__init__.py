@@ -19,8 +19,8 @@ from eca_fused.attention.base import BandAttention, ChannelAttention, pool, resc
 from eca_fused.attention.channel import ECANS, SE, SEGroups, SEVar1, SEVar2
 from eca_fused.attention.comparators import CBAM, GSoP
 from eca_fused.attention.variant import ECAVariant
-from eca_fused.checks import check_channels
-from eca_fused.layers import ECALayer
+from eca_fused.layer import ECALayer
+from eca_fused.ops.checks import check_channels
 
 __all__ = [
     "CBAM",

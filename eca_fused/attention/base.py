@@ -4,10 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from eca_fused import reference
-from eca_fused.backend import check_backend
-from eca_fused.checks import check_channels, check_map, check_padding_mode
 from eca_fused.functional import eca, plain
-from eca_fused.pool_rescale import (
+from eca_fused.functional.pool_rescale import (
     linked_pool,
     linked_rescale,
     plain_pool,
@@ -15,6 +13,8 @@ from eca_fused.pool_rescale import (
     pool,
     rescale,
 )
+from eca_fused.ops.backend import check_backend
+from eca_fused.ops.checks import check_channels, check_map, check_padding_mode
 from eca_fused.torch_state import is_scripting
 
 __all__ = ["BandAttention", "ChannelAttention", "pool", "rescale"]

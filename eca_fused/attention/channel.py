@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from eca_fused.attention.base import BandAttention, ChannelAttention
-from eca_fused.checks import check_kernel_size
-from eca_fused.convolutions import as_it_takes, plain_taps
-from eca_fused.layers import kernel_size as adaptive
+from eca_fused.functional.convolution import as_it_takes, plain_taps
+from eca_fused.layer import kernel_size as adaptive
+from eca_fused.ops.checks import check_kernel_size
 from eca_fused.reference import padded
 from eca_fused.torch_state import is_scripting
 

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from eca_fused.attention.base import ChannelAttention
-from eca_fused.checks import check_map
-from eca_fused.pool_rescale import (
+from eca_fused.functional.pool_rescale import (
     linked_pool,
     linked_rescale,
     plain_pool,
     plain_rescale,
     rescale,
 )
+from eca_fused.ops.checks import check_map
 from eca_fused.torch_state import is_scripting
 
 __all__ = ["CBAM", "GSoP"]

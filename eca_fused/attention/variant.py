@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from eca_fused import reference
 from eca_fused.attention.base import ChannelAttention
-from eca_fused.checks import check_kernel_size, check_padding_mode
-from eca_fused.layers import kernel_size as adaptive
+from eca_fused.layer import kernel_size as adaptive
+from eca_fused.ops.checks import check_kernel_size, check_padding_mode
 
 __all__ = ["ECAVariant"]
 

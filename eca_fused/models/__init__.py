@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from eca_fused import attention as methods
-from eca_fused.layers import ECALayer
+from eca_fused.layer import ECALayer
 from eca_fused.models.mobilenetv2 import InvertedResidual, MobileNetV2
 from eca_fused.models.resnet import BasicBlock, Bottleneck, ResNet
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from eca_fused import attention
-from eca_fused.checks import check_kernel_size
-from eca_fused.layers import kernel_size
+from eca_fused.layer import kernel_size
+from eca_fused.ops.checks import check_kernel_size
 
 __all__ = ["BlockAttention", "block_kernel_sizes", "conv"]
 

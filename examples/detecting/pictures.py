@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from training.results import smoothed
 
-from eca_fused.demo.pictures import BLUE, GREY, STYLE
+from eca_fused.cli.demo.pictures import BLUE, GREY, STYLE
 
 from .scenes import CLASSES, Scene
 

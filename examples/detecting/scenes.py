@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eca_fused.demo.photographs import Photograph, crop
+from eca_fused.cli.common.photographs import Photograph, crop
 
 __all__ = ["CLASSES", "SMALLEST", "Scene", "make_scene", "matched"]
 

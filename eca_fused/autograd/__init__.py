@@ -1,0 +1,1 @@
+"""How the operations are differentiated, whatever backend computes them."""

@@ -1,0 +1,252 @@
+"""ECA inside torch.func's transforms and forward-mode AD: the same kernels, a rule for each.
+
+The transforms need functions with a setup_context() and rules of their own, which cost three times
+the call of a small map; ECAFunction in functional.py is for everywhere else. vmap() folds its batch
+into the samples, so that a kernel is called as often as without it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eca_fused.autograd.derivatives import double_backward, taps_gradient
+from eca_fused.autograd.tangents import backward_tangents, forward_tangent
+from eca_fused.ops import graph as decomposed
+from eca_fused.ops.backend import warn_once
+from eca_fused.ops.checks import check
+from eca_fused.torch_state import batched, functionalized, primal, with_tangents
+
+__all__ = ["transformed_backward", "transformed_eca"]
+
+
+def transformed_eca(x: Tensor, weight: Tensor, padding_mode: str, kernels: ModuleType) -> Tensor:
+    """eca() inside transforms, on a backend's kernels. Arguments and errors as for eca().
+
+    In plain PyTorch, with a warning, are taps that vmap() batches: the kernels take one set of taps
+    for all samples. Taps of each channel's own would do for samples side by side as channels, but
+    0 * inf would carry one sample's overflow into its neighbour, and room between the samples takes
+    a copy of x, which is more traffic than plain PyTorch's forward pass.
+
+    In plain PyTorch without one, for a backend that was asked for by name too, are calls under
+    torch.compile() and func.functionalize(): neither knows the rules of such functions, and what
+    they make goes on to a compiler, which fuses plain operations.
+    """
+    check(x, weight, padding_mode)
+    if torch.compiler.is_compiling() or functionalized():
+        return decomposed.eca(x, weight, padding_mode == "circular")
+    if batched(weight):
+        warn_once("eca_fused runs in plain PyTorch for taps batched by vmap(), which is slower")
+        return decomposed.eca(x, weight, padding_mode == "circular")
+    return TransformedECA.apply(x, weight, padding_mode == "circular", kernels)[0]  # type: ignore[no-any-return]
+
+
+def transformed_backward(
+    ctx: Any, dy: Tensor, *saved: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dweight inside transforms, None where not needed; the forward pass may lie outside.
+
+    Args:
+        ctx: of ECAFunction or TransformedECA.
+        dy: (N, C, *spatial).
+        saved: x, weight, mean and gate. A checkpoint allows ctx.saved_tensors to be read once.
+    """
+    need_dx, need_dweight = ctx.needs_input_grad[:2]
+    dx, dweight = _TransformedBackward.apply(
+        dy, *saved, ctx.circular, need_dx, need_dweight, 1, ctx.kernels
+    )
+    return dx if need_dx else None, dweight[0] if need_dweight else None
+
+
+def _mode(circular: bool) -> str:
+    return "circular" if circular else "zeros"
+
+
+@contextmanager
+def _jvp_rule(saved: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the saved tensors such that an enclosing jvp() differentiates what is made of them.
+
+    Torch switches forward mode off in a rule, for all levels: jvp(jvp()) would silently lack a
+    part. With it on, the tangents of the innermost level, which are the rule's, are taken off.
+    """
+    with with_tangents():
+        yield tuple(primal(t) for t in saved)
+
+
+class TransformedECA(torch.autograd.Function):
+    """y, mean and gate of x (N, C, *spatial) and weight (1 or C, 1, k); y alone has derivatives."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, circular: bool, kernels: ModuleType
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return kernels.forward(x, weight, circular)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, weight, ctx.circular, ctx.kernels = inputs
+        _, mean, gate = output
+        ctx.mark_non_differentiable(mean, gate)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, mean, gate)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return None, None, None, None
+        return *transformed_backward(ctx, dy, *ctx.saved_tensors), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tx: Tensor | None, tweight: Tensor | None, *_: None) -> tuple[Any, ...]:
+        with _jvp_rule(ctx.saved_tensors) as (x, weight):
+            mode = _mode(ctx.circular)
+            return forward_tangent(tx, tweight, x, weight, padding_mode=mode), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        weight: Tensor,
+        circular: bool,
+        kernels: ModuleType,
+    ) -> tuple[tuple[Tensor, ...], int]:
+        size, samples = info.batch_size, _samples(in_dims[0], x)
+        results = TransformedECA.apply(_fold(size, in_dims[0], x), weight, circular, kernels)
+        return tuple(_split(size, t, samples) for t in results), 0
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """The gradients of ECA as a function of dy, x and weight, which has derivatives of its own.
+
+    dweight (groups, 1 or C, 1, k) has the taps' gradient of each of `groups` equal runs of samples:
+    vmap() folds its batch into the samples, and wants a gradient for each of them.
+    """
+
+    @staticmethod
+    def forward(
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        gate: Tensor,
+        circular: bool,
+        need_dx: bool,
+        need_dweight: bool,
+        groups: int,
+        kernels: ModuleType,
+    ) -> tuple[Tensor, Tensor]:
+        together = need_dweight and groups == 1
+        dx, dweight = kernels.backward(dy, x, weight, mean, gate, circular, need_dx, together)
+        if not need_dweight or groups == 1:
+            return dx, dweight.expand(groups, *dweight.shape)
+        dz = _gradients_of_z(dy, x, gate, kernels)
+        parts = _each(
+            lambda dz, mean: taps_gradient(dz, mean, weight, _mode(circular)),
+            _split(groups, dz),
+            _split(groups, mean),
+        )
+        return dx, parts.to(weight.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        dy, x, weight, _, _, ctx.circular, need_dx, need_dweight, ctx.groups, _ = inputs
+        ctx.needed = need_dx, need_dweight
+        ctx.mark_non_differentiable(*output[need_dx : 2 - need_dweight])  # those not needed
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(dy, x, weight)
+        ctx.save_for_forward(dy, x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor | None, ddweight: Tensor | None) -> tuple[Any, ...]:
+        need_dx, need_dweight = ctx.needed
+        dy, x, weight = ctx.saved_tensors
+        d_dy, d_x, d_weight = _each(
+            lambda ddx, ddw, dy, x: double_backward(
+                ddx, ddw, dy, x, weight, padding_mode=_mode(ctx.circular)
+            ),
+            _split(ctx.groups, ddx if need_dx else None),
+            ddweight if need_dweight else None,
+            _split(ctx.groups, dy),
+            _split(ctx.groups, x),
+        )
+        return d_dy.flatten(0, 1), d_x.flatten(0, 1), d_weight.sum(0), *(None,) * 7
+
+    @staticmethod
+    def jvp(
+        ctx: Any, tdy: Tensor | None, tx: Tensor | None, tweight: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        need_dx, need_dweight = ctx.needed
+        with _jvp_rule(ctx.saved_tensors) as (dy, x, weight):
+            tdx, tdweight = _each(
+                lambda tdy, tx, dy, x: backward_tangents(
+                    tdy, tx, tweight, dy, x, weight, padding_mode=_mode(ctx.circular)
+                ),
+                *(_split(ctx.groups, t) for t in (tdy, tx, dy, x)),
+            )
+        # flatten() has no rule for the batches of torch.autograd.functional.
+        return tdx.reshape(x.shape) if need_dx else None, tdweight if need_dweight else None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        gate: Tensor,
+        circular: bool,
+        need_dx: bool,
+        need_dweight: bool,
+        groups: int,
+        kernels: ModuleType,
+    ) -> tuple[tuple[Tensor, Tensor], int]:
+        size, samples = info.batch_size, _samples(in_dims[1], x)
+        dy, x = _fold(size, in_dims[0], dy), _fold(size, in_dims[1], x)
+        mean, gate = _fold(size, in_dims[3], mean), _fold(size, in_dims[4], gate)
+        results = _TransformedBackward.apply(
+            dy, x, weight, mean, gate, circular, need_dx, need_dweight, size * groups, kernels
+        )
+        dx, dweight = (_split(size, *r) for r in zip(results, (samples, groups), strict=True))
+        return (dx, dweight), 0
+
+
+def _samples(dim: int | None, t: Tensor) -> int:
+    """n of a batch of tensors (n, ...) in this dimension, which may be empty."""
+    return t.shape[1 if dim == 0 else 0]
+
+
+def _split(parts: int, t: Tensor | None, n: int = 0) -> Any:
+    """(parts * n, ...) to (parts, n, ...); None stays. Of no parts, the shape does not tell n."""
+    if t is None:
+        return None
+    return t.reshape(parts, t.shape[0] // parts if parts else n, *t.shape[1:])
+
+
+def _each(function: Callable[..., Any], *groups: Tensor | None) -> Any:
+    """The results of a function of each group's tensors, stacked; None stays None."""
+    return torch.vmap(function, tuple(None if t is None else 0 for t in groups))(*groups)
+
+
+def _fold(size: int, dim: int | None, t: Tensor) -> Tensor:
+    """A batch of `size` tensors (n, ...), in this dimension or all the same, to (size * n, ...)."""
+    batch = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return batch.flatten(0, 1)
+
+
+def _gradients_of_z(dy: Tensor, x: Tensor, gate: Tensor, kernels: ModuleType) -> Tensor:
+    """dz = gate (1 - gate) sum(dy x), (N, C), in one pass: there is no operator for it alone.
+
+    It is what the one tap of a channel gets as its gradient where the means are 1. The samples have
+    to lie side by side as channels for that, as taps have one gradient for all samples.
+    """
+    n, c = x.shape[:2]
+    dy, x, gate = (t.reshape(1, n * c, *t.shape[2:]) for t in (dy, x, gate))
+    taps = gate.new_zeros(n * c, 1, 1)
+    _, dz = kernels.backward(dy, x, taps, torch.ones_like(gate), gate, False, False, True)
+    return dz.reshape(n, c)  # type: ignore[no-any-return]

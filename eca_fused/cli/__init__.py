@@ -1,0 +1,1 @@
+"""The commands of `python -m eca_fused`, a file or a folder each."""

@@ -1,0 +1,168 @@
+"""Does the fused network compute what the plain one does? The answer, with its tolerances.
+
+Both are compared with float64, with the same weights and input. What is allowed is the error that
+plain PyTorch makes itself in the same dtype, plus a floor for rounding that no implementation can
+avoid. Layer by layer, each fed the same map, the floor follows from the number formats. Through the
+whole network rounding grows from block to block, so there the floor is measured: what moving every
+gate of the plain network by one unit in the last place, up or down at random, changes; twice that,
+as plain and fused may each be one unit off.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from eca_fused import reference
+from eca_fused.cli.demo.comparison import Check, Comparison, TopFive
+from eca_fused.cli.demo.network import eca_layers, hooked, moved_gates, outputs
+from eca_fused.layer import ECALayer
+from eca_fused.models import ResNet
+
+__all__ = ["check", "check_layers", "check_network"]
+
+SEED = 1
+UNITS = 8  # sum, mean, taps, sigmoid and product round about once each, forward and backward
+
+
+def error(values: Sequence[Tensor], exact: Tensor) -> float:
+    """The largest absolute difference of any of the values; NaN where there is one."""
+    return float(torch.stack([(v.double() - exact).abs().max() for v in values]).max())
+
+
+def layer_results(layer: ECALayer, x: Tensor, dy: Tensor) -> dict[str, list[Tensor]]:
+    """y (in inference and in training), dx and dw of a layer."""
+    with torch.no_grad():
+        y = layer(x)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        y_training = layer(leaf)
+        dx, dw = torch.autograd.grad(y_training, (leaf, layer.conv.weight), dy)
+    return {"y": [y, y_training.detach()], "dx": [dx], "dw": [dw]}
+
+
+def magnitudes(layer: ECALayer, x: Tensor, dy: Tensor) -> dict[str, float]:
+    """What the rounding of the sums in y, dx and dw is relative to; UNITS of it are allowed.
+
+    The terms of a sum that cancels are larger than the sum, and so are their roundings; these are
+    as often up as down, so terms count in quadrature. dw comes out of two long sums, over pixels
+    and over planes, where the roundings of a running sum make a random walk: half the square root
+    of the number of terms, in units. x and dy (N, C, H, W) are float64, like the layer.
+    """
+    planes, pixels = x.shape[0] * x.shape[1], x[0, 0].numel()
+    mean2 = x.mean((2, 3)).square().requires_grad_()  # (N, C)
+    w2 = layer.conv.weight.detach().square().requires_grad_()
+    dz2 = (dy * x).square().sum((2, 3)) / 16  # dz = a (1 - a) sum(dy x), and a (1 - a) <= 1 / 4
+    with torch.enable_grad():
+        z = reference.convolve(mean2, w2, layer.padding_mode)
+        dm2, dw2 = torch.autograd.grad(z, (mean2, w2), dz2)
+    dx = dy.abs().max() + dm2.sqrt().max() / pixels
+    walk = 1 + (math.sqrt(planes) + math.sqrt(pixels)) / 2 / UNITS
+    return {"y": float(x.abs().max()), "dx": float(dx), "dw": float(dw2.sqrt().max()) * walk}
+
+
+def compare_layer(place: str, plain: ECALayer, fused: ECALayer, x: Tensor) -> list[Comparison]:
+    """y, dx and dw of one layer, for a map x (N, C, H, W) and a random gradient of y.
+
+    The floor: half a unit in the last place of the dtype for the rounding of the result, and UNITS
+    of the dtype of the sums (float32, or float64 for float64), see magnitudes().
+    """
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED))
+    dy = torch.empty_like(x).copy_(noise)
+    layer64, x64, dy64 = copy.deepcopy(plain).double(), x.double(), dy.double()
+    exact = layer_results(layer64, x64, dy64)
+    largest = magnitudes(layer64, x64, dy64)
+    usual, ours = layer_results(plain, x, dy), layer_results(fused, x, dy)
+    half_unit = torch.finfo(x.dtype).eps / 2
+    sums = UNITS * torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    found = []
+    for name, (target, *_) in exact.items():
+        scale = float(target.abs().max()) or 1.0
+        found.append(
+            Comparison(
+                place,
+                name,
+                scale,
+                plain=error(usual[name], target) / scale,
+                fused=error(ours[name], target) / scale,
+                floor=half_unit + sums * largest[name] / scale,
+            )
+        )
+    return found
+
+
+def check_layers(plain: ResNet, fused: ResNet, x: Tensor) -> list[Comparison]:
+    """Every ECA layer, on the map that it gets in the plain network; of each stage, the worst.
+
+    Args:
+        plain, fused: the network with its ECA in either form.
+        x: (N, 3, H, W), of the dtype of the networks.
+    """
+    # Copies, because a layer called inside its own hook would run the hook again.
+    twins = [
+        (stage, copy.deepcopy(layer), fused_layer)
+        for (stage, layer), (_, fused_layer) in zip(
+            eca_layers(plain), eca_layers(fused), strict=True
+        )
+    ]
+    worst: dict[tuple[str, str], Comparison] = {}
+
+    def compare(index: int, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        stage, plain_layer, fused_layer = twins[index]
+        for found in compare_layer(f"stage {stage}", plain_layer, fused_layer, inputs[0]):
+            key = found.place, found.quantity
+            if key not in worst or found.used > worst[key].used:
+                worst[key] = found
+
+    with hooked([layer for _, layer in eca_layers(plain)], compare), torch.no_grad():
+        plain(x)
+    return list(worst.values())
+
+
+def check_network(
+    plain: ResNet, fused: ResNet, x: Tensor, names: Sequence[str]
+) -> tuple[list[Comparison], list[TopFive]]:
+    """The output of every stage, the logits, and the five best classes of each photograph.
+
+    Args:
+        plain, fused: the network with its ECA in either form.
+        x: (N, 3, H, W), of the dtype of the networks, in which the photographs alternate.
+        names: of the photographs.
+    """
+    distinct = min(len(names), x.shape[0])
+    repeat = torch.arange(x.shape[0], device=x.device) % distinct
+    exact = outputs(copy.deepcopy(plain).double(), x[:distinct].double())
+    usual, ours = outputs(plain, x), outputs(fused, x)
+    with moved_gates(plain, SEED):
+        moved = outputs(plain, x)
+    stages = []
+    for i, target in enumerate(exact):
+        scale = float(target.abs().max()) or 1.0
+        stages.append(
+            Comparison(
+                "logits" if i == len(exact) - 1 else f"stage {i + 1}",
+                "output",
+                scale,
+                plain=error([usual[i]], target[repeat]) / scale,
+                fused=error([ours[i]], target[repeat]) / scale,
+                floor=2 * error([moved[i]], usual[i].double()) / scale,
+            )
+        )
+    near = 2 * stages[-1].floor * stages[-1].scale
+    top5 = [top_five(names[i], usual[-1][i], ours[-1][i], near) for i in range(distinct)]
+    return stages, top5
+
+
+def top_five(name: str, plain: Tensor, fused: Tensor, near: float) -> TopFive:
+    """The best classes by two vectors of logits (classes,); `near` is what makes a near-tie."""
+    usual, ours = (logits.double().topk(min(5, len(logits))).indices for logits in (plain, fused))
+    gap = float((plain.double()[usual] - plain.double()[ours]).abs().max())
+    return TopFive(name, usual.tolist(), ours.tolist(), gap, near)
+
+
+def check(plain: ResNet, fused: ResNet, x: Tensor, names: Sequence[str]) -> Check:
+    """check_layers() and check_network() together."""
+    stages, top5 = check_network(plain, fused, x, names)
+    return Check(check_layers(plain, fused, x), stages, top5)

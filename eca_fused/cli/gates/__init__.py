@@ -1,0 +1,1 @@
+"""`python -m eca_fused gates`: the gates for images of different classes."""

@@ -1,0 +1,309 @@
+"""`python -m eca_fused plan`: how the CUDA kernels would run the ECA layers of known networks."""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TextIO
+
+import torch
+
+from eca_fused.cli.common.console import bold, table
+from eca_fused.layer import kernel_size
+from eca_fused.ops import native
+from eca_fused.ops.checks import DTYPES, MAX_SPATIAL_DIMS
+from eca_fused.ops.cuda_plan import Plan, gpu_limits, plan
+
+__all__ = ["main"]
+
+EXTENSION_MISSING = 3  # argparse itself ends with 2
+
+# (C, H, W) of x in the ECA layers: behind each stage of the ResNets and each block of MobileNetV2
+# at 224x224, and behind ResNet-50's at the sizes of object detection.
+MODELS: dict[str, tuple[str, list[tuple[int, ...]]]] = {
+    "resnet50": ("ResNet-50", [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]),
+    "resnet18": ("ResNet-18", [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]),
+    "mobilenetv2": (
+        "MobileNetV2",
+        [
+            (16, 112, 112),
+            (24, 56, 56),
+            (32, 28, 28),
+            (64, 14, 14),
+            (96, 14, 14),
+            (160, 7, 7),
+            (320, 7, 7),
+        ],
+    ),
+    "detection": (
+        "Detection: ResNet-50 at 1280x800, and its first stage at 1336x800",
+        [(256, 200, 320), (512, 100, 160), (1024, 50, 80), (2048, 25, 40), (256, 200, 334)],
+    ),
+    "extremes": ("Large planes, one pixel", [(64, 224, 224), (2048, 1, 1)]),
+}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+LETTERS = {"contiguous": "NCHW", "channels_last": "NHWC"}
+PASSES = ("forward", "backward")
+DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+# Peak bandwidth in GB/s that NVIDIA's datasheets give for the card whose number of multiprocessors
+# the planner takes for a capability (kGpus in csrc/plan.cpp). No copy reaches it.
+DATASHEET = {
+    75: ("T4", 320),
+    80: ("A100 80GB SXM", 2039),
+    86: ("RTX 3080 Ti", 912),
+    89: ("RTX 4090", 1008),
+    90: ("H200", 4800),
+    100: ("B200", 8000),
+    120: ("RTX 5090", 1792),
+}
+
+HEAD = [
+    *("shape", "k", "layout", "pass", "strategy", "group", "tile", "halo"),
+    *("threads", "blocks", "KiB", "per SM", "DRAM/B", "L2/B", "us"),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The plan of one call."""
+
+    model: str
+    shape: tuple[int, ...]  # (N, C, *spatial)
+    k: int
+    layout: str
+    pass_: str
+    plan: Plan
+    x_bytes: int
+    seconds: float  # modelled
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    made = argparse.ArgumentParser(
+        prog="python -m eca_fused plan",
+        description="Print how the CUDA kernels would run the ECA layers of known networks on a "
+        "GPU, and the memory traffic that this makes. All of it is modelled: nothing is run or "
+        "measured, and no GPU is needed.",
+        epilog="Exit status: 0, 2 for bad arguments, 3 if the compiled extension is missing.",
+    )
+    made.add_argument(
+        "--device",
+        default="sm_90",
+        metavar="GPU",
+        help="compute capability and number of multiprocessors as sm_90:132, or sm_90 for the "
+        "usual number; cuda or cuda:1 is a GPU of this machine (sm_90)",
+    )
+    made.add_argument("--batch", type=positive, default=32, metavar="N", help="samples (32)")
+    made.add_argument(
+        "--dtype", choices=DTYPE_NAMES, default="bfloat16", help="of the feature maps (bfloat16)"
+    )
+    made.add_argument("--layout", choices=LAYOUTS, help="this memory format alone")
+    made.add_argument("--pass", choices=PASSES, dest="pass_", help="this pass alone")
+    made.add_argument(
+        "--model",
+        choices=MODELS,
+        nargs="+",
+        metavar="MODEL",
+        help=f"the layers of these alone: {', '.join(MODELS)}",
+    )
+    made.add_argument(
+        "--shape",
+        type=shape,
+        nargs="+",
+        metavar="CxHxW",
+        help="layers of your own instead, such as 256x56x56; 0 to 3 spatial sizes",
+    )
+    made.add_argument(
+        "--bandwidth",
+        type=bandwidth,
+        metavar="GB/S",
+        help="of DRAM, for the modelled time (the datasheet's, of the usual GPU of the capability)",
+    )
+    made.add_argument("--json", action="store_true", help="one JSON document on standard output")
+    return made
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 up."""
+    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return int(text)
+
+
+def bandwidth(text: str) -> float:
+    """GB/s, finite and above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"expected GB/s above 0, such as 4800, got {text!r}")
+    return value
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """The sizes of x without the batch: 256x56x56."""
+    if not re.fullmatch(rf"[1-9][0-9]*(x[1-9][0-9]*){{0,{MAX_SPATIAL_DIMS}}}", text):
+        raise argparse.ArgumentTypeError(
+            f"expected channels and 0 to {MAX_SPATIAL_DIMS} spatial sizes from 1 up, "
+            f"such as 256x56x56, got {text!r}"
+        )
+    return tuple(map(int, text.split("x")))
+
+
+def datasheet(capability: int) -> tuple[str, float]:
+    """The card whose bandwidth is assumed for a compute capability, and that bandwidth in GB/s."""
+    return DATASHEET[max(known for known in DATASHEET if known <= capability)]
+
+
+def chosen(args: argparse.Namespace) -> list[tuple[str, list[tuple[int, ...]]]]:
+    """Titles, and the shapes under them."""
+    models = args.model or ([] if args.shape else MODELS)
+    sections = [MODELS[name] for name in dict.fromkeys(models)]
+    return [*sections, ("Your shapes", args.shape)] if args.shape else sections
+
+
+def make_rows(args: argparse.Namespace, gigabytes: float) -> list[Row]:
+    """The plans that the arguments ask for; a ValueError where the planner refuses a shape."""
+    dtype = DTYPE_NAMES[args.dtype]
+    rows = []
+    for title, shapes in chosen(args):
+        for sizes in shapes:
+            full = (args.batch, *sizes)
+            for layout in [args.layout] if args.layout else LAYOUTS:
+                for pass_ in [args.pass_] if args.pass_ else PASSES:
+                    found = plan(
+                        full,
+                        dtype,
+                        LAYOUTS[layout],
+                        device=args.device,
+                        backward=pass_ == "backward",
+                    )
+                    rows.append(
+                        Row(
+                            model=title,
+                            shape=full,
+                            k=kernel_size(sizes[0]),
+                            layout=layout,
+                            pass_=pass_,
+                            plan=found,
+                            x_bytes=math.prod(full) * dtype.itemsize,
+                            seconds=found.seconds(1e9 * gigabytes),
+                        )
+                    )
+    return rows
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table, under HEAD."""
+    p = row.plan
+    return [
+        "x".join(map(str, row.shape[1:])),
+        str(row.k),
+        LETTERS[row.layout],
+        row.pass_,
+        p.strategy if p.launches <= 2 else f"{p.strategy} x {p.launches}",
+        str(p.group) if p.exchange == "none" else f"{p.group} {p.exchange}",
+        str(p.tile),
+        str(p.halo),
+        str(p.threads),
+        str(p.blocks),
+        f"{p.shared_bytes / 1024:.1f}",
+        str(p.occupancy),
+        f"{p.dram_bytes / row.x_bytes:.2f}",
+        f"{p.l2_bytes / row.x_bytes:.2f}",
+        f"{1e6 * row.seconds:.3g}" if row.seconds < 1e-3 else f"{1e6 * row.seconds:.0f}",
+    ]
+
+
+def text(rows: Sequence[Row], where: str, source: str, stream: TextIO) -> str:
+    """What the columns mean, and the table."""
+    head, rule, *lines = table(HEAD, [cells(row) for row in rows], stream).split("\n")
+    printed = [
+        f"Modelled plans of the CUDA kernels: {where}.",
+        "",
+        "strategy: what a block keeps. In registers: R planes, F a run of planes, P columns of "
+        "pixels. In shared",
+        "  memory: A planes, B planes split over a group of blocks, D pixels split likewise. "
+        "Nothing: S pixels in",
+        "  one launch, C two passes (x 97: in 97 launches). R, F, P and S: the gradient of the "
+        "taps in a launch more.",
+        "group: blocks that share a tile, and how they exchange sums.",
+        "tile, halo: channels. blocks: of a launch. KiB: shared memory of a block. "
+        "per SM: blocks on a multiprocessor.",
+        "DRAM/B, L2/B: modelled bytes of memory traffic by B, the bytes of x.",
+        f"us: modelled, the DRAM bytes at {source}; a floor.",
+        "",
+        head,
+        rule,
+    ]
+    title = ""
+    for row, line in zip(rows, lines, strict=True):
+        if row.model != title:
+            title = row.model
+            printed += ["", bold(title, stream)] if printed[-1] != rule else [bold(title, stream)]
+        printed.append(line)
+    return "\n".join(printed)
+
+
+def document(row: Row) -> dict[str, Any]:
+    """A row for JSON, sizes in bytes and times in seconds."""
+    return {
+        "model": row.model,
+        "shape": row.shape,
+        "kernel_size": row.k,
+        "layout": row.layout,
+        "pass": row.pass_,
+        "x_bytes": row.x_bytes,
+        **asdict(row.plan),
+        "seconds": row.seconds,
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plans.
+
+    Returns:
+        The exit status: 0, or 3 if the compiled extension is missing.
+
+    Raises:
+        SystemExit: 2 for bad arguments, 0 after --help.
+    """
+    options = parser()
+    args = options.parse_args(argv)
+    if native.missing is not None:
+        print(f"error: plans need the compiled extension: {native.missing}", file=sys.stderr)
+        return EXTENSION_MISSING
+    try:
+        gpu = gpu_limits(args.device)
+    except (ValueError, RuntimeError) as error:
+        options.error(f"--device: {error}")
+    card, assumed = datasheet(gpu["capability"])
+    gigabytes = args.bandwidth or assumed
+    source = f"{gigabytes:g} GB/s" + ("" if args.bandwidth else f", assumed: datasheet of {card}")
+    try:
+        rows = make_rows(args, gigabytes)
+    except ValueError as error:
+        options.error(str(error))
+    if args.json:
+        found = {
+            "modelled": True,
+            "device": args.device,
+            "gpu": gpu,
+            "batch": args.batch,
+            "dtype": args.dtype,
+            "bandwidth": 1e9 * gigabytes,
+            "bandwidth_source": "argument" if args.bandwidth else f"assumed: datasheet of {card}",
+            "plans": [document(row) for row in rows],
+        }
+        print(json.dumps(found, indent=2, allow_nan=False))
+        return 0
+    where = (
+        f"{args.device}, {gpu['multiprocessors']} multiprocessors, batch {args.batch}, {args.dtype}"
+    )
+    print(text(rows, where, source, sys.stdout))
+    return 0

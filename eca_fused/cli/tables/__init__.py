@@ -1,0 +1,1 @@
+"""`python -m eca_fused tables`: parameters and FLOPs beside those that the poster reports."""

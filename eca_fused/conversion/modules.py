@@ -1,0 +1,182 @@
+"""convert(): other people's ECA modules into ECALayers, where they are; revert(): back again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from eca_fused.conversion import recognise as recognition
+from eca_fused.conversion.recognise import NotPlainECA
+from eca_fused.layer import ECALayer
+from eca_fused.ops.backend import check_backend
+
+__all__ = ["Conversion", "convert", "revert"]
+
+# In the __dict__ of a converted module, so that copies and pickles have it too.
+ORIGINAL = "_eca_fused_original"
+SHOWN = 4  # names in a line of a report
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What convert() did: str() is a report.
+
+    A module in several places is under the first of its names.
+
+    Args:
+        converted: class before, by the name of each module that is now a fused ECALayer.
+        left: why, by the name of each module that looks like ECA and was left as it is.
+        already_fused: names of the ECALayers that were fused before.
+    """
+
+    converted: Mapping[str, str]
+    left: Mapping[str, str]
+    already_fused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not (self.converted or self.left or self.already_fused):
+            return "no ECA modules found"
+        lines = [f"converted {len(self.converted)}, left {len(self.left)}"]
+        lines += _grouped(self.converted)
+        lines += [f"  left {line.strip()}" for line in _grouped(self.left)]
+        if self.already_fused:
+            lines.append(f"  fused before: {_listed(self.already_fused)}")
+        return "\n".join(lines)
+
+
+def convert(model: nn.Module, backend: str = "auto", inplace: bool = False) -> Conversion:
+    """Turn a model's ECA modules into fused ECALayers, in place.
+
+    Known are timm's EcaModule and CecaModule, the ECA-Net authors' eca_layer, ECALayers with
+    fused=False, and modules built as these are: global average pooling, as a module or a
+    function, a Conv1d(1, 1, k) under the name conv, and a sigmoid. Each that is not ours has its
+    forward tried against plain ECA, see recognition.padding_mode(). What computes anything else is
+    left as it is, with the reason in the report: other gates, biases and the MLP of timm's options,
+    subclasses, hooks and children of your own classes that would no longer be called, TorchScript.
+    All modules are looked at before the first is changed.
+
+    The modules stay the same objects and change their class to ECALayer, so that parameters,
+    hooks, state dict, optimizers, dtype, device, modules in several places and references from
+    elsewhere all stay as they are; the model itself may be such a module. Nothing outside of the
+    model changes. Convert before torch.compile, FSDP and torch.jit.script; DistributedDataParallel
+    and compiled models have their inner modules converted.
+
+    Args:
+        model: any module.
+        backend: of the layers, see eca().
+        inplace: of the layers, for inference: each writes its result over its input, which nothing
+            else may need.
+
+    Returns:
+        What was converted, what was left and why. Print it.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: there is no such backend.
+    """
+    _check_module(model)
+    check_backend(backend)
+    converted, left, fused = {}, {}, []
+    found = []  # all are looked at before the first is changed
+    for name, module in list(model.named_modules()):
+        if not recognition.looks_like_eca(module):
+            continue
+        if isinstance(module, ECALayer) and module.fused:
+            fused.append(name)
+            continue
+        before = _class_name(module)
+        try:
+            options = _as_eca_layer(module, backend, inplace)
+        except NotPlainECA as reason:
+            left[name] = f"{before}: {reason}"
+        else:
+            converted[name] = before
+            found.append((module, options))
+    for module, options in found:
+        own = vars(module)
+        original = (type(module), {name: own[name] for name in options if name in own})
+        module.__class__ = ECALayer
+        own.update(options)
+        own[ORIGINAL] = original
+    return Conversion(converted, left, tuple(fused))
+
+
+def revert(model: nn.Module) -> int:
+    """Undo convert(): every module has its former class again, and what it learned since.
+
+    Works on copies and on models loaded from a pickle too. Hooks and attributes that were added
+    after the conversion stay.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The number of modules.
+
+    Raises:
+        TypeError: model is no module.
+        RuntimeError: something else has changed the class of a module since; nothing is reverted.
+    """
+    _check_module(model)
+    modules = {n: m for n, m in model.named_modules() if ORIGINAL in vars(m)}
+    for name, module in modules.items():
+        if type(module) is not ECALayer:
+            raise RuntimeError(
+                f"expected {name or 'the model'} as the ECALayer that convert() made, got "
+                f"{type(module).__name__}; undo what came after the conversion first"
+            )
+    for module in modules.values():
+        cls, attributes = vars(module).pop(ORIGINAL)
+        for name in (*_options("zeros", "auto", False), "taps_name"):
+            vars(module).pop(name, None)
+        vars(module).update(attributes)
+        module.__class__ = cls
+    return len(modules)
+
+
+def _as_eca_layer(module: nn.Module, backend: str, inplace: bool) -> dict[str, Any]:
+    """The attributes with which a module becomes an ECALayer. It stays as it is.
+
+    Raises:
+        NotPlainECA: it cannot be one.
+    """
+    if isinstance(module, ECALayer):
+        recognition.check_class(module)
+        options = _options(module.padding_mode, backend, inplace or module.overwrites)
+    else:
+        options = _options(recognition.padding_mode(module), backend, inplace)
+        options["taps_name"] = recognition.taps_name(module)
+    try:
+        object.__new__(type(module)).__class__ = ECALayer
+    except TypeError as error:  # of a class with __slots__
+        raise NotPlainECA(f"its class cannot be exchanged: {error}") from error
+    return options
+
+
+def _options(padding_mode: str, backend: str, inplace: bool) -> dict[str, Any]:
+    """The attributes of an ECALayer that are no modules."""
+    return {"padding_mode": padding_mode, "fused": True, "backend": backend, "overwrites": inplace}
+
+
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected model as a torch.nn.Module, got {type(model).__name__}")
+
+
+def _class_name(module: nn.Module) -> str:
+    return str(getattr(module, "original_name", type(module).__name__))
+
+
+def _grouped(names: Mapping[str, str]) -> list[str]:
+    """A line for each value, with the names that have it."""
+    groups: dict[str, list[str]] = {}
+    for name, value in names.items():
+        groups.setdefault(value, []).append(name)
+    return [f"  {value}: {_listed(group)}" for value, group in groups.items()]
+
+
+def _listed(names: list[str] | tuple[str, ...]) -> str:
+    shown = [name or "the model itself" for name in names[:SHOWN]]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,0 +1,312 @@
+"""Which modules of other people compute ECA: told by what they compute, not by their names."""
+
+import collections
+import copy
+import inspect
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from eca_fused import reference
+from eca_fused.layer import ECALayer
+from eca_fused.ops.checks import PADDING_MODES
+from eca_fused.torch_state import without_modes
+
+__all__ = ["NotPlainECA", "check_class", "looks_like_eca", "padding_mode", "taps_name"]
+
+# Where timm has its modules, and had them once; it need not be installed.
+TIMM = ("timm.layers.eca", "timm.models.layers.eca")
+NAMES = ("EcaModule", "CecaModule", "eca_layer")
+POOLS: dict[type[nn.Module], int] = {  # with the spatial dimensions of their maps
+    nn.AdaptiveAvgPool1d: 1,
+    nn.AdaptiveAvgPool2d: 2,
+    nn.AdaptiveAvgPool3d: 3,
+}
+SPATIAL = (4, 3, 2)  # of the maps of the trial, as many as the module pools
+MOST_CHANNELS = 130  # of them
+# Whose modules have no code of a user's, which the fused layer would not run.
+LIBRARIES = ("torch", "timm")
+# What a class has of its own without doing more than its forward.
+HARMLESS = {"__init__", "forward", "extra_repr", "__repr__", "__annotate__", "__annotate_func__"}
+
+
+class NotPlainECA(Exception):
+    """A module that looks like ECA, but that ECALayer cannot stand for. The message says why."""
+
+
+def looks_like_eca(module: nn.Module) -> bool:
+    """Whether a module is ECA by its class, timm's or the authors', or by its parts.
+
+    The parts are a Conv1d of one channel and a global average pooling, both direct children; or the
+    convolution alone, with nothing else that has parameters, where the pooling is a function.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        return getattr(module, "original_name", None) in NAMES
+    if _known(type(module)) is not None:
+        return True
+    if isinstance(module, nn.Sequential):
+        return False
+    children = list(module.children())
+    convs = [m for m in children if isinstance(m, nn.Conv1d) and _one_channel(m)]
+    if not convs:
+        return False
+    others = (m for m in children if m is not convs[0])
+    return _pooled(module) is not None or all(not any(m.parameters()) for m in others)
+
+
+def padding_mode(module: nn.Module) -> str:
+    """The padding mode, "zeros" or "circular", of a module that looks like ECA.
+
+    The forward of its class runs on small maps in float64, with random taps and without its hooks,
+    and must give the output and the gradients of ECA. The taps are not the module's: zeros would
+    hide the padding. The module stays as it is, and so do torch's random numbers.
+
+    Raises:
+        NotPlainECA: it computes anything else, or has more than ECALayer would keep.
+    """
+    check_class(module)
+    _check_parts(module)
+    # Outside of modes such as FakeTensorMode, whose results have no values.
+    with without_modes(), torch.inference_mode(False), torch.enable_grad():
+        pooled = _pooled(module)
+        failures: list[NotPlainECA] = []
+        ranks = (2, 1, 3) if pooled is None else (pooled,)
+        for dims in ranks:
+            try:
+                trials = [_results(module, dims, training) for training in (False, True)]
+            except NotPlainECA as failure:
+                failures.append(failure)
+                continue
+            for mode in PADDING_MODES:
+                expected = _expected(module, dims, mode)
+                if all(_agree(got, expected) for got in trials):
+                    return mode
+        if len(failures) == len(ranks):
+            raise failures[0]
+    gates = [type(m).__name__ for m in module.children() if _could_be_a_gate(m)]
+    other = f" (its gate is {gates[0]})" if gates and gates[0] != "Sigmoid" else ""
+    raise NotPlainECA(f"computes something else than sigmoid(conv1d(mean(x))) * x{other}")
+
+
+def check_class(module: nn.Module) -> None:
+    """Raise NotPlainECA if another forward in a module's class would drop something it does."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise NotPlainECA("is compiled by TorchScript; convert the model before torch.jit.script")
+    if "forward" in vars(module):
+        raise NotPlainECA("has a forward of its own on the instance, as some wrappers give it")
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise NotPlainECA("was compiled by its compile(); convert the model before")
+    arguments = _arguments_of(type(module).forward)
+    if len(arguments) != 1 or arguments[0].startswith("*"):
+        raise NotPlainECA(f"its forward takes ({', '.join(arguments)}), not one map alone")
+    own = _own_names(type(module))
+    if own:
+        more = " and more" if len(own) > 3 else ""
+        raise NotPlainECA(
+            f"its class has {', '.join(own[:3])}{more} of its own, which ECALayer lacks"
+        )
+
+
+def _arguments_of(forward: Any) -> list[str]:
+    """The names of a forward's arguments after self; any, "*", of what is no function."""
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    if code is None:
+        return ["*"]
+    # Not its signature, which would evaluate the annotations.
+    args, varargs, varkw = inspect.getargs(code)
+    return args[1:] + [f"*{varargs}"] * bool(varargs) + [f"**{varkw}"] * bool(varkw)
+
+
+def _own_names(cls: type) -> list[str]:
+    """What a class has beyond a known class that it derives from, or beyond a forward."""
+    known = _known(cls)
+    derived = cls.__mro__[: cls.__mro__.index(known)] if known is not None else ()
+    own: list[str] = []
+    for base in cls.__mro__:
+        if base is nn.Module or (base is known and base.__name__ != "eca_layer"):
+            break
+        harmless = HARMLESS - {"forward"} if base in derived else HARMLESS
+        for name, value in vars(base).items():
+            if name not in harmless and (callable(value) or not name.startswith("__")):
+                own.append(name)
+    return own
+
+
+def _known(cls: type) -> type | None:
+    """The class of timm, of the authors or of this package that a class is or derives from."""
+    for base in cls.__mro__:
+        timms = base.__module__ in TIMM and base.__name__ in NAMES
+        if timms or base.__name__ == "eca_layer" or base is ECALayer:
+            return base
+    return None
+
+
+def _pooled(module: nn.Module) -> int | None:
+    """The number of spatial dimensions that a child of a module pools to one pixel."""
+    for child in module.children():
+        dims = POOLS.get(type(child))
+        if dims is not None and child.output_size in (1, (1,) * dims):
+            return dims
+    return None
+
+
+def _one_channel(conv: nn.Conv1d) -> bool:
+    return conv.in_channels == conv.out_channels == 1
+
+
+def _could_be_a_gate(module: nn.Module) -> bool:
+    return type(module) not in POOLS and not isinstance(module, nn.Conv1d)
+
+
+def taps_name(module: nn.Module) -> str:
+    """The name of the submodule with the taps: "conv" if there is such a one, else the first.
+
+    Raises:
+        NotPlainECA: there is none.
+    """
+    children = dict(module.named_children())
+    names = [name for name, m in children.items() if isinstance(m, nn.Conv1d) and _one_channel(m)]
+    if isinstance(children.get("conv"), nn.Conv1d):
+        return "conv"
+    if not names:
+        raise NotPlainECA("has no Conv1d of one channel among its modules, for the taps")
+    return names[0]
+
+
+def _check_parts(module: nn.Module) -> None:
+    taps = taps_name(module)
+    conv: Any = getattr(module, taps)
+    inside = f"{taps}."
+    hooked = [
+        name
+        for name, part in module.named_modules()
+        if name and name != taps and not name.startswith(inside) and _has_hooks(part)
+    ]
+    if hooked:
+        raise NotPlainECA(f"has hooks on {', '.join(hooked)}, which the fused layer would not call")
+    own = [
+        f"{name} ({type(part).__name__})"
+        for name, part in module.named_modules()
+        if name and name != taps and not name.startswith(inside)
+        if type(part).__module__.partition(".")[0] not in LIBRARIES
+    ]
+    if own:
+        raise NotPlainECA(f"has {', '.join(own)}, which the fused layer would not call")
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    # Those of a weight that is made of others, by a hook or a parametrization, are taps too.
+    others = [name for name, _ in tensors if not name.startswith(f"{inside}weight")]
+    others = [name for name in others if not name.startswith(f"{inside}parametrizations.weight.")]
+    if others:
+        raise NotPlainECA(f"has {', '.join(others)} besides its taps")
+    if type(conv) is not nn.Conv1d and not parametrize.is_parametrized(conv):
+        raise NotPlainECA(f"its convolution is a {type(conv).__name__}, not a Conv1d")
+    if not _one_channel(conv) or conv.kernel_size[0] % 2 == 0:
+        raise NotPlainECA(f"its convolution is not of one channel and an odd kernel size: {conv}")
+
+
+def _has_hooks(part: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(part) or any(vars(part)[kind] for kind in kinds)
+
+
+def _arguments(module: Any, dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x (2, C, *spatial), taps (1, 1, k) and dy (2, C, *spatial) of the trial, random."""
+    k = getattr(module, taps_name(module)).kernel_size[0]
+    g = torch.Generator("cpu").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64, device="cpu")
+
+    # So many that every tap reaches some, but for taps that no network has: the time of the trial
+    # is that of channels times taps.
+    shape = (2, min(2 * k + 2, MOST_CHANNELS), *SPATIAL[:dims])
+    channels = normal(*shape[:2]).reshape(shape[:2] + (1,) * (len(shape) - 2))
+    return normal(*shape) + channels, normal(1, 1, k), normal(*shape)
+
+
+def _results(module: Any, dims: int, training: bool) -> tuple[Tensor, ...]:
+    """y, dx and dw of a module's own forward on the arguments of the trial."""
+    x, taps, dy = _arguments(module, dims)
+    place = taps_name(module)
+    theirs = getattr(module, place)
+    conv = nn.Conv1d(
+        1,
+        1,
+        theirs.kernel_size,
+        stride=theirs.stride,
+        padding=theirs.padding,
+        dilation=theirs.dilation,
+        bias=False,
+        padding_mode=theirs.padding_mode,
+        device="meta",  # draws no random numbers
+    )
+    conv.weight = nn.Parameter(taps)
+    try:
+        parts = {name: copy.deepcopy(m) for name, m in module._modules.items() if name != place}
+        twin = copy.copy(module)
+        vars(twin)["_modules"] = {**parts, place: conv}
+        twin.train(training)
+        # The twin shares all else with the module, which may fill a list as it runs.
+        attributes = {n: v for n, v in vars(twin).items() if n != "_modules"}
+        vars(twin).update({name: _apart(value) for name, value in attributes.items()})
+        before = {name: _contents(value) for name, value in vars(twin).items()}
+        y = type(module).forward(twin, x.requires_grad_())
+        gradients = torch.autograd.grad(y, (x, conv.weight), dy)
+        conv.weight = nn.Parameter(taps.float())
+        single = type(module).forward(twin, x.detach().float())
+    except Exception as error:
+        shape = tuple(x.shape)
+        raise NotPlainECA(f"its forward fails on a map of shape {shape}: {error}") from error
+    after = {name: _contents(value) for name, value in vars(twin).items()}
+    stored = [name for name, contents in after.items() if contents != before.get(name)]
+    if stored:
+        raise NotPlainECA(f"its forward stores {', '.join(stored)}, which ECALayer does not")
+    for result, dtype in ((y, torch.float64), (single, torch.float32)):
+        if result.dtype != dtype:
+            raise NotPlainECA(f"its forward returns {result.dtype} for a map of {dtype}")
+    return y.detach(), *gradients
+
+
+def _apart(value: Any) -> Any:
+    """A container with containers of its own; what they hold in the end is shared."""
+    if not isinstance(value, dict | list | collections.deque | set | tuple):
+        return value
+    twin: Any = copy.copy(value)
+    if isinstance(value, dict):
+        twin.update({key: _apart(part) for key, part in value.items()})
+    elif isinstance(value, list | collections.deque):
+        twin.clear()
+        twin.extend(map(_apart, value))
+    elif type(value) is tuple:
+        twin = tuple(map(_apart, value))
+    return twin
+
+
+def _contents(value: Any) -> list[int]:
+    """Tells objects apart, and containers with other objects in them."""
+    if isinstance(value, dict):
+        parts: Any = itertools.chain.from_iterable(value.items())
+    elif isinstance(value, list | collections.deque | set | tuple):
+        parts = value
+    else:
+        return [id(value)]
+    return [id(value), *itertools.chain.from_iterable(map(_contents, parts))]
+
+
+def _expected(module: nn.Module, dims: int, mode: str) -> tuple[Tensor, ...]:
+    x, taps, dy = _arguments(module, dims)
+    x.requires_grad_()
+    taps.requires_grad_()
+    y = reference.eca(x, taps, padding_mode=mode)
+    return y.detach(), *torch.autograd.grad(y, (x, taps), dy)
+
+
+def _agree(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    # A forward that rounds to float32 in between is ECA too; what is not differs far more.
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+        for a, b in zip(got, expected, strict=True)
+    )

@@ -1,0 +1,123 @@
+"""Whether a layer's convolution is what its taps say, and the attention that calls it where not.
+
+The kernels take the taps alone. Hooks, a wrapper such as LoRA's, a bias, a dilation, weights that
+are made in a hook (spectral norm, pruning) or that live elsewhere until it runs (sharded or
+offloaded): all of them count only where the convolution is called.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from eca_fused.functional.pool_rescale import linked_pool, linked_rescale
+from eca_fused.torch_state import has_hooks, is_tracing, own_parameters
+
+__all__ = ["as_it_takes", "by_calling", "plain_taps"]
+
+
+def plain_taps(conv: Any, own: bool, padded: bool) -> Tensor | None:
+    """The taps of a convolution that does no more than they say; None where it must be called.
+
+    Args:
+        conv: a layer's convolution, or what has been put in its place.
+        own: taps of each channel's own, in as many groups; else shared ones.
+        padded: it may keep the length; else it has no padding.
+
+    Returns:
+        Its weight, plain or parametrized.
+    """
+    kind = type(conv)
+    # torch makes a class of its own for a module with parametrizations.
+    if kind is not nn.Conv1d and not (kind.__bases__ == (nn.Conv1d,) and is_parametrized(conv)):
+        return None
+    if (
+        has_hooks(conv)
+        or "forward" in conv.__dict__  # as of accelerate's offloading
+        or not (own or conv.groups == 1)
+        or not conv.in_channels == conv.out_channels == conv.groups
+        or conv.stride != (1,)
+        or conv.dilation != (1,)
+        or conv.padding_mode != "zeros"
+    ):
+        return None
+    if conv.padding != (0,) and not (padded and conv.padding == (conv.kernel_size[0] // 2,)):
+        return None
+    if kind is nn.Conv1d:
+        parameters = own_parameters(conv)
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+    else:
+        weight, bias = conv.weight, conv.bias
+    if weight is None or bias is not None or hasattr(weight, "__tensor_flatten__"):
+        return None
+    return weight  # type: ignore[no-any-return]
+
+
+def as_it_takes(conv: nn.Module, mean: Tensor) -> Tensor:
+    """The means in the dtype of its weights, which may stay in float32 under a half precision x."""
+    for t in (getattr(conv, "weight", None), *conv.parameters()):
+        if isinstance(t, Tensor) and t.is_floating_point():
+            return mean.to(t.dtype)
+    return mean
+
+
+def _pads(conv: Any) -> bool:
+    """Whether a convolution is without padding of its own, as that of timm's CecaModule."""
+    return getattr(conv, "padding", None) in ((0,), 0) and getattr(conv, "kernel_size", 1) != (1,)
+
+
+def _around(mean: Tensor, padding_mode: str, pads: bool) -> Tensor:
+    """The means (N, C) as (N, 1, L): as they are, or with as many around as any tap reaches."""
+    if padding_mode == "circular":
+        return torch.cat([mean, mean, mean], 1).unsqueeze(1)
+    if pads:
+        zeros = torch.zeros_like(mean)
+        return torch.cat([zeros, mean, zeros], 1).unsqueeze(1)
+    return mean.unsqueeze(1)
+
+
+def _own(rows: Tensor, channels: int) -> Tensor:
+    """What is made of _around(), (N, 1, L'), without what lies around: (N, C)."""
+    return rows.squeeze(1).narrow(1, (rows.shape[2] - channels) // 2, channels)
+
+
+def _rows(conv: nn.Module, mean: Tensor, padding_mode: str) -> Tensor:
+    given = _around(as_it_takes(conv, mean), padding_mode, _pads(conv))
+    found = conv(given)
+    channels = mean.shape[1]
+    if not is_tracing():
+        lost = given.shape[2] - found.shape[2] if found.dim() == 3 else -1
+        if (
+            found.shape[:2] != given.shape[:2]
+            or lost % 2
+            or not 0 <= lost <= given.shape[2] - channels
+        ):
+            raise ValueError(
+                f"expected the layer's convolution, {type(conv).__name__}, to return "
+                f"{tuple(given.shape)} for that shape, got {tuple(found.shape)}; give it one "
+                "channel in and out, stride 1 and padding that keeps the length"
+            )
+    return _own(found, channels)
+
+
+def by_calling(
+    x: Tensor, conv: nn.Module, padding_mode: str, backend: str, inplace: bool
+) -> Tensor:
+    """Attention whose gate is what a convolution makes of the means: two passes over x, not one.
+
+    Args: as of ECALayer.
+
+    Raises:
+        RuntimeError: inplace, where a gradient would need the x that is overwritten.
+        ValueError: the convolution does not keep the length, or makes more than one channel.
+    """
+    mean, token = linked_pool(x, backend)
+    gate = torch.sigmoid(_rows(conv, mean, padding_mode))
+    if inplace and torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad):
+        raise RuntimeError(
+            "in-place ECA would overwrite the x that a gradient needs; "
+            "use inplace=False, or torch.no_grad() for inference"
+        )
+    y = linked_rescale(x, gate, token, backend)
+    return x.copy_(y) if inplace else y

@@ -1,0 +1,223 @@
+"""Which kernels run: the backends, their choice, and a warning where it is not the expected one."""
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from eca_fused.ops import native
+from eca_fused.torch_state import is_exporting
+
+__all__ = ["Backend", "backends", "use_backend"]
+
+NAMES = ("auto", "native", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Whether a backend can be used here; true in a condition if so.
+
+    Attributes:
+        usable: It can be used, at least on one kind of device.
+        detail: What it runs on, or the reason why it cannot be used.
+        devices: The types of device it runs on; None for any.
+    """
+
+    usable: bool
+    detail: str
+    devices: frozenset[str] | None = None
+
+    def __bool__(self) -> bool:
+        return self.usable
+
+    def __str__(self) -> str:
+        return ("usable: " if self.usable else "not usable: ") + self.detail
+
+
+def backends() -> dict[str, Backend]:
+    """The backends by name, each with its `usable` and a `detail` that gives the reason if not."""
+    reason = _triton_missing()
+    where = _triton_devices() if reason is None else frozenset()
+    on = "its interpreter, on any device: slow, for tests" if "cpu" in where else "GPUs"
+    return {
+        "native": Backend(
+            native.missing is None, native.missing or native.description, native.devices
+        ),
+        "triton": Backend(reason is None, reason or on, where),
+        "reference": Backend(True, "plain PyTorch, any device"),
+    }
+
+
+def check_backend(name: str, what: str = "backend") -> str:
+    """Return name, or raise ValueError where it names no backend."""
+    if name not in NAMES:
+        raise ValueError(f"expected {what} as one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    """Why there is no Triton that can run, or None. The first call imports it."""
+    try:
+        import triton
+    except Exception as error:  # a broken installation may fail in any way
+        return (
+            f"Triton could not be imported ({type(error).__name__}: {error}); "
+            "install it with `pip install triton`"
+        )
+    try:
+        if not triton.knobs.runtime.interpret:
+            triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"Triton finds no driver of a GPU ({type(error).__name__}: {error})"
+    try:
+        _triton_devices()
+    except Exception as error:
+        return (
+            f"the kernels do not fit Triton {triton.__version__} "
+            f"({type(error).__name__}: {error}); install the one that belongs to your torch"
+        )
+    return None
+
+
+def _triton_devices() -> frozenset[str]:
+    from eca_fused.ops import triton as triton_kernels
+
+    return triton_kernels.devices
+
+
+def _triton_unsupported(kind: str) -> str | None:
+    """Why the Triton kernels cannot run on this type of device, or None."""
+    reason = _triton_missing()
+    if reason is None and kind not in _triton_devices() | {"meta"}:
+        reason = f"the Triton kernels do not run on {kind}"
+        if kind == "cpu":
+            reason += ", but for tests in Triton's interpreter: set TRITON_INTERPRET=1"
+    return reason
+
+
+# torch.compile cannot trace imports that fail: with this mark it calls the function as it traces.
+_triton_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# Process-wide, like torch.backends' flags. Read here, as torch.compile would compile again after a
+# first call that sets it; checked when it is used, as an import must not fail.
+_default = os.environ.get("ECA_FUSED_BACKEND") or "auto"  # empty is as if it were not set
+
+
+def named(backend: str) -> str:
+    """The backend that a name stands for: what use_backend() chose, for "auto"."""
+    return _default if backend == "auto" else backend
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Make `name` what backend="auto" means inside a with block, in all threads.
+
+    What torch.jit.trace() or torch.export() makes keeps what "auto" meant in the meantime; of this,
+    torch.jit.script() sees nothing.
+
+    Args:
+        name: "auto", "native", "triton" or "reference".
+
+    Raises:
+        ValueError: unknown name.
+    """
+    global _default
+    before, _default = _default, check_backend(name)
+    try:
+        yield
+    finally:
+        _default = before
+
+
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """Warn, the first time this process has this message, of the line that called eca_fused."""
+    if message in _warned:
+        return
+    _warned.add(message)
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "eca_fused",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+# torch.compile cannot trace a warning: with this mark it calls the function while it traces.
+warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def select(x: Tensor, backend: str) -> ModuleType | None:
+    """The module with the kernels for x, or None for plain PyTorch.
+
+    "auto" takes the best that works, and warns once where that is not the native one. It never
+    takes Triton on the CPU, where only the interpreter runs it.
+
+    Raises:
+        ValueError: unknown backend.
+        RuntimeError: the backend was asked for by name and cannot run for x; says why.
+    """
+    source = "the argument"
+    if backend == "auto":
+        source, backend = "use_backend() or ECA_FUSED_BACKEND", _default
+    kind = "cpu" if x.is_cpu else x.device.type  # device.type takes three times as long
+    if (
+        kind in native.devices
+        and backend in ("auto", "native")
+        and (kind == "cpu" or native.unsupported(x.device) is None)
+    ):
+        if is_dynamo_compiling() and backend == "auto" and kind == "cpu" and not is_exporting():
+            return _for_the_compiler()
+        return native
+    if backend == "reference":
+        return None
+    what = "backend" if source == "the argument" else "ECA_FUSED_BACKEND"
+    triton = check_backend(backend, what) == "triton"
+    if kind == "meta" and native.missing is None and not triton:
+        return native
+    reason = _triton_unsupported(kind) if triton else native.unsupported(x.device)
+    if triton and reason is None:
+        return _triton_kernels()
+    if backend == "auto":
+        if kind == "cpu":
+            instead = None
+        elif (instead := _triton_unsupported(kind)) is None:
+            warn_once(f"eca_fused runs its Triton kernels on {kind}: {reason}")
+            return _triton_kernels()
+        why = reason if instead is None else f"{reason}; {instead}"
+        warn_once(f"eca_fused runs in plain PyTorch on {kind}, which is slower: {why}")
+        return None
+    raise RuntimeError(
+        f"backend {backend!r}, which {source} asked for, cannot be used: {reason}; "
+        "let it be 'auto', which takes the best that works"
+    )
+
+
+def is_for_the_compiler(kernels: ModuleType) -> bool:
+    """Whether these are the plain operations that torch.compile merges with their neighbours."""
+    # By its name, as it cannot be imported without the extension.
+    return kernels.__name__ == "eca_fused.functional.compiled"
+
+
+def _for_the_compiler() -> ModuleType:
+    from eca_fused.functional import compiled
+
+    return compiled
+
+
+def _triton_kernels() -> ModuleType:
+    from eca_fused.ops import triton as triton_kernels
+
+    return triton_kernels

@@ -1,0 +1,280 @@
+"""plan(): how the CUDA kernels would run a call, and what that moves. Needs no GPU."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from eca_fused.layer import kernel_size as adaptive_kernel_size
+from eca_fused.ops import native
+from eca_fused.ops.checks import DTYPES, MAX_SPATIAL_DIMS, check_kernel_size, check_padding_mode
+
+if TYPE_CHECKING:
+    from eca_fused._C import Gpu
+
+__all__ = ["Plan", "gpu_limits", "plan"]
+
+# The planner counts in 64 bits; no GPU holds as much as this.
+MOST_BYTES = 2**42
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the CUDA kernels run one call on one GPU; made by plan().
+
+    The strategies, by what a block keeps on chip between the sums and the rescaling. In registers:
+
+    - "R": whole planes (contiguous) of a tile of channels and of its halo, a team of threads each.
+    - "F": the run of a tile's planes, where they do not begin at multiples of 16 bytes.
+    - "P": columns of 16 bytes of channels by all pixels (channels_last), and one more on each side.
+    - "K": a part of a sample's pixels (channels_last), in shared memory too; the blocks of a sample
+      add up their sums.
+
+    In shared memory, for what those cannot hold:
+
+    - "A": whole planes of a tile of channels and of its halo, one block each.
+    - "B": the same, split over a group of blocks that exchange their sums.
+    - "D": the pixels of a tile of channels, split over a group likewise.
+
+    Nothing:
+
+    - "S": pixels; blocks that sum and blocks that rescale in one launch, the second out of L2.
+    - "C": two passes over a few samples at a time, the second out of the L2 cache if they fit into
+      half of it.
+
+    Attributes:
+        strategy: one of these letters.
+        exchange: How the blocks of a group tell each other their sums: "none" (groups of one),
+            "cluster" (distributed shared memory) or "global" (memory).
+        vectors: Rows begin at multiples of 16 bytes and are read by vectors of 16 bytes.
+        tile: Channels that a group of blocks stores; for C, a number that is not used.
+        halo: Channels held on either side of a tile for the taps that reach there; 0 where a tile
+            is all channels.
+        tiles: Tiles in a sample.
+        group: Blocks that share a tile.
+        chunk: Samples in one pair of passes of C, or in a group of S; the batch, for the others.
+        parts: Parts of a plane (contiguous) or of a sample's pixels (channels_last) that different
+            warps or blocks sum, for C, K and S; 1 for the others.
+        threads: Threads in a block.
+        depth: Vectors of 16 bytes in a thread's registers, for R, F, P, K and S; 0 for the others.
+        spare: More such vectors, in shared memory, for K; 0 for the others.
+        blocks: Blocks in a launch.
+        launches: Kernel launches in the call: R, F, P, K and S make dweight in one of its own.
+        shared_bytes: Shared memory of a block, in bytes.
+        occupancy: Blocks that fit on a multiprocessor at a time.
+        workspace_bytes: Bytes of temporary GPU memory.
+        map_bytes: Bytes of the feature maps, each once: x and y, or dy, x and dx.
+        dram_bytes: Modelled: bytes read from and written to DRAM.
+        l2_bytes: Modelled: bytes asked of the L2 cache, with halos and second passes.
+    """
+
+    strategy: str
+    exchange: str
+    vectors: bool
+    tile: int
+    halo: int
+    tiles: int
+    group: int
+    chunk: int
+    parts: int
+    threads: int
+    depth: int
+    spare: int
+    blocks: int
+    launches: int
+    shared_bytes: int
+    occupancy: int
+    workspace_bytes: int
+    map_bytes: int
+    dram_bytes: int
+    l2_bytes: int
+
+    @property
+    def dram_ratio(self) -> float:
+        """Modelled DRAM bytes by those of the feature maps: 1 at best; NaN for empty maps."""
+        return self.dram_bytes / self.map_bytes if self.map_bytes else math.nan
+
+    @property
+    def l2_ratio(self) -> float:
+        """Modelled L2 bytes by those of the feature maps: 1 at best; NaN for empty maps."""
+        return self.l2_bytes / self.map_bytes if self.map_bytes else math.nan
+
+    def seconds(self, bandwidth: float) -> float:
+        """Modelled time in seconds: the DRAM bytes by a bandwidth.
+
+        A floor by bytes, not a measurement: launches, barriers and multiprocessors that have
+        nothing to do come on top, and only maps that lie in the L2 cache already can be faster.
+
+        Args:
+            bandwidth: of DRAM, in bytes per second.
+
+        Raises:
+            ValueError: bandwidth is not a finite number above 0.
+        """
+        if not (math.isfinite(bandwidth) and bandwidth > 0):
+            raise ValueError(
+                f"expected bandwidth in bytes per second, finite and above 0, got {bandwidth}; "
+                "4.8e12 is 4.8 TB/s"
+            )
+        return self.dram_bytes / bandwidth
+
+
+def plan(
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    *,
+    device: str | torch.device = "sm_90",
+    backward: bool = False,
+    kernel_size: int | None = None,
+    own_taps: bool = False,
+    padding_mode: str = "zeros",
+) -> Plan:
+    """How the CUDA kernels would run eca() on a GPU, and what that moves through its memory.
+
+    For maps as PyTorch allocates them: dense, and the result in memory of its own. A slice, or a
+    result written over x, may get another plan. Nothing is run, and no GPU is needed.
+
+    >>> import torch, eca_fused
+    >>> found = eca_fused.plan((32, 256, 56, 56), torch.bfloat16, backward=True, device="sm_90:132")
+    >>> found.launches, round(found.dram_ratio, 2)
+    (2, 1.0)
+
+    Args:
+        shape: of x, (N, C, *spatial) with 0 to 3 spatial dimensions.
+        dtype: of x and of the taps: float32, float64, float16 or bfloat16.
+        memory_format: torch.contiguous_format, or torch.channels_last (channels_last_3d) for
+            channels innermost, whatever the number of spatial dimensions.
+        device: a GPU by compute capability and number of multiprocessors as "sm_90:132", or
+            "sm_90" for the usual number; or a CUDA device of this machine, as "cuda", "cuda:1" or
+            a torch.device.
+        backward: plan the backward pass instead of the forward pass.
+        kernel_size: k, odd, from 1 up; None is ECALayer's rule for C channels.
+        own_taps: taps of each channel's own, (C, 1, k), instead of shared ones.
+        padding_mode: "zeros" or "circular".
+
+    Returns:
+        The plan, with the modelled traffic.
+
+    Raises:
+        TypeError: an argument has the wrong type, or x an unsupported dtype.
+        ValueError: a bad shape, memory format, kernel size, padding mode or name of a GPU.
+        RuntimeError: the compiled extension is missing, or this machine has no such CUDA device.
+    """
+    samples, channels, *spatial = _checked_shape(shape)
+    if dtype not in DTYPES:
+        raise TypeError(
+            f"expected dtype as torch.float32, float64, float16 or bfloat16, got {dtype!r}"
+        )
+    channels_inside = _channels_inside(memory_format)
+    check_padding_mode(padding_mode)
+    k = adaptive_kernel_size(channels) if kernel_size is None else kernel_size
+    check_kernel_size(k)
+    if padding_mode == "circular" and k // 2 > channels:
+        raise ValueError(
+            f"circular padding would wrap around more than once: k = {k} needs {k // 2} channels "
+            f"or more, the shape has {channels}; use fewer taps or padding_mode='zeros'"
+        )
+    pixels = math.prod(spatial)
+    elements = max(samples * channels * max(pixels, 1), k * (channels if own_taps else 1))
+    if elements * dtype.itemsize > MOST_BYTES:
+        raise ValueError(
+            f"expected maps and taps of at most {MOST_BYTES >> 40} TiB, more than any GPU holds, "
+            f"got shape {tuple(shape)} and k = {k}; use a smaller batch"
+        )
+    gpu = gpu_limits(device)
+    from eca_fused import _C
+
+    entries: dict[str, Any] = dict(
+        _C.plan(
+            backward=bool(backward),
+            dtype=str(dtype).removeprefix("torch."),
+            # The operators' rule: one pixel makes a row of channels, one channel a plane.
+            channels_last=pixels == 1 or (channels_inside and channels > 1),
+            samples=samples,
+            channels=channels,
+            pixels=pixels,
+            kernel_size=k,
+            own_taps=bool(own_taps),
+            circular=padding_mode == "circular",
+            aligned=True,
+            in_place=False,
+            gpu=gpu,
+        )
+    )
+    return Plan(**{field.name: entries[field.name] for field in fields(Plan)})
+
+
+def gpu_limits(device: str | torch.device) -> "Gpu":
+    """What the planner knows of a GPU: one by name, or a CUDA device of this machine.
+
+    Raises:
+        TypeError: device is neither a string nor a torch.device.
+        ValueError: it names no GPU, or one that is too old.
+        RuntimeError: the compiled extension is missing, or this machine has no such CUDA device.
+    """
+    if not isinstance(device, str | torch.device):
+        raise TypeError(f"expected device as a str or torch.device, got {device!r}")
+    if native.missing is not None:
+        raise RuntimeError(f"plans are made by the compiled extension: {native.missing}")
+    from eca_fused import _C
+
+    name = str(device)
+    if re.fullmatch(r"sm_\d{1,4}(:\d{1,6})?", name):
+        return _C.gpu_by_name(name)
+    if not re.fullmatch(r"cuda(:\d{1,4})?", name):
+        raise ValueError(
+            "expected device as a GPU by compute capability and number of multiprocessors, "
+            "'sm_90' or 'sm_90:132', or as a CUDA device of this machine, 'cuda' or 'cuda:1', "
+            f"got {name!r}"
+        )
+    if "cuda" not in native.devices:
+        raise RuntimeError(
+            f"the limits of {name!r} are asked for by the CUDA kernels, which this build of the "
+            "extension lacks; name the GPU instead, as 'sm_90:132'"
+        )
+    count = torch.cuda.device_count()
+    index = int(name[5:]) if ":" in name else torch.cuda.current_device() if count else 0
+    if index >= count:
+        there = f"only {count}" if count else "none"
+        raise RuntimeError(
+            f"expected a CUDA device of this machine, got {name!r}, and PyTorch finds {there}; "
+            "name a GPU instead, as 'sm_90:132'"
+        )
+    return _C.gpu_of_device(index)
+
+
+def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape as a tuple, or a TypeError or ValueError."""
+    try:
+        sizes = tuple(shape)
+    except TypeError:
+        raise TypeError(f"expected shape as (N, C, *spatial), got {shape!r}") from None
+    if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
+        raise TypeError(f"expected shape as (N, C, *spatial) of ints, got {shape!r}")
+    if not 2 <= len(sizes) <= 2 + MAX_SPATIAL_DIMS:
+        raise ValueError(
+            f"expected shape as (N, C, *spatial) with 0 to {MAX_SPATIAL_DIMS} spatial dimensions, "
+            f"got {sizes}"
+        )
+    if min(sizes) < 0 or 0 in sizes[:2]:
+        raise ValueError(
+            "expected a shape with N and C from 1 up and spatial sizes from 0 up, "
+            f"got {sizes}: without samples or channels no kernel runs"
+        )
+    return sizes
+
+
+def _channels_inside(memory_format: torch.memory_format) -> bool:
+    """Whether a memory format has the channels innermost; a TypeError or ValueError for others."""
+    if not isinstance(memory_format, torch.memory_format):
+        raise TypeError(f"expected memory_format as a torch.memory_format, got {memory_format!r}")
+    if memory_format == torch.preserve_format:
+        raise ValueError(
+            "expected memory_format as torch.contiguous_format or torch.channels_last, "
+            "got torch.preserve_format, and there is no tensor whose format it could be"
+        )
+    return memory_format != torch.contiguous_format

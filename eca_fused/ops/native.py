@@ -1,0 +1,115 @@
+"""The compiled extension: loads it, or says why it is missing, and describes its operators.
+
+`forward`, `backward`, `inference`, `inference_` and `inference_into` are this backend's side of the
+contract, with `pool`, `rescale` and `rescale_backward` for the two ends alone; a backend is a
+module that has all.
+"""
+
+import functools
+import re
+
+import torch
+
+from eca_fused.ops import fakes, flops, writing
+
+__all__ = [
+    "backward",
+    "devices",
+    "forward",
+    "inference",
+    "inference_",
+    "inference_into",
+    "missing",
+    "pool",
+    "rescale",
+    "rescale_backward",
+    "unsupported",
+]
+
+missing: str | None = None  # the reason why there are no native kernels
+devices: frozenset[str] = frozenset()  # device types that the extension was compiled for
+description = ""
+architectures = ""  # of CUDA: compute capabilities, as in TORCH_CUDA_ARCH_LIST; "" if not known
+
+try:
+    import eca_fused._C as _C
+
+    _info = _C.build_info()
+    devices = frozenset({"cpu", "cuda"} if _info["cuda"] else {"cpu"})
+    architectures = _info.get("cuda_architectures", "")
+    description = f"CPU ({_info['cpu_capability']})" + (" and CUDA" if _info["cuda"] else "")
+    forward = torch.ops.eca_fused.forward.default
+    backward = torch.ops.eca_fused.backward.default
+    inference = torch.ops.eca_fused.inference.default
+    # The operators without "_" check gradients and count the write: see writing.py.
+    inference_ = torch.ops.eca_fused._inference_.default
+    inference_into = torch.ops.eca_fused._inference_into.default
+    pool = torch.ops.eca_fused.pool.default
+    rescale = torch.ops.eca_fused.rescale.default
+    rescale_backward = torch.ops.eca_fused.rescale_backward.default
+except Exception as error:  # a broken build may fail in any way, and must not break the import
+    devices = frozenset()
+    if "ECA_FUSED_" in str(error):  # a setting's value, which no build would mend
+        missing = f"the compiled extension does not start: {error}; unset it, or use one of these"
+    else:
+        missing = (
+            f"the compiled extension could not be loaded, or is another version's "
+            f"({type(error).__name__}: {error}); build it with `pip install .` in the source folder"
+        )
+
+if missing is None:
+    for _name in fakes.__all__:
+        torch.library.register_fake(f"eca_fused::{_name}")(getattr(fakes, _name))
+    writing.register("", inference_, inference_into)
+    flops.register("")
+
+
+def runs_on(capability: tuple[int, int], compiled: str) -> bool:
+    """Whether code for these architectures runs on a GPU of this compute capability.
+
+    Code for a GPU runs on later ones of the same major version, and PTX is compiled for any later
+    one. A letter, as in 9.0a, ties it to that very GPU.
+
+    Args:
+        capability: major and minor version.
+        compiled: as in TORCH_CUDA_ARCH_LIST, for example "7.5;8.0;12.0+PTX" or "8.0 9.0". Of a name
+            such as "Hopper" the best is assumed.
+    """
+    for name in re.split(r"[; ]+", compiled.strip()):
+        number, _, ptx = name.partition("+")
+        if not number[:1].isdigit():
+            return True
+        major, minor = (int(part) for part in number.rstrip("af").split("."))
+        if (major, minor) == capability:
+            return True
+        earlier = number[-1] not in "af" and (major, minor) < capability
+        if earlier and (ptx or major == capability[0]):
+            return True
+    return False
+
+
+@functools.cache
+def _gpu_unsupported(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if not architectures or runs_on(capability, architectures):
+        return None
+    return (
+        f"the extension was compiled for GPUs of compute capability {architectures}, and this one "
+        f"has {capability[0]}.{capability[1]}; build it with that in TORCH_CUDA_ARCH_LIST"
+    )
+
+
+def unsupported(device: torch.device) -> str | None:
+    """Why the extension cannot run on this device, or None."""
+    if missing is not None:
+        return missing
+    if device.type not in devices:
+        return f"the extension was compiled without kernels for {device.type}"
+    if device.type == "cuda" and torch.cuda.is_available():
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _gpu_unsupported(index)
+    return None
+
+
+# torch.compile calls it as it traces: what a GPU is does not change.
+unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,197 @@
+"""The Triton backend: the same operators as in native.py.
+
+For GPUs that the extension was not compiled for, and for torch.compile, which traces through these
+operators down to the kernels. Importing this imports Triton; backend.py does so when asked to.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from eca_fused.ops import fakes, flops, writing
+from eca_fused.ops.checks import check, check_dy, check_gate, check_kept, check_out, check_x
+from eca_fused.ops.results import output_strides
+from eca_fused.ops.triton import launch
+from eca_fused.ops.triton.maps import apart, in_planes, overlap, readable, same_memory
+
+__all__ = [
+    "backward",
+    "devices",
+    "forward",
+    "inference",
+    "inference_",
+    "inference_into",
+    "pool",
+    "rescale",
+    "rescale_backward",
+]
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU
+devices = frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"})
+
+# torch.compile cannot trace into kernels that the interpreter runs.
+_operator: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+
+
+def _check(x: Tensor, weight: Tensor, circular: bool) -> None:
+    check(x, weight, "circular" if circular else "zeros")
+
+
+def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes x's device the current one, where Triton launches."""
+    if x.is_cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # it is not while tracing without a GPU
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return x.new_empty_strided(x.shape, output_strides(x))
+
+
+@_operator("eca_fused::triton_forward", mutates_args=())
+def _forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight, circular)
+    y = _empty_like(x)
+    with _on_device(x):
+        kept = launch.forward(x, weight, circular, y, keep=True)
+    assert kept is not None
+    return y, *kept
+
+
+@_operator("eca_fused::triton_inference", mutates_args=())
+def _inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
+    _check(x, weight, circular)
+    y = _empty_like(x)
+    with _on_device(x):
+        launch.forward(x, weight, circular, y, keep=False)
+    return y
+
+
+def _write(x: Tensor, weight: Tensor, circular: bool, out: Tensor, name: str) -> None:
+    """y written into out, which may be x; `name` is what the caller calls it."""
+    _check(x, weight, circular)
+    check_out(x, out)
+    if x.numel() == 0:
+        return
+    planes = in_planes(x)
+    source = readable(x, planes)
+    shared = overlap(source, out)
+    same = shared and same_memory(source, out)
+    if overlap(weight, out):  # some of y may be written before the last of the taps is read
+        weight = weight.clone()
+    with _on_device(x):
+        if apart(out, planes) and (same or not shared):
+            launch.forward(source, weight, circular, source if same else out, keep=False)
+            return
+        if any(
+            size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)
+        ):
+            raise RuntimeError(
+                f"more than one element of {name} refers to the same memory, as after expand(), so "
+                "it cannot be written in place; clone() it first"
+            )
+        y = _empty_like(x) if source is x else source
+        launch.forward(source, weight, circular, y, keep=False)
+        out.copy_(y)
+
+
+# The operators without "_" check gradients too: see writing.py.
+@_operator("eca_fused::_triton_inference_", mutates_args=("x",))
+def _inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
+    _write(x, weight, circular, x, "x")
+
+
+@_operator("eca_fused::_triton_inference_into", mutates_args=("out",))
+def _inference_into(x: Tensor, weight: Tensor, out: Tensor, circular: bool = False) -> None:
+    _write(x, weight, circular, out, "out")
+
+
+@_operator("eca_fused::triton_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    gate: Tensor,
+    circular: bool = False,
+    need_dx: bool = True,
+    need_dweight: bool = True,
+) -> tuple[Tensor, Tensor]:
+    _check(x, weight, circular)
+    check_dy(x, dy)
+    check_kept(x, mean, gate)
+    dx = _empty_like(x) if need_dx else None
+    dweight = weight.new_empty(weight.shape) if need_dweight else None
+    if x.shape[0] == 0 or x.shape[1] == 0:
+        if dweight is not None:
+            dweight.zero_()
+    elif need_dx or need_dweight:
+        with _on_device(x):
+            launch.backward(dy, x, weight, mean, gate, circular, dx, dweight)
+    unused = x.new_empty(0)
+    return unused if dx is None else dx, unused.clone() if dweight is None else dweight
+
+
+@_operator("eca_fused::triton_pool", mutates_args=())
+def _pool(x: Tensor) -> Tensor:
+    check_x(x)
+    mean = x.new_empty(x.shape[:2])
+    if mean.numel() != 0:
+        with _on_device(x):
+            launch.pool(x, mean)
+    return mean
+
+
+@_operator("eca_fused::triton_rescale", mutates_args=())
+def _rescale(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> Tensor:
+    check_gate(x, gate, shift)
+    y = _empty_like(x)
+    if x.numel() != 0:
+        with _on_device(x):
+            launch.rescale(x, gate, shift, y)
+    return y
+
+
+@_operator("eca_fused::triton_rescale_backward", mutates_args=())
+def _rescale_backward(
+    dy: Tensor, x: Tensor, gate: Tensor, need_dx: bool = True
+) -> tuple[Tensor, Tensor]:
+    check_gate(x, gate)
+    check_dy(x, dy)
+    dx = _empty_like(x) if need_dx else None
+    dgate = gate.new_empty(gate.shape)
+    if x.numel() == 0:
+        dgate.zero_()
+    else:
+        with _on_device(x):
+            launch.rescale_backward(dy, x, gate, dx, dgate)
+    return x.new_empty(0) if dx is None else dx, dgate
+
+
+# Torch would trace the operators' bodies for the strides of their results; these state them.
+for _body, _fake in (
+    (_forward, fakes.forward),
+    (_inference, fakes.inference),
+    (_inference_, fakes.inference_),
+    (_inference_into, fakes.inference_into),
+    (_backward, fakes.backward),
+    (_pool, fakes.pool),
+    (_rescale, fakes.rescale),
+    (_rescale_backward, fakes.rescale_backward),
+):
+    _body.register_fake(_fake)
+
+_operators = torch.ops.eca_fused
+inference_ = _operators._triton_inference_.default
+inference_into = _operators._triton_inference_into.default
+writing.define("triton_", inference_, inference_into)
+flops.register("triton_")
+forward = _operators.triton_forward.default
+backward = _operators.triton_backward.default
+inference = _operators.triton_inference.default
+pool = _operators.triton_pool.default
+rescale = _operators.triton_rescale.default
+rescale_backward = _operators.triton_rescale_backward.default

@@ -1,0 +1,76 @@
+"""What the operators that write over a tensor are, called directly, for autograd.
+
+Autograd takes an operator that it does not know for one without a gradient: it would let a leaf be
+written that requires one, and would not count the write, so that a backward pass took what is there
+now for what was there before. eca_() and eca(out=) do both by themselves, in less time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eca_fused.ops import fakes
+
+__all__ = ["define", "register"]
+
+Operator = Callable[..., None]
+_libraries: list[torch.library.Library] = []  # what is registered lasts as long as its library
+
+
+def _check(name: str, target: Tensor, tensors: tuple[Tensor, ...]) -> None:
+    if target.is_neg():
+        raise RuntimeError(
+            f"{name} shall be written, and is a negated view, which no operator can write; "
+            f"write {name}.resolve_neg()"
+        )
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(
+            "this operator has no gradient, and one is needed for x, the taps or what is written; "
+            "call it in torch.no_grad(), or eca_fused.eca()"
+        )
+
+
+def _written(target: Tensor) -> None:
+    if not target.is_inference():
+        torch.autograd.graph.increment_version(target)
+
+
+def register(prefix: str, over: Operator, into: Operator) -> None:
+    """Make torch.ops.eca_fused.<prefix>inference_ and <prefix>inference_into what ATen's are.
+
+    Args:
+        prefix: of the operators, which exist.
+        over, into: those that they call, which check and count nothing.
+    """
+
+    def inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
+        _check("x", x, (x, weight))
+        over(x, weight, circular)
+        _written(x)
+
+    def inference_into(x: Tensor, weight: Tensor, out: Tensor, circular: bool = False) -> None:
+        _check("out", out, (x, weight, out))
+        into(x, weight, out, circular)
+        _written(out)
+
+    library: Any = torch.library.Library("eca_fused", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for key in ("Autograd", "Negative"):  # in inference mode there is no autograd
+        library.impl(prefix + "inference_", inference_, key)
+        library.impl(prefix + "inference_into", inference_into, key)
+    _libraries.append(library)
+
+
+def define(prefix: str, over: Operator, into: Operator) -> None:
+    """register() of operators that do not exist yet. Args as for register()."""
+    library: Any = torch.library.Library("eca_fused", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define(f"{prefix}inference_(Tensor(a!) x, Tensor weight, bool circular=False) -> ()")
+    into_schema = "(Tensor x, Tensor weight, Tensor(a!) out, bool circular=False) -> ()"
+    library.define(f"{prefix}inference_into{into_schema}")
+    library.impl(prefix + "inference_", over, "CompositeExplicitAutograd")
+    library.impl(prefix + "inference_into", into, "CompositeExplicitAutograd")
+    _libraries.append(library)
+    for name, fake in (("inference_", fakes.inference_), ("inference_into", fakes.inference_into)):
+        torch.library.register_fake(f"eca_fused::{prefix}{name}")(fake)
+    register(prefix, over, into)
