@@ -9,11 +9,13 @@ torch.Size([8, 256, 56, 56])
 from eca_fused import reference
 from eca_fused._version import __version__
 from eca_fused.conversion import CheckpointError, Conversion, convert, load_checkpoint, revert
-from eca_fused.functional import ECAFunction, eca, eca_
-from eca_fused.functional.pool_rescale import pool, rescale
-from eca_fused.layer import ECALayer, kernel_size
+from eca_fused.functional import ECAFunction, eca, eca_, pool, rescale
+from eca_fused.layer import ECALayer
 from eca_fused.ops.backend import Backend, backends, use_backend
 from eca_fused.ops.cuda_plan import Plan, plan
+from eca_fused.ops.taps import adaptive_kernel_size
+
+kernel_size = adaptive_kernel_size  # its name before 0.2
 
 __all__ = [
     "Backend",
@@ -23,6 +25,7 @@ __all__ = [
     "ECALayer",
     "Plan",
     "__version__",
+    "adaptive_kernel_size",
     "backends",
     "convert",
     "eca",

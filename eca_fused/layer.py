@@ -1,6 +1,4 @@
-"""ECALayer, the drop-in module, and the rule for its kernel size."""
-
-import math
+"""ECALayer, the drop-in module."""
 
 import torch
 from torch import Tensor, nn
@@ -8,37 +6,11 @@ from torch import Tensor, nn
 from eca_fused.functional import eca, eca_, plain
 from eca_fused.functional.convolution import by_calling, plain_taps
 from eca_fused.ops.backend import check_backend
-from eca_fused.ops.checks import check_channels, check_kernel_size, check_padding_mode
+from eca_fused.ops.checks import check_kernel_size, is_circular
+from eca_fused.ops.taps import adaptive_kernel_size
 from eca_fused.torch_state import child, is_scripting
 
-__all__ = ["ECALayer", "kernel_size"]
-
-
-def kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> int:
-    """Adaptive kernel size, k = |log2(C) / gamma + beta / gamma| to the nearest odd, at least 3.
-
-    Wang et al., "ECA-Net" (CVPR 2020), equation 12, with the rounding of the authors' code:
-    the value is truncated, and made odd by adding one.
-
-    Args:
-        channels: number of channels C, from 1 up.
-        gamma, beta: slope and offset of the rule.
-
-    Returns:
-        k, odd; 3 for 64 channels, 5 for 128 to 1024, 7 for 2048.
-
-    Raises:
-        TypeError: channels is not an int.
-        ValueError: channels is less than 1, or gamma is zero.
-    """
-    check_channels(channels)
-    if not (math.isfinite(gamma) and math.isfinite(beta)) or gamma == 0:
-        raise ValueError(
-            f"expected finite gamma and beta, gamma other than zero, got {gamma} and {beta}; "
-            "the paper has 2 and 1"
-        )
-    t = int(abs(math.log2(channels) + beta) / gamma)
-    return max(t if t % 2 else t + 1, 3)
+__all__ = ["ECALayer"]
 
 
 class ECALayer(nn.Module):
@@ -48,7 +20,7 @@ class ECALayer(nn.Module):
     `conv.weight` of shape (1, 1, k), load with strict=True.
 
     Args:
-        channels: number of channels, from which kernel_size() derives k.
+        channels: number of channels, from which adaptive_kernel_size() derives k.
         kernel_size: k, odd, from 1 up; wins over channels. With neither, k = 3.
         gamma, beta: constants of the rule for k.
         padding_mode: "zeros", or "circular" to wrap around at the first and last channel (cECA).
@@ -85,10 +57,10 @@ class ECALayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        adaptive = None if channels is None else _adaptive(channels, gamma, beta)
+        adaptive = None if channels is None else adaptive_kernel_size(channels, gamma, beta)
         k = kernel_size if kernel_size is not None else adaptive or 3
         check_kernel_size(k)
-        check_padding_mode(padding_mode)
+        is_circular(padding_mode)  # raises for others
         check_backend(backend)
         self.padding_mode = padding_mode
         self.fused = fused
@@ -134,6 +106,3 @@ class ECALayer(nn.Module):
             f"kernel_size={k}, padding_mode={self.padding_mode!r}, "
             f"fused={self.fused}, backend={self.backend!r}, inplace={self.overwrites}"
         )
-
-
-_adaptive = kernel_size  # the argument of ECALayer hides the name

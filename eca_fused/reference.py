@@ -21,7 +21,7 @@ def rescale(x: Tensor, gate: Tensor) -> Tensor:
     return x * gate.to(x.dtype).reshape(gate.shape + (1,) * (x.dim() - 2))
 
 
-def padded(values: Tensor, r: int, padding_mode: str) -> Tensor:
+def _padded(values: Tensor, r: int, padding_mode: str) -> Tensor:
     """Rows of channels with r more at both ends: (N, C) to (N, C + 2r)."""
     if r == 0:
         return values
@@ -43,7 +43,7 @@ def convolve(values: Tensor, weight: Tensor, padding_mode: str = "zeros") -> Ten
         (N, C), the dtype of values.
     """
     k = weight.shape[-1]
-    rows = padded(values, k // 2, padding_mode)
+    rows = _padded(values, k // 2, padding_mode)
     if weight.shape[0] == 1:
         return F.conv1d(rows.unsqueeze(1), weight).squeeze(1)
     return (rows.unfold(1, k, 1) * weight[:, 0]).sum(-1)

@@ -6,7 +6,7 @@ tools/versions.txt; where a name is missing on one of them, what stands in for i
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch.nn.modules import module as modules
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+T = TypeVar("T")
 
 __all__ = [
     "BatchNorm",  # of any number of dimensions, and SyncBatchNorm
@@ -85,7 +87,7 @@ def is_tracing() -> bool:
 is_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def quietly(function: Callable[..., Any], *args: Any) -> Any:
+def quietly(function: Callable[..., T], *args: Any) -> T:
     """Call it without a trace's warnings that it has the numbers of channels and taps for fixed."""
     if not is_tracing():
         return function(*args)

@@ -364,7 +364,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "wrapping twice": (
         SHAPE | {"padding_mode": "circular", "kernel_size": 19},
         ValueError,
-        "k = 19 needs 9 channels or more, the shape has 8; use fewer",
+        "k = 19 needs 9 channels or more, x has 8; use fewer",
     ),
     "device is a number": (SHAPE | {"device": 90}, TypeError, "as a str or torch.device, got 90"),
     "CPU": (SHAPE | {"device": "cpu"}, ValueError, "'sm_90' or 'sm_90:132'.*got 'cpu'"),

@@ -4,17 +4,18 @@ import torch
 from torch import Tensor, nn
 
 from eca_fused import reference
-from eca_fused.functional import eca, plain
-from eca_fused.functional.pool_rescale import (
+from eca_fused.functional import (
+    eca,
     linked_pool,
     linked_rescale,
+    plain,
     plain_pool,
     plain_rescale,
     pool,
     rescale,
 )
 from eca_fused.ops.backend import check_backend
-from eca_fused.ops.checks import check_channels, check_map, check_padding_mode
+from eca_fused.ops.checks import check_channels, check_map, is_circular
 from eca_fused.torch_state import is_scripting
 
 __all__ = ["BandAttention", "ChannelAttention", "pool", "rescale"]
@@ -98,7 +99,7 @@ class BandAttention(ChannelAttention):
         backend: str = "auto",
     ) -> None:
         super().__init__(channels, fused=fused, backend=backend)
-        check_padding_mode(padding_mode)
+        is_circular(padding_mode)  # raises for others
         self.padding_mode = padding_mode
 
     def taps(self) -> Tensor:

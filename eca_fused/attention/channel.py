@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from eca_fused.attention.base import BandAttention, ChannelAttention
 from eca_fused.functional.convolution import as_it_takes, plain_taps
-from eca_fused.layer import kernel_size as adaptive
-from eca_fused.ops.checks import check_kernel_size
-from eca_fused.reference import padded
+from eca_fused.ops.checks import check_kernel_size, is_circular
+from eca_fused.ops.graph import padded
+from eca_fused.ops.taps import adaptive_kernel_size
 from eca_fused.torch_state import is_scripting
 
 __all__ = ["ECANS", "SE", "SEGroups", "SEVar1", "SEVar2"]
@@ -139,7 +139,7 @@ class ECANS(BandAttention):
 
     Args:
         channels, padding_mode, fused, backend: see BandAttention.
-        kernel_size: k, odd, from 1 up; None for the adaptive rule (eca_fused.kernel_size()).
+        kernel_size: k, odd, from 1 up; None for adaptive_kernel_size().
         device, dtype: of the taps; they may stay in float32 under a half precision x.
     """
 
@@ -155,7 +155,7 @@ class ECANS(BandAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, padding_mode=padding_mode, fused=fused, backend=backend)
-        k = adaptive(channels) if kernel_size is None else kernel_size
+        k = adaptive_kernel_size(channels) if kernel_size is None else kernel_size
         check_kernel_size(k)
         self.kernel_size = k
         # The kernels take its weight; it is called where that is not all there is to it.
@@ -173,7 +173,7 @@ class ECANS(BandAttention):
 
     def gate(self, mean: Tensor) -> Tensor:
         """The gates (N, C) of the means (N, C), by calling the convolution on its windows."""
-        rows = padded(mean, self.kernel_size // 2, self.padding_mode)
+        rows = padded(mean, self.kernel_size // 2, is_circular(self.padding_mode))
         windows = rows.unfold(1, self.kernel_size, 1)  # (N, C, k)
         found = self.conv(as_it_takes(self.conv, windows)).squeeze(-1)
         return torch.sigmoid(found).to(mean.dtype)

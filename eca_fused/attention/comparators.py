@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from eca_fused.attention.base import ChannelAttention
-from eca_fused.functional.pool_rescale import (
+from eca_fused.functional import (
     linked_pool,
     linked_rescale,
     plain_pool,

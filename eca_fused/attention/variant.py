@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from eca_fused import reference
 from eca_fused.attention.base import ChannelAttention
-from eca_fused.layer import kernel_size as adaptive
-from eca_fused.ops.checks import check_kernel_size, check_padding_mode
+from eca_fused.ops.checks import check_kernel_size, is_circular
+from eca_fused.ops.graph import padded
+from eca_fused.ops.taps import adaptive_kernel_size
 
 __all__ = ["ECAVariant"]
 
@@ -23,7 +23,7 @@ class ECAVariant(ChannelAttention):
 
     Args:
         channels: C, from 1 up.
-        kernel_size: k, odd, from 1 up; None for the adaptive rule (eca_fused.kernel_size()).
+        kernel_size: k, odd, from 1 up; None for adaptive_kernel_size().
         gate_layer: "sigmoid", "hard_sigmoid", or what makes a module of values in 0 to 1.
         use_mlp: a convolution to rd_channels and an activation come before the one over channels,
             both with biases.
@@ -53,9 +53,9 @@ class ECAVariant(ChannelAttention):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, fused=fused, backend=backend)
-        k = adaptive(channels) if kernel_size is None else kernel_size
+        k = adaptive_kernel_size(channels) if kernel_size is None else kernel_size
         check_kernel_size(k)
-        check_padding_mode(padding_mode)
+        is_circular(padding_mode)  # raises for others
         if isinstance(gate_layer, str) and gate_layer not in GATES:
             raise ValueError(
                 f"expected gate_layer as one of {', '.join(GATES)} or a module's class, "
@@ -80,7 +80,8 @@ class ECAVariant(ChannelAttention):
     def gate(self, mean: Tensor) -> Tensor:
         if self.conv2 is None or self.act is None:
             r = self.conv.kernel_size[0] // 2
-            rows = self.conv(reference.padded(mean, r, self.padding_mode).unsqueeze(1)).squeeze(1)
+            around = padded(mean, r, self.padding_mode == "circular")
+            rows = self.conv(around.unsqueeze(1)).squeeze(1)
         else:
             rows = self.conv2(self.act(self.conv(mean.unsqueeze(1)))).squeeze(1)
         return self.nonlinearity(rows)  # type: ignore[no-any-return]

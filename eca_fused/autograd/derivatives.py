@@ -1,20 +1,23 @@
-"""Gradients of ECA's gradients in differentiable PyTorch operations, so that higher ones exist."""
+"""Gradients of ECA, of its gradients, and tangents, in differentiable PyTorch operations.
+
+So that derivatives of any order exist. Means and gates are computed anew from x and weight: those
+that the kernels return are constants to autograd, and a derivative of what is made of them would
+silently lack a part.
+"""
 
 import torch
 from torch import Tensor
 
+from eca_fused.ops.graph import padded, spread
 from eca_fused.ops.results import sums_dtype
-from eca_fused.reference import padded
 
 __all__ = [
-    "convolve",
+    "backward_tangents",
     "double_backward",
-    "pixels_of",
+    "forward_tangent",
     "plain_backward",
-    "spread",
     "taps_gradient",
     "total",
-    "transposed",
 ]
 
 
@@ -29,59 +32,59 @@ def total(map_: Tensor) -> Tensor:
     return map_.sum(spatial) if spatial else map_
 
 
-def spread(values: Tensor, map_: Tensor) -> Tensor:
-    """Values (N, C) in a shape that broadcasts over the spatial positions of a map."""
-    return values.reshape(values.shape + (1,) * (map_.dim() - 2))
-
-
-def convolve(values: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
-    """reference.convolve() without a convolution, whose inputs autocast would round."""
+def convolve(values: Tensor, weight: Tensor, circular: bool) -> Tensor:
+    """sum_j w[c, j] * values[n, c + j - r], without a convolution, whose inputs autocast rounds."""
     k = weight.shape[2]
-    return (padded(values, k // 2, padding_mode).unfold(1, k, 1) * weight[:, 0]).sum(-1)
+    return (padded(values, k // 2, circular).unfold(1, k, 1) * weight[:, 0]).sum(-1)
 
 
-def transposed(values: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
+def transposed(values: Tensor, weight: Tensor, circular: bool) -> Tensor:
     """The transpose of convolve(): out[n, c] = sum_j w[c - j + r, j] * values[n, c - j + r]."""
     channels, k = values.shape[1], weight.shape[2]
     r = k // 2
     return torch.stack(
         [
-            padded(values * weight[:, 0, j], r, padding_mode).narrow(1, 2 * r - j, channels)
+            padded(values * weight[:, 0, j], r, circular).narrow(1, 2 * r - j, channels)
             for j in range(k)
         ]
     ).sum(0)
 
 
-def taps_gradient(values: Tensor, inputs: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
+def taps_gradient(values: Tensor, inputs: Tensor, weight: Tensor, circular: bool) -> Tensor:
     """Gradient of sum(values * convolve(inputs, weight)) for the taps, in their shape."""
     k = weight.shape[2]
-    windows = padded(inputs, k // 2, padding_mode).unfold(1, k, 1)  # (N, C, k)
+    windows = padded(inputs, k // 2, circular).unfold(1, k, 1)  # (N, C, k)
     per_channel = (values.unsqueeze(-1) * windows).sum(0)
     return (per_channel if weight.shape[0] > 1 else per_channel.sum(0)).reshape(weight.shape)
 
 
+def _forward(x: Tensor, weight: Tensor, circular: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x and the taps in the dtype of the sums, and means and gates (N, C)."""
+    dtype = sums_dtype(x)
+    v, w = x.to(dtype), weight.to(dtype)
+    mean = total(v) / pixels_of(x)
+    return v, w, mean, torch.sigmoid(convolve(mean, w, circular))
+
+
 def plain_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, *, padding_mode: str
+    dy: Tensor, x: Tensor, weight: Tensor, *, circular: bool
 ) -> tuple[Tensor, Tensor]:
     """The gradients of ECA for x and weight, in differentiable operations on whole tensors.
 
     Args:
         dy, x: (N, C, *spatial).
         weight: (1 or C, 1, k).
-        padding_mode: "zeros" or "circular".
+        circular: wrap around at the first and last channel.
 
     Returns:
         Gradients for x and weight, in their shapes and dtypes.
     """
-    dtype = sums_dtype(x)
-    g, v, w = dy.to(dtype), x.to(dtype), weight.to(dtype)
-    pixels = pixels_of(x)
-    mean = total(v) / pixels  # (N, C)
-    a = torch.sigmoid(convolve(mean, w, padding_mode))
+    v, w, mean, a = _forward(x, weight, circular)
+    g = dy.to(v.dtype)
     dz = total(g * v) * a * (1 - a)
-    dm = transposed(dz, w, padding_mode)
-    dx = spread(a, x) * g + spread(dm / pixels, x)
-    return dx.to(x.dtype), taps_gradient(dz, mean, w, padding_mode).to(weight.dtype)
+    dm = transposed(dz, w, circular)
+    dx = spread(a, x) * g + spread(dm / pixels_of(x), x)
+    return dx.to(x.dtype), taps_gradient(dz, mean, w, circular).to(weight.dtype)
 
 
 def double_backward(
@@ -91,7 +94,7 @@ def double_backward(
     x: Tensor,
     weight: Tensor,
     *,
-    padding_mode: str,
+    circular: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of <ddx, dx> + <ddweight, dweight>, where dx and dweight are the gradients of ECA.
 
@@ -104,16 +107,14 @@ def double_backward(
         ddweight: (1 or C, 1, k), or None for zero.
         dy, x: (N, C, *spatial).
         weight: (1 or C, 1, k).
-        padding_mode: "zeros" or "circular".
+        circular: wrap around at the first and last channel.
 
     Returns:
         Gradients for dy, x and weight, in their shapes and dtypes.
     """
-    dtype = sums_dtype(x)
-    g, v, w = dy.to(dtype), x.to(dtype), weight.to(dtype)
-    pixels = pixels_of(x)
-    mean = total(v) / pixels
-    a = torch.sigmoid(convolve(mean, w, padding_mode))
+    v, w, mean, a = _forward(x, weight, circular)
+    dtype, pixels = v.dtype, pixels_of(x)
+    g = dy.to(dtype)
     slope = a * (1 - a)
     da = total(g * v)
     dz = slope * da
@@ -124,21 +125,89 @@ def double_backward(
         ddx = ddx.to(dtype)
         p = total(ddx * g)
         mean_ddx = total(ddx) / pixels
-        q = convolve(mean_ddx, w, padding_mode)
+        q = convolve(mean_ddx, w, circular)
     if ddweight is not None:
         ddweight = ddweight.to(dtype)
-        q = q + convolve(mean, ddweight, padding_mode)
+        q = q + convolve(mean, ddweight, circular)
 
     u = q * slope
     t = slope * (p + q * da * (1 - 2 * a))
-    dmean = transposed(t, w, padding_mode)
-    dw = taps_gradient(t, mean, w, padding_mode)
+    dmean = transposed(t, w, circular)
+    dw = taps_gradient(t, mean, w, circular)
     if ddweight is not None:
-        dmean = dmean + transposed(dz, ddweight, padding_mode)
+        dmean = dmean + transposed(dz, ddweight, circular)
     if mean_ddx is not None:
-        dw = dw + taps_gradient(dz, mean_ddx, w, padding_mode)
+        dw = dw + taps_gradient(dz, mean_ddx, w, circular)
     d_dy = spread(u, x) * v
     if ddx is not None:
         d_dy = d_dy + spread(a, x) * ddx
     d_x = spread(u, x) * g + spread(dmean / pixels, x)
     return d_dy.to(dy.dtype), d_x.to(x.dtype), dw.to(weight.dtype)
+
+
+# ---- tangents ----
+
+
+def _in(dtype: torch.dtype, tangent: Tensor | None, like: Tensor) -> Tensor:
+    return (torch.zeros_like(like) if tangent is None else tangent).to(dtype)
+
+
+def forward_tangent(
+    tx: Tensor | None, tweight: Tensor | None, x: Tensor, weight: Tensor, *, circular: bool
+) -> Tensor:
+    """The derivative of y = a x in the direction of the tangents: ta x + a tx.
+
+    Args:
+        tx: (N, C, *spatial), or None for zero.
+        tweight: (1 or C, 1, k), or None for zero.
+        x: (N, C, *spatial).
+        weight: (1 or C, 1, k).
+        circular: wrap around at the first and last channel.
+
+    Returns:
+        (N, C, *spatial), the dtype of x.
+    """
+    v, w, mean, a = _forward(x, weight, circular)
+    tv, tw = _in(v.dtype, tx, x), _in(v.dtype, tweight, weight)
+    tz = convolve(total(tv) / pixels_of(x), w, circular) + convolve(mean, tw, circular)
+    return (spread(a * (1 - a) * tz, x) * v + spread(a, x) * tv).to(x.dtype)
+
+
+def backward_tangents(
+    tdy: Tensor | None,
+    tx: Tensor | None,
+    tweight: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    circular: bool,
+) -> tuple[Tensor, Tensor]:
+    """The derivatives of ECA's gradients dx and dweight in the direction of the tangents.
+
+    With K the convolution, K' its transpose, m the means and a the gates, dx = a dy + K'(dz) / S,
+    dz = a (1 - a) sum(dy x) and dweight_j = sum_{n,c} dz[n, c] m[n, c + j - r].
+
+    Args:
+        tdy, tx: (N, C, *spatial), or None for zero.
+        tweight: (1 or C, 1, k), or None for zero.
+        dy, x: (N, C, *spatial).
+        weight: (1 or C, 1, k).
+        circular: wrap around at the first and last channel.
+
+    Returns:
+        Tangents of dx and dweight, in the shapes and dtypes of x and weight.
+    """
+    v, w, mean, a = _forward(x, weight, circular)
+    dtype, pixels = v.dtype, pixels_of(x)
+    g = dy.to(dtype)
+    tg, tv, tw = _in(dtype, tdy, dy), _in(dtype, tx, x), _in(dtype, tweight, weight)
+    tmean = total(tv) / pixels
+    slope, da = a * (1 - a), total(g * v)
+    ta = slope * (convolve(tmean, w, circular) + convolve(mean, tw, circular))
+    dz = slope * da
+    tdz = slope * total(tg * v + g * tv) + (1 - 2 * a) * ta * da
+    tdm = transposed(tdz, w, circular) + transposed(dz, tw, circular)
+    tdx = spread(ta, x) * g + spread(a, x) * tg + spread(tdm / pixels, x)
+    tdw = taps_gradient(tdz, mean, w, circular) + taps_gradient(dz, tmean, w, circular)
+    return tdx.to(x.dtype), tdw.to(weight.dtype)

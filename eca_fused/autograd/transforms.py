@@ -1,29 +1,33 @@
 """ECA inside torch.func's transforms and forward-mode AD: the same kernels, a rule for each.
 
 The transforms need functions with a setup_context() and rules of their own, which cost three times
-the call of a small map; ECAFunction in functional.py is for everywhere else. vmap() folds its batch
+the call of a small map; ECAFunction in eca.py is for everywhere else. vmap() folds its batch
 into the samples, so that a kernel is called as often as without it.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eca_fused.autograd.derivatives import double_backward, taps_gradient
-from eca_fused.autograd.tangents import backward_tangents, forward_tangent
-from eca_fused.ops import graph as decomposed
+from eca_fused.autograd.derivatives import (
+    backward_tangents,
+    double_backward,
+    forward_tangent,
+    taps_gradient,
+)
+from eca_fused.ops import graph
 from eca_fused.ops.backend import warn_once
 from eca_fused.ops.checks import check
+from eca_fused.ops.kernels import Kernels
 from eca_fused.torch_state import batched, functionalized, primal, with_tangents
 
 __all__ = ["transformed_backward", "transformed_eca"]
 
 
-def transformed_eca(x: Tensor, weight: Tensor, padding_mode: str, kernels: ModuleType) -> Tensor:
+def transformed_eca(x: Tensor, weight: Tensor, circular: bool, kernels: Kernels) -> Tensor:
     """eca() inside transforms, on a backend's kernels. Arguments and errors as for eca().
 
     In plain PyTorch, with a warning, are taps that vmap() batches: the kernels take one set of taps
@@ -35,13 +39,14 @@ def transformed_eca(x: Tensor, weight: Tensor, padding_mode: str, kernels: Modul
     torch.compile() and func.functionalize(): neither knows the rules of such functions, and what
     they make goes on to a compiler, which fuses plain operations.
     """
-    check(x, weight, padding_mode)
+    check(x, weight, circular)
     if torch.compiler.is_compiling() or functionalized():
-        return decomposed.eca(x, weight, padding_mode == "circular")
+        return graph.eca(x, weight, circular)
     if batched(weight):
         warn_once("eca_fused runs in plain PyTorch for taps batched by vmap(), which is slower")
-        return decomposed.eca(x, weight, padding_mode == "circular")
-    return TransformedECA.apply(x, weight, padding_mode == "circular", kernels)[0]  # type: ignore[no-any-return]
+        return graph.eca(x, weight, circular)
+    y: Tensor = TransformedECA.apply(x, weight, circular, kernels)[0]
+    return y
 
 
 def transformed_backward(
@@ -61,10 +66,6 @@ def transformed_backward(
     return dx if need_dx else None, dweight[0] if need_dweight else None
 
 
-def _mode(circular: bool) -> str:
-    return "circular" if circular else "zeros"
-
-
 @contextmanager
 def _jvp_rule(saved: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
     """Yields the saved tensors such that an enclosing jvp() differentiates what is made of them.
@@ -81,9 +82,9 @@ class TransformedECA(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, circular: bool, kernels: ModuleType
+        x: Tensor, weight: Tensor, circular: bool, kernels: Kernels
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return kernels.forward(x, weight, circular)  # type: ignore[no-any-return]
+        return kernels.forward(x, weight, circular)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -103,8 +104,7 @@ class TransformedECA(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tx: Tensor | None, tweight: Tensor | None, *_: None) -> tuple[Any, ...]:
         with _jvp_rule(ctx.saved_tensors) as (x, weight):
-            mode = _mode(ctx.circular)
-            return forward_tangent(tx, tweight, x, weight, padding_mode=mode), None, None
+            return forward_tangent(tx, tweight, x, weight, circular=ctx.circular), None, None
 
     @staticmethod
     def vmap(
@@ -113,7 +113,7 @@ class TransformedECA(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         circular: bool,
-        kernels: ModuleType,
+        kernels: Kernels,
     ) -> tuple[tuple[Tensor, ...], int]:
         size, samples = info.batch_size, _samples(in_dims[0], x)
         results = TransformedECA.apply(_fold(size, in_dims[0], x), weight, circular, kernels)
@@ -138,7 +138,7 @@ class _TransformedBackward(torch.autograd.Function):
         need_dx: bool,
         need_dweight: bool,
         groups: int,
-        kernels: ModuleType,
+        kernels: Kernels,
     ) -> tuple[Tensor, Tensor]:
         together = need_dweight and groups == 1
         dx, dweight = kernels.backward(dy, x, weight, mean, gate, circular, need_dx, together)
@@ -146,7 +146,7 @@ class _TransformedBackward(torch.autograd.Function):
             return dx, dweight.expand(groups, *dweight.shape)
         dz = _gradients_of_z(dy, x, gate, kernels)
         parts = _each(
-            lambda dz, mean: taps_gradient(dz, mean, weight, _mode(circular)),
+            lambda dz, mean: taps_gradient(dz, mean, weight, circular),
             _split(groups, dz),
             _split(groups, mean),
         )
@@ -166,9 +166,7 @@ class _TransformedBackward(torch.autograd.Function):
         need_dx, need_dweight = ctx.needed
         dy, x, weight = ctx.saved_tensors
         d_dy, d_x, d_weight = _each(
-            lambda ddx, ddw, dy, x: double_backward(
-                ddx, ddw, dy, x, weight, padding_mode=_mode(ctx.circular)
-            ),
+            lambda ddx, ddw, dy, x: double_backward(ddx, ddw, dy, x, weight, circular=ctx.circular),
             _split(ctx.groups, ddx if need_dx else None),
             ddweight if need_dweight else None,
             _split(ctx.groups, dy),
@@ -184,7 +182,7 @@ class _TransformedBackward(torch.autograd.Function):
         with _jvp_rule(ctx.saved_tensors) as (dy, x, weight):
             tdx, tdweight = _each(
                 lambda tdy, tx, dy, x: backward_tangents(
-                    tdy, tx, tweight, dy, x, weight, padding_mode=_mode(ctx.circular)
+                    tdy, tx, tweight, dy, x, weight, circular=ctx.circular
                 ),
                 *(_split(ctx.groups, t) for t in (tdy, tx, dy, x)),
             )
@@ -204,7 +202,7 @@ class _TransformedBackward(torch.autograd.Function):
         need_dx: bool,
         need_dweight: bool,
         groups: int,
-        kernels: ModuleType,
+        kernels: Kernels,
     ) -> tuple[tuple[Tensor, Tensor], int]:
         size, samples = info.batch_size, _samples(in_dims[1], x)
         dy, x = _fold(size, in_dims[0], dy), _fold(size, in_dims[1], x)
@@ -239,7 +237,7 @@ def _fold(size: int, dim: int | None, t: Tensor) -> Tensor:
     return batch.flatten(0, 1)
 
 
-def _gradients_of_z(dy: Tensor, x: Tensor, gate: Tensor, kernels: ModuleType) -> Tensor:
+def _gradients_of_z(dy: Tensor, x: Tensor, gate: Tensor, kernels: Kernels) -> Tensor:
     """dz = gate (1 - gate) sum(dy x), (N, C), in one pass: there is no operator for it alone.
 
     It is what the one tap of a channel gets as its gradient where the means are 1. The samples have
@@ -249,4 +247,4 @@ def _gradients_of_z(dy: Tensor, x: Tensor, gate: Tensor, kernels: ModuleType) ->
     dy, x, gate = (t.reshape(1, n * c, *t.shape[2:]) for t in (dy, x, gate))
     taps = gate.new_zeros(n * c, 1, 1)
     _, dz = kernels.backward(dy, x, taps, torch.ones_like(gate), gate, False, False, True)
-    return dz.reshape(n, c)  # type: ignore[no-any-return]
+    return dz.reshape(n, c)

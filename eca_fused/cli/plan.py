@@ -12,10 +12,10 @@ from typing import Any, TextIO
 import torch
 
 from eca_fused.cli.common.console import bold, table
-from eca_fused.layer import kernel_size
 from eca_fused.ops import native
 from eca_fused.ops.checks import DTYPES, MAX_SPATIAL_DIMS
 from eca_fused.ops.cuda_plan import Plan, gpu_limits, plan
+from eca_fused.ops.taps import adaptive_kernel_size
 
 __all__ = ["main"]
 
@@ -187,7 +187,7 @@ def make_rows(args: argparse.Namespace, gigabytes: float) -> list[Row]:
                         Row(
                             model=title,
                             shape=full,
-                            k=kernel_size(sizes[0]),
+                            k=adaptive_kernel_size(sizes[0]),
                             layout=layout,
                             pass_=pass_,
                             plan=found,

@@ -1,130 +1,36 @@
-"""eca(): checks, choice of the backend, and the autograd function around the kernels."""
+"""eca(), pool() and rescale(): choose once who computes, then call it."""
 
-import functools
-from types import ModuleType
+from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
-from eca_fused import reference
-from eca_fused.autograd.derivatives import double_backward, plain_backward
-from eca_fused.autograd.transforms import transformed_backward, transformed_eca
-from eca_fused.functional import torchscript as scripting
-from eca_fused.ops import graph as decomposed
-from eca_fused.ops.backend import is_for_the_compiler, named, select, warn_once
-from eca_fused.ops.checks import PADDING_MODES, check, check_out, check_padding_mode
-from eca_fused.torch_state import (
-    batched_by_autograd,
-    exporting_to_onnx,
-    is_tracing,
-    quietly,
-    tracing_to_onnx,
-    transformed,
-)
+from eca_fused.autograd.eca import ECAFunction
+from eca_fused.functional import torchscript
+from eca_fused.functional.choice import choose
+from eca_fused.ops import graph
+from eca_fused.ops.checks import check_tensor, is_circular
 
-__all__ = ["ECAFunction", "eca", "eca_"]
+__all__ = ["ECAFunction", "eca", "eca_", "linked_pool", "linked_rescale", "pool", "rescale"]
 
 
-class ECAFunction(torch.autograd.Function):
-    """y = sigmoid(conv(mean(x))) * x on a backend's kernels, twice differentiable.
+def _overridden(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """The call for arguments whose own types compute it, such as proxies of torch.fx.
 
-    Written with the context in forward(): a separate setup_context() costs 12 us a call, three
-    times the forward pass of a small map (measured on 2 cores of an EPYC server, PyTorch 2.15).
-
-    ECAFunction.apply(x, weight, circular, kernels) takes x (N, C, *spatial), weight (1 or C, 1, k),
-    a bool and a backend's module, and returns y like x. eca() is the way to call it.
+    Raises:
+        TypeError: they are neither that nor tensors.
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, circular: bool, kernels: ModuleType) -> Tensor:
-        y, mean, gate = kernels.forward(x, weight, circular)
-        ctx.save_for_backward(x, weight, mean, gate)
-        ctx.circular, ctx.kernels = circular, kernels
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, gate = ctx.saved_tensors
-        need_dx, need_dweight = ctx.needs_input_grad[:2]
-        if not is_compiling():
-            if batched_by_autograd(dy):
-                # Under is_grads_batched=True, a function inside this one would not be recorded.
-                warn_once(
-                    "eca_fused computes gradients with is_grads_batched in plain PyTorch: slower"
-                )
-                mode = "circular" if ctx.circular else "zeros"
-                return *plain_backward(dy, x, weight, padding_mode=mode), None, None
-            if transformed():  # around this backward pass alone, with a dual or batched dy
-                return *transformed_backward(ctx, dy, x, weight, mean, gate), None, None
-        # Gradients of these gradients are asked for only under create_graph=True.
-        run = _ECABackward.apply if torch.is_grad_enabled() else ctx.kernels.backward
-        extra = (ctx.kernels,) if torch.is_grad_enabled() else ()
-        dx, dweight = run(dy, x, weight, mean, gate, ctx.circular, need_dx, need_dweight, *extra)
-        return dx if need_dx else None, dweight if need_dweight else None, None, None
-
-
-class _ECABackward(torch.autograd.Function):
-    """The backward kernels as a function of dy, x and weight that has a gradient of its own."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        mean: Tensor,
-        gate: Tensor,
-        circular: bool,
-        need_dx: bool,
-        need_dweight: bool,
-        kernels: ModuleType,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(dy, x, weight)
-        ctx.circular, ctx.needed = circular, (need_dx, need_dweight)
-        ctx.set_materialize_grads(False)
-        return kernels.backward(dy, x, weight, mean, gate, circular, need_dx, need_dweight)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, ddx: Tensor | None, ddweight: Tensor | None) -> tuple[Any, ...]:
-        need_dx, need_dweight = ctx.needed
-        grads = double_backward(
-            ddx if need_dx else None,
-            ddweight if need_dweight else None,
-            *ctx.saved_tensors,
-            padding_mode="circular" if ctx.circular else "zeros",
-        )
-        return *grads, None, None, None, None, None, None
-
-
-def _needs_grad(x: Tensor, weight: Tensor) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-
-
-def _needs_kernels_gradient(x: Tensor, weight: Tensor, kernels: ModuleType) -> bool:
-    """Not where the compiler gets plain operations, which have a gradient of their own."""
-    if not _needs_grad(x, weight):
-        return False
-    return not is_for_the_compiler(kernels) or kernels.trains_in_kernels(x)
-
-
-def _in_reference(x: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
-    check(x, weight, padding_mode)
-    return reference.eca(x, weight, padding_mode=padding_mode)
-
-
-def _in_operations(x: Tensor, weight: Tensor, padding_mode: str) -> Tensor:
-    """For ONNX, in whose graphs nothing is written in place."""
-    check(x, weight, padding_mode)
-    return decomposed.eca(x, weight, padding_mode == "circular")
-
-
-@functools.cache
-def _scripted(inplace: bool) -> Any:
-    """What a trace records: whether a gradient is needed is known when the trace runs."""
-    return torch.jit.script(scripting.eca_ if inplace else scripting.eca)
+    tensors = dict(zip(signature(function).parameters, args, strict=False))
+    if options.get("out") is not None:
+        tensors["out"] = options["out"]
+    if has_torch_function(tuple(tensors.values())):
+        return handle_torch_function(function, tuple(tensors.values()), *args, **options)
+    for name, t in tensors.items():
+        check_tensor(name, t)
+    raise AssertionError("one of them is no tensor")
 
 
 def _under_autocast(x: Tensor, weight: Tensor) -> Tensor:
@@ -133,58 +39,6 @@ def _under_autocast(x: Tensor, weight: Tensor) -> Tensor:
     if not half or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
         return weight
     return weight.to(x.dtype)
-
-
-def _check_writable(name: str, t: Tensor) -> None:
-    # torch.compile cannot trace this question.
-    if not is_compiling() and t.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"{name} was made in inference mode and cannot be written in place outside of it; "
-            f"call this in torch.inference_mode(), or on {name}.clone()"
-        )
-
-
-def _is_negated(t: Tensor) -> bool:
-    """Whether its numbers count with the other sign: torch gives no operator such to write."""
-    # torch.compile cannot trace this question.
-    return not is_compiling() and t.is_neg()
-
-
-def _check_all(x: Tensor, weight: Tensor, out: Tensor, padding_mode: str) -> None:
-    check(x, weight, padding_mode)
-    check_out(x, out)
-
-
-def _written(out: Tensor, x: Tensor, weight: Tensor, padding_mode: str, backend: str) -> Tensor:
-    """eca() written into out, and out."""
-    if not (isinstance(x, Tensor) and isinstance(weight, Tensor) and isinstance(out, Tensor)):
-        if has_torch_function((x, weight, out)):
-            modes: dict[str, Any] = {"padding_mode": padding_mode, "backend": backend, "out": out}
-            return handle_torch_function(eca, (x, weight, out), x, weight, **modes)
-        _check_all(x, weight, out, padding_mode)
-    if weight.dtype != x.dtype:
-        weight = _under_autocast(x, weight)
-    kernels = select(x, backend)
-    if is_tracing():
-        quietly(_check_all, x, weight, out, padding_mode)
-        if tracing_to_onnx():
-            return quietly(_in_operations, x, weight, padding_mode)  # type: ignore[no-any-return]
-        name = "reference" if kernels is None else named(backend)
-        return _scripted(False)(x, weight, padding_mode, name, out)  # type: ignore[no-any-return]
-    scripting.check_no_gradient(x, weight, out)
-    _check_writable("out", out)
-    plain = _is_negated(out) or transformed() or exporting_to_onnx()
-    if kernels is None or plain or is_for_the_compiler(kernels):
-        _check_all(x, weight, out, padding_mode)  # copy_() would broadcast
-        return out.copy_(eca(x, weight, padding_mode=padding_mode, backend=backend))
-    check_padding_mode(padding_mode)
-    try:
-        kernels.inference_into(x, weight, out, padding_mode == "circular")
-    except (RuntimeError, AttributeError):
-        _check_all(x, weight, out, padding_mode)
-        raise
-    torch.autograd.graph.increment_version(out)
-    return out
 
 
 def eca(
@@ -225,40 +79,18 @@ def eca(
             out where a gradient is needed, where out was made in torch.inference_mode() and this is
             outside of it, or where elements of out share memory, as after expand().
     """
-    if out is not None:
-        return _written(out, x, weight, padding_mode, backend)
-    tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
-    if tensors and weight.dtype != x.dtype:
+    if not (
+        isinstance(x, Tensor)
+        and isinstance(weight, Tensor)
+        and (out is None or isinstance(out, Tensor))
+    ):
+        return _overridden(eca, x, weight, padding_mode=padding_mode, backend=backend, out=out)
+    way = choose(x, backend)
+    if weight.dtype != x.dtype:
         weight = _under_autocast(x, weight)
-    kernels = select(x, backend) if tensors else None
-    if kernels is None:
-        if not tensors and has_torch_function((x, weight)):  # such as a proxy of torch.fx
-            modes: dict[str, Any] = {"padding_mode": padding_mode, "backend": backend}
-            return handle_torch_function(eca, (x, weight), x, weight, **modes)
-        return quietly(_in_reference, x, weight, padding_mode)  # type: ignore[no-any-return]
-    if transformed():
-        return transformed_eca(x, weight, padding_mode, kernels)
-    if padding_mode not in PADDING_MODES:
-        check_padding_mode(padding_mode)
-    if is_tracing():
-        if tracing_to_onnx():
-            return quietly(_in_operations, x, weight, padding_mode)  # type: ignore[no-any-return]
-        return _scripted(False)(x, weight, padding_mode, named(backend))  # type: ignore[no-any-return]
-    circular = padding_mode == "circular"
-    to_onnx = exporting_to_onnx()
-    if to_onnx or is_compiling():
-        # Before the call: up to torch 2.13 an operator's error has another type there.
-        check(x, weight, padding_mode)
-    if to_onnx:
-        return decomposed.eca(x, weight, circular)
-    try:
-        if _needs_kernels_gradient(x, weight, kernels):
-            return ECAFunction.apply(x, weight, circular, kernels)  # type: ignore[no-any-return]
-        return kernels.inference(x, weight, circular)  # type: ignore[no-any-return]
-    except (RuntimeError, AttributeError):
-        # The operators validate too, so a good call pays for one validation only.
-        check(x, weight, padding_mode)
-        raise
+    if out is None:
+        return way.eca(x, weight, is_circular(padding_mode))
+    return way.eca_into(x, weight, is_circular(padding_mode), out)
 
 
 def eca_(
@@ -274,35 +106,82 @@ def eca_(
     Raises:
         RuntimeError: also where a gradient would need the x that is overwritten.
     """
-    tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)
-    if not tensors and has_torch_function((x, weight)):
-        modes: dict[str, Any] = {"padding_mode": padding_mode, "backend": backend}
-        return handle_torch_function(eca_, (x, weight), x, weight, **modes)
-    if tensors and weight.dtype != x.dtype:
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        return _overridden(eca_, x, weight, padding_mode=padding_mode, backend=backend)
+    way = choose(x, backend)
+    if weight.dtype != x.dtype:
         weight = _under_autocast(x, weight)
-    kernels = select(x, backend) if tensors else None
-    if is_tracing():
-        quietly(check, x, weight, padding_mode)
-        if tracing_to_onnx():
-            return quietly(_in_operations, x, weight, padding_mode)  # type: ignore[no-any-return]
-        name = "reference" if kernels is None else named(backend)
-        return _scripted(True)(x, weight, padding_mode, name)  # type: ignore[no-any-return]
-    check(x, weight, padding_mode)
-    if _needs_grad(x, weight):
-        what = "x" if x.requires_grad else "the taps"
-        raise RuntimeError(
-            f"in-place ECA would overwrite the x that the gradient of {what} needs; "
-            "use inplace=False, or torch.no_grad() for inference"
-        )
-    _check_writable("x", x)
-    if kernels is None or transformed() or _is_negated(x):
-        gate = reference.gate(x, weight, padding_mode)
-        return x.mul_(gate.reshape(gate.shape + (1,) * (x.dim() - 2)))
-    if exporting_to_onnx():
-        return x.copy_(decomposed.eca(x, weight, padding_mode == "circular"))
-    kernels.inference_(x, weight, padding_mode == "circular")
-    torch.autograd.graph.increment_version(x)
-    return x
+    return way.eca_(x, weight, is_circular(padding_mode))
+
+
+def pool(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """Means over the spatial positions, the global average pooling of channel attention.
+
+    Summed in float32 (float64 for float64 x) and rounded once, to the dtype of x, which a network
+    of this dtype takes. x is read as by eca(), slices in place. The gradient is a view of N C
+    numbers. Plain PyTorch computes inside torch.func's transforms and in forward mode, and on the
+    CPU torch.compile gets plain operations to merge with their neighbours.
+
+    Args:
+        x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
+        backend: "native", "triton", "reference", or "auto" for the best of them that works here.
+
+    Returns:
+        (N, C), in the dtype of x.
+
+    Raises:
+        TypeError: x is no tensor or has an unsupported dtype.
+        ValueError: the shape or the backend does not fit.
+        RuntimeError: the backend that was asked for cannot be used here.
+    """
+    if not isinstance(x, Tensor):
+        return _overridden(pool, x, backend=backend)
+    return choose(x, backend).pool(x)
+
+
+def rescale(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
+    """Every channel of x by its gate, y[n, c, s] = gate[n, c] * x[n, c, s].
+
+    Computed in float32 (float64 for float64 x) and rounded once. The gradients for x and the gate
+    come from one pass over dy and x, which is kept only where the gate needs a gradient. Gradients
+    that are to be differentiated (create_graph=True) are plain PyTorch's; else as for pool().
+
+    Args:
+        x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
+        gate: (N, C), of any of these dtypes, whatever that of x.
+        backend: "native", "triton", "reference", or "auto" for the best of them that works here.
+
+    Returns:
+        y of the shape, dtype and memory format of x.
+
+    Raises:
+        TypeError: x or gate is no tensor or has an unsupported dtype.
+        ValueError: a shape, device or the backend does not fit.
+        RuntimeError: the backend that was asked for cannot be used here.
+    """
+    if not (isinstance(x, Tensor) and isinstance(gate, Tensor)):
+        return _overridden(rescale, x, gate, backend=backend)
+    return choose(x, backend).rescale(x, gate)
+
+
+# ---- for layers ----
+
+
+def linked_pool(x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
+    """pool(x), and a token for the linked_rescale() of the same x, where that saves memory traffic.
+
+    The token is for one call. Args and errors as for pool().
+    """
+    if not isinstance(x, Tensor):
+        return _overridden(linked_pool, x, backend=backend)
+    return choose(x, backend).linked_pool(x)
+
+
+def linked_rescale(x: Tensor, gate: Tensor, token: Tensor | None, backend: str) -> Tensor:
+    """rescale(x, gate) with the token that linked_pool() gave. Args and errors as for rescale()."""
+    if not (isinstance(x, Tensor) and isinstance(gate, Tensor)):
+        return _overridden(linked_rescale, x, gate, token=token, backend=backend)
+    return choose(x, backend).linked_rescale(x, gate, token)
 
 
 def plain(x: Tensor, weight: Tensor, padding_mode: str, inplace: bool) -> Tensor:
@@ -311,7 +190,27 @@ def plain(x: Tensor, weight: Tensor, padding_mode: str, inplace: bool) -> Tensor
     return run(x, weight, padding_mode=padding_mode, backend="reference")
 
 
+def plain_pool(x: Tensor) -> Tensor:
+    """pool() of the backend "reference"."""
+    return pool(x, backend="reference")
+
+
+def plain_rescale(x: Tensor, gate: Tensor) -> Tensor:
+    """rescale() of the backend "reference"."""
+    return rescale(x, gate, backend="reference")
+
+
 # What torch.jit.script compiles in their place; a branch inside them would cost every call.
-eca.__prepare_scriptable__ = lambda: scripting.eca  # type: ignore[attr-defined]
-eca_.__prepare_scriptable__ = lambda: scripting.eca_  # type: ignore[attr-defined]
-plain.__prepare_scriptable__ = lambda: scripting.plain  # type: ignore[attr-defined]
+_twins: tuple[tuple[Any, Any], ...] = (
+    (eca, torchscript.eca),
+    (eca_, torchscript.eca_),
+    (pool, torchscript.pool),
+    (rescale, torchscript.rescale),
+    (linked_pool, torchscript.linked_pool),
+    (linked_rescale, torchscript.linked_rescale),
+    (plain, torchscript.plain),
+    (plain_pool, graph.pool),
+    (plain_rescale, graph.rescale),
+)
+for _function, _twin in _twins:
+    _function.__prepare_scriptable__ = lambda twin=_twin: twin

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from eca_fused.functional.pool_rescale import linked_pool, linked_rescale
+from eca_fused.functional import linked_pool, linked_rescale
 from eca_fused.torch_state import has_hooks, is_tracing, own_parameters
 
 __all__ = ["as_it_takes", "by_calling", "plain_taps"]

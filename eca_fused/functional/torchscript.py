@@ -1,4 +1,4 @@
-"""What functional.py has, for TorchScript, which compiles these in their place.
+"""What this package's functions are for TorchScript, which compiles these in their place.
 
 A scripted layer runs the compiled operator where no gradient is needed, so that a process which
 loads it has to `import eca_fused` first. With fused=False it needs torch alone.
@@ -10,12 +10,17 @@ traced keeps what "auto" meant in the meantime. Neither has Triton kernels, and 
 import torch
 from torch import Tensor
 
-from eca_fused.ops import graph as decomposed
-from eca_fused.ops import native
+from eca_fused.ops import graph, native
+from eca_fused.ops.checks import (
+    check,
+    check_no_gradient,
+    check_out,
+    check_overwrites,
+    is_circular,
+    needs_grad,
+)
 
 __all__ = [
-    "check_map",
-    "check_no_gradient",
     "eca",
     "eca_",
     "linked_pool",
@@ -40,11 +45,11 @@ if native.missing is None:
         return torch.ops.eca_fused.rescale(x, gate)  # type: ignore[no-any-return]
 
 else:
-    _pool, _rescale = decomposed.pool, decomposed.rescale
-    _inference = decomposed.eca
+    _pool, _rescale = graph.pool, graph.rescale
+    _inference = graph.eca
 
     def _inference_(x: Tensor, weight: Tensor, circular: bool) -> None:
-        x.copy_(decomposed.eca(x, weight, circular))
+        x.copy_(graph.eca(x, weight, circular))
 
 
 if "cuda" in native.devices:
@@ -61,68 +66,6 @@ else:
 
     def _has_kernels(x: Tensor) -> bool:
         return False
-
-
-def check_map(x: Tensor, channels: int, spatial: int | None = None) -> None:
-    """As in checks.py."""
-    least, most = 0, 3
-    if spatial is not None:
-        least, most = spatial, spatial
-    if x.dim() - 2 < least or x.dim() - 2 > most or x.shape[1] != channels:
-        raise ValueError(
-            f"expected x of shape (N, {channels}, *spatial) with {least} to {most} spatial "
-            f"dimensions, got {x.shape}; build the layer for the channels of x, or reshape x"
-        )
-
-
-def _circular(padding_mode: str) -> bool:
-    if padding_mode not in ["zeros", "circular"]:
-        raise ValueError(f"expected padding_mode 'zeros' or 'circular', got '{padding_mode}'")
-    return padding_mode == "circular"
-
-
-def _check(x: Tensor, weight: Tensor, padding_mode: str) -> None:
-    """Raise where checks.check() does, which TorchScript cannot compile.
-
-    For plain operations, which would broadcast; the compiled operators check by themselves.
-    """
-    if x.dim() < 2 or x.dim() > 5:
-        raise ValueError(
-            f"expected x of shape (N, C, *spatial) with 0 to 3 spatial dimensions, got {x.shape}; "
-            "add or merge dimensions with reshape()"
-        )
-    if x.dtype not in [torch.float32, torch.float64, torch.float16, torch.bfloat16]:
-        raise TypeError(
-            "expected x of dtype float32, float64, float16 or bfloat16; "
-            "convert it, for example with x.float()"
-        )
-    channels = x.shape[1]
-    if weight.dim() != 3 or weight.shape[1] != 1 or weight.shape[0] not in [1, channels]:
-        raise ValueError(
-            f"expected taps of shape (1, 1, k), or (C, 1, k) = ({channels}, 1, k) for taps of each "
-            f"channel's own, got {weight.shape}; bring them to one of these with reshape()"
-        )
-    k = weight.shape[2]
-    if k % 2 == 0:
-        raise ValueError(
-            f"expected an odd number of taps k, got {k}: the kernel is centred on its channel; "
-            f"use {k + 1}"
-        )
-    if weight.dtype not in [torch.float32, x.dtype]:
-        raise TypeError(
-            "expected taps of dtype float32, or of the dtype of x; "
-            "convert them, for example with layer.to(x.dtype)"
-        )
-    if weight.device != x.device:
-        raise ValueError(
-            f"expected the taps on the device of x, {x.device}, got {weight.device}; "
-            "move them, for example with layer.to(x.device)"
-        )
-    if padding_mode == "circular" and k // 2 > channels:
-        raise ValueError(
-            f"circular padding would wrap around more than once: k = {k} needs {k // 2} channels "
-            f"or more, x has {channels}; use fewer taps or padding_mode='zeros'"
-        )
 
 
 def _without_kernels(x: Tensor, backend: str) -> bool:
@@ -142,50 +85,20 @@ def _without_kernels(x: Tensor, backend: str) -> bool:
     return backend == "reference" or not _has_kernels(x)
 
 
-def _needs_grad(x: Tensor, weight: Tensor) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-
-
-def _check_not_needed(x: Tensor, weight: Tensor) -> None:
-    if _needs_grad(x, weight):
-        raise RuntimeError(
-            "in-place ECA would overwrite the x that its gradient needs; "
-            "use inplace=False, or torch.no_grad() for inference"
-        )
-
-
 def plain(x: Tensor, weight: Tensor, padding_mode: str, inplace: bool) -> Tensor:
     """y, without the compiled operators. Args as for eca()."""
-    circular = _circular(padding_mode)
-    _check(x, weight, padding_mode)
+    circular = is_circular(padding_mode)
+    check(x, weight, circular)
     if inplace:
-        _check_not_needed(x, weight)
-    y = decomposed.eca(x, weight, circular)
+        check_overwrites(x, weight)
+    y = graph.eca(x, weight, circular)
     return x.copy_(y) if inplace else y
 
 
 def _eca(x: Tensor, weight: Tensor, padding_mode: str, backend: str) -> Tensor:
-    if _without_kernels(x, backend) or _needs_grad(x, weight):
+    if _without_kernels(x, backend) or needs_grad(x, weight):
         return plain(x, weight, padding_mode, False)
-    return _inference(x, weight, _circular(padding_mode))
-
-
-def check_no_gradient(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Raise RuntimeError where a gradient of what is written into out would be needed."""
-    if _needs_grad(x, weight) or (torch.is_grad_enabled() and out.requires_grad):
-        raise RuntimeError(
-            "what eca() writes into out= has no gradient; leave out= away, or call this in "
-            "torch.no_grad()"
-        )
-
-
-def _check_out(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
-        raise ValueError(
-            f"expected out of the shape and dtype and on the device of x, {x.shape} on {x.device}, "
-            f"got {out.shape} on {out.device}; make it with torch.empty_like(x)"
-        )
-    check_no_gradient(x, weight, out)
+    return _inference(x, weight, is_circular(padding_mode))
 
 
 def eca(
@@ -209,7 +122,8 @@ def eca(
     """
     if out is None:
         return _eca(x, weight, padding_mode, backend)
-    _check_out(x, weight, out)
+    check_out(x, out)
+    check_no_gradient(x, weight, out)
     return out.copy_(_eca(x, weight, padding_mode, backend))
 
 
@@ -217,22 +131,22 @@ def eca_(x: Tensor, weight: Tensor, padding_mode: str = "zeros", backend: str = 
     """eca_(). Args and errors as for eca()."""
     if _without_kernels(x, backend):
         return plain(x, weight, padding_mode, True)
-    _check_not_needed(x, weight)
-    _inference_(x, weight, _circular(padding_mode))
+    check_overwrites(x, weight)
+    _inference_(x, weight, is_circular(padding_mode))
     return x
 
 
 def pool(x: Tensor, backend: str = "auto") -> Tensor:
     """pool() with a gradient from autograd. Args as for pool()."""
     if _without_kernels(x, backend) or (torch.is_grad_enabled() and x.requires_grad):
-        return decomposed.pool(x)
+        return graph.pool(x)
     return _pool(x)
 
 
 def rescale(x: Tensor, gate: Tensor, backend: str = "auto") -> Tensor:
     """rescale() with a gradient from autograd. Args as for rescale()."""
-    if _without_kernels(x, backend) or _needs_grad(x, gate):
-        return decomposed.rescale(x, gate)
+    if _without_kernels(x, backend) or needs_grad(x, gate):
+        return graph.rescale(x, gate)
     return _rescale(x, gate)
 
 

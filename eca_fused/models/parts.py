@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from eca_fused import attention
-from eca_fused.layer import kernel_size
 from eca_fused.ops.checks import check_kernel_size
+from eca_fused.ops.taps import adaptive_kernel_size
 
 __all__ = ["BlockAttention", "block_kernel_sizes", "conv"]
 
@@ -99,7 +99,7 @@ def block_kernel_sizes(
         ValueError: their number or one of them does not fit, or the method has none.
     """
     if kernel_sizes is None:
-        return [[kernel_size(c)] * n for c, n in zip(channels, blocks, strict=True)]
+        return [[adaptive_kernel_size(c)] * n for c, n in zip(channels, blocks, strict=True)]
     if not attention.METHODS[name].sized:
         raise ValueError(
             f"expected kernel_sizes None with attention {name!r}, which has no kernel size, "

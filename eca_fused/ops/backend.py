@@ -1,4 +1,4 @@
-"""Which kernels run: the backends, their choice, and a warning where it is not the expected one."""
+"""The backends by name: which there are, which works here, and which one a call gets."""
 
 import functools
 import os
@@ -7,13 +7,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from eca_fused.ops import native
-from eca_fused.torch_state import is_exporting
+from eca_fused.ops.kernels import Kernels
 
 __all__ = ["Backend", "backends", "use_backend"]
 
@@ -43,16 +41,17 @@ class Backend:
 
 def backends() -> dict[str, Backend]:
     """The backends by name, each with its `usable` and a `detail` that gives the reason if not."""
-    reason = _triton_missing()
-    where = _triton_devices() if reason is None else frozenset()
-    on = "its interpreter, on any device: slow, for tests" if "cpu" in where else "GPUs"
-    return {
+    found = {
         "native": Backend(
             native.missing is None, native.missing or native.description, native.devices
-        ),
-        "triton": Backend(reason is None, reason or on, where),
-        "reference": Backend(True, "plain PyTorch, any device"),
+        )
     }
+    if reason := _triton_missing():
+        found["triton"] = Backend(False, reason, frozenset())
+    else:
+        triton = _triton()
+        found["triton"] = Backend(True, triton.description, triton.devices)
+    return found | {"reference": Backend(True, "plain PyTorch, any device")}
 
 
 def check_backend(name: str, what: str = "backend") -> str:
@@ -78,7 +77,7 @@ def _triton_missing() -> str | None:
     except Exception as error:
         return f"Triton finds no driver of a GPU ({type(error).__name__}: {error})"
     try:
-        _triton_devices()
+        _triton()
     except Exception as error:
         return (
             f"the kernels do not fit Triton {triton.__version__} "
@@ -87,16 +86,10 @@ def _triton_missing() -> str | None:
     return None
 
 
-def _triton_devices() -> frozenset[str]:
-    from eca_fused.ops import triton as triton_kernels
-
-    return triton_kernels.devices
-
-
 def _triton_unsupported(kind: str) -> str | None:
     """Why the Triton kernels cannot run on this type of device, or None."""
     reason = _triton_missing()
-    if reason is None and kind not in _triton_devices() | {"meta"}:
+    if reason is None and kind not in _triton().devices | {"meta"}:
         reason = f"the Triton kernels do not run on {kind}"
         if kind == "cpu":
             reason += ", but for tests in Triton's interpreter: set TRITON_INTERPRET=1"
@@ -159,8 +152,8 @@ def warn_once(message: str) -> None:
 warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def select(x: Tensor, backend: str) -> ModuleType | None:
-    """The module with the kernels for x, or None for plain PyTorch.
+def select(x: Tensor, backend: str) -> Kernels | None:
+    """The kernels for x, or None for plain PyTorch.
 
     "auto" takes the best that works, and warns once where that is not the native one. It never
     takes Triton on the CPU, where only the interpreter runs it.
@@ -178,24 +171,22 @@ def select(x: Tensor, backend: str) -> ModuleType | None:
         and backend in ("auto", "native")
         and (kind == "cpu" or native.unsupported(x.device) is None)
     ):
-        if is_dynamo_compiling() and backend == "auto" and kind == "cpu" and not is_exporting():
-            return _for_the_compiler()
         return native
     if backend == "reference":
         return None
     what = "backend" if source == "the argument" else "ECA_FUSED_BACKEND"
-    triton = check_backend(backend, what) == "triton"
-    if kind == "meta" and native.missing is None and not triton:
+    by_triton = check_backend(backend, what) == "triton"
+    if kind == "meta" and native.missing is None and not by_triton:
         return native
-    reason = _triton_unsupported(kind) if triton else native.unsupported(x.device)
-    if triton and reason is None:
-        return _triton_kernels()
+    reason = _triton_unsupported(kind) if by_triton else native.unsupported(x.device)
+    if by_triton and reason is None:
+        return _triton()
     if backend == "auto":
         if kind == "cpu":
             instead = None
         elif (instead := _triton_unsupported(kind)) is None:
             warn_once(f"eca_fused runs its Triton kernels on {kind}: {reason}")
-            return _triton_kernels()
+            return _triton()
         why = reason if instead is None else f"{reason}; {instead}"
         warn_once(f"eca_fused runs in plain PyTorch on {kind}, which is slower: {why}")
         return None
@@ -205,19 +196,7 @@ def select(x: Tensor, backend: str) -> ModuleType | None:
     )
 
 
-def is_for_the_compiler(kernels: ModuleType) -> bool:
-    """Whether these are the plain operations that torch.compile merges with their neighbours."""
-    # By its name, as it cannot be imported without the extension.
-    return kernels.__name__ == "eca_fused.functional.compiled"
+def _triton() -> Kernels:
+    from eca_fused.ops import triton
 
-
-def _for_the_compiler() -> ModuleType:
-    from eca_fused.functional import compiled
-
-    return compiled
-
-
-def _triton_kernels() -> ModuleType:
-    from eca_fused.ops import triton as triton_kernels
-
-    return triton_kernels
+    return triton

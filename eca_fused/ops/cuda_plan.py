@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eca_fused.layer import kernel_size as adaptive_kernel_size
 from eca_fused.ops import native
-from eca_fused.ops.checks import DTYPES, MAX_SPATIAL_DIMS, check_kernel_size, check_padding_mode
+from eca_fused.ops.checks import (
+    DTYPES,
+    MAX_SPATIAL_DIMS,
+    check_kernel_size,
+    check_wraps_once,
+    is_circular,
+)
+from eca_fused.ops.taps import adaptive_kernel_size
 
 if TYPE_CHECKING:
     from eca_fused._C import Gpu
@@ -170,14 +176,10 @@ def plan(
             f"expected dtype as torch.float32, float64, float16 or bfloat16, got {dtype!r}"
         )
     channels_inside = _channels_inside(memory_format)
-    check_padding_mode(padding_mode)
+    circular = is_circular(padding_mode)
     k = adaptive_kernel_size(channels) if kernel_size is None else kernel_size
     check_kernel_size(k)
-    if padding_mode == "circular" and k // 2 > channels:
-        raise ValueError(
-            f"circular padding would wrap around more than once: k = {k} needs {k // 2} channels "
-            f"or more, the shape has {channels}; use fewer taps or padding_mode='zeros'"
-        )
+    check_wraps_once(channels, k, circular)
     pixels = math.prod(spatial)
     elements = max(samples * channels * max(pixels, 1), k * (channels if own_taps else 1))
     if elements * dtype.itemsize > MOST_BYTES:
@@ -199,7 +201,7 @@ def plan(
             pixels=pixels,
             kernel_size=k,
             own_taps=bool(own_taps),
-            circular=padding_mode == "circular",
+            circular=circular,
             aligned=True,
             in_place=False,
             gpu=gpu,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from eca_fused.ops.checks import check, check_dy, check_gate, check_kept, check_out, check_x
+from eca_fused.ops.checks import check, check_dy, check_gate, check_out, check_saved, check_x
 from eca_fused.ops.results import output_strides, sums_dtype
 
 __all__ = [
@@ -19,31 +19,27 @@ __all__ = [
 ]
 
 
-def _mode(circular: bool) -> str:
-    return "circular" if circular else "zeros"
-
-
 def _like(x: Tensor) -> Tensor:
     return x.new_empty_strided(x.shape, output_strides(x))
 
 
 def forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    check(x, weight, _mode(circular))
+    check(x, weight, circular)
     mean, gate = (x.new_empty(x.shape[:2], dtype=sums_dtype(x)) for _ in range(2))
     return _like(x), mean, gate
 
 
 def inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
-    check(x, weight, _mode(circular))
+    check(x, weight, circular)
     return _like(x)
 
 
 def inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
-    check(x, weight, _mode(circular))
+    check(x, weight, circular)
 
 
 def inference_into(x: Tensor, weight: Tensor, out: Tensor, circular: bool = False) -> None:
-    check(x, weight, _mode(circular))
+    check(x, weight, circular)
     check_out(x, out)
 
 
@@ -60,9 +56,9 @@ def backward(
     need_dx: bool = True,
     need_dweight: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    check(x, weight, _mode(circular))
+    check(x, weight, circular)
     check_dy(x, dy)
-    check_kept(x, mean, gate)
+    check_saved(x, mean, gate)
     dx = _like(x) if need_dx else x.new_empty(0)
     dweight = weight.new_empty(weight.shape if need_dweight else 0)
     return dx, dweight

@@ -2,7 +2,7 @@
 
 torch.compile fuses these with their neighbours, TorchScript differentiates them, and ONNX knows no
 others. Like the kernels, they sum and gate in float32 (float64 for float64) and round once, unlike
-reference.py. The taps are shifted sums, as a convolution would be a barrier to fusion.
+reference.py. The taps are shifted sums: a convolution would be a barrier to fusion.
 
 torch.jit.script compiles this file too, and reads only a part of Python.
 """
@@ -10,10 +10,10 @@ torch.jit.script compiles this file too, and reads only a part of Python.
 import torch
 from torch import Tensor
 
-__all__ = ["eca", "forward", "pool", "rescale"]
+__all__ = ["eca", "padded", "pool", "rescale", "spread", "widened"]
 
 
-def _padded(values: Tensor, r: int, circular: bool) -> Tensor:
+def padded(values: Tensor, r: int, circular: bool) -> Tensor:
     """Rows of channels with r more at both ends: (N, C) to (N, C + 2r)."""
     if r == 0:
         return values
@@ -24,8 +24,8 @@ def _padded(values: Tensor, r: int, circular: bool) -> Tensor:
     return torch.cat(ends, 1)
 
 
-def _spread(values: Tensor, like: Tensor) -> Tensor:
-    """(N, C) to (N, C, 1, ...), with the dimensions of a map."""
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """Values (N, C) as (N, C, 1, ...), with the dimensions of a map."""
     for _ in range(like.dim() - 2):
         values = values.unsqueeze(-1)
     return values
@@ -50,19 +50,18 @@ def pool(x: Tensor) -> Tensor:
 def rescale(x: Tensor, gate: Tensor) -> Tensor:
     """The operator rescale(), likewise, for a gate (N, C)."""
     wide = widened(x)
-    return (wide * _spread(gate.to(wide.dtype), x)).to(x.dtype)
+    return (wide * spread(gate.to(wide.dtype), x)).to(x.dtype)
 
 
-def _mean_and_gate(x: Tensor, weight: Tensor, circular: bool) -> tuple[Tensor, Tensor]:
-    """(N, C) each, in the dtype of x."""
-    mean = _mean(x)
+def _gate(x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+    """(N, C), in the dtype of x."""
     channels, k = x.shape[1], weight.shape[2]
-    rows = _padded(mean, k // 2, circular)
+    rows = padded(_mean(x), k // 2, circular)
     taps = weight.to(x.dtype)
     z = taps[:, 0, 0] * rows.narrow(1, 0, channels)
     for j in range(1, k):
         z = z + taps[:, 0, j] * rows.narrow(1, j, channels)
-    return mean, torch.sigmoid(z)
+    return torch.sigmoid(z)
 
 
 def eca(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
@@ -74,12 +73,4 @@ def eca(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
         circular: wrap around at the first and last channel.
     """
     wide = widened(x)
-    gate = _mean_and_gate(wide, weight, circular)[1]
-    return (wide * _spread(gate, x)).to(x.dtype)
-
-
-def forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator forward(): y, and mean and gate (N, C)."""
-    wide = widened(x)
-    mean, gate = _mean_and_gate(wide, weight, circular)
-    return (wide * _spread(gate, x)).to(x.dtype), mean, gate
+    return (wide * spread(_gate(wide, weight, circular), x)).to(x.dtype)

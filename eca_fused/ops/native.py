@@ -1,8 +1,6 @@
 """The compiled extension: loads it, or says why it is missing, and describes its operators.
 
-`forward`, `backward`, `inference`, `inference_` and `inference_into` are this backend's side of the
-contract, with `pool`, `rescale` and `rescale_backward` for the two ends alone; a backend is a
-module that has all.
+The module is this backend's Kernels, see kernels.py.
 """
 
 import functools
@@ -14,18 +12,21 @@ from eca_fused.ops import fakes, flops, writing
 
 __all__ = [
     "backward",
+    "description",
     "devices",
     "forward",
     "inference",
     "inference_",
     "inference_into",
     "missing",
+    "name",
     "pool",
     "rescale",
     "rescale_backward",
     "unsupported",
 ]
 
+name = "native"
 missing: str | None = None  # the reason why there are no native kernels
 devices: frozenset[str] = frozenset()  # device types that the extension was compiled for
 description = ""
@@ -58,8 +59,8 @@ except Exception as error:  # a broken build may fail in any way, and must not b
         )
 
 if missing is None:
-    for _name in fakes.__all__:
-        torch.library.register_fake(f"eca_fused::{_name}")(getattr(fakes, _name))
+    for _operator in fakes.__all__:
+        torch.library.register_fake(f"eca_fused::{_operator}")(getattr(fakes, _operator))
     writing.register("", inference_, inference_into)
     flops.register("")
 
@@ -75,8 +76,8 @@ def runs_on(capability: tuple[int, int], compiled: str) -> bool:
         compiled: as in TORCH_CUDA_ARCH_LIST, for example "7.5;8.0;12.0+PTX" or "8.0 9.0". Of a name
             such as "Hopper" the best is assumed.
     """
-    for name in re.split(r"[; ]+", compiled.strip()):
-        number, _, ptx = name.partition("+")
+    for architecture in re.split(r"[; ]+", compiled.strip()):
+        number, _, ptx = architecture.partition("+")
         if not number[:1].isdigit():
             return True
         major, minor = (int(part) for part in number.rstrip("af").split("."))

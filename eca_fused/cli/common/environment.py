@@ -56,7 +56,7 @@ def fused_kernels(device: torch.device, dtype: torch.dtype) -> str:
         if chosen != "auto":
             why = f"ECA_FUSED_BACKEND={chosen}"
         return f"plain PyTorch, as {why}"
-    return f"kernels of {kernels.__name__}, {getattr(kernels, 'description', '')}".rstrip(", ")
+    return f"kernels of {kernels.name}, {getattr(kernels, 'description', '')}".rstrip(", ")
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

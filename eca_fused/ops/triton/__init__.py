@@ -1,4 +1,4 @@
-"""The Triton backend: the same operators as in native.py.
+"""The Triton backend: this module is its Kernels, see ops/kernels.py.
 
 For GPUs that the extension was not compiled for, and for torch.compile, which traces through these
 operators down to the kernels. Importing this imports Triton; backend.py does so when asked to.
@@ -12,32 +12,32 @@ import triton
 from torch import Tensor
 
 from eca_fused.ops import fakes, flops, writing
-from eca_fused.ops.checks import check, check_dy, check_gate, check_kept, check_out, check_x
+from eca_fused.ops.checks import check, check_dy, check_gate, check_out, check_saved, check_x
 from eca_fused.ops.results import output_strides
 from eca_fused.ops.triton import launch
 from eca_fused.ops.triton.maps import apart, in_planes, overlap, readable, same_memory
 
 __all__ = [
     "backward",
+    "description",
     "devices",
     "forward",
     "inference",
     "inference_",
     "inference_into",
+    "name",
     "pool",
     "rescale",
     "rescale_backward",
 ]
 
+name = "triton"
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU
 devices = frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"})
+description = "its interpreter, on any device: slow, for tests" if INTERPRETED else "GPUs"
 
 # torch.compile cannot trace into kernels that the interpreter runs.
 _operator: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
-
-
-def _check(x: Tensor, weight: Tensor, circular: bool) -> None:
-    check(x, weight, "circular" if circular else "zeros")
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -53,7 +53,7 @@ def _empty_like(x: Tensor) -> Tensor:
 
 @_operator("eca_fused::triton_forward", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    _check(x, weight, circular)
+    check(x, weight, circular)
     y = _empty_like(x)
     with _on_device(x):
         kept = launch.forward(x, weight, circular, y, keep=True)
@@ -63,7 +63,7 @@ def _forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor,
 
 @_operator("eca_fused::triton_inference", mutates_args=())
 def _inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
-    _check(x, weight, circular)
+    check(x, weight, circular)
     y = _empty_like(x)
     with _on_device(x):
         launch.forward(x, weight, circular, y, keep=False)
@@ -72,7 +72,7 @@ def _inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
 
 def _write(x: Tensor, weight: Tensor, circular: bool, out: Tensor, name: str) -> None:
     """y written into out, which may be x; `name` is what the caller calls it."""
-    _check(x, weight, circular)
+    check(x, weight, circular)
     check_out(x, out)
     if x.numel() == 0:
         return
@@ -120,9 +120,9 @@ def _backward(
     need_dx: bool = True,
     need_dweight: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, weight, circular)
+    check(x, weight, circular)
     check_dy(x, dy)
-    check_kept(x, mean, gate)
+    check_saved(x, mean, gate)
     dx = _empty_like(x) if need_dx else None
     dweight = weight.new_empty(weight.shape) if need_dweight else None
     if x.shape[0] == 0 or x.shape[1] == 0:

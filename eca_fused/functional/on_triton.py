@@ -1,0 +1,6 @@
+"""The ways on Triton's kernels, in a module of their own: importing it imports Triton."""
+
+from eca_fused.functional.ways import Ways
+from eca_fused.ops import triton
+
+TRITON = Ways(triton)

@@ -1,0 +1,378 @@
+"""The ways in which a call can be computed, each with all the operations."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from eca_fused import reference
+from eca_fused.autograd.eca import ECAFunction
+from eca_fused.autograd.pool_rescale import LinkedPool, LinkedRescale, Pool, Rescale
+from eca_fused.autograd.transforms import transformed_eca
+from eca_fused.functional import torchscript
+from eca_fused.ops import graph
+from eca_fused.ops.checks import (
+    check,
+    check_gate,
+    check_no_gradient,
+    check_out,
+    check_overwrites,
+    check_x,
+    needs_grad,
+)
+from eca_fused.ops.kernels import Kernels
+from eca_fused.ops.results import output_strides
+from eca_fused.torch_state import quietly
+
+__all__ = [
+    "ForTheCompiler",
+    "Graph",
+    "Plain",
+    "Scripted",
+    "TracedPlain",
+    "TracedToONNX",
+    "Way",
+    "Ways",
+]
+
+
+def _mode(circular: bool) -> str:
+    return "circular" if circular else "zeros"
+
+
+def _check_writable(name: str, t: Tensor) -> None:
+    # torch.compile cannot trace this question.
+    if not is_compiling() and t.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} was made in inference mode and cannot be written in place outside of it; "
+            f"call this in torch.inference_mode(), or on {name}.clone()"
+        )
+
+
+def _is_negated(t: Tensor) -> bool:
+    """Whether its numbers count with the other sign: torch gives no operator such to write."""
+    # torch.compile cannot trace this question.
+    return not is_compiling() and t.is_neg()
+
+
+class Way:
+    """One way to compute. Maps are x (N, C, *spatial), taps weight (1 or C, 1, k), gates (N, C).
+
+    Each method checks its tensors, and raises as the function of its name.
+    """
+
+    def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        raise NotImplementedError
+
+    def eca_into(self, x: Tensor, weight: Tensor, circular: bool, out: Tensor) -> Tensor:
+        """y written into out."""
+        check(x, weight, circular)
+        check_out(x, out)  # copy_() would broadcast
+        check_no_gradient(x, weight, out)
+        _check_writable("out", out)
+        return out.copy_(self.eca(x, weight, circular))
+
+    def eca_(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        """y written over x."""
+        check(x, weight, circular)
+        check_overwrites(x, weight)
+        _check_writable("x", x)
+        return x.copy_(self.eca(x, weight, circular))
+
+    def pool(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def rescale(self, x: Tensor, gate: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def linked_pool(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """pool(), and a token for linked_rescale() where that saves memory traffic."""
+        return self.pool(x), None
+
+    def linked_rescale(self, x: Tensor, gate: Tensor, token: Tensor | None) -> Tensor:
+        return self.rescale(x, gate)
+
+
+# ---- plain PyTorch ----
+
+
+class Plain(Way):
+    """The definition: what there is without kernels, and what backend="reference" asks for."""
+
+    def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        check(x, weight, circular)
+        return reference.eca(x, weight, padding_mode=_mode(circular))
+
+    def pool(self, x: Tensor) -> Tensor:
+        check_x(x)
+        return reference.pool(x)
+
+    def rescale(self, x: Tensor, gate: Tensor) -> Tensor:
+        check_gate(x, gate)
+        return reference.rescale(x, gate)
+
+
+class Graph(Way):
+    """Operations that round once, for what makes a graph of them: compilers, exporters."""
+
+    def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        check(x, weight, circular)
+        return graph.eca(x, weight, circular)
+
+    def pool(self, x: Tensor) -> Tensor:
+        check_x(x)
+        return graph.pool(x)
+
+    def rescale(self, x: Tensor, gate: Tensor) -> Tensor:
+        check_gate(x, gate)
+        return graph.rescale(x, gate)
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Any:
+    return torch.jit.script(function)
+
+
+class Scripted(Way):
+    """What torch.jit.trace records: whether a gradient is needed is known when the trace runs."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        quietly(check, x, weight, circular)
+        y: Tensor = _compiled(torchscript.eca)(x, weight, _mode(circular), self.backend)
+        return y
+
+    def eca_into(self, x: Tensor, weight: Tensor, circular: bool, out: Tensor) -> Tensor:
+        quietly(check, x, weight, circular)
+        quietly(check_out, x, out)
+        y: Tensor = _compiled(torchscript.eca)(x, weight, _mode(circular), self.backend, out)
+        return y
+
+    def eca_(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        quietly(check, x, weight, circular)
+        y: Tensor = _compiled(torchscript.eca_)(x, weight, _mode(circular), self.backend)
+        return y
+
+    def pool(self, x: Tensor) -> Tensor:
+        quietly(check_x, x)
+        y: Tensor = _compiled(torchscript.pool)(x, self.backend)
+        return y
+
+    def rescale(self, x: Tensor, gate: Tensor) -> Tensor:
+        quietly(check_gate, x, gate)
+        y: Tensor = _compiled(torchscript.rescale)(x, gate, self.backend)
+        return y
+
+
+class TracedPlain(Scripted):
+    """The definition as torch.jit.trace records it; what is written in place, with its checks."""
+
+    def __init__(self) -> None:
+        super().__init__("reference")
+        self.plain = Plain()
+
+    def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        return quietly(self.plain.eca, x, weight, circular)
+
+    def pool(self, x: Tensor) -> Tensor:
+        return quietly(self.plain.pool, x)
+
+    def rescale(self, x: Tensor, gate: Tensor) -> Tensor:
+        return quietly(self.plain.rescale, x, gate)
+
+
+class TracedToONNX(Way):
+    """Operations that ONNX has. Its exporter knows a write to a slice, and none to a whole map."""
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+
+    def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        return quietly(self.graph.eca, x, weight, circular)
+
+    def eca_into(self, x: Tensor, weight: Tensor, circular: bool, out: Tensor) -> Tensor:
+        quietly(check_out, x, out)
+        out[:] = self.eca(x, weight, circular)
+        return out
+
+    def eca_(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        x[:] = self.eca(x, weight, circular)
+        return x
+
+    def pool(self, x: Tensor) -> Tensor:
+        return quietly(self.graph.pool, x)
+
+    def rescale(self, x: Tensor, gate: Tensor) -> Tensor:
+        return quietly(self.graph.rescale, x, gate)
+
+
+# ---- kernels ----
+
+
+class Fused(Way):
+    """A backend's kernels. Its operators check, so that a good call pays for one check only."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+    def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        try:
+            if needs_grad(x, weight):
+                y: Tensor = ECAFunction.apply(x, weight, circular, self.kernels)
+                return y
+            return self.kernels.inference(x, weight, circular)
+        except (RuntimeError, AttributeError):
+            check(x, weight, circular)
+            raise
+
+    def eca_into(self, x: Tensor, weight: Tensor, circular: bool, out: Tensor) -> Tensor:
+        check_no_gradient(x, weight, out)
+        _check_writable("out", out)
+        if _is_negated(out):
+            return super().eca_into(x, weight, circular, out)
+        try:
+            self.kernels.inference_into(x, weight, out, circular)
+        except (RuntimeError, AttributeError):
+            check(x, weight, circular)
+            check_out(x, out)
+            raise
+        torch.autograd.graph.increment_version(out)
+        return out
+
+    def eca_(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        check_overwrites(x, weight)
+        _check_writable("x", x)
+        if _is_negated(x):
+            return super().eca_(x, weight, circular)
+        try:
+            self.kernels.inference_(x, weight, circular)
+        except (RuntimeError, AttributeError):
+            check(x, weight, circular)
+            raise
+        torch.autograd.graph.increment_version(x)
+        return x
+
+    def pool(self, x: Tensor) -> Tensor:
+        try:
+            if needs_grad(x, x):
+                y: Tensor = Pool.apply(x, self.kernels)
+                return y
+            return self.kernels.pool(x)
+        except (RuntimeError, AttributeError):
+            check_x(x)
+            raise
+
+    def rescale(self, x: Tensor, gate: Tensor) -> Tensor:
+        try:
+            if needs_grad(x, gate):
+                y: Tensor = Rescale.apply(x, gate, self.kernels)
+                return y
+            return self.kernels.rescale(x, gate)
+        except (RuntimeError, AttributeError, TypeError):
+            check_gate(x, gate)
+            raise
+
+    def linked_pool(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not needs_grad(x, x):
+            return self.pool(x), None
+        try:
+            linked: tuple[Tensor, Tensor] = LinkedPool.apply(x, self.kernels)
+            return linked
+        except RuntimeError:
+            check_x(x)
+            raise
+
+    def linked_rescale(self, x: Tensor, gate: Tensor, token: Tensor | None) -> Tensor:
+        if token is None:
+            return self.rescale(x, gate)
+        try:
+            y: Tensor = LinkedRescale.apply(x, gate, token, self.kernels)
+            return y
+        except (RuntimeError, AttributeError, TypeError):
+            check_gate(x, gate)
+            raise
+
+
+class Compiling(Fused):
+    """Kernels inside a graph that torch.compile or torch.export makes.
+
+    It checks before the call: up to torch 2.13 an operator's error has another type there.
+    """
+
+    def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        check(x, weight, circular)
+        return super().eca(x, weight, circular)
+
+    def eca_into(self, x: Tensor, weight: Tensor, circular: bool, out: Tensor) -> Tensor:
+        check(x, weight, circular)
+        check_out(x, out)
+        return super().eca_into(x, weight, circular, out)
+
+    def eca_(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        check(x, weight, circular)
+        return super().eca_(x, weight, circular)
+
+    def pool(self, x: Tensor) -> Tensor:
+        check_x(x)
+        return super().pool(x)
+
+    def rescale(self, x: Tensor, gate: Tensor) -> Tensor:
+        check_gate(x, gate)
+        return super().rescale(x, gate)
+
+    def linked_pool(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.pool(x), None  # the link is an attribute of a tensor, which no graph has
+
+
+class ForTheCompiler(Graph):
+    """What backend="auto" is on the CPU under torch.compile.
+
+    The compiler fuses plain operations with the addition and the ReLU that follow. Gradients of
+    maps with the channels innermost come from the kernels. A whole network's time by its time
+    without attention, compiled (batch 4, float32; benchmarks/results/cpu-networks.json):
+
+    | | so | with the kernels |
+    |---|---|---|
+    | inference | 0.98 to 1.05 | 1.05 to 1.11 |
+    | training step, contiguous | 1.03 to 1.05 | 1.07 to 1.09 |
+    | training step, channels_last | 1.00 to 1.02 | - (plain ECA 1.06) |
+
+    A layer that is compiled alone has nothing to fuse with, and is faster with backend="native".
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+    def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        """y in the memory format that the kernels give it."""
+        check(x, weight, circular)  # plain operations would broadcast
+        if needs_grad(x, weight) and x.stride(1) == 1:
+            y: Tensor = ECAFunction.apply(x, weight, circular, self.kernels)
+            return y
+        y = graph.eca(x, weight, circular)
+        strides = output_strides(x)
+        return y if y.stride() == strides else x.new_empty_strided(x.shape, strides).copy_(y)
+
+
+class Transformed(Graph):
+    """Inside torch.func's transforms and forward-mode AD, which have rules for the kernels."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+
+    def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        return transformed_eca(x, weight, circular, self.kernels)
+
+
+class Ways:
+    """Those of one backend's kernels."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.fused = Fused(kernels)
+        self.compiling = Compiling(kernels)
+        self.transformed = Transformed(kernels)
