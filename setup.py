@@ -15,7 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import setuptools
 from setuptools import setup
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # it cannot read pyproject.toml's license
+    sys.exit(
+        f"error: setuptools 77 or newer is needed, found {setuptools.__version__}; "
+        "pip install 'setuptools>=77,<82'"
+    )
 
 if TYPE_CHECKING:
     from setuptools import Extension

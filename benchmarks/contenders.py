@@ -7,15 +7,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch._functorch.config
 from cases import Case
 from devices import Device, Recording
 from torch import Tensor
 
 import eca_fused
+from eca_fused.torch_state import keep_saved_tensors
 
 # A backward pass is run again and again, on what one forward pass saved.
-torch._functorch.config.donated_buffer = False
+keep_saved_tensors()
 
 Layer = Callable[[Tensor, Tensor], Tensor]
 CHOICES = ("native", "triton", "eager", "timm", "compile", "existing memory")

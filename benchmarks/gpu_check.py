@@ -325,7 +325,7 @@ class Run:
         stop.start()
         lines: list[str] = []
         assert child.stdout
-        with open(output or os.devnull, "w") as copy:
+        with open(output or os.devnull, "w", buffering=1) as copy:  # a kill loses no line
             for line in child.stdout:
                 text = line.rstrip("\n")
                 lines.append(text)

@@ -25,7 +25,6 @@ from typing import Any
 
 import report
 import torch
-import torch._dynamo
 from again import FEWEST, measure_again
 from cases import DIRECTIONS, DTYPES, LAYOUTS, NETWORKS, Case, all_cases, cpu_cases, gpu_cases, grid
 from checking import Judge
@@ -58,6 +57,8 @@ from harness import (
 from options import INTERRUPTED, add_options, amount, chosen_options, positive, prepare
 from plans import plan_of
 
+from eca_fused.torch_state import forget_compiled
+
 DEFAULT_SECONDS = 85  # no layer is started after; one takes up to half a minute
 
 
@@ -84,7 +85,7 @@ def compile_all(
     failed: list[str],
 ) -> dict[str, Contender]:
     """The forms of torch.compile that there is time for, compiled for inference and training."""
-    torch._dynamo.reset()
+    forget_compiled()
     found = {}
     for mode, form in product(args.compile_mode, FORMS):
         name = f"compile {form}, {mode}"

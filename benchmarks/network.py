@@ -21,7 +21,6 @@ from typing import Any
 
 import report
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from cases import LAYOUTS
 from devices import Device, device_named
@@ -41,6 +40,7 @@ from torch.profiler import ProfilerActivity, profile
 from eca_fused import ECALayer
 from eca_fused.models import mobilenetv2, resnet, set_fused
 from eca_fused.ops import native
+from eca_fused.torch_state import forget_compiled
 
 PASSES = ("inference", "training step")
 MODES = ("eager", "compiled")
@@ -140,7 +140,7 @@ def measure(
     name: str, layout: str, mode: str, pass_: str, args: argparse.Namespace, device: Device
 ) -> dict[str, Any]:
     """All kinds of a network in one pass."""
-    torch._dynamo.reset()
+    forget_compiled()
     torch.manual_seed(0)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     images = torch.randn(args.batch, 3, args.size, args.size, device=device.tensors)

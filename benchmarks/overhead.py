@@ -18,7 +18,6 @@ from typing import Any
 
 import report
 import torch
-import torch._dynamo
 from contenders import timm_module
 from devices import Device, DryRun, device_named
 from gpu_timing import no_collection
@@ -27,6 +26,7 @@ from options import INTERRUPTED, add_options, chosen_options, prepare
 from torch import Tensor, nn
 
 import eca_fused
+from eca_fused.torch_state import forget_compiled
 
 SHAPES = [(1, 64, 7, 7), (1, 256, 14, 14)]
 CALLS = {"cpu": 300, "cuda": 20}  # in a sample; so few that the kernels fit into a GPU's queue
@@ -104,7 +104,7 @@ def able(steps: dict[str, Step], failed: list[str]) -> dict[str, Step]:
 
 def measure(shape: tuple[int, ...], direction: str, device: Device, rounds: int) -> dict[str, Any]:
     """One shape in one direction."""
-    torch._dynamo.reset()
+    forget_compiled()
     x, dy = (torch.randn(shape, device=device.tensors) for _ in range(2))
     layers = modules(shape[1], torch.randn(1, 1, 3, device=device.tensors))
     failed: list[str] = []

@@ -23,7 +23,6 @@ import cliffs
 import report
 import tables
 import torch
-import torch._dynamo
 from cases import DIRECTIONS, DTYPES, LAYOUTS, Case
 from checking import Judge
 from contenders import (
@@ -49,6 +48,8 @@ from harness import (
 from microbench import measure_direction
 from options import INTERRUPTED, add_options, amount, chosen_options, prepare
 from tables import Row
+
+from eca_fused.torch_state import forget_compiled
 
 # Axis, and the layer that it starts from: samples, channels, height, width.
 AXES = {"N": (1, 256, 14, 14), "C": (8, 1, 28, 28), "S": (8, 64, 1, 1)}
@@ -103,7 +104,7 @@ def measure(
     inputs = make_inputs(case, device)
     running: dict[str, Contender] = contenders(inputs.taps)
     if args.compile:
-        torch._dynamo.reset()
+        forget_compiled()
         running["compile shifted"] = compiled("shifted", "default", inputs.taps)
     judge = Judge(inputs)
     with no_collection():

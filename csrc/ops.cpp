@@ -108,12 +108,15 @@ Problem problem_of(const Tensor& x, const Tensor& weight, bool circular) {
   Problem p = problem_of(x);
   const int64_t C = p.channels;
   check(weight.dim() == 3 && weight.size(1) == 1 && (weight.size(0) == 1 || weight.size(0) == C),
-        "expected taps of shape (1, 1, k), or (C, 1, k) = (", C, ", 1, k), got ", shape{weight});
+        "expected taps of shape (1, 1, k), or (C, 1, k) = (", C,
+        ", 1, k) for taps of each channel's own, got ", shape{weight},
+        "; bring them to one of these with reshape()");
   const int64_t k = weight.size(2);
-  check(k % 2 == 1, "expected an odd number of taps, got k = ", k,
-        "; an even kernel has no center");
+  check(k % 2 == 1, "expected an odd number of taps k, got ", k, " in a weight of shape ",
+        shape{weight}, ": the kernel is centred on its channel; use ", k + 1);
   check(!circular || k / 2 <= C, "circular padding would wrap around more than once: k = ", k,
-        " needs ", k / 2, " channels or more, x has ", C, "; use fewer taps or zero padding");
+        " needs ", k / 2, " channels or more, x has ", C,
+        "; use fewer taps or padding_mode='zeros'");
   check(device_of(weight) == device_of(x),
         "expected the taps on the device of x; move them with .to()");
   p.taps_dtype = dtype_of(weight, "taps");
@@ -141,7 +144,7 @@ void check_same(const Tensor& t, const char* name, const Tensor& x, int64_t dims
         "; convert it with .to()");
 }
 
-// ---- layouts; layout.py has the same rules, for the strides that fake tensors report ----
+// ---- layouts; ops/results.py has the same rules, for the strides that fake tensors report ----
 
 // How the kernels see a tensor, if they can read it in place.
 struct View {
@@ -283,33 +286,45 @@ const cpu::ThreadPool& thread_pool() {
   return pool;
 }
 
+// Work on the CPU whose memory is the C++ library's: its own error says nothing.
+template <class Work>
+void on_cpu(const Work& work) {
+  bool enough = true;
+  try {
+    work();
+  } catch (const std::bad_alloc&) {
+    enough = false;
+  }
+  check(enough, "can't allocate memory for the sums and gates of x; use a smaller batch");
+}
+
 // The kernels for the device. On CUDA, mean and gate may be null.
 void run_kernels(const Forward& f, const Device& device) {
 #if defined(ECA_FUSED_WITH_CUDA)
   if (device.type == kCudaType) return gpu::forward(f, device.index);
 #endif
-  cpu::kernels().forward(f, thread_pool());
+  on_cpu([&] { cpu::kernels().forward(f, thread_pool()); });
 }
 
 void run_kernels(const Backward& b, const Device& device) {
 #if defined(ECA_FUSED_WITH_CUDA)
   if (device.type == kCudaType) return gpu::backward(b, device.index);
 #endif
-  cpu::kernels().backward(b, thread_pool());
+  on_cpu([&] { cpu::kernels().backward(b, thread_pool()); });
 }
 
 void run_kernels(const Reduce& r, const Device& device) {
 #if defined(ECA_FUSED_WITH_CUDA)
   if (device.type == kCudaType) return gpu::reduce(r, device.index);
 #endif
-  cpu::kernels().reduce(r, thread_pool());
+  on_cpu([&] { cpu::kernels().reduce(r, thread_pool()); });
 }
 
 void run_kernels(const Scale& s, const Device& device) {
 #if defined(ECA_FUSED_WITH_CUDA)
   if (device.type == kCudaType) return gpu::scale(s, device.index);
 #endif
-  cpu::kernels().scale(s, thread_pool());
+  on_cpu([&] { cpu::kernels().scale(s, thread_pool()); });
 }
 
 void run_forward(Problem p, const Tensor& x, const View& view, const Tensor& y,
@@ -335,9 +350,11 @@ void run_inference(const Problem& p, const Tensor& x, const View& view, const Te
   if (p.pixels == 0) return;
   if (device_of(x).type == kCudaType)
     return run_forward(p, x, view, y, as_contiguous(weight), nullptr, nullptr);
-  std::vector<double> scratch(2 * p.samples * p.channels);  // room for either dtype
-  run_forward(p, x, view, y, as_contiguous(weight), scratch.data(),
-              scratch.data() + p.samples * p.channels);
+  const int64_t size = p.samples * p.channels * (p.dtype == Dtype::kFloat64 ? 8 : 4);
+  std::vector<double> scratch;  // aligned for either dtype of the sums
+  on_cpu([&] { scratch.resize(size / 4 + 1); });
+  char* const mean = reinterpret_cast<char*>(scratch.data());
+  run_forward(p, x, view, y, as_contiguous(weight), mean, mean + size);
 }
 
 Tensor inference(const Tensor& x, const Tensor& weight, bool circular) {

@@ -6,6 +6,17 @@
 torch.Size([8, 256, 56, 56])
 """
 
+import signal
+import sys
+
+if (
+    sys.argv[:1] == ["-m"]
+    and "eca_fused" in sys.orig_argv
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    # `python -m eca_fused`, interrupted while torch is imported, ends without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from eca_fused import reference
 from eca_fused._version import __version__
 from eca_fused.conversion import CheckpointError, Conversion, convert, load_checkpoint, revert

@@ -5,6 +5,7 @@ Without a command, or with options only, the main job runs; it is also there as 
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ COMMANDS = {
 # What shells give for a program that SIGPIPE and SIGINT end.
 READER_GONE = 141
 INTERRUPTED = 130
+SETTING = "ECA_FUSED_"  # in an error about a variable of the environment
 # What PyTorch says, as a RuntimeError, of more memory than there is, or than can be counted.
 NO_MEMORY = ("can't allocate memory", "out of memory", "calculation overflowed")
 
@@ -37,9 +39,12 @@ def main(argv: Sequence[str]) -> int:
 def process(argv: Sequence[str]) -> int:
     """main() where what goes wrong outside of the program is one line on stderr, and a status.
 
-    A full disk, a reader that is gone, an interruption, or more memory than there is. Any other
-    exception is a fault of the program, and has its traceback.
+    A full disk, a reader that is gone, an interruption, more memory than there is, or a variable of
+    the environment. Any other exception is a fault of the program, and has its traceback.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see eca_fused/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.pop("MPLBACKEND", None)  # pictures are files; matplotlib fails on a name it lacks
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # it was closed before the start
@@ -60,10 +65,13 @@ def process(argv: Sequence[str]) -> int:
         status, message = 1, f"{error.strerror or error}{where}"
     except (MemoryError, OverflowError) as error:
         status, message = 1, too_large(error)
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in NO_MEMORY):
+    except (RuntimeError, ValueError) as error:
+        if SETTING in str(error):
+            status, message = 1, str(error).partition("\n")[0]
+        elif any(sign in str(error) for sign in NO_MEMORY):
+            status, message = 1, too_large(error)
+        else:
             raise
-        status, message = 1, too_large(error)
     if message:
         print(f"error: {message}", file=sys.stderr)
     # What is left to write must not fail again at exit.

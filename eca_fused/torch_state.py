@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 __all__ = [
     "BatchNorm",  # of any number of dimensions, and SyncBatchNorm
@@ -28,16 +29,25 @@ __all__ = [
     "batched_by_autograd",
     "child",
     "exporting_to_onnx",
+    "folded",
     "forget_compiled",
     "functionalized",
     "has_hooks",
+    "has_hooks_of_its_own",
+    "has_tangent",
+    "is_compiled",
     "is_exporting",
     "is_fake",
+    "is_patched",
     "is_scripting",
     "is_tracing",
+    "keep_saved_tensors",
+    "overrides_torch",
     "own_parameters",
     "primal",
     "quietly",
+    "replace_submodules",
+    "submodules",
     "tracing_to_onnx",
     "transformed",
     "with_tangents",
@@ -52,6 +62,16 @@ is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 _HOOKS, _PRE_HOOKS = modules._global_forward_hooks, modules._global_forward_pre_hooks
 _BACKWARD_HOOKS = modules._global_backward_hooks
 _BACKWARD_PRE_HOOKS = modules._global_backward_pre_hooks
+
+
+def has_hooks_of_its_own(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks that were given to it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -73,18 +93,55 @@ def child(module: nn.Module, name: str) -> Any:
     return module._modules[name]
 
 
+def submodules(module: nn.Module) -> dict[str, Any]:
+    """The direct ones by their names; None for those that are not there."""
+    return module._modules
+
+
+def replace_submodules(module: nn.Module, by: dict[str, nn.Module]) -> None:
+    """Give it another dictionary of them: that of a shallow copy is shared with its original."""
+    module.__dict__["_modules"] = by
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """By its own compile(), which replaces what a call runs."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether the instance has a way to be called of its own, as accelerate's offloading does."""
+    own = module.__dict__
+    return "forward" in own or "_conv_forward" in own or "_call_impl" in own
+
+
+def folded(function: F) -> F:
+    """A function that torch.compile calls as it traces, as it cannot trace it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+# What has a __torch_function__ of one of these is computed with as any tensor.
+_PLAIN = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
+
+
+def overrides_torch(t: Tensor) -> bool:
+    """Whether the class of a tensor says what functions do with it."""
+    kind = type(t)
+    if kind is nn.Parameter or kind is Tensor:
+        return False
+    of_kind: Any = kind.__torch_function__
+    return getattr(of_kind, "__func__", of_kind) not in _PLAIN
+
+
 def own_parameters(module: nn.Module) -> dict[str, Any]:
     """By their names; None for those that are not there, as a bias."""
     return module._parameters
 
 
+@folded  # or the graph breaks at it, without a word
 def is_tracing() -> bool:
     """By torch.jit.trace; torch.jit.is_tracing() takes longer."""
     return torch._C._is_tracing()
-
-
-# torch.compile cannot trace the question, and breaks the graph at it without a word.
-is_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def quietly(function: Callable[..., T], *args: Any) -> T:
@@ -144,9 +201,21 @@ def with_tangents() -> Any:
     return forward_ad._set_fwd_grad_enabled(True)
 
 
+def has_tangent(t: Tensor) -> bool:
+    """In forward-mode AD, of any level."""
+    return forward_ad._current_level >= 0 and torch._VF._unpack_dual(t, level=0)[1] is not None
+
+
 def primal(t: Tensor) -> Tensor:
     """t without its tangent of the innermost level."""
     return torch._VF._unpack_dual(t, level=0)[0]
+
+
+def keep_saved_tensors() -> None:
+    """Let compiled backward passes run again: torch.compile gives away what they have saved."""
+    import torch._functorch.config
+
+    torch._functorch.config.donated_buffer = False
 
 
 def forget_compiled() -> None:

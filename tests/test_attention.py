@@ -246,8 +246,36 @@ def test_shape_and_dtype_are_kept_under_autocast(name: str) -> None:
     assert (y.shape, y.dtype) == (x.shape, x.dtype)
 
 
-# ECA fits any number of channels.
-@pytest.mark.parametrize("name", [n for n in attention.METHODS if n not in ("none", "eca")])
+@pytest.mark.parametrize("name", ["se", "se_var3", "eca_ns", "se_var2", "cbam"])
+def test_widths_come_from_the_weights(name: str) -> None:
+    """As pruning by hand leaves them: new weights, and the sizes that layers were built with."""
+    module, kept = make(name, 32, dtype=torch.float32), slice(0, 24)
+    part = {"se": "fc", "cbam": "mlp", "se_var3": "fc"}.get(name, "conv")
+    layer = module.get_submodule(part)
+    if name in ("se", "cbam"):
+        layer[0].weight = nn.Parameter(layer[0].weight.detach()[:, kept])
+        layer[2].weight = nn.Parameter(layer[2].weight.detach()[kept])
+        if name == "cbam":
+            layer[2].bias = nn.Parameter(layer[2].bias.detach()[kept])
+    elif name == "se_var3":
+        layer.weight = nn.Parameter(layer.weight.detach()[kept, kept])
+    else:
+        layer.weight = nn.Parameter(layer.weight.detach()[kept])
+        layer.in_channels = layer.out_channels = layer.groups = 24
+    assert module(torch.randn(2, 24, 4, 4)).shape == (2, 24, 4, 4)
+    with pytest.raises(ValueError, match=r"expected x of shape \(N, 24, \*spatial\)"):
+        module(torch.randn(2, 32, 4, 4))
+
+
+@pytest.mark.parametrize("make_any", [attention.SEVar1, attention.ECAVariant])
+def test_gates_without_a_width_take_any_number_of_channels(make_any: type[nn.Module]) -> None:
+    assert make_any(16)(torch.randn(2, 12, 4, 4)).shape == (2, 12, 4, 4)
+
+
+ANY_CHANNELS = ("none", "eca", "se_var1")  # whose gates have no weights for a number of channels
+
+
+@pytest.mark.parametrize("name", [n for n in attention.METHODS if n not in ANY_CHANNELS])
 def test_a_map_that_does_not_fit(name: str) -> None:
     module = make(name, 32)
     with pytest.raises(

@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -479,7 +480,9 @@ def test_tensors_without_a_shape(
 
 def test_a_first_convolution_that_needs_scales(state: State) -> None:
     given = state | {"conv1.weight": state["conv1.weight"].to(torch.float8_e4m3fn)}
-    with pytest.raises(CheckpointError, match=r"first convolution in .*got torch\.float8"):
+    with pytest.raises(
+        CheckpointError, match=r"expected numbers in .*got conv1.weight \(torch\.float8"
+    ):
         load_checkpoint(given)
 
 
@@ -588,3 +591,61 @@ def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(CheckpointError, match=r"for a network of timm install timm"):
         load_checkpoint(state)
+
+
+def test_a_model_that_shares_a_module(tmp_path: Path) -> None:
+    inner = nn.Linear(40, 40)
+    model, other = (nn.ModuleDict({"a": inner, "b": inner}) for _ in range(2))
+    torch.save(model.state_dict(), tmp_path / "tied.pth")
+    assert load_checkpoint(tmp_path / "tied.pth", other) is other
+    assert_holds(other, model.state_dict())
+
+
+def test_a_compressed_file_is_not_read_into_memory(state: State, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "stored.pth")
+    path = tmp_path / "packed.pth"
+    stored = zipfile.ZipFile(tmp_path / "stored.pth")
+    with stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in stored.infolist():
+            packed.writestr(entry.filename, stored.read(entry))
+    with pytest.raises(CheckpointError, match="got a compressed archive"):
+        load_checkpoint(path)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("a.pth", "a.safetensors"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(CheckpointError, match=f"expected .*{name} as a file of weights"):
+            load_checkpoint(tmp_path / name)
+
+
+def test_numbers_that_need_scales_anywhere(state: State) -> None:
+    model = small()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    name = "fc.weight"
+    given = state | {name: state[name].to(torch.float8_e5m2)}
+    for target in (None, model):
+        with pytest.raises(CheckpointError, match=r"got fc.weight \(torch\.float8_e5m2\), which"):
+            load_checkpoint(given, target)
+    assert_holds(model, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"device": "bogus"}, ValueError, "expected device as one that torch can use here"),
+        ({"dtype": torch.int32}, TypeError, "expected dtype as .*, got torch.int32"),
+    ],
+)
+def test_options_that_no_network_can_have(
+    state: State, options: Any, error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        load_checkpoint(state, **options)
+
+
+@pytest.mark.parametrize("make_value", ["complex128", "str_"])
+def test_other_scalars_of_numpy(state: State, tmp_path: Path, make_value: str) -> None:
+    numpy = pytest.importorskip("numpy", reason="needs numpy")
+    torch.save({"state_dict": state, "best": getattr(numpy, make_value)(1)}, tmp_path / "b.pth")
+    assert_holds(load_checkpoint(tmp_path / "b.pth"), state)

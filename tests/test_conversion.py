@@ -522,6 +522,49 @@ def appending(module: Any, x: Tensor) -> Tensor:
     return plain(module, x)
 
 
+def counting(module: Any, x: Tensor) -> Tensor:
+    module.log.count += 1
+    return plain(module, x)
+
+
+def calling(module: Any, x: Tensor) -> Tensor:
+    module.log(1)
+    return plain(module, x)
+
+
+def adding(module: Any, x: Tensor) -> Tensor:
+    module.log += 1
+    return plain(module, x)
+
+
+def asking(module: Any, x: Tensor) -> Tensor:
+    return plain(module, x) if module.log is None or isinstance(module.log, Log) else x
+
+
+def gate_in_float32(module: Any, x: Tensor) -> Tensor:
+    gate = module.act(module.conv(module.avg_pool(x).flatten(2).mT)).float()
+    return x * gate.mT[..., None]
+
+
+class Log:
+    """An object of a user's."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class InSequence(nn.Module):
+    """ECA whose convolution is inside a Sequential."""
+
+    def __init__(self, *pools: nn.Module) -> None:
+        super().__init__()
+        self.pools = nn.ModuleList(pools)
+        self.conv = nn.Sequential(nn.Conv1d(1, 1, 3, padding=1, bias=False), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv(x.mean((2, 3)).unsqueeze(1)).mT[..., None]
+
+
 def appending_inside(module: Any, x: Tensor) -> Tensor:
     module.log["all"][0].append(x)
     return plain(module, x)
@@ -587,6 +630,24 @@ LEFT = {
         lambda: changed(lambda m: setattr(m, "log", {"all": ([],)}), parts(appending_inside)),
         "its forward stores log, which",
     ),
+    "counts in an object": (
+        lambda: changed(lambda m: setattr(m, "log", Log()), parts(counting)),
+        r"its forward uses log \(Log\), which ECALayer would not",
+    ),
+    "counts in a tensor": (
+        lambda: changed(lambda m: setattr(m, "log", torch.zeros(1)), parts(adding)),
+        r"its forward uses log \(Tensor\)",
+    ),
+    "calls a method of a list": (
+        lambda: changed(lambda m: setattr(m, "log", [].append), parts(calling)),
+        r"its forward uses log \(builtin_function_or_method\)",
+    ),
+    "a gate in float32": (
+        lambda: parts(gate_in_float32),
+        "its forward returns torch.float32 for a map of torch.bfloat16",
+    ),
+    "in a Sequential": (InSequence, "has no Conv1d of one channel among its direct children"),
+    "many taps": (lambda: parts(plain, k=5001), "has 5001 taps, more than the 4095 of a trial"),
     "records in a child": (
         lambda: changed(lambda m: setattr(m, "record", Recorder()), parts(recorded)),
         r"has record \(Recorder\), which the fused layer would not call",
@@ -608,9 +669,9 @@ LEFT = {
     "no function": (lambda: parts(partial(plain)), r"its forward takes \(\*\), not"),
     "fails": (
         lambda: parts(of_64_channels),
-        r"fails on a map of shape \(2, 8, 4, 3\): 64 channels",
+        r"fails on maps of shape \(2, 8, 4, 3\) in float64 .*: 64 channels",
     ),
-    "over x": (lambda: parts(lambda m, x: x.mul_(plain(m, x))), "its forward fails on a map"),
+    "over x": (lambda: parts(lambda m, x: x.mul_(plain(m, x))), "its forward fails on maps"),
     "bias": (lambda: parts(plain, bias=True), "has conv.bias besides its taps"),
     "even": (lambda: parts(plain, k=4), "not of one channel and an odd kernel size"),
     "scale": (lambda: changed(with_a_scale, parts(plain)), "has scale besides its taps"),
@@ -649,6 +710,60 @@ def test_left_with_the_reason(case: str) -> None:
     assert dict(vars(module)) == names
     assert {name: names[name] for name in lists} == lists
     assert revert(model) == 1
+
+
+@pytest.mark.parametrize(
+    ("forward", "log"),
+    [(counting, Log()), (adding, torch.zeros(1)), (appending_inside, {"all": ([],)})],
+    ids=["object", "tensor", "list"],
+)
+def test_what_a_forward_writes_to_is_not_reached_by_the_trial(forward: Any, log: Any) -> None:
+    module: Any = parts(forward)
+    module.log = log
+    before = copy.deepcopy(vars(log) if isinstance(log, Log) else log)
+    assert convert(module).left
+    assert (vars(log) if isinstance(log, Log) else log) == before
+
+
+@pytest.mark.parametrize("log", [None, Log(), torch.sigmoid, 3, "text"])
+def test_what_a_forward_only_asks_for_is_no_obstacle(log: Any) -> None:
+    module: Any = parts(asking if log is None else plain)
+    module.log = log
+    assert convert(module).converted
+
+
+def test_random_numbers_of_a_forward_are_not_drawn_by_the_trial() -> None:
+    module = parts(lambda m, x: plain(m, x + 0 * torch.rand(1, dtype=x.dtype)))
+    state = torch.get_rng_state()
+    assert convert(module).converted
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Audio(nn.Module):
+    """No attention: a filter over samples, and layers after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emphasis = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+        self.body = nn.Conv1d(1, 64, 80)
+
+
+class Block(nn.Module):
+    """ECA among the layers of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cv = nn.Conv2d(8, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+
+@pytest.mark.parametrize("kind", [Audio, Block])
+def test_models_with_a_convolution_of_one_channel_among_others(kind: Any) -> None:
+    model = nn.Sequential(kind(), eca_layer(8))
+    report = convert(model)
+    assert list(report.converted) == ["1"]
+    assert type(model[0]) is kind
 
 
 def test_what_a_forward_appends_to_holds_nothing_of_the_trial() -> None:

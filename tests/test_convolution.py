@@ -91,6 +91,33 @@ WAYS: dict[str, Callable[[nn.Module], object]] = {
     "an own forward": offload,
     "a class of one's own": lambda m: replace(m, type("Own", (nn.Conv1d,), {})(1, 1, 3, padding=1)),
 }
+
+
+def patch(layer: nn.Module, name: str) -> None:
+    """Another method on the instance alone."""
+    original = getattr(layer.conv, name)
+    setattr(layer.conv, name, lambda *args: 2 * original(*args))
+
+
+class Doubling(Tensor):
+    """A tensor whose class says that convolutions with it count twice."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        found = super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        return 2 * found if function is torch.conv1d else found
+
+
+def double(layer: nn.Module) -> None:
+    weight: Tensor = layer.conv.weight.detach()  # type: ignore[operator,assignment,union-attr]
+    layer.conv.weight = nn.Parameter(weight.as_subclass(Doubling))  # type: ignore[union-attr]
+
+
+WAYS |= {
+    "another _conv_forward": lambda m: patch(m, "_conv_forward"),
+    "another _call_impl": lambda m: patch(m, "_call_impl"),
+    "a weight of a class of its own": double,
+}
 # What torch makes by a parametrization is what the weight says.
 STILL_TAPS = {"spectral_norm, new", "weight_norm, new"}
 
@@ -282,3 +309,21 @@ def test_the_variant_calls_its_convolution(padding_mode: str) -> None:
     once = 6 * (before / x - 0.5)  # what the convolution makes, as the gate is 1 / 2 + that / 6
     twice = 0.5 + 2 * once / 6
     torch.testing.assert_close(layer(x), x * twice.clamp(0, 1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_taps_of_a_called_convolution_have_a_dtype_that_plain_ones_may_have(
+    dtype: torch.dtype,
+) -> None:
+    layer = made("a hook")
+    layer.conv.to(dtype)
+    with pytest.raises(TypeError, match=f"expected taps of dtype torch.float32, got {dtype}"):
+        layer(torch.randn(2, C, 5, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(2, C, 5, 4)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["a hook", "weight_norm, new"])
+def test_symbolic_traces(name: str) -> None:
+    layer, x = made(name), torch.randn(2, C, 5, 4)
+    torch.testing.assert_close(torch.fx.symbolic_trace(layer)(x), layer(x))

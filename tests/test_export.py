@@ -415,7 +415,8 @@ def test_onnx_of_a_network(layout):
 @needs_onnx
 @no_torchscript
 @pytest.mark.parametrize(
-    "form", ["layer", "in place", "circular", "called", "SE", "ECA-NS", "pool"]
+    "form",
+    ["layer", "in place", "circular", "called", "SE", "ECA-NS", "called NS", "pool", "eca_", "out"],
 )
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:UserWarning")
 def test_onnx_by_a_trace(form, tmp_path):
@@ -424,9 +425,12 @@ def test_onnx_by_a_trace(form, tmp_path):
     modules = {
         "layer": ECALayer(8), "in place": ECALayer(8, inplace=True), "SE": SE(8, 2),
         "circular": ECALayer(8, padding_mode="circular"), "ECA-NS": ECANS(8), "called": ECALayer(8),
-        "pool": Ends(),
+        "pool": Ends(), "called NS": ECANS(8), "eca_": Written(eca_fused.eca_),
+        "out": Written(lambda x, w: eca_fused.eca(x.clone(), w, out=x)),
     }  # fmt: skip
     module = modules[form].eval()
+    if form == "called NS":
+        module.conv.register_forward_hook(lambda m, a, y: 2 * y)
     if form == "called":
         module.conv = nn.Conv1d(1, 1, 3, padding=1)
     x = torch.randn(2, 8, 5, 7)
@@ -437,6 +441,19 @@ def test_onnx_by_a_trace(form, tmp_path):
     session = onnxruntime.InferenceSession(str(path))
     (y, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), want, rtol=1e-5, atol=1e-5)
+
+
+class Written(nn.Module):
+    """What is written is used after the call, and not what the call returns."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write, self.weight = write, nn.Parameter(torch.randn(1, 1, 3))
+
+    def forward(self, x):
+        written = x * 1
+        self.write(written, self.weight)
+        return written + 1
 
 
 class Ends(nn.Module):

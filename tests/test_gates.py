@@ -47,9 +47,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     figures = []
     save = pictures.Figure.savefig
 
-    def spy(self: Any, path: Path) -> None:
+    def spy(self: Any, path: Any, **options: Any) -> None:
         figures.append(self)
-        save(self, path)
+        save(self, path, **options)
 
     monkeypatch.setattr(pictures.Figure, "savefig", spy)
     return figures

@@ -531,3 +531,45 @@ def test_the_whole_job_without_a_compiler(tmp_path: Path) -> None:
     for path in document["pictures"].values():
         assert png_size(path)[0] > 1000
     assert "[ 2/13]" in done.stderr  # progress, as plain lines
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ECA_FUSED_BACKEND", "bogus"),
+        ("ECA_FUSED_CPU_CACHE_BYTES", "bogus"),
+        ("ECA_FUSED_CPU_CACHE_BYTES", "-1"),
+    ],
+)
+def test_a_wrong_setting_of_the_environment_is_one_line(name: str, value: str) -> None:
+    done = in_a_shell(["gates", "--model", "resnet18", "--size", "64"], **{name: value})
+    assert done.returncode in (1, 2)
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert f"expected {name} as" in done.stderr.splitlines()[-1]
+
+
+def test_matplotlibs_backend_does_not_matter(tmp_path: Path) -> None:
+    output = tmp_path / "gates.png"
+    arguments = ["gates", "--model", "resnet18", "--size", "64", "--output", str(output)]
+    done = in_a_shell(arguments, MPLBACKEND="bogus")
+    assert done.returncode == 0, done.stderr
+    assert png_size(output)[0] > 500
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_a_full_disk_under_a_picture(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"full.{ending}").symlink_to("/dev/full")
+    output = ["--output", str(tmp_path / f"full.{ending}")]
+    done = in_a_shell(["gates", "--model", "resnet18", "--size", "64", *output])
+    assert done.returncode != 0
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("seconds", ["0.1", "0.4", "0.8"])
+def test_an_interruption_while_torch_is_imported(seconds: str) -> None:
+    """SIGINT of the shell's own child, which ignores none, ends the program without a traceback."""
+    command = ["timeout", "-s", "INT", seconds, sys.executable, "-m", "eca_fused", "plan"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr

@@ -120,7 +120,7 @@ def test_kernels_for_other_processors(capability):
         pytest.skip(f"needs a processor with more than {capability}; this one has {here}")
     code = (
         "import sys, pytest\n"
-        "from eca_fused import native\n"
+        "from eca_fused.ops import native\n"
         f"assert '({capability})' in native.description, native.description\n"
         "tests = ['test_kernels.py', 'test_values.py']\n"
         "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *tests]))"
@@ -250,3 +250,60 @@ def test_fakes_refuse_what_the_operators_refuse(op, position, argument, change):
         getattr(ops, op)(*given)
     with FakeTensorMode() as mode, pytest.raises((TypeError, ValueError), match="expected"):
         getattr(ops, op)(*(mode.from_tensor(t) for t in given))
+
+
+# ---- the mutating operators and autograd, called directly ----
+
+WRITE = {
+    "inference_": lambda x, weight: ops.inference_(x, weight),
+    "inference_into": lambda x, weight: ops.inference_into(torch.ones_like(x), weight, x),
+}
+
+
+@pytest.mark.parametrize("write", WRITE)
+def test_a_write_in_inference_mode_is_counted(write):
+    a = torch.randn(2, 8, 4, 4, device=DEVICE, requires_grad=True)
+    scale, weight = torch.rand_like(a), torch.randn(1, 1, 3, device=DEVICE)
+    y = a * scale.detach()
+    scale = y.grad_fn._saved_other
+    with torch.inference_mode():
+        WRITE[write](scale, weight)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("write", WRITE)
+def test_tensors_of_inference_mode_are_written_inside_it_alone(write):
+    with torch.inference_mode():
+        x, weight = torch.ones(2, 8, 4, 4, device=DEVICE), torch.randn(1, 1, 3, device=DEVICE)
+        WRITE[write](x, weight)
+        before = x.clone()
+    for taps in (weight, torch.zeros(1, 1, 3, device=DEVICE)):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="was made in inference mode"):
+            WRITE[write](x, taps)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("write", WRITE)
+def test_no_tangent_goes_stale(write):
+    x, weight = torch.ones(2, 8, 4, 4, device=DEVICE), torch.randn(1, 1, 3, device=DEVICE)
+
+    def function(x):
+        x = x * 1
+        WRITE[write](x, weight)
+        return x
+
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(function, (x,), (x,))
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_the_fake_refuses_a_sparse_tensor(position):
+    case = make_case((2, 8, 3, 3))
+    _, mean, gate = ops.forward(case.x, case.weight)
+    arguments = [case.dy, case.x, case.weight, mean, gate]
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in arguments]
+        fakes[position] = fakes[position].to_sparse()
+        with pytest.raises(Exception, match=r"expected \w+ as a dense tensor"):
+            ops.backward(*fakes)

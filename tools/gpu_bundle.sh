@@ -7,6 +7,14 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${1:?usage: tools/gpu_bundle.sh PYTHON}
+"$python" - <<'END'
+import sys
+from importlib.metadata import version
+found = sys.version_info[:2], tuple(map(int, version("torch").split(".")[:2]))
+if found[0] != (3, 12) or found[1] > (2, 11):
+    sys.exit(f"gpu_bundle.sh: expected Python 3.12 with torch 2.11 or older, got {found}: the GPU "
+             "machine has those, and an extension loads in its own Python alone")
+END
 folder=build/gpu
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

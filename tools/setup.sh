@@ -112,7 +112,10 @@ recent() { printf '2.11\n%s\n' "$1" | sort -VC; }
 keep_torch() {
   torch=$(torch_version "$env/bin/python")
   if [ -n "$torch" ] && recent "$torch"; then
+    # What else this torch needs: a row of the table, `with` in its fourth column.
     echo "torch==$torch" >"$state/constraints.txt"
+    awk -v torch="${torch%%+*}" '$1 == torch && $4 != "-" { print $4 }' tools/versions.txt \
+      >>"$state/constraints.txt"
   elif [ -n "$torch" ] && [ "$env" != "$PWD/.venv" ]; then
     die "the active environment has torch $torch; 2.11 or newer is needed. Upgrade it there, or" \
       "run 'deactivate', and make will use an environment of its own."

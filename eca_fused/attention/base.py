@@ -18,7 +18,13 @@ from eca_fused.ops.backend import check_backend
 from eca_fused.ops.checks import check_channels, check_map, is_circular
 from eca_fused.torch_state import is_scripting
 
-__all__ = ["BandAttention", "ChannelAttention", "pool", "rescale"]
+__all__ = ["BandAttention", "ChannelAttention", "pool", "rescale", "size_of"]
+
+
+def size_of(part: nn.Module, dim: int, otherwise: int) -> int:
+    """A size of a layer's weight; `otherwise` where it is no such tensor, as of a wrapper."""
+    weight = getattr(part, "weight", None)
+    return weight.shape[dim] if isinstance(weight, Tensor) and weight.dim() > dim else otherwise
 
 
 class ChannelAttention(nn.Module):
@@ -53,11 +59,12 @@ class ChannelAttention(nn.Module):
         self.backend = backend
 
     def width(self) -> int:
-        """The number of channels that the gates are for, which pruning may have changed."""
-        return self.channels
+        """The channels that the gate's weights are for, which pruning may change; 0 for any."""
+        return 0
 
     def extra_repr(self) -> str:
-        return f"channels={self.width()}, fused={self.fused}, backend={self.backend!r}"
+        channels = self.width() or self.channels
+        return f"channels={channels}, fused={self.fused}, backend={self.backend!r}"
 
     def gate(self, mean: Tensor) -> Tensor:
         """The gates (N, C), each in 0 to 1, of the means (N, C)."""
@@ -136,6 +143,6 @@ class BandAttention(ChannelAttention):
 
     def extra_repr(self) -> str:
         return (
-            f"channels={self.width()}, kernel_size={self.taps().shape[-1]}, "
+            f"channels={self.width() or self.channels}, kernel_size={self.taps().shape[-1]}, "
             f"padding_mode={self.padding_mode!r}, fused={self.fused}, backend={self.backend!r}"
         )

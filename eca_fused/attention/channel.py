@@ -8,7 +8,7 @@ Without biases, as the published counts of parameters ask for.
 import torch
 from torch import Tensor, nn
 
-from eca_fused.attention.base import BandAttention, ChannelAttention
+from eca_fused.attention.base import BandAttention, ChannelAttention, size_of
 from eca_fused.functional.convolution import as_it_takes, plain_taps
 from eca_fused.ops.checks import check_kernel_size, is_circular
 from eca_fused.ops.graph import padded
@@ -53,8 +53,8 @@ class SE(ChannelAttention):
 
     def width(self) -> int:
         if is_scripting():
-            return int(self.fc[0].in_features)  # type: ignore[arg-type]
-        return getattr(self.fc[0], "in_features", self.channels)  # a wrapper may have none
+            return self.fc[0].weight.shape[1]  # type: ignore[return-value,index]
+        return size_of(self.fc[0], 1, self.channels)
 
     def gate(self, mean: Tensor) -> Tensor:
         return torch.sigmoid(self.fc(mean))
@@ -98,8 +98,8 @@ class SEGroups(ChannelAttention):
 
     def width(self) -> int:
         if is_scripting():
-            return self.fc.in_channels
-        return getattr(self.fc, "in_channels", self.channels)  # a wrapper may have none
+            return self.fc.weight.shape[0]
+        return size_of(self.fc, 0, self.channels)
 
     def gate(self, mean: Tensor) -> Tensor:
         return torch.sigmoid(self.fc(mean.unsqueeze(-1)).squeeze(-1))
@@ -165,16 +165,18 @@ class ECANS(BandAttention):
 
     def width(self) -> int:
         if is_scripting():
-            return self.conv.in_channels
-        return getattr(self.conv, "in_channels", self.channels)  # a wrapper may have none
+            return self.conv.weight.shape[0]
+        return size_of(self.conv, 0, self.channels)
 
     def taps(self) -> Tensor:
         return self.conv.weight
 
     def gate(self, mean: Tensor) -> Tensor:
         """The gates (N, C) of the means (N, C), by calling the convolution on its windows."""
-        rows = padded(mean, self.kernel_size // 2, is_circular(self.padding_mode))
-        windows = rows.unfold(1, self.kernel_size, 1)  # (N, C, k)
+        k, channels = self.kernel_size, mean.shape[1]
+        rows = padded(mean, k // 2, is_circular(self.padding_mode))
+        # Not by unfold(), which ONNX lacks.
+        windows = torch.stack([rows.narrow(1, j, channels) for j in range(k)], 2)  # (N, C, k)
         found = self.conv(as_it_takes(self.conv, windows)).squeeze(-1)
         return torch.sigmoid(found).to(mean.dtype)
 

@@ -6,7 +6,7 @@ Their gates are plain PyTorch; pooling and rescaling by channels are those of th
 import torch
 from torch import Tensor, nn
 
-from eca_fused.attention.base import ChannelAttention
+from eca_fused.attention.base import ChannelAttention, size_of
 from eca_fused.functional import (
     linked_pool,
     linked_rescale,
@@ -66,8 +66,8 @@ class CBAM(ChannelAttention):
 
     def width(self) -> int:
         if is_scripting():
-            return int(self.mlp[0].in_features)  # type: ignore[arg-type]
-        return getattr(self.mlp[0], "in_features", self.channels)  # a wrapper may have none
+            return self.mlp[0].weight.shape[1]  # type: ignore[return-value,index]
+        return size_of(self.mlp[0], 1, self.channels)
 
     def channel_gate(self, mean: Tensor, peak: Tensor) -> Tensor:
         """The gates (N, C) of the means and maxima (N, C)."""
@@ -139,8 +139,8 @@ class GSoP(ChannelAttention):
 
     def width(self) -> int:
         if is_scripting():
-            return self.reduce.in_channels
-        return getattr(self.reduce, "in_channels", self.channels)  # a wrapper may have none
+            return self.reduce.weight.shape[1]
+        return size_of(self.reduce, 1, self.channels)
 
     def channel_gate(self, x: Tensor) -> Tensor:
         """The gates (N, C) of x (N, C, H, W)."""

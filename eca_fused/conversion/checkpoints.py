@@ -5,6 +5,7 @@ import importlib
 import os
 import re
 import threading
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -90,7 +91,9 @@ def load_checkpoint(
             shapes do not fit, which are listed, or a tensor has less memory than its shape says. A
             model that was given is as it was.
         TypeError: source is no path or mapping, model no module, options come with a model, or are
-            what the tensors decide: attention, kernel_sizes and num_classes.
+            what the tensors decide: attention, kernel_sizes and num_classes; or another dtype
+            than float32, float64, float16 and bfloat16.
+        ValueError: torch cannot use the device here.
         FileNotFoundError: there is no such file.
         ImportError: safetensors is needed and not installed.
     """
@@ -107,7 +110,8 @@ def load_checkpoint(
     contents = source if isinstance(source, Mapping) else _read(Path(name))
     tensors = _unprefixed(_unwrapped(contents, key, name))
     size = None if isinstance(source, Mapping) else Path(name).stat().st_size
-    _check_memory(name, tensors, size)
+    _check_options(options)
+    _check_memory(name, tensors, size, built=model is None)
     if model is not None:
         _check_fit(name, tensors, model, type(model).__name__)
         _load_or_restore(model, tensors)
@@ -134,11 +138,6 @@ def _built(name: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> nn
         raise CheckpointError(
             f"{name}: expected a network of at most {MOST_BLOCKS} blocks, got the names of "
             f"{found.blocks}; build it, and pass it as model="
-        )
-    if found.dtype.is_floating_point and found.dtype not in DTYPES:
-        raise CheckpointError(
-            f"{name}: expected a first convolution in {_listed([str(d) for d in DTYPES])}, got "
-            f"{found.dtype}, whose numbers need scales; pass the network as model="
         )
     model = found.build(**options | {"device": "meta"})
     _check_fit(name, found.tensors, model, found.title, hint=TIMM)
@@ -173,6 +172,8 @@ def _timms(
 
 def _read(path: Path) -> Any:
     """The contents of a file, without running anything in it."""
+    if path.is_dir():
+        raise CheckpointError(f"expected {path} as a file of weights, it is a folder")
     if path.suffix == ".safetensors":
         try:
             from safetensors import SafetensorError
@@ -183,6 +184,7 @@ def _read(path: Path) -> Any:
             return load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"{path} is no file of safetensors: {error}") from error
+    _check_stored(path)
     try:
         # timm keeps the arguments of its script, which are plain values too. What the caller has
         # marked as safe would be unmarked on leaving.
@@ -207,6 +209,30 @@ def _read(path: Path) -> Any:
         ) from error
 
 
+def _check_stored(path: Path) -> None:
+    """Raise CheckpointError for a compressed archive: it would become any size in memory.
+
+    torch.save() stores what it writes as it is.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [
+                i.filename
+                for i in archive.infolist()
+                if i.compress_type != zipfile.ZIP_STORED
+                and ("/data/" in i.filename or i.filename.endswith("/data.pkl"))
+            ]
+    except (OSError, zipfile.BadZipFile):
+        return  # torch.load() says what is wrong
+    if packed:
+        raise CheckpointError(
+            f"{path}: expected a file as torch.save() writes it, got a compressed archive; "
+            "torch.load() it, and torch.save() it again"
+        )
+
+
 def _numpys_numbers() -> list[Any]:
     """What a numpy scalar is made of in a file, such as the best accuracy so far."""
     try:
@@ -217,7 +243,7 @@ def _numpys_numbers() -> list[Any]:
     scalar = numpy.float64(0).__reduce__()[0]
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")
     names = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
-    names += ["bool", "float16", "float32", "float64"]
+    names += ["bool", "float16", "float32", "float64", "complex64", "complex128", "str"]
     return [
         *((scalar, f"{module}.scalar") for module in modules),
         numpy.dtype,
@@ -225,16 +251,36 @@ def _numpys_numbers() -> list[Any]:
     ]
 
 
-def _check_memory(name: str, tensors: Mapping[str, Tensor], size: int | None) -> None:
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise TypeError, ValueError or RuntimeError unless a network can be on that device."""
+    dtype = options.get("dtype")
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"expected dtype as {_listed([str(d) for d in DTYPES])}, got {dtype!r}")
+    device = options.get("device")
+    if device is not None:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(
+                f"expected device as one that torch can use here, got {device!r}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+
+
+def _check_memory(
+    name: str, tensors: Mapping[str, Tensor], size: int | None, *, built: bool
+) -> None:
     """Raise CheckpointError unless every tensor has the memory that its shape asks for.
 
     Before anything is allocated: a small file may hold tensors that repeat one number, or share
-    their memory, by which it would ask for a network of any size.
+    their memory, by which it would ask for a network of any size. A network that is there already
+    may share tensors, as one module under two names does.
 
     Args:
         name: for messages.
         tensors: of a state dict.
         size: of the file they are from, in bytes; None where there is none.
+        built: whether the network is made from the tensors.
     """
     wrong, asked = [], 0
     for key, t in tensors.items():
@@ -252,11 +298,22 @@ def _check_memory(name: str, tensors: Mapping[str, Tensor], size: int | None) ->
             f"{_listed(wrong)}; save them as they are, or after contiguous()",
             mismatched=tuple(entry.split(" ")[0] for entry in wrong),
         )
-    if size is not None and asked > size:
+    scaled = [f"{key} ({t.dtype})" for key, t in tensors.items() if _needs_scales(t)]
+    if scaled:
+        raise CheckpointError(
+            f"{name}: expected numbers in {_listed([str(d) for d in DTYPES])}, got "
+            f"{_listed(scaled)}, which need scales; load them by the library that wrote them",
+            mismatched=tuple(entry.split(" ")[0] for entry in scaled),
+        )
+    if built and size is not None and asked > size:
         raise CheckpointError(
             f"{name}: expected tensors of no more than its {size} bytes, got {asked} bytes, as "
             "tensors share their memory; save each with clone()"
         )
+
+
+def _needs_scales(t: Tensor) -> bool:
+    return t.dtype.is_floating_point and t.dtype not in DTYPES
 
 
 def _unwrapped(contents: Any, key: str | None, name: str) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import collections
 import copy
 import inspect
 import itertools
+import types
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ from torch.nn.utils import parametrize
 from eca_fused import reference
 from eca_fused.layer import ECALayer
 from eca_fused.ops.checks import PADDING_MODES
-from eca_fused.torch_state import without_modes
+from eca_fused.torch_state import (
+    has_hooks_of_its_own,
+    is_compiled,
+    replace_submodules,
+    submodules,
+    without_modes,
+)
 
 __all__ = ["NotPlainECA", "check_class", "looks_like_eca", "padding_mode", "taps_name"]
 
@@ -27,6 +34,12 @@ POOLS: dict[type[nn.Module], int] = {  # with the spatial dimensions of their ma
 }
 SPATIAL = (4, 3, 2)  # of the maps of the trial, as many as the module pools
 MOST_CHANNELS = 130  # of them
+MOST_TAPS = 4095
+# What an attribute may be that the trial hands to the forward as it is.
+CONSTANTS = (
+    *(bool, int, float, complex, str, bytes, slice),
+    *(torch.dtype, torch.device, torch.memory_format, torch.Size),
+)
 # Whose modules have no code of a user's, which the fused layer would not run.
 LIBRARIES = ("torch", "timm")
 # What a class has of its own without doing more than its forward.
@@ -41,7 +54,8 @@ def looks_like_eca(module: nn.Module) -> bool:
     """Whether a module is ECA by its class, timm's or the authors', or by its parts.
 
     The parts are a Conv1d of one channel and a global average pooling, both direct children; or the
-    convolution alone, with nothing else that has parameters, where the pooling is a function.
+    convolution alone, with nothing else that has parameters, where the pooling is a function. The
+    convolution may be in a Sequential.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", None) in NAMES
@@ -50,11 +64,17 @@ def looks_like_eca(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential):
         return False
     children = list(module.children())
-    convs = [m for m in children if isinstance(m, nn.Conv1d) and _one_channel(m)]
-    if not convs:
-        return False
-    others = (m for m in children if m is not convs[0])
-    return _pooled(module) is not None or all(not any(m.parameters()) for m in others)
+    for child in children:
+        inner = list(child) if isinstance(child, nn.Sequential) else [child]
+        if any(isinstance(m, nn.Conv1d) and _one_channel(m) for m in inner):
+            others = [m for m in children if m is not child]
+            others += [m for m in inner if not isinstance(m, nn.Conv1d)]
+            return _pooled(module) is not None or not any(map(_has_parameters, others))
+    return False
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def padding_mode(module: nn.Module) -> str:
@@ -70,7 +90,12 @@ def padding_mode(module: nn.Module) -> str:
     check_class(module)
     _check_parts(module)
     # Outside of modes such as FakeTensorMode, whose results have no values.
-    with without_modes(), torch.inference_mode(False), torch.enable_grad():
+    with (
+        without_modes(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
         pooled = _pooled(module)
         failures: list[NotPlainECA] = []
         ranks = (2, 1, 3) if pooled is None else (pooled,)
@@ -97,7 +122,7 @@ def check_class(module: nn.Module) -> None:
         raise NotPlainECA("is compiled by TorchScript; convert the model before torch.jit.script")
     if "forward" in vars(module):
         raise NotPlainECA("has a forward of its own on the instance, as some wrappers give it")
-    if getattr(module, "_compiled_call_impl", None) is not None:
+    if is_compiled(module):
         raise NotPlainECA("was compiled by its compile(); convert the model before")
     arguments = _arguments_of(type(module).forward)
     if len(arguments) != 1 or arguments[0].startswith("*"):
@@ -172,7 +197,7 @@ def taps_name(module: nn.Module) -> str:
     if isinstance(children.get("conv"), nn.Conv1d):
         return "conv"
     if not names:
-        raise NotPlainECA("has no Conv1d of one channel among its modules, for the taps")
+        raise NotPlainECA("has no Conv1d of one channel among its direct children, for the taps")
     return names[0]
 
 
@@ -205,11 +230,12 @@ def _check_parts(module: nn.Module) -> None:
         raise NotPlainECA(f"its convolution is a {type(conv).__name__}, not a Conv1d")
     if not _one_channel(conv) or conv.kernel_size[0] % 2 == 0:
         raise NotPlainECA(f"its convolution is not of one channel and an odd kernel size: {conv}")
+    if conv.kernel_size[0] > MOST_TAPS:  # the trial's time would grow with them
+        raise NotPlainECA(f"has {conv.kernel_size[0]} taps, more than the {MOST_TAPS} of a trial")
 
 
 def _has_hooks(part: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(part) or any(vars(part)[kind] for kind in kinds)
+    return "forward" in vars(part) or has_hooks_of_its_own(part)
 
 
 def _arguments(module: Any, dims: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,44 +271,96 @@ def _results(module: Any, dims: int, training: bool) -> tuple[Tensor, ...]:
     )
     conv.weight = nn.Parameter(taps)
     try:
-        parts = {name: copy.deepcopy(m) for name, m in module._modules.items() if name != place}
+        parts = {n: copy.deepcopy(m) for n, m in submodules(module).items() if n != place}
         twin = copy.copy(module)
-        vars(twin)["_modules"] = {**parts, place: conv}
+        replace_submodules(twin, {})
+        vars(twin).update({name: _apart(name, value) for name, value in vars(twin).items()})
+        replace_submodules(twin, {**parts, place: conv})
         twin.train(training)
-        # The twin shares all else with the module, which may fill a list as it runs.
-        attributes = {n: v for n, v in vars(twin).items() if n != "_modules"}
-        vars(twin).update({name: _apart(value) for name, value in attributes.items()})
         before = {name: _contents(value) for name, value in vars(twin).items()}
         y = type(module).forward(twin, x.requires_grad_())
         gradients = torch.autograd.grad(y, (x, conv.weight), dy)
         conv.weight = nn.Parameter(taps.float())
         single = type(module).forward(twin, x.detach().float())
+        half = _half(module, twin, conv, x)
+    except NotPlainECA:
+        raise
     except Exception as error:
-        shape = tuple(x.shape)
-        raise NotPlainECA(f"its forward fails on a map of shape {shape}: {error}") from error
+        maps = f"maps of shape {tuple(x.shape)} in float64 and float32, the dtype of its taps"
+        raise NotPlainECA(f"its forward fails on {maps}: {error}") from error
     after = {name: _contents(value) for name, value in vars(twin).items()}
     stored = [name for name, contents in after.items() if contents != before.get(name)]
     if stored:
         raise NotPlainECA(f"its forward stores {', '.join(stored)}, which ECALayer does not")
-    for result, dtype in ((y, torch.float64), (single, torch.float32)):
-        if result.dtype != dtype:
+    results = {torch.float64: y, torch.float32: single, torch.bfloat16: half}
+    for dtype, result in results.items():
+        if result is not None and result.dtype != dtype:
             raise NotPlainECA(f"its forward returns {result.dtype} for a map of {dtype}")
     return y.detach(), *gradients
 
 
-def _apart(value: Any) -> Any:
-    """A container with containers of its own; what they hold in the end is shared."""
-    if not isinstance(value, dict | list | collections.deque | set | tuple):
+def _half(module: nn.Module, twin: Any, conv: nn.Module, x: Tensor) -> Tensor | None:
+    """What a module's forward makes of a map in bfloat16; None where it fails, as plain ECA may."""
+    conv.to(torch.bfloat16)
+    try:
+        return type(module).forward(twin, x.detach().bfloat16())  # type: ignore[no-any-return]
+    except NotPlainECA:
+        raise
+    except Exception:
+        return None
+
+
+class _Foreign:
+    """Stands for an object of a user's in the trial, which must not reach it: any use is the end.
+
+    Args:
+        name: of the attribute that has it.
+        kind: its class.
+    """
+
+    def __init__(self, name: str, kind: str) -> None:
+        object.__setattr__(self, "described", f"{name} ({kind})")
+
+    def _used(self, *_: Any, **__: Any) -> Any:
+        what = object.__getattribute__(self, "described")
+        raise NotPlainECA(f"its forward uses {what}, which ECALayer would not")
+
+    def __getattribute__(self, name: str) -> Any:
+        # isinstance() asks for the class, and is no use.
+        return _Foreign if name == "__class__" else _Foreign._used(self)
+
+    __setattr__ = __call__ = __bool__ = __len__ = _used
+    __iter__ = __getitem__ = __setitem__ = __contains__ = __enter__ = __eq__ = __hash__ = _used
+    __add__ = __radd__ = __iadd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __imul__ = _used
+    __truediv__ = __rtruediv__ = __lt__ = __le__ = __gt__ = __ge__ = __int__ = __float__ = _used
+
+
+def _apart(name: str, value: Any) -> Any:
+    """An attribute's value for the trial: a copy of a container, and a stand-in for an object."""
+    if isinstance(value, dict | list | collections.deque):
+        twin: Any = copy.copy(value)
+        if isinstance(value, dict):
+            twin.update({key: _apart(name, part) for key, part in value.items()})
+        else:
+            twin.clear()
+            twin.extend(_apart(name, part) for part in value)
+        return twin
+    if type(value) in (set, tuple, frozenset):
+        return type(value)(_apart(name, part) for part in value)
+    if value is None or isinstance(value, CONSTANTS) or _keeps_nothing(value):
         return value
-    twin: Any = copy.copy(value)
-    if isinstance(value, dict):
-        twin.update({key: _apart(part) for key, part in value.items()})
-    elif isinstance(value, list | collections.deque):
-        twin.clear()
-        twin.extend(map(_apart, value))
-    elif type(value) is tuple:
-        twin = tuple(map(_apart, value))
-    return twin
+    return _Foreign(name, type(value).__name__)
+
+
+def _keeps_nothing(value: Any) -> bool:
+    """Whether it is a class or a function that has nothing to keep anything in."""
+    if isinstance(value, type):
+        return value.__module__.partition(".")[0] in ("torch", "builtins")
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None and not value.__defaults__
+    return isinstance(value, types.BuiltinFunctionType) and (
+        isinstance(value.__self__, type | types.ModuleType | None)
+    )
 
 
 def _contents(value: Any) -> list[int]:

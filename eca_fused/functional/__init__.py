@@ -12,7 +12,7 @@ from eca_fused.autograd.eca import ECAFunction
 from eca_fused.functional import torchscript
 from eca_fused.functional.choice import choose
 from eca_fused.ops import graph
-from eca_fused.ops.checks import check_tensor, is_circular
+from eca_fused.ops.checks import autocasts, check_tensor, is_circular
 
 __all__ = ["ECAFunction", "eca", "eca_", "linked_pool", "linked_rescale", "pool", "rescale"]
 
@@ -36,7 +36,7 @@ def _overridden(function: Callable[..., Any], *args: Any, **options: Any) -> Any
 def _under_autocast(x: Tensor, weight: Tensor) -> Tensor:
     """The taps; under autocast, which a convolution obeys, in a dtype that x takes."""
     half = weight.dtype in (torch.float16, torch.bfloat16)
-    if not half or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if not half or x.dtype == torch.float64 or not autocasts(x):
         return weight
     return weight.to(x.dtype)
 

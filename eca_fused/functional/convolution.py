@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from eca_fused.functional import linked_pool, linked_rescale
-from eca_fused.torch_state import has_hooks, is_tracing, own_parameters
+from eca_fused.ops.checks import autocasts, wrong_taps_dtype
+from eca_fused.torch_state import (
+    has_hooks,
+    is_patched,
+    is_tracing,
+    overrides_torch,
+    own_parameters,
+)
 
 __all__ = ["as_it_takes", "by_calling", "plain_taps"]
 
@@ -34,7 +41,7 @@ def plain_taps(conv: Any, own: bool, padded: bool) -> Tensor | None:
         return None
     if (
         has_hooks(conv)
-        or "forward" in conv.__dict__  # as of accelerate's offloading
+        or is_patched(conv)
         or not (own or conv.groups == 1)
         or not conv.in_channels == conv.out_channels == conv.groups
         or conv.stride != (1,)
@@ -49,15 +56,26 @@ def plain_taps(conv: Any, own: bool, padded: bool) -> Tensor | None:
         weight, bias = parameters.get("weight"), parameters.get("bias")
     else:
         weight, bias = conv.weight, conv.bias
-    if weight is None or bias is not None or hasattr(weight, "__tensor_flatten__"):
+    if (
+        weight is None
+        or bias is not None
+        or hasattr(weight, "__tensor_flatten__")
+        or overrides_torch(weight)
+    ):
         return None
     return weight  # type: ignore[no-any-return]
 
 
 def as_it_takes(conv: nn.Module, mean: Tensor) -> Tensor:
-    """The means in the dtype of its weights, which may stay in float32 under a half precision x."""
+    """The means in the dtype of its weights, which may stay in float32 under a half precision x.
+
+    Raises:
+        TypeError: they have another dtype, and there is no autocast.
+    """
     for t in (getattr(conv, "weight", None), *conv.parameters()):
         if isinstance(t, Tensor) and t.is_floating_point():
+            if t.dtype not in (torch.float32, mean.dtype) and not autocasts(mean):
+                raise TypeError(wrong_taps_dtype(mean, t))
             return mean.to(t.dtype)
     return mean
 
@@ -86,7 +104,7 @@ def _rows(conv: nn.Module, mean: Tensor, padding_mode: str) -> Tensor:
     given = _around(as_it_takes(conv, mean), padding_mode, _pads(conv))
     found = conv(given)
     channels = mean.shape[1]
-    if not is_tracing():
+    if isinstance(found, Tensor) and not is_tracing():  # not of a proxy of torch.fx
         lost = given.shape[2] - found.shape[2] if found.dim() == 3 else -1
         if (
             found.shape[:2] != given.shape[:2]
@@ -120,4 +138,7 @@ def by_calling(
             "use inplace=False, or torch.no_grad() for inference"
         )
     y = linked_rescale(x, gate, token, backend)
-    return x.copy_(y) if inplace else y
+    if not inplace:
+        return y
+    x.copy_(y)
+    return x

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eca_fused.ops import native
 from eca_fused.ops.kernels import Kernels
+from eca_fused.torch_state import folded
 
 __all__ = ["Backend", "backends", "use_backend"]
 
@@ -86,6 +87,7 @@ def _triton_missing() -> str | None:
     return None
 
 
+@folded  # torch.compile cannot trace imports that fail
 def _triton_unsupported(kind: str) -> str | None:
     """Why the Triton kernels cannot run on this type of device, or None."""
     reason = _triton_missing()
@@ -94,10 +96,6 @@ def _triton_unsupported(kind: str) -> str | None:
         if kind == "cpu":
             reason += ", but for tests in Triton's interpreter: set TRITON_INTERPRET=1"
     return reason
-
-
-# torch.compile cannot trace imports that fail: with this mark it calls the function as it traces.
-_triton_unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Process-wide, like torch.backends' flags. Read here, as torch.compile would compile again after a
@@ -134,6 +132,7 @@ def use_backend(name: str) -> Iterator[None]:
 _warned: set[str] = set()
 
 
+@folded  # torch.compile cannot trace a warning
 def warn_once(message: str) -> None:
     """Warn, the first time this process has this message, of the line that called eca_fused."""
     if message in _warned:
@@ -146,10 +145,6 @@ def warn_once(message: str) -> None:
     ):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, RuntimeWarning, stacklevel=level)
-
-
-# torch.compile cannot trace a warning: with this mark it calls the function while it traces.
-warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def select(x: Tensor, backend: str) -> Kernels | None:

@@ -106,6 +106,20 @@ def check_x(x: Tensor) -> None:
     _check_floating("x", x)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether a convolution of x may have weights of another dtype."""
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def wrong_taps_dtype(x: Tensor, weight: Tensor) -> str:
+    """What is wrong with taps that have neither float32 nor the dtype of x."""
+    own = "" if x.dtype == torch.float32 else f" or {_dtype(x)}, the dtype of x"
+    return (
+        f"expected taps of dtype torch.float32{own}, got {_dtype(weight)}; "
+        "convert them, for example with layer.to(x.dtype)"
+    )
+
+
 def check(x: Tensor, weight: Tensor, circular: bool) -> None:
     """Check the arguments of eca().
 
@@ -129,11 +143,7 @@ def check(x: Tensor, weight: Tensor, circular: bool) -> None:
             f"the kernel is centred on its channel; use {k + 1}"
         )
     if weight.dtype not in [torch.float32, x.dtype]:
-        own = "" if x.dtype == torch.float32 else f" or {_dtype(x)}, the dtype of x"
-        raise TypeError(
-            f"expected taps of dtype torch.float32{own}, got {_dtype(weight)}; "
-            "convert them, for example with layer.to(x.dtype)"
-        )
+        raise TypeError(wrong_taps_dtype(x, weight))
     if weight.device != x.device:
         raise ValueError(
             f"expected the taps on the device of x, {x.device}, got {weight.device}; "
@@ -170,8 +180,8 @@ def check_gate(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> None:
 def check_map(x: Tensor, channels: int, spatial: int | None = None) -> None:
     """Raise TypeError or ValueError unless x is a map of so many channels and spatial dimensions.
 
-    For gates of so many channels, whose network would give an error of its own, or broadcast. None
-    is any number of spatial dimensions from 0 to 3.
+    For gates of so many channels, whose network would give an error of its own, or broadcast. 0 is
+    any number of channels, None any number of spatial dimensions from 0 to 3.
     """
     if not is_scripting():
         if is_tracing():  # by torch.jit.trace, which would record none of this, and warns of it
@@ -183,10 +193,11 @@ def check_map(x: Tensor, channels: int, spatial: int | None = None) -> None:
     least, most = 0, 3
     if spatial is not None:
         least, most = spatial, spatial
-    if x.dim() - 2 < least or x.dim() - 2 > most or x.shape[1] != channels:
+    if x.dim() - 2 < least or x.dim() - 2 > most or (channels > 0 and x.shape[1] != channels):
+        wide = f"{channels}" if channels > 0 else "C"
         dims = f"{least}" if least == most else f"{least} to {most}"
         raise ValueError(
-            f"expected x of shape (N, {channels}, *spatial) with {dims} spatial dimensions, got "
+            f"expected x of shape (N, {wide}, *spatial) with {dims} spatial dimensions, got "
             f"{_shape(x)}; build the layer for the channels of x, or reshape x"
         )
 
@@ -212,6 +223,7 @@ def check_out(x: Tensor, out: Tensor) -> None:
 
 
 def _check_same(name: str, t: Tensor, x: Tensor, dims: int, dtype: torch.dtype) -> None:
+    check_tensor(name, t)
     if t.shape != x.shape[:dims] or t.dtype != dtype or t.device != x.device:
         raise ValueError(
             f"expected {name} of shape {tuple(x.shape[:dims])}, {dtype}, on {x.device}, "

@@ -9,6 +9,7 @@ import re
 import torch
 
 from eca_fused.ops import fakes, flops, writing
+from eca_fused.torch_state import folded
 
 __all__ = [
     "backward",
@@ -100,6 +101,7 @@ def _gpu_unsupported(index: int) -> str | None:
     )
 
 
+@folded  # what a GPU is does not change
 def unsupported(device: torch.device) -> str | None:
     """Why the extension cannot run on this device, or None."""
     if missing is not None:
@@ -110,7 +112,3 @@ def unsupported(device: torch.device) -> str | None:
         index = torch.cuda.current_device() if device.index is None else device.index
         return _gpu_unsupported(index)
     return None
-
-
-# torch.compile calls it as it traces: what a GPU is does not change.
-unsupported._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,8 +1,9 @@
 """What the operators that write over a tensor are, called directly, for autograd.
 
 Autograd takes an operator that it does not know for one without a gradient: it would let a leaf be
-written that requires one, and would not count the write, so that a backward pass took what is there
-now for what was there before. eca_() and eca(out=) do both by themselves, in less time.
+written that requires one, would keep a tangent, and would not count the write, so that a backward
+pass took what is there now for what was there before. eca_() and eca(out=) do all of it by
+themselves, in less time.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from eca_fused.ops import fakes
+from eca_fused.ops.checks import check_tensor
+from eca_fused.torch_state import has_tangent
 
 __all__ = ["define", "register"]
 
@@ -19,13 +22,24 @@ Operator = Callable[..., None]
 _libraries: list[torch.library.Library] = []  # what is registered lasts as long as its library
 
 
-def _check(name: str, target: Tensor, tensors: tuple[Tensor, ...]) -> None:
+def _check(name: str, target: Tensor, tensors: dict[str, Tensor]) -> None:
+    for argument, t in tensors.items():
+        check_tensor(argument, t)
     if target.is_neg():
         raise RuntimeError(
             f"{name} shall be written, and is a negated view, which no operator can write; "
             f"write {name}.resolve_neg()"
         )
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} was made in inference mode and cannot be written in place outside of it; "
+            f"call this in torch.inference_mode(), or on {name}.clone()"
+        )
+    if any(map(has_tangent, tensors.values())):
+        raise RuntimeError(
+            "this operator has no forward-mode derivative; call eca_fused.eca(), which has one"
+        )
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
         raise RuntimeError(
             "this operator has no gradient, and one is needed for x, the taps or what is written; "
             "call it in torch.no_grad(), or eca_fused.eca()"
@@ -46,17 +60,18 @@ def register(prefix: str, over: Operator, into: Operator) -> None:
     """
 
     def inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
-        _check("x", x, (x, weight))
+        _check("x", x, {"x": x, "weight": weight})
         over(x, weight, circular)
         _written(x)
 
     def inference_into(x: Tensor, weight: Tensor, out: Tensor, circular: bool = False) -> None:
-        _check("out", out, (x, weight, out))
+        _check("out", out, {"x": x, "weight": weight, "out": out})
         into(x, weight, out, circular)
         _written(out)
 
     library: Any = torch.library.Library("eca_fused", "FRAGMENT")  # type: ignore[no-untyped-call]
-    for key in ("Autograd", "Negative"):  # in inference mode there is no autograd
+    # Autograd is not asked in inference mode, nor for tensors that were made in one.
+    for key in ("Autograd", "ADInplaceOrView", "Negative"):
         library.impl(prefix + "inference_", inference_, key)
         library.impl(prefix + "inference_into", inference_into, key)
     _libraries.append(library)

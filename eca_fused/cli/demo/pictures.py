@@ -1,5 +1,6 @@
 """The pictures of the main job, as PNG files."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,17 @@ STYLE: dict[Any, Any] = {
 }
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture, of the kind that the file's ending names.
+
+    Raises:
+        OSError: it cannot be written. Matplotlib's own writers raise other things for a full disk.
+    """
+    made = io.BytesIO()
+    figure.savefig(made, format=path.suffix[1:].lower())
+    path.write_bytes(made.getvalue())
+
+
 def draw_gates(
     path: Path,
     photographs: Sequence[Photograph],
@@ -73,7 +85,7 @@ def draw_gates(
             axes.set_ylabel("gate")
         dots, line = grid[0, 0].get_legend_handles_labels()[0]
         grid[0, 0].legend(handles=[line, dots], loc="lower right", frameon=False, markerscale=2)
-        figure.savefig(path)
+        save(figure, path)
 
 
 def draw_photograph(axes: Axes, photograph: Photograph, size: int, color: str) -> None:
@@ -151,7 +163,7 @@ def draw_class_gates(
             frameon=False,
             alignment="left",
         )
-        figure.savefig(path)
+        save(figure, path)
 
 
 def draw_classes(axes: Axes, gates: Tensor, by_gate: bool) -> None:
@@ -202,7 +214,7 @@ def draw_times(path: Path, cases: Sequence[Case], title: str, note: str) -> None
         for axes, (name, shown) in zip(row, panels, strict=True):
             draw_bars(axes, name, shown)
         figure.legend(handles=handles(cases), loc="outside upper right", ncols=4, frameon=False)
-        figure.savefig(path)
+        save(figure, path)
 
 
 def handles(cases: Sequence[Case]) -> list[Any]:

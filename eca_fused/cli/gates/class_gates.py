@@ -21,6 +21,7 @@ __all__ = [
     "gates_of",
     "last_layers",
     "mean_gates",
+    "printable",
     "randomise",
 ]
 
@@ -68,12 +69,12 @@ def find_classes(arguments: Sequence[str]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for argument in arguments:
         name, path = "", Path(argument)
-        if "=" in argument and not path.exists():
+        if "=" in argument and not exists(path):
             name, _, rest = argument.partition("=")
             path = Path(rest)
             if not name or not rest:
                 raise ValueError(f"expected an image or a folder as CLASS=path, got {argument!r}")
-        if not path.exists():
+        if not exists(path):
             raise ValueError(f"expected an image or a folder of images, there is no {path}")
         name = printable(name or (path.resolve().name if path.is_dir() else path.stem))
         found.setdefault(name, []).extend(images_in(path) if path.is_dir() else [path])
@@ -83,6 +84,14 @@ def find_classes(arguments: Sequence[str]) -> dict[str, list[Path]]:
             f"{len(found)}; CLASS=path puts several images into one class"
         )
     return found
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; a name can be too long for one."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def printable(name: str) -> str:

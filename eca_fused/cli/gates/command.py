@@ -24,6 +24,7 @@ from eca_fused.cli.gates.class_gates import (
     Stage,
     find_classes,
     mean_gates,
+    printable,
     randomise,
 )
 from eca_fused.conversion.checkpoints import CheckpointError, load_checkpoint
@@ -178,7 +179,7 @@ def title(model: ResNet | MobileNetV2) -> str:
 
 def source(args: argparse.Namespace) -> str:
     """Of the weights."""
-    return f"weights of {args.checkpoint.name}" if args.checkpoint else RANDOM
+    return f"weights of {printable(args.checkpoint.name)}" if args.checkpoint else RANDOM
 
 
 def text(args: argparse.Namespace, found: Found, out: TextIO) -> str:
