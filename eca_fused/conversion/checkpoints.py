@@ -1,11 +1,6 @@
 """load_checkpoint(): a network from a file of weights, wholly or not at all."""
 
-import argparse
-import importlib
 import os
-import re
-import threading
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,9 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from eca_fused.conversion import architectures
+from eca_fused.conversion.files import (
+    DTYPES,
+    SHOWN,
+    CheckpointError,
+    check_memory,
+    listed,
+    read,
+)
 from eca_fused.conversion.modules import convert
 
 __all__ = ["CheckpointError", "load_checkpoint"]
@@ -23,37 +25,11 @@ __all__ = ["CheckpointError", "load_checkpoint"]
 # Where training scripts put the state dict: the authors', timm's, and others'.
 WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema", "model_ema")
 DECIDED = {"attention", "kernel_sizes", "num_classes"}  # no options of load_checkpoint()
-MARKING = threading.Lock()  # what is safe to load is marked for all threads at once
-SHOWN = 6  # names of each kind in a message
 MOST_BLOCKS = 1000  # of a network that is built; the deepest ResNet published has 333
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 TIMM = (
     "; for a network of timm install timm, which builds its own ECA networks, or pass "
     "model=timm.create_model(name, num_classes=...)"
 )
-
-
-class CheckpointError(ValueError):
-    """A file or state dict that is not loaded, with what does not fit.
-
-    Args:
-        message: what was expected, what came and what to do.
-        missing: names that the network has and the checkpoint lacks.
-        unexpected: names that the checkpoint has and the network lacks.
-        mismatched: names of tensors of other shapes, or that are no plain floating-point numbers.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        missing: tuple[str, ...] = (),
-        unexpected: tuple[str, ...] = (),
-        mismatched: tuple[str, ...] = (),
-    ) -> None:
-        super().__init__(message)
-        self.missing = missing
-        self.unexpected = unexpected
-        self.mismatched = mismatched
 
 
 def load_checkpoint(
@@ -107,11 +83,11 @@ def load_checkpoint(
             "and pass it as model="
         )
     name = "the state dict" if isinstance(source, Mapping) else os.fspath(source)
-    contents = source if isinstance(source, Mapping) else _read(Path(name))
+    contents = source if isinstance(source, Mapping) else read(Path(name))
     tensors = _unprefixed(_unwrapped(contents, key, name))
     size = None if isinstance(source, Mapping) else Path(name).stat().st_size
     _check_options(options)
-    _check_memory(name, tensors, size, built=model is None)
+    check_memory(name, tensors, size, built=model is None)
     if model is not None:
         _check_fit(name, tensors, model, type(model).__name__)
         _load_or_restore(model, tensors)
@@ -123,6 +99,22 @@ def load_checkpoint(
         if theirs is None:
             raise
         return _timms(*theirs, tensors, **options)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise TypeError, ValueError or RuntimeError unless a network can be on that device."""
+    dtype = options.get("dtype")
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"expected dtype as {listed([str(d) for d in DTYPES])}, got {dtype!r}")
+    device = options.get("device")
+    if device is not None:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            raise ValueError(
+                f"expected device as one that torch can use here, got {device!r}: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
 
 
 def _built(name: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> nn.Module:
@@ -170,152 +162,6 @@ def _timms(
     return model
 
 
-def _read(path: Path) -> Any:
-    """The contents of a file, without running anything in it."""
-    if path.is_dir():
-        raise CheckpointError(f"expected {path} as a file of weights, it is a folder")
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise ImportError(f"{path} needs safetensors: pip install safetensors") from error
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is no file of safetensors: {error}") from error
-    _check_stored(path)
-    try:
-        # timm keeps the arguments of its script, which are plain values too. What the caller has
-        # marked as safe would be unmarked on leaving.
-        with MARKING:
-            safe = [argparse.Namespace, *_numpys_numbers()]
-            marked = torch.serialization.get_safe_globals()
-            with torch.serialization.safe_globals([s for s in safe if s not in marked]):
-                return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # what it raises for a file that is none of its own varies
-        found = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
-        if not found:
-            raise CheckpointError(
-                f"{path} is no whole file of torch.save(), or of another kind; download it again, "
-                "and name files of safetensors .safetensors"
-            ) from error
-        raise CheckpointError(
-            f"{path} is refused, and nothing of it was run: expected tensors and plain values, got "
-            f"{found[1] or found[2]}, which loads by running code. If you trust the file, pass the "
-            "state dict in torch.load(path, weights_only=False), or of torch.jit.load(path)"
-        ) from error
-
-
-def _check_stored(path: Path) -> None:
-    """Raise CheckpointError for a compressed archive: it would become any size in memory.
-
-    torch.save() stores what it writes as it is.
-    """
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [
-                i.filename
-                for i in archive.infolist()
-                if i.compress_type != zipfile.ZIP_STORED
-                and ("/data/" in i.filename or i.filename.endswith("/data.pkl"))
-            ]
-    except (OSError, zipfile.BadZipFile):
-        return  # torch.load() says what is wrong
-    if packed:
-        raise CheckpointError(
-            f"{path}: expected a file as torch.save() writes it, got a compressed archive; "
-            "torch.load() it, and torch.save() it again"
-        )
-
-
-def _numpys_numbers() -> list[Any]:
-    """What a numpy scalar is made of in a file, such as the best accuracy so far."""
-    try:
-        numpy: Any = importlib.import_module("numpy")
-    except ImportError:
-        return []
-    # Pickle has numbers as scalar(dtype, bytes), by a function whose module has been renamed.
-    scalar = numpy.float64(0).__reduce__()[0]
-    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
-    names = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
-    names += ["bool", "float16", "float32", "float64", "complex64", "complex128", "str"]
-    return [
-        *((scalar, f"{module}.scalar") for module in modules),
-        numpy.dtype,
-        *{type(numpy.dtype(name)) for name in names},
-    ]
-
-
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Raise TypeError, ValueError or RuntimeError unless a network can be on that device."""
-    dtype = options.get("dtype")
-    if dtype is not None and dtype not in DTYPES:
-        raise TypeError(f"expected dtype as {_listed([str(d) for d in DTYPES])}, got {dtype!r}")
-    device = options.get("device")
-    if device is not None:
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            raise ValueError(
-                f"expected device as one that torch can use here, got {device!r}: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-
-
-def _check_memory(
-    name: str, tensors: Mapping[str, Tensor], size: int | None, *, built: bool
-) -> None:
-    """Raise CheckpointError unless every tensor has the memory that its shape asks for.
-
-    Before anything is allocated: a small file may hold tensors that repeat one number, or share
-    their memory, by which it would ask for a network of any size. A network that is there already
-    may share tensors, as one module under two names does.
-
-    Args:
-        name: for messages.
-        tensors: of a state dict.
-        size: of the file they are from, in bytes; None where there is none.
-        built: whether the network is made from the tensors.
-    """
-    wrong, asked = [], 0
-    for key, t in tensors.items():
-        if t.is_nested or is_lazy(t):
-            wrong.append(f"{key} ({'nested' if t.is_nested else 'without a shape yet'})")
-        elif t.layout == torch.strided and not t.is_meta:
-            bytes_asked = t.numel() * t.element_size()
-            asked += bytes_asked
-            if bytes_asked > t.untyped_storage().nbytes():
-                held = f"{t.untyped_storage().nbytes()} bytes"
-                wrong.append(f"{key} {tuple(t.shape)}, which has {held}")
-    if wrong:
-        raise CheckpointError(
-            f"{name}: expected tensors with the memory that their shapes ask for, got "
-            f"{_listed(wrong)}; save them as they are, or after contiguous()",
-            mismatched=tuple(entry.split(" ")[0] for entry in wrong),
-        )
-    scaled = [f"{key} ({t.dtype})" for key, t in tensors.items() if _needs_scales(t)]
-    if scaled:
-        raise CheckpointError(
-            f"{name}: expected numbers in {_listed([str(d) for d in DTYPES])}, got "
-            f"{_listed(scaled)}, which need scales; load them by the library that wrote them",
-            mismatched=tuple(entry.split(" ")[0] for entry in scaled),
-        )
-    if built and size is not None and asked > size:
-        raise CheckpointError(
-            f"{name}: expected tensors of no more than its {size} bytes, got {asked} bytes, as "
-            "tensors share their memory; save each with clone()"
-        )
-
-
-def _needs_scales(t: Tensor) -> bool:
-    return t.dtype.is_floating_point and t.dtype not in DTYPES
-
-
 def _unwrapped(contents: Any, key: str | None, name: str) -> dict[str, Tensor]:
     """The state dict in what a training script saved."""
     if key is not None:
@@ -347,7 +193,7 @@ def _entries(contents: Any) -> str:
     if not isinstance(contents, Mapping):
         return f"a {type(contents).__name__}"
     entries = [f"{name} ({type(value).__name__})" for name, value in contents.items()]
-    return _listed(entries) if entries else "no entries"
+    return listed(entries) if entries else "no entries"
 
 
 def _clean_names(names: Iterable[str]) -> dict[str, str]:
@@ -364,7 +210,7 @@ def _unprefixed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {short: tensors[name] for name, short in clean.items()}
     if len(found) < len(clean):
         twice = [name for name, count in Counter(clean.values()).items() if count > 1]
-        raise CheckpointError(f"expected one tensor of each name, got two of {_listed(twice)}")
+        raise CheckpointError(f"expected one tensor of each name, got two of {listed(twice)}")
     return found
 
 
@@ -387,17 +233,17 @@ def _check_fit(
         ("left over", unexpected, tensors),
     ):
         shapes = [f"{n} {tuple(have[n].shape)}" for n in names]
-        lines += [f"  {what}: {_listed(shapes)}"] if names else []
+        lines += [f"  {what}: {listed(shapes)}"] if names else []
     if mismatched:
         shapes = [
             f"{n} {tuple(tensors[n].shape)}, expected {tuple(targets[n].shape)}" for n in mismatched
         ]
-        lines.append(f"  other shapes: {_listed(shapes, '; ')}")
+        lines.append(f"  other shapes: {listed(shapes, '; ')}")
     kinds = {n: _other_kind(tensors[n], targets[n]) for n in common if n not in mismatched}
     others = [n for n, kind in kinds.items() if kind]
     if others:
         shown = [f"{n} ({kinds[n]})" for n in others]
-        lines.append(f"  no plain floating-point numbers: {_listed(shown)}")
+        lines.append(f"  no plain floating-point numbers: {listed(shown)}")
         mismatched += others
     if len(lines) > 1:
         raise CheckpointError(
@@ -445,8 +291,3 @@ def _load_or_restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"the model's own loading failed, and it is as it was: {type(error).__name__}: {error}"
         ) from error
-
-
-def _listed(entries: list[str], separator: str = ", ") -> str:
-    more = len(entries) - SHOWN
-    return separator.join(entries[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-import eca_fused
+from eca_fused._version import __version__
 from eca_fused.ops import native
-from eca_fused.ops.backend import select
+from eca_fused.ops.backend import backends, select
 
 __all__ = ["describe", "fused_kernels", "summary"]
 
@@ -70,10 +70,10 @@ def describe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "malloc": malloc(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "eca_fused": eca_fused.__version__,
+        "eca_fused": __version__,
         "commit": commit(),
         "fused": fused_kernels(device, dtype),
-        "backends": {name: str(backend) for name, backend in eca_fused.backends().items()},
+        "backends": {name: str(backend) for name, backend in backends().items()},
     }
     if device.type == "cuda":
         cudnn: Any = torch.backends.cudnn

@@ -1,0 +1,178 @@
+"""What a file of weights holds, read without running anything in it."""
+
+import argparse
+import importlib
+import re
+import threading
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+__all__ = ["DTYPES", "CheckpointError", "check_memory", "listed", "read"]
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MARKING = threading.Lock()  # what is safe to load is marked for all threads at once
+SHOWN = 6  # names of each kind in a message
+
+
+class CheckpointError(ValueError):
+    """A file or state dict that is not loaded, with what does not fit.
+
+    Args:
+        message: what was expected, what came and what to do.
+        missing: names that the network has and the checkpoint lacks.
+        unexpected: names that the checkpoint has and the network lacks.
+        mismatched: names of tensors of other shapes, or that are no plain floating-point numbers.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        missing: tuple[str, ...] = (),
+        unexpected: tuple[str, ...] = (),
+        mismatched: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.missing = missing
+        self.unexpected = unexpected
+        self.mismatched = mismatched
+
+
+def read(path: Path) -> Any:
+    """The contents of a file, without running anything in it."""
+    if path.is_dir():
+        raise CheckpointError(f"expected {path} as a file of weights, it is a folder")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise ImportError(f"{path} needs safetensors: pip install safetensors") from error
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is no file of safetensors: {error}") from error
+    _check_stored(path)
+    try:
+        # timm keeps the arguments of its script, which are plain values too. What the caller has
+        # marked as safe would be unmarked on leaving.
+        with MARKING:
+            safe = [argparse.Namespace, *_numpys_numbers()]
+            marked = torch.serialization.get_safe_globals()
+            with torch.serialization.safe_globals([s for s in safe if s not in marked]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # what it raises for a file that is none of its own varies
+        found = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
+        if not found:
+            raise CheckpointError(
+                f"{path} is no whole file of torch.save(), or of another kind; download it again, "
+                "and name files of safetensors .safetensors"
+            ) from error
+        raise CheckpointError(
+            f"{path} is refused, and nothing of it was run: expected tensors and plain values, got "
+            f"{found[1] or found[2]}, which loads by running code. If you trust the file, pass the "
+            "state dict in torch.load(path, weights_only=False), or of torch.jit.load(path)"
+        ) from error
+
+
+def _check_stored(path: Path) -> None:
+    """Raise CheckpointError for a compressed archive: it would become any size in memory.
+
+    torch.save() stores what it writes as it is.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [
+                i.filename
+                for i in archive.infolist()
+                if i.compress_type != zipfile.ZIP_STORED
+                and ("/data/" in i.filename or i.filename.endswith("/data.pkl"))
+            ]
+    except (OSError, zipfile.BadZipFile):
+        return  # torch.load() says what is wrong
+    if packed:
+        raise CheckpointError(
+            f"{path}: expected a file as torch.save() writes it, got a compressed archive; "
+            "torch.load() it, and torch.save() it again"
+        )
+
+
+def _numpys_numbers() -> list[Any]:
+    """What a numpy scalar is made of in a file, such as the best accuracy so far."""
+    try:
+        numpy: Any = importlib.import_module("numpy")
+    except ImportError:
+        return []
+    # Pickle has numbers as scalar(dtype, bytes), by a function whose module has been renamed.
+    scalar = numpy.float64(0).__reduce__()[0]
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
+    names = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+    names += ["bool", "float16", "float32", "float64", "complex64", "complex128", "str"]
+    return [
+        *((scalar, f"{module}.scalar") for module in modules),
+        numpy.dtype,
+        *{type(numpy.dtype(name)) for name in names},
+    ]
+
+
+def check_memory(
+    name: str, tensors: Mapping[str, Tensor], size: int | None, *, built: bool
+) -> None:
+    """Raise CheckpointError unless every tensor has the memory that its shape asks for.
+
+    Before anything is allocated: a small file may hold tensors that repeat one number, or share
+    their memory, by which it would ask for a network of any size. A network that is there already
+    may share tensors, as one module under two names does.
+
+    Args:
+        name: for messages.
+        tensors: of a state dict.
+        size: of the file they are from, in bytes; None where there is none.
+        built: whether the network is made from the tensors.
+    """
+    wrong, asked = [], 0
+    for key, t in tensors.items():
+        if t.is_nested or is_lazy(t):
+            wrong.append(f"{key} ({'nested' if t.is_nested else 'without a shape yet'})")
+        elif t.layout == torch.strided and not t.is_meta:
+            bytes_asked = t.numel() * t.element_size()
+            asked += bytes_asked
+            if bytes_asked > t.untyped_storage().nbytes():
+                held = f"{t.untyped_storage().nbytes()} bytes"
+                wrong.append(f"{key} {tuple(t.shape)}, which has {held}")
+    if wrong:
+        raise CheckpointError(
+            f"{name}: expected tensors with the memory that their shapes ask for, got "
+            f"{listed(wrong)}; save them as they are, or after contiguous()",
+            mismatched=tuple(entry.split(" ")[0] for entry in wrong),
+        )
+    scaled = [f"{key} ({t.dtype})" for key, t in tensors.items() if _needs_scales(t)]
+    if scaled:
+        raise CheckpointError(
+            f"{name}: expected numbers in {listed([str(d) for d in DTYPES])}, got "
+            f"{listed(scaled)}, which need scales; load them by the library that wrote them",
+            mismatched=tuple(entry.split(" ")[0] for entry in scaled),
+        )
+    if built and size is not None and asked > size:
+        raise CheckpointError(
+            f"{name}: expected tensors of no more than its {size} bytes, got {asked} bytes, as "
+            "tensors share their memory; save each with clone()"
+        )
+
+
+def _needs_scales(t: Tensor) -> bool:
+    return t.dtype.is_floating_point and t.dtype not in DTYPES
+
+
+def listed(entries: list[str], separator: str = ", ") -> str:
+    more = len(entries) - SHOWN
+    return separator.join(entries[:SHOWN]) + (f" and {more} more" if more > 0 else "")

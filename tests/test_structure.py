@@ -1,0 +1,143 @@
+"""The rooms of the package: every import goes down, and none goes in a circle."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "eca_fused"
+HOUSE = ROOT / "CONTRIBUTING.md"
+MOST_ROOMS = 10
+# What packaging wants at the top: not rooms.
+NAMES = {"__init__", "__main__", "_version", "_C"}
+
+needs_checkout = pytest.mark.skipif(not HOUSE.is_file(), reason="needs the source folder")
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """The files of a package by their dotted names; a folder has that of its __init__.py."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(package: Path) -> dict[str, set[str]]:
+    """Which modules of the package each of them imports, also inside functions."""
+    files = modules(package)
+    found: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                for alias in node.names:
+                    if alias.name == "_C":  # compiled, and no part of the house
+                        continue
+                    inner = f"{node.module}.{alias.name}"
+                    found[name].add(inner if inner in files else node.module)
+        found[name] = {target for target in found[name] if target in files and target != name}
+    return found
+
+
+def room_of(module: str) -> str:
+    """The entry at the top of the package that a module is in."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def climbs(found: dict[str, set[str]], rooms: list[str]) -> list[str]:
+    """The imports that do not go down: `rooms` are in their order, the highest first."""
+    floor = {room: number for number, room in enumerate(rooms)}
+    floor |= {"__init__": -1, "__main__": -1, "_version": len(rooms), "_C": len(rooms)}
+    return [
+        f"{module} imports {target}"
+        for module, targets in found.items()
+        for target in sorted(targets)
+        if room_of(module) != room_of(target) and floor[room_of(target)] <= floor[room_of(module)]
+    ]
+
+
+def circles(found: dict[str, set[str]]) -> list[str]:
+    """A circle for each import that closes one."""
+    closed, done = [], set()
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            closed.append(" -> ".join([*path[path.index(module) :], module]))
+        elif module not in done:
+            for target in sorted(found[module]):
+                visit(target, [*path, module])
+            done.add(module)
+
+    for module in found:
+        visit(module, [])
+    return closed
+
+
+def rooms_of_the_table() -> list[str]:
+    """The rooms in the order of CONTRIBUTING.md's table, the highest first."""
+    (table,) = [part for part in HOUSE.read_text().split("\n\n") if part.startswith("| room |")]
+    return re.findall(r"^\| `(\w+)(?:\.py|/)` \|", table, re.MULTILINE)
+
+
+@needs_checkout
+def test_the_table_has_the_rooms():
+    there = {path.stem for path in PACKAGE.glob("*.py")} | {
+        path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()
+    }
+    assert sorted(rooms_of_the_table()) == sorted(there - NAMES)
+    assert len(there - NAMES) <= MOST_ROOMS
+
+
+@needs_checkout
+def test_every_import_goes_down():
+    assert climbs(imports(PACKAGE), rooms_of_the_table()) == []
+
+
+@needs_checkout
+def test_no_import_goes_in_a_circle():
+    assert circles(imports(PACKAGE)) == []
+
+
+@needs_checkout
+def test_what_is_imported_is_seen():
+    """A reading that finds no imports would pass for any house."""
+    found = imports(PACKAGE)
+    assert "eca_fused.ops.checks" in found["eca_fused.functional.ways"]
+    assert "eca_fused.ops.triton" in found["eca_fused.ops.backend"]  # inside a function
+    assert sum(map(len, found.values())) > 100
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "climbing", "circular"),
+    [
+        ("", "from eca_fused.low import a", 0, 0),
+        ("import eca_fused.high", "", 1, 0),
+        ("def f():\n    from eca_fused.high import inner", "from eca_fused import low", 1, 1),
+    ],
+)
+def test_climbs_and_circles_are_found(tmp_path, low, high, climbing, circular):
+    package = tmp_path / "eca_fused"
+    (package / "high").mkdir(parents=True)
+    (package / "__init__.py").write_text("from eca_fused import high\n")
+    (package / "low.py").write_text(low)
+    (package / "high" / "__init__.py").write_text("")
+    (package / "high" / "inner.py").write_text(high)
+    found = imports(package)
+    assert len(climbs(found, ["high", "low"])) == climbing
+    assert len(circles(found)) == circular
+
+
+@needs_checkout
+def test_files_of_a_few_hundred_lines():
+    long = {
+        path.relative_to(ROOT).as_posix(): length
+        for path in PACKAGE.rglob("*.py")
+        if (length := len(path.read_text().splitlines())) > 450
+    }
+    assert long == {}
