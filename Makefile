@@ -5,7 +5,7 @@ CPP = $(shell find csrc tests/cpp tests/simt -name "*.h" -o -name "*.cpp" -o -na
 
 # The tests run in several processes, whose threads together are more than the processors: with the
 # wait policy they do not spin while they wait for each other.
-.PHONY: help run test build lint format mutations versions clean
+.PHONY: help run test build lint format docs mutations versions clean
 .NOTPARALLEL:
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo 'make build    set up, and compile the extension'
 	@echo 'make lint     set up, and check style and types'
 	@echo 'make format   format the sources'
+	@echo 'make docs     set up, and build the documentation into build/docs'
 	@echo 'make mutations  deliberate faults in the CUDA kernels, each of which a test must find'
 	@echo 'make versions the tests under every supported torch, in clean environments'
 	@echo 'make clean    remove what was built, keep the environment'
@@ -45,6 +46,10 @@ format:
 	'$(BIN)/ruff' check --fix
 	'$(BIN)/ruff' format
 	'$(BIN)/clang-format' -i $(CPP)
+
+docs:
+	@tools/setup.sh demo docs
+	'$(BIN)/python' -m sphinx -q -W --keep-going docs build/docs
 
 mutations:
 	@tools/setup.sh demo test

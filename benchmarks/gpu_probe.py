@@ -26,31 +26,36 @@ from plans import gpu_limits, native_module, plan_of
 
 import eca_fused
 
-Wish = tuple[Any, ...]  # arguments of _C.wish(): tile, group, threads, two passes, strategy
+Forced = dict[str, Any]  # arguments of _C.force_plan()
+
+
+def forced(strategy: str, **sizes: int) -> Forced:
+    return {"strategy": strategy, **sizes}
+
 
 # Every strategy and exchange on maps so small that an instrumented kernel takes seconds, with a
 # halo and with a last tile that is smaller where there can be.
-SMALL: list[tuple[tuple[int, ...], str, Wish | None]] = [
-    ((2, 24, 8, 8), "contiguous", (24, 1, 128, False)),
-    ((2, 20, 8, 8), "contiguous", (8, 1, 64, False)),
-    ((2, 20, 8, 8), "contiguous", (8, 2, 64, False)),
-    ((2, 20, 8, 8), "contiguous", (8, 12, 64, False)),
-    ((2, 48, 6, 6), "channels_last", (16, 1, 64, False)),
-    ((2, 48, 6, 6), "channels_last", (48, 4, 64, False)),
-    ((2, 48, 6, 6), "channels_last", (48, 12, 64, False)),
-    ((2, 16, 10, 10), "contiguous", (0, 1, 256, True)),
-    ((2, 16, 10, 10), "channels_last", (0, 1, 256, True)),
-    ((2, 24, 8, 8), "contiguous", (0, 1, 128, False, "R7")),
-    ((2, 20, 16, 16), "contiguous", (4, 1, 128, False, "R13")),
-    ((2, 24, 7, 7), "contiguous", (0, 1, 32, False, "F4")),
-    ((2, 24, 7, 7), "contiguous", (0, 1, 64, False, "F2")),
-    ((2, 48, 6, 6), "channels_last", (16, 1, 64, False, "P7")),
-    ((2, 48, 12, 12), "channels_last", (16, 1, 64, False, "P13")),
-    ((2, 48, 6, 6), "channels_last", (0, 1, 128, False, "P4")),
-    ((5, 48, 16, 16), "channels_last", (0, 1, 256, False, "K")),
-    ((5, 48, 16, 16), "channels_last", (0, 1, 256, False, "K3")),
-    ((2, 64, 56, 56), "channels_last", (0, 1, 256, False, "K")),
-    ((5, 48, 16, 16), "channels_last", (0, 1, 256, False, "S")),
+SMALL: list[tuple[tuple[int, ...], str, Forced | None]] = [
+    ((2, 24, 8, 8), "contiguous", forced("tile", tile=24, threads=128)),
+    ((2, 20, 8, 8), "contiguous", forced("tile", tile=8, threads=64)),
+    ((2, 20, 8, 8), "contiguous", forced("tile", tile=8, group=2, threads=64)),
+    ((2, 20, 8, 8), "contiguous", forced("tile", tile=8, group=12, threads=64)),
+    ((2, 48, 6, 6), "channels_last", forced("tile", tile=16, threads=64)),
+    ((2, 48, 6, 6), "channels_last", forced("tile", tile=48, group=4, threads=64)),
+    ((2, 48, 6, 6), "channels_last", forced("tile", tile=48, group=12, threads=64)),
+    ((2, 16, 10, 10), "contiguous", forced("two_pass")),
+    ((2, 16, 10, 10), "channels_last", forced("two_pass")),
+    ((2, 24, 8, 8), "contiguous", forced("rows", threads=128, depth=7)),
+    ((2, 20, 16, 16), "contiguous", forced("rows", tile=4, threads=128, depth=13)),
+    ((2, 24, 7, 7), "contiguous", forced("runs", threads=32, depth=4)),
+    ((2, 24, 7, 7), "contiguous", forced("runs", threads=64, depth=2)),
+    ((2, 48, 6, 6), "channels_last", forced("columns", tile=16, threads=64, depth=7)),
+    ((2, 48, 12, 12), "channels_last", forced("columns", tile=16, threads=64, depth=13)),
+    ((2, 48, 6, 6), "channels_last", forced("columns", threads=128, depth=4)),
+    ((5, 48, 16, 16), "channels_last", forced("kept", threads=256)),
+    ((5, 48, 16, 16), "channels_last", forced("kept", threads=256, depth=3)),
+    ((2, 64, 56, 56), "channels_last", forced("kept", threads=256)),
+    ((5, 48, 16, 16), "channels_last", forced("stream", threads=256)),
     ((2, 7, 5, 3), "contiguous", None),
     ((2, 7, 5, 3), "channels_last", None),
 ]
@@ -73,9 +78,9 @@ FEWEST_COUNTERS = ("us", "read", "written", "instructions")  # that every Nsight
 OUR_KERNELS = "regex:forward_|backward_|sum_|make_|rescale_|add_parts"
 
 
-def wish(sizes: Wish | None) -> None:
+def force(plan: Forced | None) -> None:
     if "cuda" in (eca_fused.backends()["native"].devices or ()):
-        native_module().wish(*(sizes or (None,)))
+        native_module().force_plan(**(plan or {"strategy": None}))
 
 
 # ---- facts ----
@@ -139,9 +144,9 @@ def small(device: str, backend: str) -> int:
                 return y, *ops.backward(dy, x, weight, mean, gate, False)
 
             want = both(cpu, x, dy, weight)
-            wish(sizes)
+            force(sizes)
             got = both(ops, *(t.to(device) for t in (x, dy, weight)))
-            wish(None)
+            force(None)
             for name, a, b in zip(("y", "dx", "dweight"), got, want, strict=True):
                 error = float((a.cpu().double() - b.double()).abs().max() / b.double().abs().max())
                 if not error <= 8 * torch.finfo(dtype).eps:

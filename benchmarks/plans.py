@@ -19,16 +19,16 @@ def gpu_limits() -> Any:
 
 
 def plan_of(
-    case: Case, backward: bool, wish: Any = None, limits: Any = None
+    case: Case, backward: bool, forced: Any = None, limits: Any = None
 ) -> dict[str, Any] | str:
-    """The planner's choice, or the plan with the sizes of a wish; or why there is none."""
+    """The planner's choice, or a forced plan; or why there is none."""
     try:
         module = native_module()
         n, c, h, w = case.shape
         made: dict[str, Any] = module.plan(
             backward=backward, dtype=case.dtype, channels_last=case.layout == "channels_last",
             samples=n, channels=c, pixels=h * w, kernel_size=case.k, own_taps=False,
-            circular=False, aligned=True, in_place=False, gpu=limits or gpu_limits(), wish=wish,
+            circular=False, aligned=True, in_place=False, gpu=limits or gpu_limits(), forced=forced,
         )  # fmt: skip
     except Exception as reason:
         return f"{type(reason).__name__}: {reason}"

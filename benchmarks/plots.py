@@ -189,3 +189,60 @@ def networks(result: Result, path: Path) -> None:
         axis.set_ylabel("time / without attention", fontsize=9)
     finish(figure, axes, path, result, "medians of interleaved rounds")
     plt.close(figure)
+
+
+def speed(layers: Result, networks: dict[str, Result], path: Path) -> None:
+    """Two panels: layers of ResNet-50 by our time, and its training step by that without attention.
+
+    Args:
+        layers: of microbench.py with rivals, on a GPU.
+        networks: of network.py, by the name of the place.
+        path: the PNG file to write.
+    """
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained"
+    )
+    rows = [row for row in layers["rows"] if row["layout"] == "contiguous"]
+    kinds = ("compile", "eager")
+    for i, kind in enumerate(kinds):
+        values = [tables.ratio(row, kind) or 0 for row in rows]
+        at = [j + 0.36 * (i - 0.5) for j in range(len(rows))]
+        left.bar(at, values, 0.34, color=COLORS[kind], label=LABELS[kind].split(" (")[0])
+        for x, value in zip(at, values, strict=True):
+            left.text(x, value, f"{value:.1f}", ha="center", va="bottom", fontsize=8)
+    left.axhline(1, color=COLORS["native"], lw=1.5, label="ours")
+    names = ["x".join(map(str, row["shape"][1:])) for row in rows]
+    places = [f"{name}\n{row['direction']}" for name, row in zip(names, rows, strict=True)]
+    left.set_xticks(range(len(rows)), places, fontsize=7)
+    left.set_ylabel("time, divided by ours")
+    left.set_title("ECA layers of ResNet-50, 256 images, bfloat16")
+    steps = [
+        (place, row)
+        for place, result in networks.items()
+        for row in result["rows"]
+        if (row["network"], row["mode"], row["pass"]) == ("resnet50", "eager", "training step")
+    ]
+    for i, (kind, color) in enumerate((("plain ECA", "#e69f00"), ("fused ECA", "#0072b2"))):
+        values = [row["contenders"][kind]["times_none"]["median"] for _, row in steps]
+        at = [j + 0.36 * (i - 0.5) for j in range(len(steps))]
+        right.bar(at, values, 0.34, color=color, label=kind)
+        for x, value in zip(at, values, strict=True):
+            right.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=8)
+    right.axhline(1, color="#666666", lw=1.5, label="without attention")
+    right.set_xticks(range(len(steps)), [f"{p}\n{row['layout']}" for p, row in steps], fontsize=8)
+    right.set_ylim(0.8)
+    right.set_ylabel("time of a training step")
+    right.set_title("ResNet-50")
+    for axis in (left, right):
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=9, loc="upper left")
+    right.legend(frameon=False, fontsize=9, loc="upper right")
+    measured = {"H200": layers, **networks}
+    where = "\n".join(tables.where(result["machine"]) for result in measured.values())
+    figure.supxlabel(where, fontsize=6.5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

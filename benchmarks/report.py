@@ -1,9 +1,9 @@
-"""Makes tables and pictures from result files, the README's figures, and compares two results.
+"""Makes tables and pictures from result files, the figures of texts, and compares two results.
 
     python benchmarks/report.py benchmarks/results/cpu.json       # Markdown
     python benchmarks/report.py r.json --plot r.png
     python benchmarks/report.py --compare before.json after.json  # exit status 1 if slower
-    python benchmarks/report.py --readme                          # renew the READMEs' figures
+    python benchmarks/report.py --readme                          # renew the texts' figures
 
 A comparison is of our times in units of those that they were taken beside. Two processes of the
 same code differ by more than the rounds of one: a change counts where it is larger than the spread,
@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: made by benchmarks/report.py -->", "<!-- end of figures -->"
 GPU_RESULTS = ("bench", "rivals", "networks", "sizes", "calls")
-README_BATCH = 32  # of the README's table
-README_LAYERS = ("cpu-layers", "bench")  # results with the whole grid; the others are beside it
+SHORT_BATCH = 32  # of the tables in short
+SHORT_LAYERS = ("cpu-layers", "bench")  # results with the whole grid; the others are beside it
 
 Result = dict[str, Any]
 T = TypeVar("T")
@@ -146,7 +146,7 @@ def where_another_is_faster(result: Result) -> str:
     return text
 
 
-# ---- the README, and that of the results ----
+# ---- the figures of docs/, and of the results' README ----
 
 
 def committed() -> list[Path]:
@@ -156,7 +156,7 @@ def committed() -> list[Path]:
 
 
 def layer_figures(result: Result) -> list[str]:
-    """The README's tables of a result of microbench.py."""
+    """The tables in short of a result of microbench.py."""
     both = [
         row
         for row in result["rows"]
@@ -166,10 +166,10 @@ def layer_figures(result: Result) -> list[str]:
     usual = [
         row
         for row in both
-        if row["shape"][0] == README_BATCH and "resnet50" in tables.network_of(row)
+        if row["shape"][0] == SHORT_BATCH and "resnet50" in tables.network_of(row)
     ]
     return [
-        f"ResNet-50, batch {README_BATCH}:",
+        f"ResNet-50, batch {SHORT_BATCH}:",
         tables.summary({**result, "rows": usual}, tables.GROUPS[2:]),
         f"{listed(row['dtype'] for row in both)}, in both layouts:",
         tables.summary({**result, "rows": both}, ("network", "batch", "direction")),
@@ -178,13 +178,13 @@ def layer_figures(result: Result) -> list[str]:
     ]
 
 
-def readme_figures() -> str:
-    """The README's tables, from the committed results."""
+def figures() -> str:
+    """The tables of docs/performance.md, from the committed results."""
     parts = []
     for path in committed():
         result = load(path)
         script = result["script"]
-        if script == "microbench" and path.stem in README_LAYERS:
+        if script == "microbench" and path.stem in SHORT_LAYERS:
             parts += layer_figures(result)
         elif script == "overhead":
             parts.append(tables.overhead(result))
@@ -208,14 +208,22 @@ def all_figures() -> str:
     return "\n\n".join(parts)
 
 
-def renew(readme: str, figures: str) -> str:
+def renew(text: str, figures: str) -> str:
     """A text with these figures between its marks."""
-    head, _, rest = readme.partition(BEGIN)
+    head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n{figures}\n{END}{tail}"
 
 
-FIGURES = {ROOT / "README.md": readme_figures, RESULTS / "README.md": all_figures}
+FIGURES = {ROOT / "docs" / "performance.md": figures, RESULTS / "README.md": all_figures}
+SPEED = ROOT / "docs" / "pictures" / "speed.png"
+
+
+def draw_speed(path: Path) -> None:
+    """The picture of the README: layers on a GPU, and networks there and on a CPU."""
+    places = {"H200": RESULTS / "h200" / "networks.json", "CPU": RESULTS / "cpu-networks.json"}
+    networks = {name: load(place) for name, place in places.items()}
+    plots.speed(load(RESULTS / "h200" / "rivals.json"), networks, path)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -227,7 +235,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--same-code", type=Path, metavar="BEFORE2",
         help="with --compare: a second result of the code of the first, to measure the noise from",
     )  # fmt: skip
-    parser.add_argument("--readme", action="store_true", help="renew the figures in both READMEs")
+    parser.add_argument(
+        "--readme", action="store_true", help="renew the figures in docs/ and results/"
+    )
     args = parser.parse_args(argv)
     if not args.readme and (not args.results or (args.compare and len(args.results) != 2)):
         parser.error("expected result files, two of them for --compare")
@@ -280,6 +290,7 @@ def run(args: argparse.Namespace) -> int:
     if args.readme:
         for path, make in FIGURES.items():
             path.write_text(renew(path.read_text(), make()))
+        draw_speed(SPEED)
         return 0
     if args.compare:
         return compare_files([*args.results, *filter(None, [args.same_code])])

@@ -53,10 +53,11 @@ def where(machine: dict[str, Any]) -> str:
             f"{machine['gpu']}, driver {machine.get('driver', 'unknown')}, "
             f"CUDA {machine['cuda']}, Triton {machine.get('triton')}"
         )
-    else:
+    else:  # what the build has for GPUs was not timed
+        kernels = machine["kernels"].removesuffix(" and CUDA")
         place = (
             f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
-            f"{machine['kernels']}, malloc {machine['malloc']}"
+            f"{kernels}, malloc {machine['malloc']}"
         )
     return f"{place}, torch {machine['torch']}, commit {machine['commit']}, {machine['date']}"
 
@@ -101,13 +102,21 @@ def network_of(row: Row) -> list[str]:
     return [name for name, layers in NETWORKS.items() if layer in layers]
 
 
+LETTERS = {
+    "R": "rows", "F": "runs", "P": "columns", "K": "kept", "S": "stream", "A": "tile",
+    "B": "split_tile", "D": "split_pixels", "C": "two_pass",
+}  # fmt: skip
+
+
 def plan_text(plan: Any) -> str:
     if not isinstance(plan, dict):
         return "-"
-    if plan["strategy"] == "C":
-        return f"C, chunk {plan['chunk']}, parts {plan['parts']}"
+    # Letters are of results that were made before the strategies had names.
+    strategy = LETTERS.get(plan["strategy"], plan["strategy"])
+    if strategy == "two_pass":
+        return f"two_pass, chunk {plan['chunk']}, parts {plan['parts']}"
     return (
-        f"{plan['strategy']}, tile {plan['tile']}, group {plan['group']}, "
+        f"{strategy}, tile {plan['tile']}, group {plan['group']}, "
         f"{plan['threads']} threads, {plan['occupancy']} resident"
     )
 

@@ -42,21 +42,22 @@ MOST_HALO = 1.6  # asked of the L2 cache, in units of the maps: beyond it, halos
 SHOWN = 12  # rows of a table
 
 
-class Wish(NamedTuple):
-    """Arguments of _C.wish()."""
+class Forced(NamedTuple):
+    """Arguments of _C.force_plan()."""
 
-    tile: int
+    strategy: str
+    tile: int = 0
     group: int = 1
     threads: int = 256
-    two_passes: bool = False
-    strategy: str = ""
+    depth: int = 0
 
     def __str__(self) -> str:
-        if self.two_passes:
-            return "two passes"
-        if self.strategy:
-            return f"{self.strategy}, tile {self.tile or 'largest'}, {self.threads} threads"
-        return f"tile {self.tile}, group {self.group}, {self.threads} threads"
+        if self.strategy == "two_pass":
+            return self.strategy
+        if self.strategy == "tile":
+            return f"tile {self.tile}, group {self.group}, {self.threads} threads"
+        depth = f" {self.depth}" if self.depth else ""
+        return f"{self.strategy}{depth}, tile {self.tile or 'largest'}, {self.threads} threads"
 
 
 def tiles_of(case: Case) -> list[int]:
@@ -69,27 +70,29 @@ def tiles_of(case: Case) -> list[int]:
     return sorted({s for s in steps if s < channels and s % unit == 0} | {channels})
 
 
-def candidates(case: Case, backward: bool, limits: Any) -> dict[Wish, dict[str, Any]]:
-    """The plans that can run, by the wish that forces them."""
+IN_REGISTERS = {"rows": (7, 13), "runs": (2, 4), "columns": (4, 7, 13)}  # with their depths
+KEPT = (4, 8, 12, 16, 20, 25, 32, 0)  # vectors of a thread
+
+
+def candidates(case: Case, backward: bool, limits: Any) -> dict[Forced, dict[str, Any]]:
+    """The plans that can run, by what forces them."""
     found = {}
-    wishes = [Wish(0, two_passes=True)]
-    wishes += [Wish(t, g, n) for t in tiles_of(case) for g in GROUPS for n in THREADS]
-    names = product(
-        ("R7", "R13", "F2", "F4", "P4", "P7", "P13"), (64, 128, 256, 512), (0, 16, 32, 64, 128)
-    )
-    wishes += [Wish(tile, 1, n, False, name) for name, n, tile in names]
-    wishes += [Wish(0, strategy=f"K{vectors}") for vectors in (4, 8, 12, 16, 20, 25, 32, 0)]
-    wishes += [Wish(0, strategy="S")]
-    for wish in wishes:
-        plan = plan_of(case, backward, tuple(wish), limits)
+    ways = [Forced("two_pass"), Forced("stream")]
+    ways += [Forced("tile", t, g, n) for t in tiles_of(case) for g in GROUPS for n in THREADS]
+    named = [(name, depth) for name, depths in IN_REGISTERS.items() for depth in depths]
+    sizes = product(named, (64, 128, 256, 512), (0, 16, 32, 64, 128))
+    ways += [Forced(name, tile, 1, n, depth) for (name, depth), n, tile in sizes]
+    ways += [Forced("kept", depth=vectors) for vectors in KEPT]
+    for forced in ways:
+        plan = plan_of(case, backward, forced._asdict(), limits)
         if isinstance(plan, str) or plan["occupancy"] < 1:
             continue
         # Blocks that wait for each other must all have room.
         room = plan["occupancy"] * limits["multiprocessors"]
-        if plan["exchange"] == "global" and wish.group > room:
+        if plan["exchange"] == "global" and forced.group > room:
             continue
-        if wish.two_passes or plan["l2_bytes"] <= MOST_HALO * plan["map_bytes"]:
-            found[wish] = plan
+        if forced.strategy == "two_pass" or plan["l2_bytes"] <= MOST_HALO * plan["map_bytes"]:
+            found[forced] = plan
     return found
 
 
@@ -98,12 +101,8 @@ def same(plan: dict[str, Any], other: Any) -> bool:
     return isinstance(other, dict) and all(plan[name] == other[name] for name in sizes)
 
 
-def force(wish: Wish | None) -> None:
-    module = native_module()
-    if wish is None:
-        module.wish(None)
-    else:
-        module.wish(*wish)
+def force(forced: Forced | None) -> None:
+    native_module().force_plan(**(forced._asdict() if forced else {"strategy": None}))
 
 
 def record(
@@ -140,11 +139,11 @@ def tune(
     judge = Judge(inputs)
     recordings = {"copy": record_copy(direction, case, device)}
     failed = []
-    # The planner's choice first, by itself: a wish may not describe it.
-    for wish in [None, *plans]:
-        name = "planner" if wish is None else str(wish)
+    # The planner's choice first, by itself: what forces a plan may not describe it.
+    for forced in [None, *plans]:
+        name = "planner" if forced is None else str(forced)
         try:
-            force(wish)
+            force(forced)
             recording = record(inputs, saved, backward, device)
             force(None)
             wrong = judge.faults(recording, direction)
@@ -158,7 +157,7 @@ def tune(
         else:
             recordings[name] = recording
     samples = call_times(device, recordings, rounds, budget_ms=4000)
-    by_name = {str(wish): plan for wish, plan in plans.items()}
+    by_name = {str(forced): plan for forced, plan in plans.items()}
     rows = [
         {
             "name": name,
@@ -197,9 +196,9 @@ def listing(case: Case, limits: Any) -> str:
         chosen = plan_of(case, backward, None, limits)
         plans = candidates(case, backward, limits)
         lines.append(f"{case} {direction}: {len(plans)} plans")
-        for wish, plan in plans.items():
+        for forced, plan in plans.items():
             mark = "*" if same(plan, chosen) else " "
-            lines.append(f"{mark} {wish!s:36} {plan['strategy']} {plan['occupancy']} resident")
+            lines.append(f"{mark} {forced!s:36} {plan['strategy']} {plan['occupancy']} resident")
     return "\n".join(lines)
 
 

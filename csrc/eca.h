@@ -1,4 +1,4 @@
-// The contract between the operator layer (ops.cpp) and the kernels (cpu/, later cuda/):
+// The contract between the operator layer (ops.cpp) and the kernels (cpu/ and cuda/):
 // plain structs and raw pointers, no torch type.
 //
 // A feature map is a set of rows of consecutive elements, `samples` of them side by side:

@@ -98,17 +98,17 @@ struct Key {
   }
 };
 
-// The flag spares the calls of all who never wish a lock.
-std::atomic<bool> wishing{false};
-std::mutex wish_mutex;
-Wish wished;
+// The flag spares the calls of all who never force a plan a lock.
+std::atomic<bool> forcing{false};
+std::mutex force_mutex;
+Forced forced_plan;
 
 // A network's layers come again in every step; a plan takes longer to make than to find.
 const Plan& plan_for(const Problem& problem, Pass pass, const Access& access, int32_t device) {
-  if (wishing.load(std::memory_order_acquire)) {
+  if (forcing.load(std::memory_order_acquire)) {
     static thread_local Plan plan;
-    const std::lock_guard<std::mutex> lock(wish_mutex);
-    plan = make_plan(problem, pass, access, description(device), &wished);
+    const std::lock_guard<std::mutex> lock(force_mutex);
+    plan = make_plan(problem, pass, access, description(device), &forced_plan);
     return plan;
   }
   constexpr size_t kMost = 64;
@@ -159,20 +159,20 @@ void run_apart(const Call& call, int32_t device, Run kernels) {
 
 }  // namespace
 
-void set_wish(const Wish* wish) {
-  if (wish && !wish->two_passes) {
-    if (!wish->strategy && (wish->tile < 1 || wish->group < 1))
+void force_plan(const Forced* forced) {
+  if (forced && forced->strategy != 'C') {
+    if (forced->strategy == 'A' && (forced->tile < 1 || forced->group < 1))
       throw std::invalid_argument("expected a tile and a group from 1 up");
     // The lanes that sum a plane are a power of two, and the threads a multiple of them.
-    const int32_t n = wish->threads;
-    const int32_t most = wish->strategy == 'R' ? 512 : kMostThreads;
+    const int32_t n = forced->threads;
+    const int32_t most = forced->strategy == 'R' ? 512 : kMostThreads;
     if (n < 32 || n > most || (n & (n - 1)) != 0)
       throw std::invalid_argument("expected threads as a power of two from 32 to " +
                                   std::to_string(most) + ", got " + std::to_string(n));
   }
-  const std::lock_guard<std::mutex> lock(wish_mutex);
-  if (wish) wished = *wish;
-  wishing.store(wish != nullptr, std::memory_order_release);
+  const std::lock_guard<std::mutex> lock(force_mutex);
+  if (forced) forced_plan = *forced;
+  forcing.store(forced != nullptr, std::memory_order_release);
 }
 
 const Gpu& description(int32_t device) {

@@ -18,7 +18,7 @@ void scale(const Scale& s, int32_t device);
 // Sizes that every call of this process uses from now on instead of the planner's choice, or null
 // for that choice: for tuning and for tests. A call that cannot run so throws std::invalid_argument.
 // Throws the same for sizes with which no kernel can be launched.
-void set_wish(const Wish* wish);
+void force_plan(const Forced* forced);
 
 // A CUDA device's limits, asked for once.
 const Gpu& description(int32_t device);

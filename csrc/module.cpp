@@ -66,39 +66,41 @@ eca::Dtype dtype_by_name(const std::string& name) {
                               name);
 }
 
-// (tile, group, threads, two_passes, strategy and depth as in "R7", or "")
-using Sizes = std::tuple<int32_t, int32_t, int32_t, bool, std::string>;
-
-Sizes sizes_of(const py::tuple& t) {
-  if (t.size() != 4 && t.size() != 5)
-    throw std::invalid_argument("expected (tile, group, threads, two_passes) or a strategy too");
-  return {t[0].cast<int32_t>(), t[1].cast<int32_t>(), t[2].cast<int32_t>(), t[3].cast<bool>(),
-          t.size() == 5 ? t[4].cast<std::string>() : ""};
+eca::Forced to_forced(const std::string& strategy, int32_t tile, int32_t group, int32_t threads,
+                      int32_t depth) {
+  const char letter = eca::strategy_by_name(strategy);
+  if (letter == 'B' || letter == 'D')
+    throw std::invalid_argument(
+        "expected strategy \"tile\", which the group and the layout split, got " + strategy);
+  return {letter, tile, group, threads, depth};
 }
 
-eca::Wish to_wish(const Sizes& sizes) {
-  const auto& [tile, group, threads, two_passes, strategy] = sizes;
-  const char letter = strategy.empty() ? '\0' : strategy[0];
-  return {two_passes, tile, group, threads, letter, letter ? std::atoi(strategy.c_str() + 1) : 0};
+// Of keyword arguments, as force_plan() takes them.
+eca::Forced to_forced(const py::dict& d) {
+  const auto number = [&](const char* name, int32_t otherwise) {
+    return d.contains(name) ? d[name].cast<int32_t>() : otherwise;
+  };
+  return to_forced(d["strategy"].cast<std::string>(), number("tile", 0), number("group", 1),
+                   number("threads", eca::kMostThreads), number("depth", 0));
 }
 
-void wish(std::optional<int32_t> tile, int32_t group, int32_t threads, bool two_passes,
-          const std::string& strategy) {
+void force_plan(const std::optional<std::string>& strategy, int32_t tile, int32_t group,
+                int32_t threads, int32_t depth) {
 #if defined(ECA_FUSED_WITH_CUDA)
-  if (!tile && !two_passes && strategy.empty()) return eca::gpu::set_wish(nullptr);
-  const eca::Wish wish = to_wish({tile.value_or(0), group, threads, two_passes, strategy});
-  eca::gpu::set_wish(&wish);
+  if (!strategy) return eca::gpu::force_plan(nullptr);
+  const eca::Forced forced = to_forced(*strategy, tile, group, threads, depth);
+  eca::gpu::force_plan(&forced);
 #else
-  if (tile || two_passes || !strategy.empty())
+  if (strategy)
     throw std::runtime_error(
-        "the extension was compiled without CUDA kernels, so none can be tuned");
+        "the extension was compiled without CUDA kernels, so no plan of them can be forced");
 #endif
 }
 
 py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64_t samples,
               int64_t channels, int64_t pixels, int64_t kernel_size, bool own_taps, bool circular,
               bool aligned, bool in_place, const py::dict& g,
-              const std::optional<py::tuple>& sizes) {
+              const std::optional<py::dict>& forced) {
   eca::Problem p{};
   p.dtype = p.taps_dtype = dtype_by_name(dtype);
   p.layout = channels_last ? eca::Layout::kPixels : eca::Layout::kPlanes;
@@ -116,12 +118,12 @@ py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64
   access.aligned = access.aligned && aligned;
   access.samples_aligned = access.samples_aligned && aligned;
   access.in_place = in_place;
-  const eca::Wish wish = sizes ? to_wish(sizes_of(*sizes)) : eca::Wish{};
+  const eca::Forced asked = forced ? to_forced(*forced) : eca::Forced{};
   const eca::Plan plan = eca::make_plan(p, backward ? eca::Pass::kBackward : eca::Pass::kForward,
-                                        access, gpu, sizes ? &wish : nullptr);
+                                        access, gpu, forced ? &asked : nullptr);
   const eca::Tiling& t = plan.tiling;
   const char* exchanges[] = {"none", "cluster", "global"};
-  return py::dict("strategy"_a = std::string(1, plan.strategy),
+  return py::dict("strategy"_a = eca::strategy_name(plan.strategy),
                   "exchange"_a = exchanges[int(t.exchange)], "vectors"_a = t.vectors,
                   "tile"_a = t.tile, "halo"_a = t.halo, "tiles"_a = t.tiles, "group"_a = t.group,
                   "chunk"_a = t.chunk, "parts"_a = t.parts, "threads"_a = t.threads,
@@ -145,11 +147,11 @@ PYBIND11_MODULE(_C, m) {
         "How many clusters of so many blocks a CUDA device has room for at the same time.");
   m.def("plan", &plan, py::kw_only(), "backward"_a, "dtype"_a, "channels_last"_a, "samples"_a,
         "channels"_a, "pixels"_a, "kernel_size"_a, "own_taps"_a, "circular"_a, "aligned"_a,
-        "in_place"_a, "gpu"_a, "wish"_a = py::none(),
-        "How the CUDA kernels run a problem on a GPU, and what that moves; with a wish (tile, "
-        "group, threads, two_passes, strategy), how they would run it so.");
-  m.def("wish", &wish, "tile"_a = py::none(), "group"_a = 1, "threads"_a = eca::kMostThreads,
-        "two_passes"_a = false, "strategy"_a = "",
+        "in_place"_a, "gpu"_a, "forced"_a = py::none(),
+        "How the CUDA kernels run a problem on a GPU, and what that moves; with "
+        "force_plan()'s arguments in a dict, how they would run that plan.");
+  m.def("force_plan", &force_plan, "strategy"_a, py::kw_only(), "tile"_a = 0, "group"_a = 1,
+        "threads"_a = eca::kMostThreads, "depth"_a = 0,
         "For tuning and tests alone: every later call of the CUDA kernels in this process uses "
-        "these sizes instead of the planner's choice, until wish(None).");
+        "this plan instead of the planner's choice, until force_plan(None).");
 }

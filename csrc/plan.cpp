@@ -244,13 +244,13 @@ struct Planner {
   }
 
   // The tile that has room for `held` channels: all of them, or fewer and a halo on either side.
-  bool tile_in_registers(char strategy, int64_t held, int64_t unit, int64_t halo, int64_t wish,
+  bool tile_in_registers(char strategy, int64_t held, int64_t unit, int64_t halo, int64_t most_tile,
                          Plan* plan) const {
     Tiling& t = plan->tiling;
-    const bool whole = held >= p.channels && (wish == 0 || wish >= p.channels);
+    const bool whole = held >= p.channels && (most_tile == 0 || most_tile >= p.channels);
     if (!whole && access.in_place) return false;
     int64_t most = whole ? p.channels : std::min(p.channels, (held - 2 * halo) / unit * unit);
-    if (!whole && wish) most = std::min(most, wish / unit * unit);
+    if (!whole && most_tile) most = std::min(most, most_tile / unit * unit);
     if (most < 1) return false;
     t.tiles = ceil_div(p.channels, most);
     const int64_t even = whole ? most : round_up(ceil_div(p.channels, t.tiles), unit);
@@ -271,7 +271,7 @@ struct Planner {
            plan->shared_bytes <= std::min<int64_t>(48 << 10, gpu.shared_per_block);
   }
 
-  bool rows(int32_t depth, int32_t threads, int64_t wish, Plan* plan) const {
+  bool rows(int32_t depth, int32_t threads, int64_t most_tile, Plan* plan) const {
     *plan = {};
     Tiling& t = plan->tiling;
     if (!planes || !access.aligned || threads > row_threads(depth)) return false;
@@ -281,10 +281,10 @@ struct Planner {
     t.lanes = 8;
     while (t.lanes * int64_t(depth) < vectors && t.lanes < threads) t.lanes *= 2;
     return t.lanes * int64_t(depth) >= vectors &&
-           tile_in_registers('R', threads / t.lanes, 1, pad, wish, plan);
+           tile_in_registers('R', threads / t.lanes, 1, pad, most_tile, plan);
   }
 
-  bool runs(int32_t depth, int32_t threads, int64_t wish, Plan* plan) const {
+  bool runs(int32_t depth, int32_t threads, int64_t most_tile, Plan* plan) const {
     *plan = {};
     Tiling& t = plan->tiling;
     if (!planes || !access.dense || !access.samples_aligned || p.pixels < V) return false;
@@ -298,11 +298,11 @@ struct Planner {
     const bool all = p.channels * p.pixels <= capacity;
     const int64_t held = all ? p.channels : (capacity - (V - 1)) / p.pixels;
     // Channels that wrap around are not a part of the run.
-    return tile_in_registers('F', held, unit, pad, wish, plan) &&
+    return tile_in_registers('F', held, unit, pad, most_tile, plan) &&
            (t.tile == p.channels || !p.circular);
   }
 
-  bool columns(int32_t depth, int32_t threads, int64_t wish, Plan* plan) const {
+  bool columns(int32_t depth, int32_t threads, int64_t most_tile, Plan* plan) const {
     *plan = {};
     Tiling& t = plan->tiling;
     if (planes || !access.aligned || pad > V) return false;
@@ -311,7 +311,7 @@ struct Planner {
     t.depth = depth;
     t.threads = threads;
     const int64_t rows = ceil_div(p.pixels, depth), columns = threads / rows;
-    return columns >= 1 && tile_in_registers('P', columns * V, V, V, wish, plan) &&
+    return columns >= 1 && tile_in_registers('P', columns * V, V, V, most_tile, plan) &&
            threads / (t.held / V) * int64_t(depth) >= p.pixels;
   }
 
@@ -536,46 +536,45 @@ struct Planner {
     return p.pixels > 0 && (planes ? access.dense : access.aligned || access.dense);
   }
 
-  Plan wished(const Wish& wish) const {
+  Plan make(const Forced& forced) const {
     Plan plan{};
-    if (wish.two_passes) {
+    const char s = forced.strategy;
+    if (s == 'C') {
       two_passes(&plan);
       return plan;
     }
-    if (wish.strategy) {
-      const auto known = [&](const auto& depths) {
-        return std::find(std::begin(depths), std::end(depths), wish.depth) != std::end(depths);
-      };
-      const char s = wish.strategy;
-      const bool fits = registers_fit() && wish.threads <= (s == 'R' ? 512 : kRunThreads) &&
-                        wish.threads >= 32 && (wish.threads & (wish.threads - 1)) == 0;
-      if (fits && s == 'S' && stream(&plan)) {
-        cost_of_stream(&plan);
-        return plan;
-      }
-      if (fits && s == 'K' && kept(wish.depth, 0, &plan)) {
-        cost_of_kept(&plan);
-        return plan;
-      }
-      const bool can =
-          fits &&
-          ((s == 'R' && known(kRowDepths) && rows(wish.depth, wish.threads, wish.tile, &plan)) ||
-           (s == 'F' && known(kRunDepths) && runs(wish.depth, wish.threads, wish.tile, &plan)) ||
-           (s == 'P' && known(kColumnDepths) &&
-            columns(wish.depth, wish.threads, wish.tile, &plan)));
-      if (!can)
-        throw std::invalid_argument(std::string("the kernels cannot run strategy ") + s +
-                                    " with a depth of " + std::to_string(wish.depth) + " and " +
-                                    std::to_string(wish.threads) + " threads");
-      cost_in_registers(&plan);
+    if (s == 'A') {
+      if (!can_hold() || !tile(forced.tile, forced.group, forced.threads, &plan) ||
+          plan.shared_bytes > gpu.shared_per_block)
+        throw std::invalid_argument("the kernels cannot run with a tile of " +
+                                    std::to_string(forced.tile) + " channels and groups of " +
+                                    std::to_string(forced.group) + " blocks");
+      cost_on_chip(&plan);
       return plan;
     }
-    if (!can_hold() || !tile(wish.tile, wish.group, wish.threads, &plan) ||
-        plan.shared_bytes > gpu.shared_per_block)
-      throw std::invalid_argument("the kernels cannot run with a tile of " +
-                                  std::to_string(wish.tile) + " channels and groups of " +
-                                  std::to_string(wish.group) + " blocks");
-    cost_on_chip(&plan);
+    const int32_t n = forced.threads, depth = forced.depth;
+    const auto known = [&](const auto& depths) {
+      return std::find(std::begin(depths), std::end(depths), depth) != std::end(depths);
+    };
+    const bool fits =
+        registers_fit() && n <= (s == 'R' ? 512 : kRunThreads) && n >= 32 && (n & (n - 1)) == 0;
+    if (fits && s == 'S' && stream(&plan)) {
+      cost_of_stream(&plan);
+      return plan;
+    }
+    if (fits && s == 'K' && kept(depth, 0, &plan)) {
+      cost_of_kept(&plan);
+      return plan;
+    }
+    const bool can =
+        fits && ((s == 'R' && known(kRowDepths) && rows(depth, n, forced.tile, &plan)) ||
+                 (s == 'F' && known(kRunDepths) && runs(depth, n, forced.tile, &plan)) ||
+                 (s == 'P' && known(kColumnDepths) && columns(depth, n, forced.tile, &plan)));
+    if (!can)
+      throw std::invalid_argument("the kernels cannot run " + std::string(strategy_name(s)) +
+                                  " with a depth of " + std::to_string(depth) + " and " +
+                                  std::to_string(n) + " threads");
+    cost_in_registers(&plan);
     return plan;
   }
 
@@ -640,10 +639,25 @@ Access dense_access(const Problem& p) {
   return {length * size_of(p.dtype) % 16 == 0, true, samples, false};
 }
 
+const char* strategy_name(char letter) {
+  for (const Strategy& s : kStrategies)
+    if (s.letter == letter) return s.name;
+  return "none";
+}
+
+char strategy_by_name(const std::string& name) {
+  std::string known;
+  for (const Strategy& s : kStrategies) {
+    if (name == s.name) return s.letter;
+    known += (known.empty() ? "" : ", ") + std::string(s.name);
+  }
+  throw std::invalid_argument("expected a strategy as one of " + known + ", got " + name);
+}
+
 Plan make_plan(const Problem& problem, Pass pass, const Access& access, const Gpu& gpu,
-               const Wish* wish) {
+               const Forced* forced) {
   const Planner planner{problem, pass, access, gpu};
-  return planner.complete(wish ? planner.wished(*wish) : planner.best());
+  return planner.complete(forced ? planner.make(*forced) : planner.best());
 }
 
 SharedLayout shared_layout(const Problem& p, Pass pass, const Tiling& t) {

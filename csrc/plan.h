@@ -88,7 +88,7 @@ struct Tiling {
 };
 
 struct Plan {
-  char strategy;  // 'A' to 'D', 'R', 'F', 'P', 'K' or 'S'
+  char strategy;  // of kStrategies
   Tiling tiling;
   int64_t blocks;  // of one launch
   int64_t launches;
@@ -116,19 +116,33 @@ Access dense_access(const Problem& problem);
 
 enum class Pass { kForward, kBackward };
 
-// Sizes to use instead of the planner's choice, for tests and for tuning.
-struct Wish {
-  bool two_passes;  // strategy C, and nothing else counts
-  int32_t tile, group, threads;
-  // 'R', 'F' or 'P', with `depth`; a tile of 0 is the largest that fits. 'K', with `depth` vectors
-  // of a thread in all, 0 for as many as fit. 'S'.
-  char strategy = 0;
-  int32_t depth = 0;
+// The strategies, by the names that users see.
+struct Strategy {
+  char letter;
+  const char* name;
 };
 
-// Throws std::invalid_argument where the kernels cannot run as wished.
+constexpr Strategy kStrategies[] = {{'R', "rows"},       {'F', "runs"},         {'P', "columns"},
+                                    {'K', "kept"},       {'S', "stream"},       {'A', "tile"},
+                                    {'B', "split_tile"}, {'D', "split_pixels"}, {'C', "two_pass"}};
+
+const char* strategy_name(char letter);
+// Throws std::invalid_argument for another name.
+char strategy_by_name(const std::string& name);
+
+// A plan to make instead of the planner's choice, for tests and for tuning.
+struct Forced {
+  // 'A' is what tile, group and layout make of it: 'A', 'B' or 'D'.
+  char strategy = 'C';
+  int32_t tile = 0;  // channels; of R, F and P 0 is as many as fit
+  int32_t group = 1;
+  int32_t threads = kMostThreads;
+  int32_t depth = 0;  // vectors of a thread, of R, F and P; in all, of K, and 0 is as many as fit
+};
+
+// Throws std::invalid_argument where the kernels cannot run the forced plan.
 Plan make_plan(const Problem& problem, Pass pass, const Access& access, const Gpu& gpu,
-               const Wish* wish = nullptr);
+               const Forced* forced = nullptr);
 
 // Where things lie in a block's shared memory, in bytes from its beginning. The kernels and the
 // planner have this in common.

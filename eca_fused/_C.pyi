@@ -16,8 +16,20 @@ class Gpu(TypedDict):
     threads_per_multiprocessor: int
     largest_cluster: int  # blocks, 1 without clusters
 
+Strategy = Literal[
+    "rows",
+    "runs",
+    "columns",
+    "kept",
+    "stream",
+    "tile",
+    "split_tile",
+    "split_pixels",
+    "two_pass",
+]
+
 class PlanEntries(TypedDict):
-    strategy: Literal["A", "B", "C", "D", "R", "F", "P", "S"]
+    strategy: Strategy
     exchange: Literal["none", "cluster", "global"]
     vectors: bool
     tile: int
@@ -28,6 +40,7 @@ class PlanEntries(TypedDict):
     parts: int
     threads: int
     depth: int
+    spare: int
     blocks: int
     launches: int
     shared_bytes: int
@@ -55,13 +68,13 @@ def plan(
     aligned: bool,
     in_place: bool,
     gpu: Gpu,
-    # tile, group, threads, two_passes, and a strategy with its depth, as "R7"
-    wish: tuple[int, int, int, bool] | tuple[int, int, int, bool, str] | None = None,
+    forced: dict[str, str | int] | None = None,  # arguments of force_plan()
 ) -> PlanEntries: ...
-def wish(
-    tile: int | None = None,
+def force_plan(
+    strategy: str | None,
+    *,
+    tile: int = 0,
     group: int = 1,
     threads: int = 256,
-    two_passes: bool = False,
-    strategy: str = "",
+    depth: int = 0,
 ) -> None: ...

@@ -28,17 +28,16 @@ __all__ = [
     "batched",
     "batched_by_autograd",
     "child",
+    "does_more",
     "exporting_to_onnx",
     "folded",
     "forget_compiled",
     "functionalized",
-    "has_hooks",
     "has_hooks_of_its_own",
     "has_tangent",
     "is_compiled",
     "is_exporting",
     "is_fake",
-    "is_patched",
     "is_scripting",
     "is_tracing",
     "keep_saved_tensors",
@@ -74,10 +73,18 @@ def has_hooks_of_its_own(module: nn.Module) -> bool:
     )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module runs hooks, its own or those of every module."""
+def does_more(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its class's forward.
+
+    It may run hooks, its own or those of every module, or the instance may have a method of its own
+    in the place of its class's, as accelerate's offloading gives it.
+    """
+    own = module.__dict__
     return bool(
-        module._forward_hooks
+        "forward" in own
+        or "_conv_forward" in own
+        or "_call_impl" in own
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -106,12 +113,6 @@ def replace_submodules(module: nn.Module, by: dict[str, nn.Module]) -> None:
 def is_compiled(module: nn.Module) -> bool:
     """By its own compile(), which replaces what a call runs."""
     return getattr(module, "_compiled_call_impl", None) is not None
-
-
-def is_patched(module: nn.Module) -> bool:
-    """Whether the instance has a way to be called of its own, as accelerate's offloading does."""
-    own = module.__dict__
-    return "forward" in own or "_conv_forward" in own or "_call_impl" in own
 
 
 def folded(function: F) -> F:

@@ -40,18 +40,25 @@ class Fault(Exception):
 
 
 class Refused(Exception):
-    """The kernels cannot run with the sizes that were wished for."""
+    """The kernels cannot run the forced plan."""
+
+
+# The letters of csrc/plan.h, in which tests/simt/runner.cpp reads a forced plan.
+LETTERS = {
+    "rows": "R", "runs": "F", "columns": "P", "kept": "K", "stream": "S", "tile": "A",
+    "two_pass": "C",
+}  # fmt: skip
 
 
 @dataclass
-class Wish:
-    """Sizes to use instead of the planner's choice, as in csrc/plan.h."""
+class Forced:
+    """A plan to make instead of the planner's choice, as in csrc/plan.h."""
 
+    strategy: str
     tile: int = 0
     group: int = 1
     threads: int = 64
-    two_passes: bool = False
-    strategy: str = ""  # R, F or P and the depth, as in "R7"
+    depth: int = 0
 
 
 @dataclass
@@ -218,18 +225,18 @@ class HostGpu:
         operation: int,
         wants: tuple[bool, bool, bool, bool],
         gpu: dict[str, int],
-        wish: Wish | None,
+        forced: Forced | None,
         seed: int,
         resident: int,
         count: bool,
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         n, c, s = x.shape
-        w = wish or Wish()
+        w = forced or Forced("tile")
         numbers = [
             operation, DTYPES.index(x.dtype), channels_last, n, c, s, DTYPES.index(weight.dtype),
             weight.shape[2], weight.shape[0] != 1, circular, *wants, seed, resident, count,
-            *gpu.values(), wish is not None, w.two_passes, w.tile, w.group, w.threads,
-            ord(w.strategy[0]) if w.strategy else 0, int(w.strategy[1:] or 0),
+            *gpu.values(), forced is not None, ord(LETTERS[w.strategy]), w.tile, w.group, w.threads,
+            w.depth,
         ]  # fmt: skip
         for v in maps:
             numbers += v.fields()
@@ -256,7 +263,7 @@ class HostGpu:
         into: Tensor | None = None,
         want_mean: bool = True,
         gpu: dict[str, int] = H200,
-        wish: Wish | None = None,
+        forced: Forced | None = None,
         seed: int = 1,
         resident: int = 0,
         count: bool = False,
@@ -272,7 +279,7 @@ class HostGpu:
             out = view(into, channels_last)
         plan, traffic = self._send(
             x, weight, circular, channels_last, [v, out, none, none], b"", operation=0,
-            wants=(in_place, want_mean, False, False), gpu=gpu, wish=wish, seed=seed,
+            wants=(in_place, want_mean, False, False), gpu=gpu, forced=forced, seed=seed,
             resident=resident, count=count,
         )  # fmt: skip
         y = in_shape(self._tensor(out.memory), out, x, channels_last)
@@ -293,7 +300,7 @@ class HostGpu:
         want_dx: bool = True,
         want_dweight: bool = True,
         gpu: dict[str, int] = H200,
-        wish: Wish | None = None,
+        forced: Forced | None = None,
         seed: int = 1,
         resident: int = 0,
         count: bool = False,
@@ -304,7 +311,7 @@ class HostGpu:
         plan, traffic = self._send(
             x, weight, circular, channels_last, [v, none, g, out],
             raw(mean) + raw(gate) + raw(g.memory), operation=1,
-            wants=(False, False, want_dx, want_dweight), gpu=gpu, wish=wish, seed=seed,
+            wants=(False, False, want_dx, want_dweight), gpu=gpu, forced=forced, seed=seed,
             resident=resident, count=count,
         )  # fmt: skip
         dx = in_shape(self._tensor(out.memory), out, x, channels_last)
@@ -327,7 +334,7 @@ class HostGpu:
         plan, _ = self._send(
             x, x.new_ones(1, 1, 1), False, channels_last, [v, none, g, out],
             raw(small if gate is None else gate) + raw(g.memory), operation=2,
-            wants=(False, dy is not None, gate is not None, False), gpu=gpu, wish=None, seed=seed,
+            wants=(False, dy is not None, gate is not None, False), gpu=gpu, forced=None, seed=seed,
             resident=0, count=False,
         )  # fmt: skip
         result = self._tensor(small).reshape(small.shape)
@@ -349,7 +356,7 @@ class HostGpu:
         plan, _ = self._send(
             x, x.new_ones(1, 1, 1), False, channels_last, [v, out, none, none],
             raw(gate) + raw(gate if shift is None else shift), operation=3,
-            wants=(False, shift is not None, False, False), gpu=gpu, wish=None, seed=seed,
+            wants=(False, shift is not None, False, False), gpu=gpu, forced=None, seed=seed,
             resident=0, count=False,
         )  # fmt: skip
         return Outcome((in_shape(self._tensor(out.memory), out, x, channels_last),), plan)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from host_gpu import A100, H200, ROOT, SANITIZED, Fault, HostGpu, Refused, Wish
+from host_gpu import A100, H200, ROOT, SANITIZED, Fault, Forced, HostGpu, Refused
 from support import LAYOUTS, MODES, assert_as_accurate, make_case
 from test_cuda_kernels import check_apart
 
@@ -255,18 +255,22 @@ def check(gpu: HostGpu) -> None:
     """Raises at the first difference or fault."""
     tiny = H200 | {"multiprocessors": 2, "l2": 4 << 10}
     ways = [
-        (None, H200), (Wish(16, 1, 64), H200), (Wish(16, 2, 128), H200), (Wish(16, 4, 64), A100),
-        (Wish(two_passes=True), tiny), (Wish(two_passes=True), H200),
-        *((Wish(0, threads=64, strategy=name), H200) for name in ("R7", "R13", "F2", "P4", "P7")),
-        *((Wish(strategy=name), H200) for name in ("K6", "K")),
-        (Wish(16, threads=128, strategy="P4"), H200), (Wish(8, threads=64, strategy="F2"), H200),
-        (Wish(strategy="S"), tiny),
+        (None, H200), (Forced("tile", tile=16), H200), (Forced("tile", tile=16, group=4), A100),
+        (Forced("tile", tile=16, group=2, threads=128), H200),
+        (Forced("two_pass"), tiny), (Forced("two_pass"), H200),
+        *((Forced("rows", depth=depth), H200) for depth in (7, 13)),
+        *((Forced("columns", depth=depth), H200) for depth in (4, 7)),
+        *((Forced("kept", depth=depth), H200) for depth in (6, 0)),
+        (Forced("runs", depth=2), H200),
+        (Forced("columns", tile=16, threads=128, depth=4), H200),
+        (Forced("runs", tile=8, depth=2), H200),
+        (Forced("stream"), tiny),
     ]  # fmt: skip
     for number, (shape, k, dtype, layout, mode, own_taps) in enumerate(quick_cases()):
         case = make_case(shape, k, dtype, layout, mode, own_taps)
-        for wish, of in ways:
+        for forced, of in ways:
             how = {"circular": mode == "circular", "channels_last": layout != "contiguous"}
-            how |= {"gpu": of, "wish": wish, "seed": number}
+            how |= {"gpu": of, "forced": forced, "seed": number}
             try:
                 y, mean, gate = gpu.forward(case.x, case.weight, **how).tensors
                 grads = gpu.backward(case.dy, case.x, case.weight, mean, gate, **how).tensors

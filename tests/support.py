@@ -30,6 +30,7 @@ BACKENDS = [
 ]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "channels_last"]
+IN_REGISTERS = ("rows", "runs", "columns", "kept", "stream")  # strategies of the CUDA kernels
 MODES = ["zeros", "circular"]
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import (
     DTYPES,
+    IN_REGISTERS,
     LAYOUTS,
     Case,
     Results,
@@ -37,53 +38,103 @@ pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
 
 ops = torch.ops.eca_fused
 
-# (tile, group, threads, two_passes, strategy), shape, layout: every strategy, every way to exchange
+
+def forced(strategy: str, **sizes: int) -> dict[str, Any]:
+    """Arguments of _C.force_plan()."""
+    return {"strategy": strategy, **sizes}
+
+
+# A forced plan, shape, layout: every strategy, every way to exchange
 # sums, tiles with and without a halo, a last tile that is smaller, more blocks than there is room
 # for.
 FORCED = {
-    "A, one tile": ((24, 1, 256, False), (3, 24, 8, 8), "contiguous"),
-    "A, halo": ((8, 1, 64, False), (3, 44, 8, 8), "contiguous"),
-    "A, narrow": ((3, 1, 32, False), (4, 20, 16, 16), "contiguous"),
-    "A, many blocks": ((4, 1, 128, False), (400, 64, 8, 8), "contiguous"),
-    "B, cluster of 2": ((8, 2, 128, False), (3, 44, 16, 16), "contiguous"),
-    "B, cluster of 3": ((24, 3, 64, False), (3, 24, 8, 8), "contiguous"),
-    "B, cluster of 8": ((4, 8, 256, False), (5, 32, 28, 28), "contiguous"),
-    "B, global": ((4, 16, 64, False), (5, 32, 16, 16), "contiguous"),
-    "B, global, many groups": ((8, 12, 64, False), (150, 64, 8, 8), "contiguous"),
-    "D, one tile": ((24, 1, 64, False), (3, 24, 8, 8), "channels_last"),
-    "D, halo": ((16, 1, 128, False), (3, 112, 8, 8), "channels_last"),
-    "D, cluster of 4": ((32, 4, 128, False), (3, 96, 14, 14), "channels_last"),
-    "D, cluster of 8": ((64, 8, 256, False), (20, 256, 28, 28), "channels_last"),
-    "D, global": ((32, 16, 64, False), (5, 96, 14, 14), "channels_last"),
-    "C, planes": ((0, 1, 256, True), (9, 24, 28, 28), "contiguous"),
-    "C, pixels": ((0, 1, 256, True), (9, 24, 28, 28), "channels_last"),
-    "R, one tile": ((0, 1, 128, False, "R7"), (3, 12, 8, 8), "contiguous"),
-    "R, halo": ((0, 1, 256, False, "R13"), (3, 44, 16, 16), "contiguous"),
-    "R, teams of several warps": ((0, 1, 512, False, "R13"), (3, 20, 48, 48), "contiguous"),
-    "F, one tile": ((0, 1, 64, False, "F4"), (3, 16, 7, 7), "contiguous"),
-    "F, halo": ((0, 1, 64, False, "F4"), (3, 64, 7, 7), "contiguous"),
-    "P, one tile": ((0, 1, 128, False, "P7"), (3, 32, 7, 7), "channels_last"),
-    "P, many pixels": ((16, 1, 128, False, "P13"), (3, 64, 12, 12), "channels_last"),
-    "P, halo": ((16, 1, 256, False, "P4"), (3, 96, 8, 8), "channels_last"),
-    "K, registers": ((0, 1, 256, False, "K6"), (20, 64, 28, 28), "channels_last"),
-    "K, shared memory too": ((0, 1, 256, False, "K"), (5, 128, 56, 56), "channels_last"),
-    "S": ((0, 1, 256, False, "S"), (20, 64, 28, 28), "channels_last"),
+    "tile, one tile": (forced("tile", tile=24, threads=256), (3, 24, 8, 8), "contiguous"),
+    "tile, halo": (forced("tile", tile=8, threads=64), (3, 44, 8, 8), "contiguous"),
+    "tile, narrow": (forced("tile", tile=3, threads=32), (4, 20, 16, 16), "contiguous"),
+    "tile, many blocks": (forced("tile", tile=4, threads=128), (400, 64, 8, 8), "contiguous"),
+    "split_tile, cluster of 2": (
+        forced("tile", tile=8, group=2, threads=128),
+        (3, 44, 16, 16),
+        "contiguous",
+    ),
+    "split_tile, cluster of 3": (
+        forced("tile", tile=24, group=3, threads=64),
+        (3, 24, 8, 8),
+        "contiguous",
+    ),
+    "split_tile, cluster of 8": (
+        forced("tile", tile=4, group=8, threads=256),
+        (5, 32, 28, 28),
+        "contiguous",
+    ),
+    "split_tile, global": (
+        forced("tile", tile=4, group=16, threads=64),
+        (5, 32, 16, 16),
+        "contiguous",
+    ),
+    "split_tile, global, many groups": (
+        forced("tile", tile=8, group=12, threads=64),
+        (150, 64, 8, 8),
+        "contiguous",
+    ),
+    "split_pixels, one tile": (forced("tile", tile=24, threads=64), (3, 24, 8, 8), "channels_last"),
+    "split_pixels, halo": (forced("tile", tile=16, threads=128), (3, 112, 8, 8), "channels_last"),
+    "split_pixels, cluster of 4": (
+        forced("tile", tile=32, group=4, threads=128),
+        (3, 96, 14, 14),
+        "channels_last",
+    ),
+    "split_pixels, cluster of 8": (
+        forced("tile", tile=64, group=8, threads=256),
+        (20, 256, 28, 28),
+        "channels_last",
+    ),
+    "split_pixels, global": (
+        forced("tile", tile=32, group=16, threads=64),
+        (5, 96, 14, 14),
+        "channels_last",
+    ),
+    "two_pass, planes": (forced("two_pass"), (9, 24, 28, 28), "contiguous"),
+    "two_pass, pixels": (forced("two_pass"), (9, 24, 28, 28), "channels_last"),
+    "rows, one tile": (forced("rows", threads=128, depth=7), (3, 12, 8, 8), "contiguous"),
+    "rows, halo": (forced("rows", threads=256, depth=13), (3, 44, 16, 16), "contiguous"),
+    "rows, teams of several warps": (
+        forced("rows", threads=512, depth=13),
+        (3, 20, 48, 48),
+        "contiguous",
+    ),
+    "runs, one tile": (forced("runs", threads=64, depth=4), (3, 16, 7, 7), "contiguous"),
+    "runs, halo": (forced("runs", threads=64, depth=4), (3, 64, 7, 7), "contiguous"),
+    "columns, one tile": (forced("columns", threads=128, depth=7), (3, 32, 7, 7), "channels_last"),
+    "columns, many pixels": (
+        forced("columns", tile=16, threads=128, depth=13),
+        (3, 64, 12, 12),
+        "channels_last",
+    ),
+    "columns, halo": (
+        forced("columns", tile=16, threads=256, depth=4),
+        (3, 96, 8, 8),
+        "channels_last",
+    ),
+    "kept, registers": (forced("kept", threads=256, depth=6), (20, 64, 28, 28), "channels_last"),
+    "kept, shared memory too": (forced("kept", threads=256), (5, 128, 56, 56), "channels_last"),
+    "stream": (forced("stream", threads=256), (20, 64, 28, 28), "channels_last"),
 }
 
 
 def exists(name: str, dtype: torch.dtype, padding_mode: str) -> bool:
     """float64 has no kernels in registers, and channels that wrap around are no part of a run."""
-    in_registers = name[0] in "RFPKS"
+    in_registers = name.split(",")[0] in IN_REGISTERS
     return not (in_registers and dtype == torch.float64) and (name, padding_mode) != (
-        "F, halo",
+        "runs, halo",
         "circular",
     )
 
 
 @pytest.fixture(autouse=True)
-def no_wish() -> Iterator[None]:
+def no_forced_plan() -> Iterator[None]:
     yield
-    extension().wish(None)
+    extension().force_plan(None)
 
 
 def extension() -> Any:
@@ -98,8 +149,8 @@ def on_gpu(case: Case, device: str = "cuda") -> Case:
 
 def forced_case(name: str, dtype: torch.dtype = torch.float32, k: int = 5) -> Case:
     """The case of a forced plan, which every later call gets."""
-    wish, shape, layout = FORCED[name]
-    extension().wish(*wish)
+    plan, shape, layout = FORCED[name]
+    extension().force_plan(**plan)
     return on_gpu(make_case(shape, k=k, dtype=dtype, layout=layout))
 
 
@@ -108,12 +159,12 @@ def ours(case: Case) -> Results:
 
 
 def plan_of(case: Case, name: str, backward: bool) -> dict[str, Any]:
-    wish, shape, layout = FORCED[name]
+    plan, shape, layout = FORCED[name]
     return extension().plan(
         backward=backward, dtype=name_of(case.x.dtype), channels_last=layout == "channels_last",
         samples=shape[0], channels=shape[1], pixels=shape[2] * shape[3],
         kernel_size=case.weight.shape[2], own_taps=False, circular=False, aligned=True,
-        in_place=False, gpu=extension().gpu_of_device(0), wish=wish,
+        in_place=False, gpu=extension().gpu_of_device(0), forced=plan,
     )  # fmt: skip
 
 
@@ -134,7 +185,7 @@ def test_the_forced_plans_are_what_their_names_say(name):
     case = forced_case(name)
     for backward in (False, True):
         plan = plan_of(case, name, backward)
-        assert plan["strategy"] == name[0]
+        assert plan["strategy"] == name.split(",")[0]
         if "cluster" in name and extension().gpu_of_device(0)["largest_cluster"] >= 8:
             assert plan["exchange"] == "cluster"
         if "global" in name:
@@ -150,8 +201,8 @@ def test_the_forced_plans_are_what_their_names_say(name):
     ],
 )
 def test_forced_plans_are_right(name, dtype, padding_mode):
-    wish, shape, layout = FORCED[name]
-    extension().wish(*wish)
+    plan, shape, layout = FORCED[name]
+    extension().force_plan(**plan)
     for k, own_taps in ((5, False), (3, True)):
         case = on_gpu(
             make_case(
@@ -175,7 +226,9 @@ def test_the_same_bits_on_20_runs_and_on_any_stream(name):
     assert all(same(first, result) for result in results)
 
 
-@pytest.mark.parametrize("name", ["A, halo", "B, cluster of 8", "B, global", "C, planes"])
+@pytest.mark.parametrize(
+    "name", ["tile, halo", "split_tile, cluster of 8", "split_tile, global", "two_pass, planes"]
+)
 def test_the_same_bits_beside_other_work(name):
     # Blocks start and arrive in another order while another stream takes multiprocessors away.
     case = forced_case(name)
@@ -193,7 +246,7 @@ def test_the_same_bits_beside_other_work(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize(
-    "name", [n for n in FORCED if "tile" in n or n[0] in "CS" or n == "B, cluster of 3"]
+    "name", [n for n in FORCED if "tile" in n or n[0] in "CS" or n == "split_tile, cluster of 3"]
 )
 def test_forced_plans_in_place(name, dtype):
     case = forced_case(name, dtype)
@@ -203,12 +256,12 @@ def test_forced_plans_in_place(name, dtype):
     assert torch.equal(case.x, y)
 
 
-def test_a_plan_that_cannot_run_is_an_error_and_no_wish_lasts():
+def test_a_plan_that_cannot_run_is_an_error_and_no_forced_plan_lasts():
     case = on_gpu(make_case((2, 24, 8, 8)))
-    extension().wish(23, 1, 64)
+    extension().force_plan("tile", tile=23, threads=64)
     with pytest.raises((ValueError, RuntimeError), match="cannot run with a tile of 23 channels"):
         eca_fused.eca(case.x, case.weight)
-    extension().wish(None)
+    extension().force_plan(None)
     assert_as_accurate(ours(case), case)
 
 
@@ -239,12 +292,14 @@ def test_layers_of_networks(shape, k, dtype, layout):
 
 @pytest.mark.parametrize("offset", range(1, 16))
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["A, halo", "B, cluster of 2", "B, global", None])
+@pytest.mark.parametrize(
+    "name", ["tile, halo", "split_tile, cluster of 2", "split_tile, global", None]
+)
 def test_misaligned_storage(name, layout, offset):
     shape = FORCED[name][1] if name else (3, 40, 9, 7)
     case = on_gpu(make_case(shape, k=5, dtype=torch.bfloat16, layout=layout))
     if name and layout == "contiguous":
-        extension().wish(*FORCED[name][0])
+        extension().force_plan(**FORCED[name][0])
     for what in ("x", "dy"):
         dense = getattr(case, what)
         buffer = torch.empty(dense.numel() + offset, dtype=dense.dtype, device="cuda")
@@ -274,7 +329,10 @@ def test_empty_tensors_launch_nothing_wrong(shape):
 # ---- streams ----
 
 
-@pytest.mark.parametrize("name", ["A, halo", "B, cluster of 8", "B, global", "C, planes", None])
+@pytest.mark.parametrize(
+    "name",
+    ["tile, halo", "split_tile, cluster of 8", "split_tile, global", "two_pass, planes", None],
+)
 def test_work_is_submitted_to_the_current_stream(name):
     # On another stream the kernels would read x before the copy that makes it.
     case = forced_case(name) if name else on_gpu(make_case((8, 64, 28, 28)))

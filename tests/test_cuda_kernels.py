@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from host_gpu import A100, H200, SANITIZED, Fault, HostGpu, Refused, Wish, missing
+from host_gpu import A100, H200, SANITIZED, Fault, Forced, HostGpu, Refused, missing
 from support import (
     DTYPES,
     LAYOUTS,
@@ -32,28 +32,28 @@ TINY |= {"shared_per_multiprocessor": 20 << 10}
 TINY_A100 = TINY | {"capability": 80, "largest_cluster": 1}
 # Strategy A or D with and without halos; B or D over 2 and 4 blocks; a tile of one channel or
 # sector; C.
-WISHES = {
+WAYS = {
     "planned": (None, H200),
     "tiny": (None, TINY),
     "tiny without clusters": (None, TINY_A100),
-    "one channel": (Wish(1, 1, 32), H200),
-    "tiles of 16": (Wish(16, 1, 64), H200),
-    "clusters of 2": (Wish(16, 2, 128), H200),
-    "all channels over 4": (Wish(0, 4, 64), H200),
-    "groups of 2": (Wish(16, 2, 64), A100),
-    "all channels over 4 without clusters": (Wish(0, 4, 128), A100),
-    "two passes": (Wish(two_passes=True), H200),
+    "one channel": (Forced("tile", tile=1, threads=32), H200),
+    "tiles of 16": (Forced("tile", tile=16, threads=64), H200),
+    "clusters of 2": (Forced("tile", tile=16, group=2, threads=128), H200),
+    "all channels over 4": (Forced("tile", tile=0, group=4, threads=64), H200),
+    "groups of 2": (Forced("tile", tile=16, group=2, threads=64), A100),
+    "all channels over 4 without clusters": (Forced("tile", tile=0, group=4, threads=128), A100),
+    "two passes": (Forced("two_pass"), H200),
     # Whole, and with a halo; as deep as can be, and with threads that are left over.
-    "rows": (Wish(0, threads=128, strategy="R7"), H200),
-    "rows of tiles": (Wish(4, threads=128, strategy="R13"), H200),
-    "runs": (Wish(0, threads=32, strategy="F4"), H200),
-    "runs of tiles": (Wish(8, threads=64, strategy="F2"), H200),
-    "columns": (Wish(0, threads=64, strategy="P7"), H200),
-    "deep columns": (Wish(16, threads=64, strategy="P13"), H200),
-    "columns of tiles": (Wish(16, threads=128, strategy="P4"), H200),
-    "kept": (Wish(strategy="K"), H200),
-    "kept in parts": (Wish(strategy="K2"), H200),
-    "stream": (Wish(strategy="S"), H200),
+    "rows": (Forced("rows", threads=128, depth=7), H200),
+    "rows of tiles": (Forced("rows", tile=4, threads=128, depth=13), H200),
+    "runs": (Forced("runs", threads=32, depth=4), H200),
+    "runs of tiles": (Forced("runs", tile=8, threads=64, depth=2), H200),
+    "columns": (Forced("columns", threads=64, depth=7), H200),
+    "deep columns": (Forced("columns", tile=16, threads=64, depth=13), H200),
+    "columns of tiles": (Forced("columns", tile=16, threads=128, depth=4), H200),
+    "kept": (Forced("kept"), H200),
+    "kept in parts": (Forced("kept", depth=2), H200),
+    "stream": (Forced("stream"), H200),
 }
 # One pixel; planes below, at and above a vector; no multiples; one channel; one sample; more
 # channels than a tile; tiles that end early.
@@ -76,10 +76,10 @@ def gpu(tmp_path_factory):
     host.close()
 
 
-def run(gpu, case: Case, layout: str, wish=None, of=H200, **how):
+def run(gpu, case: Case, layout: str, forced=None, of=H200, **how):
     """y, dx and dweight, and the plans, of both passes; None where no such plan exists."""
     common = {"circular": case.padding_mode == "circular", "channels_last": layout != "contiguous"}
-    common |= {"gpu": of, "wish": wish} | how
+    common |= {"gpu": of, "forced": forced} | how
     try:
         forward = gpu.forward(case.x, case.weight, **common)
         y, mean, gate = forward.tensors
@@ -90,9 +90,9 @@ def run(gpu, case: Case, layout: str, wish=None, of=H200, **how):
 
 
 def cases():
-    """Each combination of dtype, layout, padding, kind of taps and wish, with two of the shapes and
-    of the numbers of taps in turn, so that every shape meets every wish in several of them."""
-    every = itertools.product(DTYPES, LAYOUTS, MODES, (False, True), WISHES)
+    """Each combination of dtype, layout, padding, kind of taps and plan, with two of the shapes and
+    of the numbers of taps in turn, so that every shape meets every plan in several of them."""
+    every = itertools.product(DTYPES, LAYOUTS, MODES, (False, True), WAYS)
     for number, (dtype, layout, mode, own_taps, name) in enumerate(every):
         for turn in range(2):
             shape = SHAPES[(number + 3 * turn) % len(SHAPES)]
@@ -108,12 +108,12 @@ def cases():
     ("dtype", "layout", "mode", "own_taps", "name", "shape", "k"), list(cases())
 )
 def test_kernels(gpu, dtype, layout, mode, own_taps, name, shape, k):
-    wish, of = WISHES[name]
+    forced, of = WAYS[name]
     case = make_case(shape, k, dtype, layout, mode, own_taps)
-    if wish is not None and wish.tile == 0 and not wish.strategy:
-        wish = replace(wish, tile=shape[1])
-    done = run(gpu, case, layout, wish, of, seed=shape[1] + k)
-    if done is None:  # a wish that this shape cannot have: the planner's choice, then
+    if forced is not None and forced.strategy == "tile" and not forced.tile:
+        forced = replace(forced, tile=shape[1])
+    done = run(gpu, case, layout, forced, of, seed=shape[1] + k)
+    if done is None:  # a forced that this shape cannot have: the planner's choice, then
         done = run(gpu, case, layout, None, of, seed=shape[1] + k)
         assert done is not None
     assert_as_accurate(done[0], case)
@@ -127,7 +127,7 @@ def test_two_passes_over_parts_and_chunks(gpu, dtype, layout, shape, of):
     """A plane, or a sample's pixels, summed in parts; the batch a sample at a time where L2 is
     small."""
     case = make_case(shape, 3, dtype, layout)
-    done = run(gpu, case, layout, Wish(two_passes=True), of)
+    done = run(gpu, case, layout, Forced("two_pass"), of)
     assert done is not None
     assert of is TINY or all(outcome.plan["parts"] > 1 for outcome in done[1])
     assert of is H200 or all(outcome.plan["chunk"] == 1 for outcome in done[1])
@@ -137,34 +137,34 @@ def test_two_passes_over_parts_and_chunks(gpu, dtype, layout, shape, of):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("padding_mode", MODES)
 @pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
-@pytest.mark.parametrize("vectors", ["", "23", "9", "2"])
+@pytest.mark.parametrize("vectors", [0, 23, 9, 2])
 def test_kept_in_registers_and_in_shared_memory(gpu, dtype, padding_mode, own_taps, vectors):
-    """Of strategy K: more vectors of a thread than its registers have room for, in one part or in
-    several, of which the last one ends early; and threads that have no column."""
+    """More vectors of a thread than its registers have room for, in one part or in several, of
+    which the last one ends early; and threads that have no column."""
     shape = (2, 96, 16 // dtype.itemsize * 85)
     case = make_case(shape, 5, dtype, "channels_last", padding_mode, own_taps)
-    done = run(gpu, case, "channels_last", Wish(strategy=f"K{vectors}"))
+    done = run(gpu, case, "channels_last", Forced("kept", depth=vectors))
     assert done is not None
     for outcome in done[1]:
-        assert outcome.plan["strategy"] == "K"
-        assert (outcome.plan["spare"] > 0) or vectors != ""
-        assert (outcome.plan["parts"] > 1) or vectors == ""
+        assert outcome.plan["strategy"] == "kept"
+        assert (outcome.plan["spare"] > 0) or vectors
+        assert (outcome.plan["parts"] > 1) or not vectors
     assert_as_accurate(done[0], case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("padding_mode", MODES)
-@pytest.mark.parametrize("name", WISHES)
+@pytest.mark.parametrize("name", WAYS)
 def test_taps_that_are_not_finite(gpu, name, padding_mode, own_taps, layout):
     """Forward they are multiplied by the zeros around; backward there is nothing around."""
-    wish, of = WISHES[name]
-    if wish is not None and wish.tile == 0 and not wish.strategy:
-        wish = replace(wish, tile=32)
+    forced, of = WAYS[name]
+    if forced is not None and forced.strategy == "tile" and not forced.tile:
+        forced = replace(forced, tile=32)
     for tap in (0, 4):
         case = make_case((2, 32, 24), 5, torch.float32, layout, padding_mode, own_taps)
         case.weight[-1, 0, tap] = float("inf")
-        done = run(gpu, case, layout, wish, of) or run(gpu, case, layout)
+        done = run(gpu, case, layout, forced, of) or run(gpu, case, layout)
         assert done is not None
         plainly = run_plainly(plain(case), case, torch.float64)
         for ours, theirs in zip(done[0], plainly, strict=True):
@@ -172,31 +172,32 @@ def test_taps_that_are_not_finite(gpu, name, padding_mode, own_taps, layout):
 
 
 def test_every_strategy_is_run(gpu):
-    """The grid above would be worth little if its wishes were all refused."""
+    """The grid above would be worth little if its ways were all refused."""
     seen = set()
     for layout in LAYOUTS:
-        for name in WISHES:
-            wish, of = WISHES[name]
-            if wish is not None and wish.tile == 0 and not wish.strategy:
-                wish = replace(wish, tile=64)
-            done = run(gpu, make_case((2, 64, 16), 3, layout=layout), layout, wish, of)
+        for name in WAYS:
+            forced, of = WAYS[name]
+            if forced is not None and forced.strategy == "tile" and not forced.tile:
+                forced = replace(forced, tile=64)
+            done = run(gpu, make_case((2, 64, 16), 3, layout=layout), layout, forced, of)
             if done is not None:
                 seen |= {(o.plan["strategy"], o.plan["exchange"]) for o in done[1]}
     assert seen == {
-        ("A", "none"), ("B", "cluster"), ("B", "global"), ("C", "none"),
-        ("D", "none"), ("D", "cluster"), ("D", "global"),
-        ("R", "none"), ("F", "none"), ("P", "none"), ("K", "none"), ("S", "none"),
+        ("tile", "none"), ("split_tile", "cluster"), ("split_tile", "global"),
+        ("split_pixels", "none"), ("split_pixels", "cluster"), ("split_pixels", "global"),
+        ("rows", "none"), ("runs", "none"), ("columns", "none"), ("kept", "none"),
+        ("stream", "none"), ("two_pass", "none"),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", WISHES)
+@pytest.mark.parametrize("name", WAYS)
 def test_any_schedule_gives_the_same_bits(gpu, layout, name):
-    wish, of = WISHES[name]
+    forced, of = WAYS[name]
     case = make_case((3, 32, 24), 5, torch.float32, layout)
-    if wish is not None and wish.tile == 0 and not wish.strategy:
-        wish = replace(wish, tile=32)
-    first = run(gpu, case, layout, wish, of)
+    if forced is not None and forced.strategy == "tile" and not forced.tile:
+        forced = replace(forced, tile=32)
+    first = run(gpu, case, layout, forced, of)
     if first is None:  # planes or pixels alone
         other = (
             ("columns", "deep columns", "kept", "stream")
@@ -206,7 +207,7 @@ def test_any_schedule_gives_the_same_bits(gpu, layout, name):
         assert name.startswith(other), f"{name} was refused"
         return
     for seed in range(2, 8):
-        again = run(gpu, case, layout, wish, of, seed=seed, resident=8 + seed % 3)
+        again = run(gpu, case, layout, forced, of, seed=seed, resident=8 + seed % 3)
         for a, b in zip(first[0], again[0], strict=True):
             assert torch.equal(a, b), f"seed {seed}"
 
@@ -243,12 +244,12 @@ def test_slices_are_read_in_place(gpu, dtype, layout, name, pixels, of):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["batch", "channels", "odd channels"])
-@pytest.mark.parametrize("wish", [None, Wish(two_passes=True)], ids=str)
-def test_slices_are_written_in_place(gpu, dtype, layout, name, wish):
+@pytest.mark.parametrize("forced", [None, Forced("two_pass")], ids=str)
+def test_slices_are_written_in_place(gpu, dtype, layout, name, forced):
     """y is a part of a larger map, x is none, and nothing beside y is written."""
     into = SLICES[name](make_case((4, 64, 25), dtype=dtype, layout=layout).x)
     case = make_case(tuple(into.shape), 3, dtype, layout)
-    common = {"channels_last": layout != "contiguous", "wish": wish}
+    common = {"channels_last": layout != "contiguous", "forced": forced}
     y = gpu.forward(case.x, case.weight, into=into, **common).tensors[0]
     usual = gpu.forward(case.x, case.weight, **common).tensors[0]
     assert_near("y", y, usual.double(), case.x.double().abs(), dtype, torch.float32)
@@ -269,8 +270,8 @@ def test_maps_at_different_places_of_their_lines(gpu, dtype, layout, pixels):
         return moved
 
     moved = Case(shifted(case.x, 1), case.weight, shifted(case.dy, 3))
-    for wish in (None, Wish(two_passes=True)):
-        done = run(gpu, moved, layout, wish)
+    for forced in (None, Forced("two_pass")):
+        done = run(gpu, moved, layout, forced)
         assert done is not None
         assert_as_accurate(done[0], case)
 
@@ -289,30 +290,32 @@ def test_in_place(gpu, layout, of, shape):
         torch.testing.assert_close(done.tensors[0], y, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("wish", [None, Wish(16, 2, 64), Wish(two_passes=True)], ids=str)
-def test_what_is_not_wanted_is_not_written(gpu, wish):
+@pytest.mark.parametrize(
+    "forced", [None, Forced("tile", tile=16, group=2, threads=64), Forced("two_pass")], ids=str
+)
+def test_what_is_not_wanted_is_not_written(gpu, forced):
     case = make_case((2, 32, 16), 3)
-    y, mean, gate = gpu.forward(case.x, case.weight, wish=wish).tensors
-    inference = gpu.forward(case.x, case.weight, wish=wish, want_mean=False)
+    y, mean, gate = gpu.forward(case.x, case.weight, forced=forced).tensors
+    inference = gpu.forward(case.x, case.weight, forced=forced, want_mean=False)
     assert torch.equal(inference.tensors[0], y)
     assert all(t.isnan().all() for t in inference.tensors[1:])
-    dx, dweight = gpu.backward(case.dy, case.x, case.weight, mean, gate, wish=wish).tensors
+    dx, dweight = gpu.backward(case.dy, case.x, case.weight, mean, gate, forced=forced).tensors
     saved = (case.dy, case.x, case.weight, mean, gate)
-    only_dx = gpu.backward(*saved, wish=wish, want_dweight=False).tensors
+    only_dx = gpu.backward(*saved, forced=forced, want_dweight=False).tensors
     assert torch.equal(only_dx[0], dx)
     assert only_dx[1].isnan().all()
-    only_dweight = gpu.backward(*saved, wish=wish, want_dx=False).tensors
+    only_dweight = gpu.backward(*saved, forced=forced, want_dx=False).tensors
     assert torch.equal(only_dweight[1], dweight)
     assert only_dweight[0].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
-@pytest.mark.parametrize("wish", [None, Wish(two_passes=True)], ids=str)
-def test_gates_near_zero_keep_their_digits(gpu, dtype, wish):
+@pytest.mark.parametrize("forced", [None, Forced("two_pass")], ids=str)
+def test_gates_near_zero_keep_their_digits(gpu, dtype, forced):
     """exp(90) overflows float32, and exp(-90) is a small number that it has."""
     x = torch.ones(1, 16, 16, dtype=dtype)
     weight = torch.full((1, 1, 1), -90.0, dtype=dtype)
-    _, _, gate = gpu.forward(x, weight, wish=wish).tensors
+    _, _, gate = gpu.forward(x, weight, forced=forced).tensors
     exact = torch.sigmoid(torch.tensor(-90.0, dtype=torch.float64))
     # Below its normal numbers, float32 has steps of 2^-149.
     torch.testing.assert_close(gate.double(), exact.expand(1, 16), rtol=1e-6, atol=2.0**-148)
@@ -323,7 +326,7 @@ def test_gates_near_zero_keep_their_digits(gpu, dtype, wish):
 def test_numbers_of_threads_that_cannot_be_divided_into_teams_are_refused(gpu, threads):
     case = make_case((1, 16, 16), 3)
     with pytest.raises(Refused):
-        gpu.forward(case.x, case.weight, wish=Wish(16, 1, threads))
+        gpu.forward(case.x, case.weight, forced=Forced("tile", tile=16, threads=threads))
 
 
 def test_no_pixels(gpu):
@@ -337,7 +340,9 @@ def test_no_pixels(gpu):
 def test_values_that_are_no_numbers_stay_where_they_are(gpu):
     case = make_case((2, 32, 16), 3)
     case.x[1, 7, 3] = float("nan")
-    y = gpu.forward(case.x, case.weight, wish=Wish(8, 2, 64)).tensors[0]
+    y = gpu.forward(
+        case.x, case.weight, forced=Forced("tile", tile=8, group=2, threads=64)
+    ).tensors[0]
     touched = torch.zeros(2, 32, dtype=torch.bool)
     touched[1, 6:9] = True
     assert y[touched].isnan().all()
@@ -348,9 +353,22 @@ def test_groups_need_room_for_one_of_them(gpu):
     """Blocks that wait for each other: with room for the group nothing is stuck, without it is."""
     case = make_case((2, 16, 16), 3)
     with pytest.raises(Fault, match="deadlock"):
-        gpu.forward(case.x, case.weight, gpu=A100, wish=Wish(16, 4, 32), resident=3)
+        gpu.forward(
+            case.x,
+            case.weight,
+            gpu=A100,
+            forced=Forced("tile", tile=16, group=4, threads=32),
+            resident=3,
+        )
     for seed in range(10):
-        gpu.forward(case.x, case.weight, gpu=A100, wish=Wish(16, 4, 32), resident=4, seed=seed)
+        gpu.forward(
+            case.x,
+            case.weight,
+            gpu=A100,
+            forced=Forced("tile", tile=16, group=4, threads=32),
+            resident=4,
+            seed=seed,
+        )
 
 
 # ---- memory traffic ----
@@ -386,24 +404,29 @@ def test_traffic_of_resnet50(gpu, shape, k, layout, dtype):
     done = run(gpu, case, layout, count=True)
     assert done is not None
     for outcome, most in zip(done[1], (2.05, 3.05), strict=True):
-        if outcome.plan["strategy"] == "S":  # which reads one map again, from L2
+        if outcome.plan["strategy"] == "stream":  # which reads one map again, from L2
             most += 1
         assert counted_bytes(outcome, ("x", "y", "dy", "dx")) <= most * bytes_of_x
         assert_modelled(outcome)
 
 
 @pytest.mark.parametrize(
-    ("wish", "of"),
-    [(Wish(16, 4, 128), H200), (Wish(16, 2, 128), A100), (Wish(0, 8, 128), H200), (None, A100)],
+    ("forced", "of"),
+    [
+        (Forced("tile", tile=16, group=4, threads=128), H200),
+        (Forced("tile", tile=16, group=2, threads=128), A100),
+        (Forced("tile", tile=0, group=8, threads=128), H200),
+        (None, A100),
+    ],
     ids=["clusters", "groups", "all channels", "A100's own"],
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_traffic_is_what_the_planner_models(gpu, wish, of, layout):
+def test_traffic_is_what_the_planner_models(gpu, forced, of, layout):
     """For other plans, GPUs and batches: the sums that groups exchange are not worth modelling."""
     case = make_case((3, 64, 2304), 5, torch.bfloat16, layout)
-    if wish is not None and wish.tile == 0 and not wish.strategy:
-        wish = replace(wish, tile=64)
-    done = run(gpu, case, layout, wish, of, count=True)
+    if forced is not None and forced.strategy == "tile" and not forced.tile:
+        forced = replace(forced, tile=64)
+    done = run(gpu, case, layout, forced, of, count=True)
     assert done is not None
     for outcome in done[1]:
         assert_modelled(outcome)
@@ -413,7 +436,7 @@ def test_traffic_is_what_the_planner_models(gpu, wish, of, layout):
 def test_traffic_of_two_passes(gpu, layout):
     """Every launch for itself: what the second pass reads again is what the model gives L2."""
     case = make_case((3, 64, 2304), 5, torch.bfloat16, layout)
-    done = run(gpu, case, layout, Wish(two_passes=True), count=True)
+    done = run(gpu, case, layout, Forced("two_pass"), count=True)
     assert done is not None
     for outcome in done[1]:
         everything = counted_bytes(outcome, list(outcome.traffic[0]["buffers"]))
@@ -422,22 +445,22 @@ def test_traffic_of_two_passes(gpu, layout):
 
 # The planner's choice for a large batch on an H200, read off its plan for 256 samples.
 STREAMS = [
-    ("contiguous", (256, 784), Wish(16, 1, 128)),
-    ("contiguous", (64, 3136), Wish(16, 4, 128)),
-    ("contiguous", (128, 196), Wish(64, 1, 128)),
-    ("channels_last", (256, 196), Wish(64, 4, 128)),
-    ("channels_last", (128, 196), Wish(128, 2, 128)),
+    ("contiguous", (256, 784), Forced("tile", tile=16, threads=128)),
+    ("contiguous", (64, 3136), Forced("tile", tile=16, group=4, threads=128)),
+    ("contiguous", (128, 196), Forced("tile", tile=64, threads=128)),
+    ("channels_last", (256, 196), Forced("tile", tile=64, group=4, threads=128)),
+    ("channels_last", (128, 196), Forced("tile", tile=128, group=2, threads=128)),
 ]
 
 
-@pytest.mark.parametrize(("layout", "shape", "wish"), STREAMS, ids=lambda v: name_of(v) or str(v))
+@pytest.mark.parametrize(("layout", "shape", "forced"), STREAMS, ids=lambda v: name_of(v) or str(v))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-def test_streaming_accesses_are_coalesced(gpu, layout, shape, wish, dtype):
+def test_streaming_accesses_are_coalesced(gpu, layout, shape, forced, dtype):
     """Of the bytes in the 32-byte sectors that a warp asks for, it uses at least 95 %, at every
     line of source that moves at least half of the map."""
     case = make_case((1, *shape), 5, dtype, layout)
     bytes_of_x = case.x.numel() * case.x.element_size()
-    done = run(gpu, case, layout, wish, count=True)
+    done = run(gpu, case, layout, forced, count=True)
     assert done is not None
     streaming = 0
     for outcome in done[1]:

@@ -33,7 +33,7 @@ def test_tuning_times_plans_and_marks_the_planners_choice(monkeypatch, tmp_path,
     assert [layer["direction"] for layer in layers] == ["forward", "backward"]
     for layer in layers:
         names = {one["name"] for one in layer["plans"]}
-        assert {"copy", "planner", "two passes", "tile 8, group 2, 128 threads"} <= names
+        assert {"copy", "planner", "two_pass", "tile 8, group 2, 128 threads"} <= names
         times = [one["us"]["median"] for one in layer["plans"]]
         assert times == sorted(times)
     text = capsys.readouterr().out
@@ -46,7 +46,7 @@ def test_candidates_of_the_tuner_need_no_gpu(capsys):
     assert tune.main(["--list", "--gpu", "sm_90:132", "--shape", "8", "64", "14", "14"]) == 0
     text = capsys.readouterr().out
     assert "bfloat16 contiguous 8x64x14x14 k=3 forward" in text
-    assert "two passes" in text
+    assert "two_pass" in text
 
 
 # ---- what a profiler saw ----
@@ -66,7 +66,7 @@ def rows_of_ncu(kernels: int, values: dict[str, str]) -> list[str]:
 
 
 def test_counters_of_each_call_from_the_output_of_ncu(tmp_path, capsys):
-    plan = {"strategy": "C", "launches": 2}
+    plan = {"strategy": "two_pass", "launches": 2}
     call = {"shape": [1, 2, 16, 16], "k": 3, "dtype": "float32", "layout": "contiguous"}
     calls = [{**call, "direction": "forward", "plan": plan, "ideal": 4e6}]
     values = {"read": "1,500,000", "written": "1000000", "us": "2,000", "instructions": "40"}
@@ -80,7 +80,7 @@ def test_counters_of_each_call_from_the_output_of_ncu(tmp_path, capsys):
     files = [str(tmp_path / name) for name in ("calls.json", "ncu.csv", "counters.json")]
     assert gpu_probe.main(["read", *files]) == 0
     # 5 MB of 4 ideal; 80 instructions for four times 512 bytes of x.
-    assert "| C | 4.0 | 1.250 | 20 |" in capsys.readouterr().out
+    assert "| two_pass | 4.0 | 1.250 | 20 |" in capsys.readouterr().out
     (found,) = json.loads((tmp_path / "counters.json").read_text())
     assert len(found["kernels"]) == 2
     (tmp_path / "ncu.csv").write_text("\n".join(rows_of_ncu(1, values)))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, LAYOUTS, grid, name_of, needs_extension
+from support import DTYPES, IN_REGISTERS, LAYOUTS, grid, name_of, needs_extension
 
 import eca_fused
 from eca_fused import kernel_size
@@ -34,6 +34,8 @@ SMALL = [
     *[(16, 112, 112), (24, 56, 56), (32, 28, 28), (96, 14, 14), (320, 7, 7)],  # MobileNetV2
     *[(64, 7, 7), (2048, 1, 1), (1, 1, 1), (3, 5, 7)],
 ]
+STRATEGIES = {*IN_REGISTERS, "tile", "split_tile", "split_pixels", "two_pass"}
+OF_PIXELS = ("split_pixels", "columns", "kept", "stream")
 GPUS = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "sm_90:1", "sm_80:7"]
 BLOCKS, THREADS = 2**31, 1024  # of any GPU
 
@@ -70,14 +72,14 @@ def broken_limits(p: dict[str, Any], found: dict[str, Any], gpu: dict[str, Any])
     maps = 3 if p["backward"] else 2
     size = {"float64": 8, "float32": 4}.get(p["dtype"], 2)
     reserved = 1024 if gpu["capability"] >= 80 else 0
-    on_chip = found["strategy"] != "C"
-    in_registers = found["strategy"] in "RFPKS"  # these leave dweight to a second launch
+    on_chip = found["strategy"] != "two_pass"
+    in_registers = found["strategy"] in IN_REGISTERS  # these leave dweight to a second launch
     all_channels = found["tile"] == p["channels"]
     resident = found["occupancy"] * gpu["multiprocessors"]
     waiting = found["exchange"] == "global"  # blocks that must all have room at a time
     rules = {
-        "a known strategy": found["strategy"] in "ABCDRFPKS",
-        "planes, or pixels": not on_chip or (found["strategy"] in "DPKS") == p["channels_last"],
+        "a known strategy": found["strategy"] in STRATEGIES,
+        "planes, or pixels": not on_chip or (found["strategy"] in OF_PIXELS) == p["channels_last"],
         "what a thread holds": in_registers == (found["depth"] > 0),
         "shared memory of a block": 0 <= found["shared_bytes"] <= gpu["shared_per_block"],
         "shared memory of a multiprocessor": found["occupancy"] * (found["shared_bytes"] + reserved)
@@ -99,13 +101,13 @@ def broken_limits(p: dict[str, Any], found: dict[str, Any], gpu: dict[str, Any])
         "the halo is as wide as the taps": not on_chip
         or all_channels
         or found["halo"] >= min(p["kernel_size"] // 2, p["channels"]),
-        "a block for each tile of each sample": found["strategy"] in "CKS"
+        "a block for each tile of each sample": found["strategy"] in ("two_pass", "kept", "stream")
         or found["blocks"] == p["samples"] * found["tiles"] * found["group"],
         "group": (found["group"] == 1) == (found["exchange"] == "none"),
         "cluster": found["exchange"] != "cluster" or found["group"] <= gpu["largest_cluster"],
         "blocks that wait have room": not waiting or found["group"] <= resident,
-        "blocks of K have room": found["strategy"] != "K" or found["parts"] <= resident,
-        "what K keeps": found["spare"] == 0 or found["strategy"] == "K",
+        "blocks of a sample have room": found["strategy"] != "kept" or found["parts"] <= resident,
+        "what else is kept": found["spare"] == 0 or found["strategy"] == "kept",
         "chunk": 1 <= found["chunk"] <= p["samples"],
         "parts": found["parts"] >= 1,
         "vectors": p["aligned"] or not found["vectors"],
@@ -139,7 +141,7 @@ def test_maps_move_once_in_the_model(
         x_bytes = math.prod(full) * dtype.itemsize
         # Mean and gate in float32, dz to and fro; and each part's sums: 16 % of x at most.
         numbers = 4 if backward else 2
-        if found.strategy in "KS":
+        if found.strategy in ("kept", "stream"):
             numbers += 2 * found.parts + (2 if backward else 0)
         small = numbers * samples * shape[0] * 4
         most = (3.05 if backward else 2.05) * x_bytes
@@ -166,7 +168,7 @@ def test_random_problems_reach_every_strategy_and_exchange() -> None:
     gpu = _C.gpu_by_name("sm_90")
     drawn = problems(1500)
     found = [_C.plan(**p, gpu=gpu) for p in drawn]
-    assert {f["strategy"] for f in found} == set("ABCDRFPKS")
+    assert {f["strategy"] for f in found} == STRATEGIES
     assert {f["exchange"] for f in found} == {"none", "cluster"}
     older = [_C.plan(**p, gpu=_C.gpu_by_name("sm_80")) for p in drawn]
     assert {f["exchange"] for f in older} == {"none", "global"}
@@ -203,7 +205,7 @@ def test_small_problems_are_one_launch(shape: tuple[int, ...], gpu: str) -> None
                 large = gpu in ("sm_90", "sm_100") and dtype.itemsize == 2
                 if large or math.prod(shape) * dtype.itemsize <= 64 << 10:
                     assert found.launches <= 1 + backward
-                assert (found.launches <= 1 + backward) == (found.strategy != "C")
+                assert (found.launches <= 1 + backward) == (found.strategy != "two_pass")
 
 
 def test_clusters_only_from_capability_9() -> None:
@@ -222,9 +224,9 @@ def test_no_halo_in_place(gpu: str) -> None:
     found = [_C.plan(**p, gpu=limits) for p in drawn]
     assert {f["halo"] for f in found} == {0}
     for p, f in zip(drawn, found, strict=True):
-        assert f["strategy"] == "C" or f["tile"] == p["channels"]  # K, S: its own pixels
+        assert f["strategy"] == "two_pass" or f["tile"] == p["channels"]
         assert broken_limits(p, f, limits) == []
-    assert any(f["strategy"] != "C" for f in found)
+    assert any(f["strategy"] != "two_pass" for f in found)
     elsewhere = [_C.plan(**p | {"in_place": False}, gpu=limits)["halo"] for p in drawn]
     assert max(elsewhere) > 0
 
@@ -474,7 +476,7 @@ def test_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
         (4, 256, 56, 56), torch.float32, torch.channels_last, device="sm_80:50", backward=True
     )
     x_bytes = 4 * 4 * 256 * 56 * 56
-    strategy = [found.strategy] + (["x", str(found.launches)] if found.launches > 2 else [])
+    strategy = [found.strategy] + ([f"x{found.launches}"] if found.launches > 2 else [])
     group = [str(found.group)] + ([] if found.exchange == "none" else [found.exchange])
     assert lines[-1].split() == [
         *("256x56x56", "5", "NHWC", "backward", *strategy, *group),
@@ -489,7 +491,7 @@ def test_command_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_command_says_how_many_launches(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "C x " in printed(capsys, "--device", "sm_80", "--shape", "64x2000x2000")
+    assert "two_pass x" in printed(capsys, "--device", "sm_80", "--shape", "64x2000x2000")
 
 
 def test_command_selects(capsys: pytest.CaptureFixture[str]) -> None:

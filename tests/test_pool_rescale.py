@@ -686,8 +686,9 @@ def test_scripts(name, fused):
         torch.testing.assert_close(scripted(case.x), layer(case.x))
     for a, b in zip(gradients(scripted, case), gradients(layer, case), strict=True):
         torch.testing.assert_close(a, b)
-    with pytest.raises(torch.jit.Error, match=r"expected x of shape \(N, 16, \*spatial\)"):
-        scripted(case.x[:, :3])
+    if name != "se_var1":  # whose gate fits any number of channels
+        with pytest.raises(torch.jit.Error, match=r"expected x of shape \(N, 16, \*spatial\)"):
+            scripted(case.x[:, :3])
     assert ("eca_fused::" in str(scripted.inlined_graph)) is (
         fused and native.missing is None and name != "none"
     )

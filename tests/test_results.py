@@ -53,7 +53,7 @@ def result(*rows, device="cpu"):
     return {"script": "microbench", "machine": place, "rows": list(rows), "left_out": []}
 
 
-# ---- the committed results, and the README ----
+# ---- the committed results, and the texts with their figures ----
 
 
 def test_there_are_results():

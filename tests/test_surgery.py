@@ -13,7 +13,7 @@ from torch.fx.experimental import optimization
 from torch.nn.utils import fusion, parametrize
 
 import eca_fused
-from eca_fused import ECALayer
+from eca_fused import ECALayer, attention
 from eca_fused.models import Bottleneck, ResNet
 
 try:
@@ -270,3 +270,31 @@ def test_static_quantization_with_a_float_layer_in_between():
     converted = quantization.convert(prepared)
     assert type(converted[1].conv) is nn.Conv1d
     torch.testing.assert_close(converted(x), net(x), rtol=0.05, atol=0.1)
+
+
+class Annotated(torch.Tensor):
+    """A subclass without methods, as MONAI's MetaTensor is for our functions."""
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", ["layer", "eca_", "out", "pool", "rescale", "se"])
+def test_subclasses_of_tensor_stay_themselves(name, grad):
+    x = torch.randn(2, 8, 4, 4)
+    weight, gate = torch.randn(1, 1, 3), torch.rand(2, 8)
+    layer, se = ECALayer(8), attention.SE(8, 2)
+    functions = {
+        "layer": layer, "se": se, "pool": eca_fused.pool,
+        "rescale": lambda x: eca_fused.rescale(x, gate),
+        "eca_": lambda x: eca_fused.eca_(x * 1, weight),
+        "out": lambda x: eca_fused.eca(x, weight, out=torch.empty_like(x)),
+    }  # fmt: skip
+    function = functions[name]
+    if grad and name in ("eca_", "out"):
+        with pytest.raises(RuntimeError, match="no_grad"):
+            function(x.as_subclass(Annotated).requires_grad_())
+        return
+    with torch.set_grad_enabled(grad):
+        y, want = function(x.clone().as_subclass(Annotated)), function(x.clone())
+        assert type(y) is Annotated
+        y += 1
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), want + 1)

@@ -46,7 +46,8 @@ def test_the_oldest_version_is_the_same_everywhere():
     major, minor = map(int, oldest.split("."))
     setup = (ROOT / "setup.py").read_text()
     assert f"TORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000ULL" in setup
-    for text in ((ROOT / "README.md").read_text(), (ROOT / "tools/setup.sh").read_text()):
+    for name in ("README.md", "docs/getting_started.md", "tools/setup.sh"):
+        text = (ROOT / name).read_text()
         assert re.search(rf"\b{re.escape(oldest)}\b", text)
 
 

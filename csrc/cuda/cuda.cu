@@ -90,7 +90,7 @@ namespace {
 // Chunks are for what is read twice; what is not is one chunk, as for a cache without end.
 Plan in_passes(const Problem& p, Pass pass, const Access& access, Gpu gpu, bool twice) {
   if (!twice) gpu.l2 = std::numeric_limits<int64_t>::max();
-  const Wish two_passes{true, 0, 0, 0};
+  const Forced two_passes{'C'};
   return make_plan(p, pass, access, gpu, &two_passes);
 }
 

@@ -53,7 +53,8 @@ class SE(ChannelAttention):
 
     def width(self) -> int:
         if is_scripting():
-            return self.fc[0].weight.shape[1]  # type: ignore[return-value,index]
+            size = self.fc[0].weight.shape[1]  # type: ignore[index]
+            return int(size)
         return size_of(self.fc[0], 1, self.channels)
 
     def gate(self, mean: Tensor) -> Tensor:

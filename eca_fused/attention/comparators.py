@@ -66,7 +66,8 @@ class CBAM(ChannelAttention):
 
     def width(self) -> int:
         if is_scripting():
-            return self.mlp[0].weight.shape[1]  # type: ignore[return-value,index]
+            size = self.mlp[0].weight.shape[1]  # type: ignore[index]
+            return int(size)
         return size_of(self.mlp[0], 1, self.channels)
 
     def channel_gate(self, mean: Tensor, peak: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ DATASHEET = {
 
 HEAD = [
     *("shape", "k", "layout", "pass", "strategy", "group", "tile", "halo"),
-    *("threads", "blocks", "KiB", "per SM", "DRAM/B", "L2/B", "us"),
+    *("threads", "blocks", "KiB", "/SM", "DRAM/B", "L2/B", "us"),
 ]
 
 
@@ -206,7 +206,7 @@ def cells(row: Row) -> list[str]:
         str(row.k),
         LETTERS[row.layout],
         row.pass_,
-        p.strategy if p.launches <= 2 else f"{p.strategy} x {p.launches}",
+        p.strategy if p.launches <= 2 else f"{p.strategy} x{p.launches}",
         str(p.group) if p.exchange == "none" else f"{p.group} {p.exchange}",
         str(p.tile),
         str(p.halo),
@@ -226,15 +226,15 @@ def text(rows: Sequence[Row], where: str, source: str, stream: TextIO) -> str:
     printed = [
         f"Modelled plans of the CUDA kernels: {where}.",
         "",
-        "strategy: what a block keeps. In registers: R planes, F a run of planes, P columns of "
-        "pixels. In shared",
-        "  memory: A planes, B planes split over a group of blocks, D pixels split likewise. "
-        "Nothing: S pixels in",
-        "  one launch, C two passes (x 97: in 97 launches). R, F, P and S: the gradient of the "
-        "taps in a launch more.",
+        "strategy: what a block keeps. In registers: rows (planes), runs of planes, columns of "
+        "pixels, kept (a part of a",
+        "  sample). In shared memory: a tile of planes; split_tile, split_pixels, over a group of "
+        "blocks. Nothing: stream",
+        "  (one launch), two_pass (x97: in 97 launches). The gradient of the taps is a launch "
+        "more, but in shared memory.",
         "group: blocks that share a tile, and how they exchange sums.",
         "tile, halo: channels. blocks: of a launch. KiB: shared memory of a block. "
-        "per SM: blocks on a multiprocessor.",
+        "/SM: blocks on a multiprocessor.",
         "DRAM/B, L2/B: modelled bytes of memory traffic by B, the bytes of x.",
         f"us: modelled, the DRAM bytes at {source}; a floor.",
         "",

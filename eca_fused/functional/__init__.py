@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,14 @@ from eca_fused.ops.checks import autocasts, check_tensor, is_circular
 __all__ = ["ECAFunction", "eca", "eca_", "linked_pool", "linked_rescale", "pool", "rescale"]
 
 
-def _overridden(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """The call for arguments whose own types compute it, such as proxies of torch.fx.
+T = TypeVar("T")
+
+
+def _overridden(function: Callable[..., T], *args: Any, **options: Any) -> T:
+    """The call for arguments whose own types say what functions do, such as proxies of torch.fx.
+
+    Of a subclass of Tensor, such as MONAI's MetaTensor, the result has its class, and is no view of
+    what an autograd function returned, which nothing could be added to in place.
 
     Raises:
         TypeError: they are neither that nor tensors.
@@ -27,7 +33,8 @@ def _overridden(function: Callable[..., Any], *args: Any, **options: Any) -> Any
     if options.get("out") is not None:
         tensors["out"] = options["out"]
     if has_torch_function(tuple(tensors.values())):
-        return handle_torch_function(function, tuple(tensors.values()), *args, **options)
+        found: T = handle_torch_function(function, tuple(tensors.values()), *args, **options)
+        return found
     for name, t in tensors.items():
         check_tensor(name, t)
     raise AssertionError("one of them is no tensor")
@@ -83,7 +90,7 @@ def eca(
         isinstance(x, Tensor)
         and isinstance(weight, Tensor)
         and (out is None or isinstance(out, Tensor))
-    ):
+    ) or has_torch_function((x, weight)):
         return _overridden(eca, x, weight, padding_mode=padding_mode, backend=backend, out=out)
     way = choose(x, backend)
     if weight.dtype != x.dtype:
@@ -106,7 +113,9 @@ def eca_(
     Raises:
         RuntimeError: also where a gradient would need the x that is overwritten.
     """
-    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)) or has_torch_function(
+        (x, weight)
+    ):
         return _overridden(eca_, x, weight, padding_mode=padding_mode, backend=backend)
     way = choose(x, backend)
     if weight.dtype != x.dtype:
@@ -134,7 +143,7 @@ def pool(x: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError: the shape or the backend does not fit.
         RuntimeError: the backend that was asked for cannot be used here.
     """
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or has_torch_function((x,)):
         return _overridden(pool, x, backend=backend)
     return choose(x, backend).pool(x)
 
@@ -159,7 +168,7 @@ def rescale(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
         ValueError: a shape, device or the backend does not fit.
         RuntimeError: the backend that was asked for cannot be used here.
     """
-    if not (isinstance(x, Tensor) and isinstance(gate, Tensor)):
+    if not (isinstance(x, Tensor) and isinstance(gate, Tensor)) or has_torch_function((x, gate)):
         return _overridden(rescale, x, gate, backend=backend)
     return choose(x, backend).rescale(x, gate)
 
@@ -172,14 +181,14 @@ def linked_pool(x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
 
     The token is for one call. Args and errors as for pool().
     """
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or has_torch_function((x,)):
         return _overridden(linked_pool, x, backend=backend)
     return choose(x, backend).linked_pool(x)
 
 
 def linked_rescale(x: Tensor, gate: Tensor, token: Tensor | None, backend: str) -> Tensor:
     """rescale(x, gate) with the token that linked_pool() gave. Args and errors as for rescale()."""
-    if not (isinstance(x, Tensor) and isinstance(gate, Tensor)):
+    if not (isinstance(x, Tensor) and isinstance(gate, Tensor)) or has_torch_function((x, gate)):
         return _overridden(linked_rescale, x, gate, token=token, backend=backend)
     return choose(x, backend).linked_rescale(x, gate, token)
 

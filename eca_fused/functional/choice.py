@@ -41,7 +41,7 @@ def choose(x: Tensor, backend: str) -> Way:
     kernels = select(x, backend)
     if kernels is None:
         return TRACED_PLAIN if is_tracing() else PLAIN
-    ways = NATIVE if kernels.name == "native" else _on_triton()
+    ways = NATIVE if kernels is NATIVE.kernels else _on_triton()
     if transformed():
         return ways.transformed
     if is_tracing():  # by torch.jit.trace

@@ -14,8 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from eca_fused.functional import linked_pool, linked_rescale
 from eca_fused.ops.checks import autocasts, wrong_taps_dtype
 from eca_fused.torch_state import (
-    has_hooks,
-    is_patched,
+    does_more,
     is_tracing,
     overrides_torch,
     own_parameters,
@@ -40,8 +39,7 @@ def plain_taps(conv: Any, own: bool, padded: bool) -> Tensor | None:
     if kind is not nn.Conv1d and not (kind.__bases__ == (nn.Conv1d,) and is_parametrized(conv)):
         return None
     if (
-        has_hooks(conv)
-        or is_patched(conv)
+        does_more(conv)
         or not (own or conv.groups == 1)
         or not conv.in_channels == conv.out_channels == conv.groups
         or conv.stride != (1,)
@@ -56,11 +54,10 @@ def plain_taps(conv: Any, own: bool, padded: bool) -> Tensor | None:
         weight, bias = parameters.get("weight"), parameters.get("bias")
     else:
         weight, bias = conv.weight, conv.bias
-    if (
-        weight is None
-        or bias is not None
-        or hasattr(weight, "__tensor_flatten__")
-        or overrides_torch(weight)
+    if weight is None or bias is not None:
+        return None
+    if type(weight) is not nn.Parameter and (
+        hasattr(weight, "__tensor_flatten__") or overrides_torch(weight)
     ):
         return None
     return weight  # type: ignore[no-any-return]

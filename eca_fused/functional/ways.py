@@ -52,10 +52,14 @@ def _check_writable(name: str, t: Tensor) -> None:
         )
 
 
-def _is_negated(t: Tensor) -> bool:
-    """Whether its numbers count with the other sign: torch gives no operator such to write."""
-    # torch.compile cannot trace this question.
-    return not is_compiling() and t.is_neg()
+def _is_special(t: Tensor) -> bool:
+    """Whether what writes it has more to do.
+
+    It was made in inference mode, or its numbers count with the other sign: torch gives no operator
+    such to write.
+    """
+    # torch.compile cannot trace these questions.
+    return not is_compiling() and (t.is_neg() or t.is_inference())
 
 
 class Way:
@@ -232,9 +236,10 @@ class Fused(Way):
 
     def eca_into(self, x: Tensor, weight: Tensor, circular: bool, out: Tensor) -> Tensor:
         check_no_gradient(x, weight, out)
-        _check_writable("out", out)
-        if _is_negated(out):
-            return super().eca_into(x, weight, circular, out)
+        if _is_special(out):
+            _check_writable("out", out)
+            if out.is_neg():
+                return super().eca_into(x, weight, circular, out)
         try:
             self.kernels.inference_into(x, weight, out, circular)
         except (RuntimeError, AttributeError):
@@ -246,9 +251,10 @@ class Fused(Way):
 
     def eca_(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
         check_overwrites(x, weight)
-        _check_writable("x", x)
-        if _is_negated(x):
-            return super().eca_(x, weight, circular)
+        if _is_special(x):
+            _check_writable("x", x)
+            if x.is_neg():
+                return super().eca_(x, weight, circular)
         try:
             self.kernels.inference_(x, weight, circular)
         except (RuntimeError, AttributeError):
@@ -373,6 +379,7 @@ class Ways:
     """Those of one backend's kernels."""
 
     def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
         self.fused = Fused(kernels)
         self.compiling = Compiling(kernels)
         self.transformed = Transformed(kernels)

@@ -157,16 +157,16 @@ def select(x: Tensor, backend: str) -> Kernels | None:
         ValueError: unknown backend.
         RuntimeError: the backend was asked for by name and cannot run for x; says why.
     """
-    source = "the argument"
-    if backend == "auto":
-        source, backend = "use_backend() or ECA_FUSED_BACKEND", _default
+    asked = _default if backend == "auto" else backend
     kind = "cpu" if x.is_cpu else x.device.type  # device.type takes three times as long
     if (
         kind in native.devices
-        and backend in ("auto", "native")
+        and asked in ("auto", "native")
         and (kind == "cpu" or native.unsupported(x.device) is None)
     ):
         return native
+    source = "the argument" if backend != "auto" else "use_backend() or ECA_FUSED_BACKEND"
+    backend = asked
     if backend == "reference":
         return None
     what = "backend" if source == "the argument" else "ECA_FUSED_BACKEND"

@@ -33,42 +33,45 @@ class Plan:
 
     The strategies, by what a block keeps on chip between the sums and the rescaling. In registers:
 
-    - "R": whole planes (contiguous) of a tile of channels and of its halo, a team of threads each.
-    - "F": the run of a tile's planes, where they do not begin at multiples of 16 bytes.
-    - "P": columns of 16 bytes of channels by all pixels (channels_last), and one more on each side.
-    - "K": a part of a sample's pixels (channels_last), in shared memory too; the blocks of a sample
-      add up their sums.
+    - "rows": whole planes (contiguous) of a tile of channels and of its halo, a team of threads
+      each.
+    - "runs": the run of a tile's planes, where they do not begin at multiples of 16 bytes.
+    - "columns": columns of 16 bytes of channels by all pixels (channels_last), and one more on each
+      side.
+    - "kept": a part of a sample's pixels (channels_last), in shared memory too; the blocks of a
+      sample add up their sums.
 
     In shared memory, for what those cannot hold:
 
-    - "A": whole planes of a tile of channels and of its halo, one block each.
-    - "B": the same, split over a group of blocks that exchange their sums.
-    - "D": the pixels of a tile of channels, split over a group likewise.
+    - "tile": whole planes of a tile of channels and of its halo, one block each.
+    - "split_tile": the same, split over a group of blocks that exchange their sums.
+    - "split_pixels": the pixels of a tile of channels, split over a group likewise.
 
     Nothing:
 
-    - "S": pixels; blocks that sum and blocks that rescale in one launch, the second out of L2.
-    - "C": two passes over a few samples at a time, the second out of the L2 cache if they fit into
-      half of it.
+    - "stream": pixels; blocks that sum and blocks that rescale in one launch, the second out of L2.
+    - "two_pass": two passes over a few samples at a time, the second out of the L2 cache if they
+      fit into half of it.
 
     Attributes:
-        strategy: one of these letters.
+        strategy: one of these.
         exchange: How the blocks of a group tell each other their sums: "none" (groups of one),
             "cluster" (distributed shared memory) or "global" (memory).
         vectors: Rows begin at multiples of 16 bytes and are read by vectors of 16 bytes.
-        tile: Channels that a group of blocks stores; for C, a number that is not used.
+        tile: Channels that a group of blocks stores; of "two_pass", only a number in the model.
         halo: Channels held on either side of a tile for the taps that reach there; 0 where a tile
             is all channels.
         tiles: Tiles in a sample.
         group: Blocks that share a tile.
-        chunk: Samples in one pair of passes of C, or in a group of S; the batch, for the others.
+        chunk: Samples in a pair of passes of "two_pass", or in a group of "stream"; else the batch.
         parts: Parts of a plane (contiguous) or of a sample's pixels (channels_last) that different
-            warps or blocks sum, for C, K and S; 1 for the others.
+            warps or blocks sum, for "two_pass", "kept" and "stream"; 1 for the others.
         threads: Threads in a block.
-        depth: Vectors of 16 bytes in a thread's registers, for R, F, P, K and S; 0 for the others.
-        spare: More such vectors, in shared memory, for K; 0 for the others.
+        depth: Vectors of 16 bytes in a thread's registers; 0 where none are kept there.
+        spare: More such vectors, in shared memory, for "kept"; 0 for the others.
         blocks: Blocks in a launch.
-        launches: Kernel launches in the call: R, F, P, K and S make dweight in one of its own.
+        launches: Kernel launches in the call. All but those in shared memory make dweight in one of
+            its own.
         shared_bytes: Shared memory of a block, in bytes.
         occupancy: Blocks that fit on a multiprocessor at a time.
         workspace_bytes: Bytes of temporary GPU memory.

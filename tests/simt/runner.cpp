@@ -35,7 +35,7 @@ struct Request {
   int64_t seed, resident, count;
   int64_t capability, multiprocessors, shared_per_block, shared_per_multiprocessor, l2,
       threads_per_multiprocessor, largest_cluster;
-  int64_t wish, two_passes, tile, group, threads, strategy, depth;
+  int64_t forced, strategy, tile, group, threads, depth;
   MapRequest x, y, dy, dx;  // y is y or, backward, unused
 };
 
@@ -112,7 +112,7 @@ struct MapBuffer {
 std::string describe(const Plan& plan) {
   const Tiling& t = plan.tiling;
   const char* exchanges[] = {"none", "cluster", "global"};
-  return "{\"strategy\": \"" + std::string(1, plan.strategy) + "\", \"exchange\": \"" +
+  return "{\"strategy\": \"" + std::string(strategy_name(plan.strategy)) + "\", \"exchange\": \"" +
          exchanges[int(t.exchange)] + "\", \"tile\": " + std::to_string(t.tile) +
          ", \"halo\": " + std::to_string(t.halo) + ", \"group\": " + std::to_string(t.group) +
          ", \"vectors\": " + (t.vectors ? "true" : "false") +
@@ -170,8 +170,8 @@ bool answer_one() {
                 r.l2,
                 int32_t(r.threads_per_multiprocessor),
                 int32_t(r.largest_cluster)};
-  const Wish wish{r.two_passes != 0,  int32_t(r.tile),  int32_t(r.group),
-                  int32_t(r.threads), char(r.strategy), int32_t(r.depth)};
+  const Forced forced{char(r.strategy), int32_t(r.tile), int32_t(r.group), int32_t(r.threads),
+                      int32_t(r.depth)};
 
   simt::settings.seed = uint64_t(r.seed);
   simt::settings.count = r.count != 0;
@@ -185,7 +185,7 @@ bool answer_one() {
   weight.read();
   std::string plan_text;
   const auto planned = [&](const auto& call, Pass pass) {
-    return make_plan(p, pass, cuda::access_of(call), gpu, r.wish ? &wish : nullptr);
+    return make_plan(p, pass, cuda::access_of(call), gpu, r.forced ? &forced : nullptr);
   };
   const auto run = [&](const auto& call, const Plan& plan, auto kernels,
                        std::vector<Buffer*> guarded) {
