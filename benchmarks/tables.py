@@ -235,12 +235,13 @@ def summary(result: Result, groups: Sequence[str] = GROUPS, kinds: Sequence[str]
             if network in network_of(row) and row["direction"] != "warm forward":
                 named = {**row, "network": network, "batch": row["shape"][0]}
                 found.setdefault(tuple(str(named[name]) for name in groups), []).append(row)
+    timed = [k for k in kinds if any(ratio(row, k) for rows in found.values() for row in rows)]
     return markdown(
-        [*groups, "layers", "share of copy", *(f"{kind} / ours" for kind in kinds)],
+        [*groups, "layers", "share of copy", *(f"{kind} / ours" for kind in timed)],
         (
             [*key, str(len({layer_of(row) for row in rows}))]
             + [span(ratio(row, "copy") for row in rows).removesuffix("x")]
-            + [span(ratio(row, kind) for row in rows) for kind in kinds]
+            + [span(ratio(row, kind) for row in rows) for kind in timed]
             for key, rows in found.items()
         ),
     )

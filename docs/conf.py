@@ -16,7 +16,7 @@ html_theme = "furo"
 html_title = "eca_fused"
 exclude_patterns: list[str] = []
 myst_heading_anchors = 3
-autodoc_typehints = "description"
+autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 nitpicky = False
 # Links of README and CONTRIBUTING.md to files of the repository, which is no page.
