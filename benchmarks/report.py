@@ -89,15 +89,17 @@ PLOTS = {"microbench": plots.layers, "scaling": plots.scaling, "network": plots.
 SCRIPTS = ("microbench", "scaling", *TABLES)
 
 
-def markdown(result: Result) -> str:
-    """All that is to be said of a result."""
+def markdown(result: Result, rows: bool = True) -> str:
+    """All that is to be said of a result, with or without a line for each row."""
     if result["script"] == "microbench":
-        parts = [tables.goals(result), tables.summary(result), tables.layers(result)]
-        parts.append(tables.profiler(result))
+        groups = tables.GROUPS if rows else ("network", "dtype", "direction")
+        parts = [tables.goals(result), tables.summary(result, groups)]
+        parts += [tables.layers(result), tables.profiler(result)] if rows else []
         parts.append(where_another_is_faster(result))
-        parts.append(bullets(tables.remarks(result)))
+        parts += [bullets(tables.remarks(result))] if rows else []
     elif result["script"] == "scaling":
-        parts = [tables.scaling(result), cliffs.markdown(result), bullets(cliffs.remarks(result))]
+        parts = [tables.scaling(result), cliffs.markdown(result)] if rows else []
+        parts.append(bullets(cliffs.remarks(result)))
     else:
         parts = [TABLES[result["script"]](result), bullets(result.get("remarks", []))]
     parts.append(f"Measured on {tables.where(result['machine'])}.")
@@ -197,14 +199,14 @@ def figures() -> str:
 
 
 def all_figures() -> str:
-    """Every committed result, whole, with its picture."""
+    """Every committed result in short, with its picture."""
     parts = []
     for path in committed():
         name = path.relative_to(RESULTS)
         parts.append(f"## {name}")
         if path.with_suffix(".png").exists():
             parts.append(f"![{name.stem}]({name.with_suffix('.png')})")
-        parts.append(markdown(load(path)))
+        parts.append(markdown(load(path), rows=False))
     return "\n\n".join(parts)
 
 
