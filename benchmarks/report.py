@@ -2,6 +2,7 @@
 
     python benchmarks/report.py benchmarks/results/cpu.json       # Markdown
     python benchmarks/report.py r.json --plot r.png
+    python benchmarks/report.py r.json --pack benchmarks/results/r.json   # to commit it
     python benchmarks/report.py --compare before.json after.json  # exit status 1 if slower
     python benchmarks/report.py --readme                          # renew the texts' figures
 
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 
 import cliffs
 import compare
+import packing
 import plots
 import tables
 
@@ -33,7 +35,18 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: made by benchmarks/report.py -->", "<!-- end of figures -->"
 GPU_RESULTS = ("bench", "rivals", "networks", "sizes", "calls")
 SHORT_BATCH = 32  # of the tables in short
-SHORT_LAYERS = ("cpu-layers", "bench")  # results with the whole grid; the others are beside it
+SHORT_LAYERS = (
+    "cpu-layers",
+    "bench",
+    "rivals",
+)  # results with the whole grid; the others are beside it
+
+BY_OURS = "Layers: the time of each contender divided by ours. Above 1, ours is faster."
+BY_NONE = (
+    "Networks: the time divided by that of the network without attention. 1.00 means that "
+    "attention is free."
+)
+MICROSECONDS = "Small calls, in microseconds. ours / eager below 1: ours is faster."
 
 Result = dict[str, Any]
 T = TypeVar("T")
@@ -64,7 +77,8 @@ def load(path: Path) -> Result:
             raise ValueError("its rows are no list, or its machine has no device")
         if result["script"] not in SCRIPTS:
             raise ValueError(f"there is no script {result['script']!r}")
-    except (OSError, ValueError, TypeError) as reason:
+        result = packing.unpack(result)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as reason:
         raise NoResultError(path, reason) from reason
     return result
 
@@ -139,10 +153,11 @@ def where_another_is_faster(result: Result) -> str:
     if not rows:
         return ""
     slower, unconfirmed = tables.losses(result), tables.unconfirmed(result)
-    text = f"On none of {len(rows)} rows another is faster in four of five rounds"
-    text += " and, measured again, in four of five other processes." if unconfirmed else "."
+    rule = "A rival counts as faster if it wins four of five rounds"
+    rule += ", and again in four of five new processes." if unconfirmed else "."
+    text = f"No rival was faster on any of {len(rows)} rows. {rule}"
     if slower:
-        text = "Where another is faster in four of five rounds:\n\n" + bullets(slower)
+        text = f"Where a rival was faster. {rule}\n\n" + bullets(slower)
     if unconfirmed:
         text += "\n\nIn one process, but not in four of five others:\n\n" + bullets(unconfirmed)
     return text
@@ -170,14 +185,20 @@ def layer_figures(result: Result) -> list[str]:
         for row in both
         if row["shape"][0] == SHORT_BATCH and "resnet50" in tables.network_of(row)
     ]
-    return [
-        f"ResNet-50, batch {SHORT_BATCH}:",
-        tables.summary({**result, "rows": usual}, tables.GROUPS[2:]),
+    parts = [BY_OURS]
+    if usual:
+        parts += [
+            f"ResNet-50, batch {SHORT_BATCH}:",
+            tables.summary({**result, "rows": usual}, tables.GROUPS[2:]),
+        ]
+    parts += [
         f"{listed(row['dtype'] for row in both)}, in both layouts:",
         tables.summary({**result, "rows": both}, ("network", "batch", "direction")),
+        "The goals were set before tuning, and how many rows reach them:",
         tables.goals(result),
         where_another_is_faster(result),
     ]
+    return [part for part in parts if part]
 
 
 def figures() -> str:
@@ -189,9 +210,12 @@ def figures() -> str:
         if script == "microbench" and path.stem in SHORT_LAYERS:
             parts += layer_figures(result)
         elif script == "overhead":
-            parts.append(tables.overhead(result))
+            parts += [
+                "Microseconds of a call; ours / eager below 1: ours is faster.",
+                tables.overhead(result),
+            ]
         elif script == "network":
-            parts.append(tables.networks_in_short(result))
+            parts += [BY_NONE, tables.networks_in_short(result)]
         else:
             continue
         parts.append(f"Measured on {tables.where(result['machine'])}.")
@@ -237,12 +261,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--same-code", type=Path, metavar="BEFORE2",
         help="with --compare: a second result of the code of the first, to measure the noise from",
     )  # fmt: skip
+    parser.add_argument("--pack", type=Path, help="file for one result in the form of results/")
     parser.add_argument(
         "--readme", action="store_true", help="renew the figures in docs/ and results/"
     )
     args = parser.parse_args(argv)
     if not args.readme and (not args.results or (args.compare and len(args.results) != 2)):
         parser.error("expected result files, two of them for --compare")
+    if args.pack and (args.compare or args.readme or args.plot or len(args.results) != 1):
+        parser.error(f"--pack: expected one result, got {len(args.results)}, and no other option")
     if args.plot and (args.compare or args.readme or len(args.results) > 1):
         parser.error(f"--plot: expected one result, got {len(args.results)}, and no other option")
     if args.same_code and not args.compare:
@@ -293,6 +320,9 @@ def run(args: argparse.Namespace) -> int:
         for path, make in FIGURES.items():
             path.write_text(renew(path.read_text(), make()))
         draw_speed(SPEED)
+        return 0
+    if args.pack:
+        args.pack.write_text(whole(args.results[0], packing.pack))
         return 0
     if args.compare:
         return compare_files([*args.results, *filter(None, [args.same_code])])

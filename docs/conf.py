@@ -19,8 +19,6 @@ myst_heading_anchors = 3
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 nitpicky = False
-# Links of README and CONTRIBUTING.md to files of the repository, which is no page.
-suppress_warnings = ["myst.xref_missing"]
 default_role = "code"  # of `names` in docstrings
 
 

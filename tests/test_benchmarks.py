@@ -456,7 +456,7 @@ def test_the_microbenchmark_writes_a_result_that_the_report_reads(monkeypatch, t
     assert "| 3x8x4x4 k=3 | bfloat16 | channels_last | backward |" in text
     assert "Measured on a dry run" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert picture.stat().st_size > 20_000
+    assert picture.stat().st_size > 5_000
 
 
 @needs_extension

@@ -1,4 +1,4 @@
-"""The rooms of the package: every import goes down, and none goes in a circle."""
+"""The layers of the package: every import goes down, and none goes in a circle."""
 
 import ast
 import re
@@ -8,12 +8,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "eca_fused"
-HOUSE = ROOT / "CONTRIBUTING.md"
-MOST_ROOMS = 10
-# What packaging wants at the top: not rooms.
+TABLE = ROOT / "CONTRIBUTING.md"
+MOST_LAYERS = 10
+# What packaging wants at the top: not layers.
 NAMES = {"__init__", "__main__", "_version", "_C"}
 
-needs_checkout = pytest.mark.skipif(not HOUSE.is_file(), reason="needs the source folder")
+needs_checkout = pytest.mark.skipif(not TABLE.is_file(), reason="needs the source folder")
 
 
 def modules(package: Path) -> dict[str, Path]:
@@ -44,21 +44,22 @@ def imports(package: Path) -> dict[str, set[str]]:
     return found
 
 
-def room_of(module: str) -> str:
+def layer_of(module: str) -> str:
     """The entry at the top of the package that a module is in."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
 
-def climbs(found: dict[str, set[str]], rooms: list[str]) -> list[str]:
-    """The imports that do not go down: `rooms` are in their order, the highest first."""
-    floor = {room: number for number, room in enumerate(rooms)}
-    floor |= {"__init__": -1, "__main__": -1, "_version": len(rooms), "_C": len(rooms)}
+def climbs(found: dict[str, set[str]], layers: list[str]) -> list[str]:
+    """The imports that do not go down: `layers` are in their order, the highest first."""
+    height = {layer: number for number, layer in enumerate(layers)}
+    height |= {"__init__": -1, "__main__": -1, "_version": len(layers), "_C": len(layers)}
     return [
         f"{module} imports {target}"
         for module, targets in found.items()
         for target in sorted(targets)
-        if room_of(module) != room_of(target) and floor[room_of(target)] <= floor[room_of(module)]
+        if layer_of(module) != layer_of(target)
+        and height[layer_of(target)] <= height[layer_of(module)]
     ]
 
 
@@ -79,24 +80,24 @@ def circles(found: dict[str, set[str]]) -> list[str]:
     return closed
 
 
-def rooms_of_the_table() -> list[str]:
-    """The rooms in the order of CONTRIBUTING.md's table, the highest first."""
-    (table,) = [part for part in HOUSE.read_text().split("\n\n") if part.startswith("| room |")]
+def layers_of_the_table() -> list[str]:
+    """The layers in the order of CONTRIBUTING.md's table, the highest first."""
+    (table,) = [part for part in TABLE.read_text().split("\n\n") if part.startswith("| layer |")]
     return re.findall(r"^\| `(\w+)(?:\.py|/)` \|", table, re.MULTILINE)
 
 
 @needs_checkout
-def test_the_table_has_the_rooms():
+def test_the_table_has_the_layers():
     there = {path.stem for path in PACKAGE.glob("*.py")} | {
         path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()
     }
-    assert sorted(rooms_of_the_table()) == sorted(there - NAMES)
-    assert len(there - NAMES) <= MOST_ROOMS
+    assert sorted(layers_of_the_table()) == sorted(there - NAMES)
+    assert len(there - NAMES) <= MOST_LAYERS
 
 
 @needs_checkout
 def test_every_import_goes_down():
-    assert climbs(imports(PACKAGE), rooms_of_the_table()) == []
+    assert climbs(imports(PACKAGE), layers_of_the_table()) == []
 
 
 @needs_checkout
@@ -106,7 +107,7 @@ def test_no_import_goes_in_a_circle():
 
 @needs_checkout
 def test_what_is_imported_is_seen():
-    """A reading that finds no imports would pass for any house."""
+    """A reading that finds no imports would pass for any package."""
     found = imports(PACKAGE)
     assert "eca_fused.ops.checks" in found["eca_fused.functional.ways"]
     assert "eca_fused.ops.triton" in found["eca_fused.ops.backend"]  # inside a function
