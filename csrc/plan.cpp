@@ -505,7 +505,7 @@ struct Planner {
     t.vectors = access.aligned;
     t.threads = kMostThreads;
     t.group = 1;
-    t.tile = int32_t(std::min<int64_t>(p.channels, 256));  // for the sums of dweight
+    t.tile = int32_t(std::min<int64_t>(p.channels, 256));  // in the model of small arrays alone
     t.tiles = ceil_div(p.channels, t.tile);
     t.chunk = std::clamp<int64_t>(gpu.l2 / 2 / (sample_bytes * maps), 1, p.samples);
     const int64_t in_sample = planes ? p.channels : 1;  // rows of blocks or warps

@@ -1,17 +1,19 @@
 // Which kernel for which problem and GPU, and what it moves: pure C++, so that a plan can be made,
 // printed and tested on any machine.
 //
-// Strategies, by what a block keeps on chip between the sums and the rescaling:
-//   A  planes: the planes of a tile of channels and of its halo, one block each
-//   B  planes: the same, split over a group of blocks that exchange their sums
-//   D  pixels: the pixels of a tile of channels, split over a group likewise
-//   C  nothing: two passes over a few samples at a time, the second out of the L2 cache
-// and in its registers, which is faster wherever it can be done:
-//   R  planes: a team of threads for each plane of a tile and of its halo
-//   F  planes: the run of a tile's planes, where they do not begin at multiples of 16 bytes
-//   P  pixels: the columns of a tile's channels and one more on either side
-//   K  pixels: a part of a sample's pixels, in shared memory too; the sample's blocks add up
-//   S  pixels: nothing; two kinds of blocks in one launch, the second out of the L2 cache
+// Strategies, by what a block keeps on chip between the sums and the rescaling. In its registers,
+// which is faster wherever it can be done:
+//   R  rows          planes: a team of threads for each plane of a tile and of its halo
+//   F  runs          planes: the run of a tile's planes, which need not begin at multiples of 16 bytes
+//   P  columns       pixels: the columns of a tile's channels and one more on either side
+//   K  kept          pixels: a part of a sample, in shared memory too; the sample's blocks add up
+// In shared memory:
+//   A  tile          planes: the planes of a tile of channels and of its halo, one block each
+//   B  split_tile    planes: the same, split over a group of blocks that exchange their sums
+//   D  split_pixels  pixels: the pixels of a tile of channels, split over a group likewise
+// Nothing:
+//   S  stream        pixels: two kinds of blocks in one launch, the second out of the L2 cache
+//   C  two_pass      two passes over a few samples at a time, the second out of the L2 cache
 #pragma once
 
 #include <cstdint>
@@ -35,7 +37,7 @@ struct Gpu {
 // number. Throws std::invalid_argument.
 Gpu gpu_by_name(const std::string& name);
 
-// Threads of a block, and registers of a thread of strategies A, B and D: fewer spill.
+// Threads of a block, and registers of a thread with tiles in shared memory: fewer spill.
 constexpr int32_t kMostThreads = 256, kForwardRegisters = 64, kBackwardRegisters = 80;
 
 // Strategies R, F and P: vectors of 16 bytes that a thread holds (`depth`), threads of a block at
@@ -47,11 +49,11 @@ constexpr int32_t kRunThreads = 256, kRunBlocks = 4;
 constexpr int32_t kColumnThreads = 256;
 constexpr int32_t column_blocks(int32_t depth) { return depth > 7 ? 2 : 3; }
 
-// Strategy K: vectors in registers, as above; more of them in shared memory.
+// Of kept: vectors in registers, as above; more of them in shared memory.
 constexpr int32_t kKeptForwardDepth = 20, kKeptBackwardDepth = 7;
 constexpr int32_t kept_blocks(bool backward) { return backward ? 3 : 2; }
 
-// Strategy S.
+// Of stream.
 constexpr int32_t kStreamForwardDepth = 12, kStreamBackwardDepth = 8;
 constexpr int32_t stream_blocks(bool backward) { return backward ? 2 : 3; }
 

@@ -1,4 +1,4 @@
-// Strategy P: pixels in registers. A block holds columns of vectors of channels by all pixels: a
+// Strategy columns: pixels in registers. A block holds columns of vectors of channels by all pixels: a
 // thread keeps to one column and takes every so many-th pixel. A column more on either side, the
 // halo, is summed like the others and not stored.
 #pragma once

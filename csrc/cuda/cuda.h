@@ -30,7 +30,7 @@ void backward(const Backward& b, const Plan& plan, const Memory& memory);
 void reduce(const Reduce& r, const Plan& plan, const Memory& memory);
 void scale(const Scale& s, const Plan& plan, const Memory& memory);
 
-// The kernels of strategy C, in which pooling and rescaling are apart.
+// The kernels of two_pass, in which pooling and rescaling are apart.
 Plan plan_of(const Reduce& r, const Gpu& gpu);
 Plan plan_of(const Scale& s, const Gpu& gpu);
 

@@ -1,4 +1,4 @@
-// Strategy K: pixels of which several blocks together hold a sample. A block keeps a part of the
+// Strategy kept: pixels of which several blocks together hold a sample. A block keeps a part of the
 // sample's pixels, all channels of them: in registers, and in shared memory what those cannot hold.
 // It adds up its part, waits until the last block of the sample has made the gates, and rescales
 // what it has kept.

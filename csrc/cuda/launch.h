@@ -31,7 +31,7 @@ inline Launch launch_of(const Plan& plan, const Memory& memory) {
           plan.tiling.depth > 0};
 }
 
-// Strategy C's launches over one chunk of samples.
+// The launches of two_pass over one chunk of samples.
 struct ChunkLaunches {
   Launch sums, gates, rescale;
 

@@ -1,5 +1,6 @@
-// Strategy R: planes in registers. A team of `lanes` threads holds a plane, kDepth vectors each, so
-// that its sum takes no more than shuffles. The rows of a map may have gaps between them.
+// Strategy rows: planes in registers. A team of `lanes` threads holds a plane, kDepth vectors each.
+// Shuffles sum it; teams of more than a warp add up in shared memory. The rows of a map may have
+// gaps between them.
 #pragma once
 
 #include "registers.h"

@@ -1,4 +1,4 @@
-// Strategy F: a run of planes in registers, for planes that do not begin at multiples of 16 bytes,
+// Strategy runs: a run of planes in registers, for planes that do not begin at multiples of 16 bytes,
 // such as 14x14 and 7x7 in 2 bytes. The held planes are one run of elements that the block reads
 // by vectors. A vector may have the end of one plane and the beginning of the next: its sum is kept
 // in two parts, and its elements take the one gate or the other by their position.

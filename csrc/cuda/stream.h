@@ -1,4 +1,4 @@
-// Strategy S: pixels, of which no block can hold a tile of enough channels. One launch with blocks of
+// Strategy stream: pixels, of which no block can hold a tile of enough channels. One launch with blocks of
 // two kinds: the first sum a part of a sample's pixels, and the last of a sample to arrive makes its
 // gates; the others rescale a part, which they find in the L2 cache. In the order of their numbers
 // come the sums of one group of samples in turn with the rescaling of the group before.

@@ -1,4 +1,4 @@
-// Strategy C, for what does not fit on chip and for maps with gaps between their rows: one kernel
+// Strategy two_pass, for what does not fit on chip and for maps with gaps between their rows: one kernel
 // sums, a small one makes the gates, a third rescales. A few samples at a time, so that the third
 // kernel finds them in the L2 cache; it starts with what was read last.
 #pragma once

@@ -62,7 +62,7 @@ class Plan:
         halo: Channels held on either side of a tile for the taps that reach there; 0 where a tile
             is all channels.
         tiles: Tiles in a sample.
-        group: Blocks that share a tile.
+        group: Blocks that share a tile. Those that share a sample of "kept" or "stream" are parts.
         chunk: Samples in a pair of passes of "two_pass", or in a group of "stream"; else the batch.
         parts: Parts of a plane (contiguous) or of a sample's pixels (channels_last) that different
             warps or blocks sum, for "two_pass", "kept" and "stream"; 1 for the others.
