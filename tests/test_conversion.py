@@ -553,6 +553,24 @@ class Log:
         self.count = 0
 
 
+class OverRows(nn.Module):
+    """ECA by a Conv2d over a row of means, or by a function of the module's own taps."""
+
+    def __init__(self, function: bool) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        if function:
+            self.taps = nn.Parameter(torch.randn(1, 1, 3))
+        else:
+            self.conv = nn.Conv2d(1, 1, (1, 3), padding=(0, 1), bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = self.pool(x).flatten(1).unsqueeze(1)
+        if hasattr(self, "taps"):
+            return x * F.conv1d(row, self.taps, padding=1).sigmoid().mT[..., None]
+        return x * self.conv(row.unsqueeze(1)).squeeze(1).sigmoid().mT[..., None]
+
+
 class InSequence(nn.Module):
     """ECA whose convolution is inside a Sequential."""
 
@@ -646,6 +664,8 @@ LEFT = {
         lambda: parts(gate_in_float32),
         "its forward returns torch.float32 for a map of torch.bfloat16",
     ),
+    "over rows": (lambda: OverRows(False), "has no Conv1d of one channel among its direct"),
+    "by a function": (lambda: OverRows(True), "has no Conv1d of one channel among its direct"),
     "in a Sequential": (InSequence, "has no Conv1d of one channel among its direct children"),
     "many taps": (lambda: parts(plain, k=5001), "has 5001 taps, more than the 4095 of a trial"),
     "records in a child": (

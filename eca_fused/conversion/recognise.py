@@ -55,7 +55,8 @@ def looks_like_eca(module: nn.Module) -> bool:
 
     The parts are a Conv1d of one channel and a global average pooling, both direct children; or the
     convolution alone, with nothing else that has parameters, where the pooling is a function. The
-    convolution may be in a Sequential.
+    convolution may be in a Sequential, be a Conv2d over rows, or be a function of taps that the
+    module has: such a module cannot be converted, and is reported.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", None) in NAMES
@@ -66,11 +67,19 @@ def looks_like_eca(module: nn.Module) -> bool:
     children = list(module.children())
     for child in children:
         inner = list(child) if isinstance(child, nn.Sequential) else [child]
-        if any(isinstance(m, nn.Conv1d) and _one_channel(m) for m in inner):
+        if any(map(_convolves_channels, inner)):
             others = [m for m in children if m is not child]
-            others += [m for m in inner if not isinstance(m, nn.Conv1d)]
+            others += [m for m in inner if not _convolves_channels(m)]
             return _pooled(module) is not None or not any(map(_has_parameters, others))
-    return False
+    own = module.parameters(recurse=False)
+    return _pooled(module) is not None and any(p.dim() == 3 and p.shape[:2] == (1, 1) for p in own)
+
+
+def _convolves_channels(module: nn.Module) -> bool:
+    """Whether it is a convolution of one channel along one dimension."""
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels == module.out_channels == 1 and 1 in module.kernel_size
+    return isinstance(module, nn.Conv1d) and _one_channel(module)
 
 
 def _has_parameters(module: nn.Module) -> bool:
