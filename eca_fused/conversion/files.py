@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from eca_fused.ops.checks import DTYPES
+
 __all__ = ["DTYPES", "CheckpointError", "check_memory", "listed", "read"]
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MARKING = threading.Lock()  # what is safe to load is marked for all threads at once
 SHOWN = 6  # names of each kind in a message
 

@@ -20,6 +20,7 @@ from eca_fused.ops.checks import (
     check_no_gradient,
     check_out,
     check_overwrites,
+    check_writable,
     check_x,
     needs_grad,
 )
@@ -41,15 +42,6 @@ __all__ = [
 
 def _mode(circular: bool) -> str:
     return "circular" if circular else "zeros"
-
-
-def _check_writable(name: str, t: Tensor) -> None:
-    # torch.compile cannot trace this question.
-    if not is_compiling() and t.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"{name} was made in inference mode and cannot be written in place outside of it; "
-            f"call this in torch.inference_mode(), or on {name}.clone()"
-        )
 
 
 def _is_special(t: Tensor) -> bool:
@@ -76,14 +68,16 @@ class Way:
         check(x, weight, circular)
         check_out(x, out)  # copy_() would broadcast
         check_no_gradient(x, weight, out)
-        _check_writable("out", out)
+        if _is_special(out):
+            check_writable("out", out)
         return out.copy_(self.eca(x, weight, circular))
 
     def eca_(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
         """y written over x."""
         check(x, weight, circular)
         check_overwrites(x, weight)
-        _check_writable("x", x)
+        if _is_special(x):
+            check_writable("x", x)
         return x.copy_(self.eca(x, weight, circular))
 
     def pool(self, x: Tensor) -> Tensor:
@@ -237,7 +231,7 @@ class Fused(Way):
     def eca_into(self, x: Tensor, weight: Tensor, circular: bool, out: Tensor) -> Tensor:
         check_no_gradient(x, weight, out)
         if _is_special(out):
-            _check_writable("out", out)
+            check_writable("out", out)
             if out.is_neg():
                 return super().eca_into(x, weight, circular, out)
         try:
@@ -252,7 +246,7 @@ class Fused(Way):
     def eca_(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
         check_overwrites(x, weight)
         if _is_special(x):
-            _check_writable("x", x)
+            check_writable("x", x)
             if x.is_neg():
                 return super().eca_(x, weight, circular)
         try:

@@ -245,6 +245,15 @@ def check_saved(x: Tensor, mean: Tensor, gate: Tensor) -> None:
 # ---- gradients ----
 
 
+def check_writable(name: str, t: Tensor) -> None:
+    """Raise RuntimeError where t was made in inference mode, and this is outside of it."""
+    if t.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} was made in inference mode and cannot be written in place outside of it; "
+            f"call this in torch.inference_mode(), or on {name}.clone()"
+        )
+
+
 def needs_grad(x: Tensor, other: Tensor) -> bool:
     """Whether autograd records what is made of these."""
     return torch.is_grad_enabled() and (x.requires_grad or other.requires_grad)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eca_fused.ops import fakes
-from eca_fused.ops.checks import check_tensor
+from eca_fused.ops.checks import check_tensor, check_writable
 from eca_fused.torch_state import has_tangent
 
 __all__ = ["define", "register"]
@@ -30,11 +30,7 @@ def _check(name: str, target: Tensor, tensors: dict[str, Tensor]) -> None:
             f"{name} shall be written, and is a negated view, which no operator can write; "
             f"write {name}.resolve_neg()"
         )
-    if target.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"{name} was made in inference mode and cannot be written in place outside of it; "
-            f"call this in torch.inference_mode(), or on {name}.clone()"
-        )
+    check_writable(name, target)
     if any(map(has_tangent, tensors.values())):
         raise RuntimeError(
             "this operator has no forward-mode derivative; call eca_fused.eca(), which has one"
