@@ -1,7 +1,7 @@
 # Everything runs in one Python environment: the active one, or else .venv. tools/setup.sh prepares it.
 ENV := $(or $(VIRTUAL_ENV),.venv)
 BIN := $(ENV)/bin
-CPP = $(shell find csrc tests/cpp tests/simt -name "*.h" -o -name "*.cpp" -o -name "*.cu")
+CPP = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 # The tests run in several processes, whose threads together are more than the processors: with the
 # wait policy they do not spin while they wait for each other.
@@ -53,7 +53,7 @@ docs:
 
 mutations:
 	@tools/setup.sh demo test
-	@'$(BIN)/python' tests/mutation_check.py $(ARGS)
+	@PYTHONPATH=tests '$(BIN)/python' -m helpers.mutations $(ARGS)
 
 versions:
 	@tools/versions.sh --write

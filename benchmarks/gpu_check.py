@@ -35,14 +35,10 @@ ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / "build" / "gpu"
 CUDA = Path("/usr/local/cuda/bin")
 
-# Tests that say something of the kernels on any device, in the order of what breaks first.
-COMMON_TESTS = [
-    f"tests/test_{name}.py"
-    for name in (
-        "kernels", "values", "layouts", "gradients", "fuzz", "errors", "layer", "operators", "out",
-        "sensitivity", "transforms", "memory", "mixed_precision", "instruments", "pool_rescale",
-    )
-]  # fmt: skip
+# The tests' own marks say which of them run on any device, and which need a GPU.
+COMMON = ["-m", "any_device and not needs_gpu"]
+COMPILER = "tests/frameworks/test_compile.py"
+CUDA_ALONE = "tests/ops/test_cuda.py"
 RESNET50 = [
     "--layers", "resnet50", "--layout", "contiguous", "channels_last", "--dtype", "bfloat16",
 ]  # fmt: skip
@@ -168,7 +164,7 @@ def profile(out: Path) -> dict[str, Part]:
 
 def all_parts(out: Path) -> dict[str, Part]:
     on_cuda = {"ECA_FUSED_TEST_DEVICE": "cuda"}
-    sample = tests(2, "tests/test_values.py", "-k", "float32 and contiguous and not circular")
+    sample = tests(2, "tests/ops/test_values.py", "-k", "float32 and contiguous and not circular")
     usual_cuda = "not same_bits and not graph and not not_the_current and not 2_to_the_31"
     dry = ["--device", "dry-run"]
     tiny = ["--shape", "2", "16", "6", "6", *dry]
@@ -200,18 +196,16 @@ def all_parts(out: Path) -> dict[str, Part]:
             script("gpu_probe", "small", "--device", "cpu"), last_line,
         ),
         **{name: sanitizer(name) for name in ("memcheck", "racecheck", "initcheck", "synccheck")},
-        "plans": on_gpu(110, 3, "-k", usual_cuda, "tests/test_cuda.py"),
+        "plans": on_gpu(110, 3, "-k", usual_cuda, CUDA_ALONE),
         "graphs": on_gpu(
-            110, 3, "-k", "same_bits or graph or (test_streams and not not_the_current)",
-            "tests/test_cuda.py", "tests/test_streams.py",
+            110, 3, "-m", "needs_gpu",
+            "-k", "same_bits or graph or (test_streams and not not_the_current)",
         ),
-        "common": on_gpu(130, 6, "-k", "not triton", *COMMON_TESTS),
-        "common triton": on_gpu(150, 8, "-k", "triton", *COMMON_TESTS),
-        "compile": on_gpu(150, 8, "tests/test_compile.py"),
-        "large": on_gpu(100, 1, "-k", "2_to_the_31", "tests/test_cuda.py"),
-        "devices": on_gpu(
-            60, 1, "-k", "not_the_current", "tests/test_cuda.py", "tests/test_streams.py"
-        ),
+        "common": on_gpu(130, 6, *COMMON, "-k", "not triton", f"--ignore={COMPILER}"),
+        "common triton": on_gpu(150, 8, *COMMON, "-k", "triton", f"--ignore={COMPILER}"),
+        "compile": on_gpu(150, 8, COMPILER),
+        "large": on_gpu(100, 1, "-k", "2_to_the_31", CUDA_ALONE),
+        "devices": on_gpu(60, 1, "-m", "needs_gpu", "-k", "not_the_current"),
         "bench": bench(
             "bench", 75, *RESNET50, "--batch", "256", "32", "1", "--contender", "native"
         ),

@@ -1,7 +1,7 @@
 """What PyTorch is doing around a call, and every private name of PyTorch that this package uses.
 
-tests/test_versions.py finds private names elsewhere. Each was tried on every version of torch in
-tools/versions.txt; where a name is missing on one of them, what stands in for it is here too.
+tests/repository/test_versions.py finds private names elsewhere. Each was tried on every version of
+torch in tools/versions.txt. Where a version lacks a name, its replacement is here too.
 """
 
 import warnings

@@ -3,33 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from support import DEVICE
-
-# The files whose tests run on ECA_FUSED_TEST_DEVICE. The others are about the CPU, the build, the
-# demonstration or the scripts, which that device does not change.
-ON_ANY_DEVICE = {
-    "test_compile",
-    "test_cuda",
-    "test_errors",
-    "test_fuzz",
-    "test_gradients",
-    "test_instruments",
-    "test_kernels",
-    "test_layer",
-    "test_layouts",
-    "test_memory",
-    "test_mixed_precision",
-    "test_operators",
-    "test_out",
-    "test_pool_rescale",
-    "test_sensitivity",
-    "test_streams",
-    "test_transforms",
-    "test_values",
-}
-
-# These compile something for all of their tests: each stays in one process of pytest-xdist.
-COMPILE_ONCE = {"test_build", "test_cubins", "test_cuda_kernels", "test_simt_runtime"}
+from helpers.cases import DEVICE
 
 if DEVICE != "cpu":
     if DEVICE == "cuda" and not torch.cuda.is_available():
@@ -43,10 +17,8 @@ if DEVICE != "cpu":
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     other = pytest.mark.skip(reason="not about kernels: run it without ECA_FUSED_TEST_DEVICE")
     for item in items:
-        if DEVICE != "cpu" and item.path.stem not in ON_ANY_DEVICE:
+        if DEVICE != "cpu" and not item.get_closest_marker("any_device"):
             item.add_marker(other)
-        if item.path.stem in COMPILE_ONCE:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,6 +1,6 @@
 // Everything that only a GPU has: coordinates, barriers, shuffles, shared memory, bulk copies,
 // atomics, launches. The one file with intrinsics and inline PTX; kernels are plain C++ over it.
-// tests/simt/simt.h offers the same on the host, where the kernels run under sanitizers.
+// tests/gpu_host/simt/simt.h offers the same on the host, where the kernels run under sanitizers.
 #pragma once
 
 #if defined(ECA_HOST_SIMT)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import BACKENDS, LAYOUTS, MODES, make_case, needs_extension, plain
+from helpers.cases import BACKENDS, LAYOUTS, MODES, make_case, needs_extension, plain
 from torch.autograd import gradcheck, gradgradcheck
 
 import eca_fused
@@ -10,7 +10,7 @@ from eca_fused.autograd.derivatives import plain_backward
 from eca_fused.functional import ECAFunction
 from eca_fused.ops import native
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = [pytest.mark.any_device, pytest.mark.parametrize("backend", BACKENDS)]
 
 CASES = [
     {"shape": (2, 5, 3, 2), "k": 3},

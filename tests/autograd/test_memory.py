@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from support import BACKENDS, DEVICE, LAYOUTS, Case, assert_same_sums, make_case, run
+from helpers.cases import BACKENDS, DEVICE, LAYOUTS, VIEWS, Case, assert_same_sums, make_case, run
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 import eca_fused
 from eca_fused.ops.backend import select
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = [pytest.mark.any_device, pytest.mark.parametrize("backend", BACKENDS)]
 
 
 def fused(backend):
@@ -71,14 +71,7 @@ class Kept:
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
 
-VIEWS = {
-    "whole": lambda x: x,
-    "batch slice": lambda x: x[1:],
-    "channel slice": lambda x: x[:, 2:7],
-}
-
-
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", ["whole", "batch slice", "channel slice"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_x_taps_means_and_gates_are_all_that_is_kept(backend, dtype, layout, view):

@@ -7,11 +7,13 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.compiled_autograd
-from support import (
+from helpers.cases import (
     BACKENDS,
     DEVICE,
     DTYPES,
     LAYOUTS,
+    SHAPES,
+    VIEWS,
     Case,
     assert_near,
     in_layout,
@@ -20,9 +22,8 @@ from support import (
     needs_extension,
     normal,
 )
-from test_export import called, needs_onnx, onnx_session
-from test_fuzz import random_case
-from test_kernels import SHAPES
+from helpers.programs import called, needs_onnx, onnx_session
+from helpers.random_views import random_case
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -33,6 +34,8 @@ from eca_fused.functional import choice
 from eca_fused.ops import native
 from eca_fused.ops.backend import select
 from eca_fused.ops.results import output_strides
+
+pytestmark = pytest.mark.any_device
 
 NAMES = [*BACKENDS, "reference"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -449,16 +452,9 @@ class Maps(TorchDispatchMode):
         return result
 
 
-VIEWS = {
-    "whole": lambda x: x,
-    "batch slice": lambda x: x[1:],
-    "channel slice": lambda x: x[:, 2:10],
-}
-
-
 @each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", ["whole", "batch slice", "channel slice"])
 def test_a_step_makes_y_and_dx_and_no_other_map(view, layout, backend):
     case = make_case((3, 12, 20, 20), dtype=torch.bfloat16, layout=layout)
     x, dy = VIEWS[view](case.x).requires_grad_(), VIEWS[view](case.dy)
@@ -601,25 +597,17 @@ def test_the_operators_say_what_was_expected():
 
 # ---- operators ----
 
-OPERATOR_VIEWS = {
-    "whole": lambda t: t,
-    "batch slice": lambda t: t[1:],
-    "channel slice": lambda t: t[:, :5],
-    "transposed": lambda t: t.transpose(-1, -2),
-    "expanded": lambda t: t[:1].expand_as(t),
-}
-
 
 @each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-@pytest.mark.parametrize("view", OPERATOR_VIEWS)
+@pytest.mark.parametrize("view", VIEWS)
 def test_opcheck(view, dtype, layout, backend):
     case = make_case((3, 8, 4, 3), dtype=dtype, layout=layout)
     kernels, x, dy = (
         select(case.x, backend),
-        OPERATOR_VIEWS[view](case.x),
-        OPERATOR_VIEWS[view](case.dy),
+        VIEWS[view](case.x),
+        VIEWS[view](case.dy),
     )
     gate = make_gate(Case(x, case.weight, dy), torch.float32)
     for operator, arguments in (

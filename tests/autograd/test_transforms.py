@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import (
+from helpers.cases import (
     BACKENDS,
     DTYPES,
     LAYOUTS,
@@ -31,6 +31,7 @@ from eca_fused.ops import backend as backend_module
 from eca_fused.ops.backend import select
 
 pytestmark = [
+    pytest.mark.any_device,
     pytest.mark.parametrize("backend", BACKENDS),
     # Of plain PyTorch, which has no rule for the second derivatives of unfold(), and of its
     # forward mode, which compiles decompositions with TorchScript.

@@ -6,34 +6,30 @@ import gc
 import itertools
 import json
 import re
-import sys
 import weakref
-from pathlib import Path
 
+import cases
+import checking
+import cliffs
+import contenders
+import devices
+import gpu_timing
+import harness
+import microbench
+import network
+import options
+import overhead
+import plots
 import pytest
+import report
+import scaling
+import tables
 import torch
-from support import needs_extension
+from helpers.cases import needs_extension
 
 from eca_fused import ECALayer
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import cases  # noqa: E402
-import checking  # noqa: E402
-import cliffs  # noqa: E402
-import contenders  # noqa: E402
-import devices  # noqa: E402
-import gpu_timing  # noqa: E402
-import harness  # noqa: E402
-import microbench  # noqa: E402
-import network  # noqa: E402
-import options  # noqa: E402
-import overhead  # noqa: E402
-import plots  # noqa: E402
-import report  # noqa: E402
-import scaling  # noqa: E402
-import tables  # noqa: E402
+pytestmark = pytest.mark.every_torch
 
 CASE = cases.Case((3, 8, 4, 4), 3, "bfloat16", "channels_last")
 

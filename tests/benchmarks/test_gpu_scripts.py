@@ -1,23 +1,23 @@
 """The scripts for a GPU, without one: the tuner, what a profiler saw, and gpu_check.py."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import gpu_check
+import gpu_probe
 import pytest
-from support import needs_extension
+import tune
+from helpers.cases import needs_extension
+from helpers.processes import ROOT, run_tests
 
 import eca_fused
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import gpu_check  # noqa: E402
-import gpu_probe  # noqa: E402
-import tune  # noqa: E402
+pytestmark = pytest.mark.every_torch
 
 # ---- tuning ----
 
@@ -203,8 +203,16 @@ def test_plans_name_parts_that_exist(tmp_path):
     assert "unknown: nonsense; there are first, second, third, facts" in done.stderr
 
 
-def test_every_test_file_of_the_gpu_check_exists():
-    assert [f for f in gpu_check.COMMON_TESTS if not (ROOT / f).is_file()] == []
+@pytest.mark.parametrize(
+    ("marks", "folders"),
+    [
+        (gpu_check.COMMON, {"ops", "autograd", "frameworks", "modules"}),
+        (["-m", "needs_gpu"], {"ops"}),
+    ],
+)
+def test_the_tests_own_marks_select_them(marks, folders):
+    found = run_tests("--collect-only", *marks)
+    assert set(re.findall(r"^tests/(\w+)/", found, re.M)) == folders
 
 
 @needs_extension

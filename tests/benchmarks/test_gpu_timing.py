@@ -1,17 +1,14 @@
 """What the benchmarks ask of a GPU, of one that is pretended: events, profiler, nvidia-smi."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
-
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import gpu_timing
 import harness
+import pytest
 import tables
+import torch
+
+pytestmark = pytest.mark.every_torch
 
 
 class Clock:

@@ -4,21 +4,15 @@ import copy
 import json
 import math
 import random
-import sys
-from pathlib import Path
 
+import again
+import cases
+import microbench
 import pytest
-from support import needs_extension
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import again  # noqa: E402
-import cases  # noqa: E402
-import microbench  # noqa: E402
-import report  # noqa: E402
-import scaling  # noqa: E402
-import tables  # noqa: E402
+import report
+import scaling
+import tables
+from helpers.cases import needs_extension
 
 RESULTS = report.committed()
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import needs_extension
+from helpers.cases import needs_extension
+from helpers.processes import python
 from torch import Tensor
 
 import eca_fused
@@ -436,7 +437,7 @@ def test_an_interruption() -> None:
         "program.main = lambda argv: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(program.process([]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python(code)
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
@@ -447,7 +448,7 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
         "program.main = lambda argv: torch.ones(2) @ torch.ones(3)\n"
         "sys.exit(program.process([]))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python(code)
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 

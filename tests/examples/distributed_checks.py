@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from eca_fused import ECALayer
 from eca_fused.models import BasicBlock
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from training import processes
 

@@ -17,17 +17,15 @@ except Exception as error:  # a torchvision that does not fit torch fails with a
     reason = f"needs timm, and a torchvision that fits torch: make test ({error})"
     pytest.skip(reason, allow_module_level=True)
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
 
-import timm_train  # noqa: E402
-from timm.data import create_dataset, create_loader  # noqa: E402
-from timm.layers import eca as timm_eca  # noqa: E402
-from timm.loss import LabelSmoothingCrossEntropy  # noqa: E402
-from timm.models import resume_checkpoint  # noqa: E402
-from timm.optim import create_optimizer_v2  # noqa: E402
-from timm.scheduler import create_scheduler_v2  # noqa: E402
-from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, accuracy  # noqa: E402
+import timm_train
+from timm.data import create_dataset, create_loader
+from timm.layers import eca as timm_eca
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.models import resume_checkpoint
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, accuracy
 
 # One block in each stage, and a quarter of the channels.
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,16 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+import train
+from helpers.processes import ROOT
 from torch import nn
+from training import digits, loop, options, processes
 
 from eca_fused import ECALayer
 from eca_fused.models import BasicBlock, ResNet, set_fused
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import train  # noqa: E402
-from training import digits, loop, options, processes  # noqa: E402
 
 # Two epochs of four steps, with checkpoints after 3, 4, 6 and 8.
 SMALL = ["--layers", "1", "1", "1", "1", "--samples", "64", "--batch-size", "16"]
@@ -179,7 +176,7 @@ def test_the_weights_have_the_accuracy_that_is_stated(alone: Path) -> None:
 @pytest.mark.parametrize("place", ["0:step:5", "0:write:6"])
 def test_killed_and_resumed_alone(alone: Path, tmp_path: Path, place: str) -> None:
     output = ["--output", str(tmp_path)]
-    done = child(str(ROOT / "tests" / "killed_train.py"), place, *TINY, *output)
+    done = child(str(ROOT / "tests" / "examples" / "killed_train.py"), place, *TINY, *output)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "checkpoints" / "step-00000004").is_dir()
     here(tmp_path, "--resume")
@@ -191,7 +188,7 @@ def test_killed_and_resumed_alone(alone: Path, tmp_path: Path, place: str) -> No
 def test_one_of_two_processes_killed(ddp: Path, tmp_path: Path, parallel: str) -> None:
     """FSDP has the bits of DDP, as there is just one order in which to add two gradients."""
     arguments = [*TINY, "--output", str(tmp_path), "--parallel", parallel, "--resume"]
-    script = str(ROOT / "tests" / "killed_train.py")
+    script = str(ROOT / "tests" / "examples" / "killed_train.py")
     done = two_processes(script, "1:step:5", *arguments, restarts=1)
     assert done.returncode == 0, done.stderr
     assert "Going on after step 4 of 8" in done.stderr
@@ -271,7 +268,7 @@ def test_fsdp_in_bfloat16_and_channels_last(ddp: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(
     torch.cuda.device_count() < 2,
-    reason="needs two CUDA devices, for NCCL: run tests/test_train.py where there are two",
+    reason="needs two CUDA devices, for NCCL: run this file where there are two",
 )
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_gpus_begin_as_two_cpus(ddp: Path, tmp_path: Path, parallel: str) -> None:
@@ -294,7 +291,7 @@ def test_two_gpus_begin_as_two_cpus(ddp: Path, tmp_path: Path, parallel: str) ->
 
 
 def test_gradients_over_two_processes_are_those_of_the_whole_batch() -> None:
-    done = two_processes(str(ROOT / "tests" / "distributed_checks.py"))
+    done = two_processes(str(ROOT / "tests" / "examples" / "distributed_checks.py"))
     assert done.returncode == 0, done.stderr
     expected = ["ddp", "static_graph", "gradient_as_bucket_view", "find_unused_parameters", "fsdp"]
     expected += ["ddp, compiled, channels_last", "fsdp, compiled, channels_last"]

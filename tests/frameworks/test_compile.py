@@ -2,16 +2,15 @@
 
 import contextlib
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
-from support import (
+from helpers.cases import (
     DEVICE,
     DTYPES,
     LAYOUTS,
     MODES,
+    VIEWS,
     Case,
     assert_as_accurate,
     make_case,
@@ -19,6 +18,7 @@ from support import (
     needs_extension,
     run,
 )
+from helpers.processes import python
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -27,12 +27,7 @@ from eca_fused import ECALayer
 from eca_fused.functional.ways import ForTheCompiler
 from eca_fused.ops import graph, native
 
-VIEWS = {
-    "batch slice": lambda t: t[1:],
-    "channel slice": lambda t: t[:, :5],
-    "spatial slice": lambda t: t[..., 1:3],
-    "expanded": lambda t: t[:1].expand_as(t),
-}
+pytestmark = pytest.mark.any_device
 
 
 # What the compiler is given by "auto" is not always the kernels.
@@ -228,7 +223,7 @@ for _ in range(3):
     function(torch.ones(2, 8, 4, 4))
 print(counter.frame_count)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python(code)
     assert done.stdout.strip() == "1", done.stdout + done.stderr
 
 

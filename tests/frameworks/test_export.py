@@ -4,13 +4,14 @@ A program that holds the compiled operator is loaded where `import eca_fused` ha
 made with fused=False is loaded without.
 """
 
-import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
-from support import LAYOUTS, MODES, assert_as_accurate, make_case, name_of, needs_extension
+from helpers.cases import LAYOUTS, MODES, assert_as_accurate, make_case, name_of, needs_extension
+from helpers.processes import python
+from helpers.programs import called, needs_onnx, onnx_session
 from torch import nn
 
 import eca_fused
@@ -19,31 +20,13 @@ from eca_fused.attention import ECANS, SE
 from eca_fused.models import BasicBlock, ResNet
 from eca_fused.ops import native
 
-try:
-    import onnxruntime
-    import onnxscript  # noqa: F401  # torch.onnx.export needs it
-except ImportError:
-    onnxruntime = None
-needs_onnx = pytest.mark.skipif(
-    onnxruntime is None, reason="needs onnx, onnxscript and onnxruntime: make test"
-)
+pytestmark = pytest.mark.every_torch
+
 no_torchscript = pytest.mark.skipif(
     sys.version_info >= (3, 14), reason="TorchScript needs Python 3.13 or older"
 )
 BACKENDS = ["auto", "reference"] + ["native"] * (native.missing is None)
 operators = torch.ops.eca_fused
-
-
-def python(code, *arguments):
-    """Run code in a fresh process."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def called(graph_module):
-    """The operators that a graph and the graphs inside it call."""
-    modules = [m for m in graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
-    return {n.target for m in modules for n in m.graph.nodes if n.op == "call_function"}
 
 
 def exported(layer, x, strict=False):
@@ -368,15 +351,6 @@ print("same")
 # ---- ONNX ----
 
 
-def onnx_session(program):
-    """An inference session, once the graph is known to have standard operators alone."""
-    model = program.model_proto
-    assert {node.domain for node in model.graph.node} <= {"", "ai.onnx"}
-    assert not model.functions
-    assert [o.domain for o in model.opset_import if o.domain not in ("", "ai.onnx")] == []
-    return onnxruntime.InferenceSession(model.SerializeToString())
-
-
 @needs_onnx
 @pytest.mark.parametrize("padding_mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
@@ -438,6 +412,7 @@ def test_onnx_by_a_trace(form, tmp_path):
         want = module(x.clone())
         path = tmp_path / "traced.onnx"
         torch.onnx.export(module, (x.clone(),), str(path), dynamo=False)
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: make test")
     session = onnxruntime.InferenceSession(str(path))
     (y, *_) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), want, rtol=1e-5, atol=1e-5)

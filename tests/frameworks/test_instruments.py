@@ -1,18 +1,18 @@
 """What PyTorch's instruments say of the operators: the counter of FLOPs, the profiler."""
 
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from support import BACKENDS, DEVICE, MODES, make_case, needs_extension
+from helpers.cases import BACKENDS, DEVICE, MODES, make_case, needs_extension
+from helpers.processes import python
 from torch.utils.flop_counter import FlopCounterMode
 
 import eca_fused
 from eca_fused.ops import native
 from eca_fused.ops.backend import select
+
+pytestmark = pytest.mark.any_device
 
 SHAPE, K = (3, 40, 5, 4), 5
 CONVOLUTION = 2 * 3 * 40 * 5  # multiplications and additions, over samples, channels and taps
@@ -84,7 +84,7 @@ with FlopCounterMode(display=False) as counter:
     eca_fused.eca(torch.randn(2, 8, 4, 4), torch.randn(1, 1, 3), backend="native")
 assert counter.get_total_flops() == 2 * 2 * 8 * 3, counter.get_flop_counts()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python(code)
     assert done.returncode == 0, done.stderr
 
 
@@ -93,8 +93,7 @@ def test_importing_does_not_import_the_counter_or_triton():
     code = (
         "import sys, eca_fused; print(*({'torch.utils.flop_counter', 'triton'} & {*sys.modules}))"
     )
-    env = {name: value for name, value in os.environ.items() if name != "ECA_FUSED_BACKEND"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    done = python(code, without=("ECA_FUSED_BACKEND",))
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from support import (
+from helpers.cases import (
     BACKENDS,
     DEVICE,
     DTYPES,
@@ -26,7 +26,7 @@ from eca_fused import ECALayer
 
 HALVES = [torch.bfloat16, torch.float16]
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = [pytest.mark.any_device, pytest.mark.parametrize("backend", BACKENDS)]
 
 
 def fused(backend):

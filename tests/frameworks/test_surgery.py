@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from support import LAYOUTS, make_case, needs_extension
+from helpers.cases import LAYOUTS, make_case, needs_extension
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import optimization
@@ -15,6 +15,8 @@ from torch.nn.utils import fusion, parametrize
 import eca_fused
 from eca_fused import ECALayer, attention
 from eca_fused.models import Bottleneck, ResNet
+
+pytestmark = pytest.mark.every_torch
 
 try:
     from timm.layers import EcaModule

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from support import needs_extension
+from helpers.cases import needs_extension
 
 from eca_fused.ops import native
 
@@ -55,6 +55,8 @@ def built_for(architecture: str) -> bool:
 
 
 pytestmark = [
+    pytest.mark.every_torch,
+    pytest.mark.xdist_group("cubins"),
     needs_extension,
     pytest.mark.skipif("cuda" not in native.devices, reason="needs CUDA kernels: install nvcc"),
     pytest.mark.skipif(tool() is None, reason="needs cuobjdump: pip install triton"),

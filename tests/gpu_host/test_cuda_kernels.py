@@ -1,8 +1,8 @@
 """The CUDA kernels' own source, run on the CPU thread by thread, against the float64 reference.
 
-tests/simt plays the GPU: a program under AddressSanitizer and UndefinedBehaviorSanitizer that ends
-at an access out of bounds, a race, a barrier that not all threads reach, a read of what was never
-written or has not arrived. Outputs and shared memory start as NaN.
+gpu_host/simt plays the GPU, in a program under AddressSanitizer and UndefinedBehaviorSanitizer.
+The program ends at an access out of bounds, a race, a barrier that not all threads reach, or a read
+of what was never written or has not arrived. Outputs and shared memory start as NaN.
 """
 
 import itertools
@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from host_gpu import A100, H200, SANITIZED, Fault, Forced, HostGpu, Refused, missing
-from support import (
+from helpers.cases import (
     DTYPES,
     LAYOUTS,
     MODES,
@@ -22,9 +21,23 @@ from support import (
     name_of,
     plain,
 )
-from support import run as run_plainly
+from helpers.cases import run as run_plainly
+from helpers.gpu_host import (
+    A100,
+    H200,
+    SANITIZED,
+    Fault,
+    Forced,
+    HostGpu,
+    Refused,
+    check_apart,
+    missing,
+)
 
-pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
+pytestmark = [
+    pytest.mark.xdist_group("cuda_kernels"),
+    pytest.mark.skipif(missing is not None, reason=str(missing)),
+]
 
 # A GPU so small that plans for the tests' small maps have tiles, halos and groups.
 TINY = H200 | {"multiprocessors": 4, "shared_per_block": 9 << 10, "l2": 8 << 10}
@@ -497,30 +510,3 @@ def test_sums_and_rescaling_apart(gpu, dtype, layout, of, shape):
 def test_slices_apart(gpu, dtype, layout, name, pixels):
     whole = make_case((4, 64, pixels), dtype=dtype, layout=layout)
     check_apart(gpu, SLICES[name](whole.x), SLICES[name](whole.dy), layout, TINY)
-
-
-def check_apart(gpu, x, dy, layout, of):
-    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
-    generator = torch.Generator().manual_seed(3)
-    gate, shift = (
-        torch.randn(x.shape[:2], generator=generator, dtype=accumulator) for _ in range(2)
-    )
-    how = {"channels_last": layout != "contiguous", "gpu": of}
-    v, g, a = x.double(), dy.double(), gate.double()[..., None]
-
-    def near(name, got, want, terms, dtype):
-        assert_near(name, got, want, terms, dtype, accumulator)
-
-    mean, _ = gpu.reduce(x, **how).tensors
-    near("mean", mean, v.mean(2), v.abs().mean(2), accumulator)
-    products = (v * g).abs().sum(2)
-    dgate, dx = gpu.reduce(x, dy, gate, **how).tensors
-    near("dgate", dgate, (v * g).sum(2), products, accumulator)
-    near("dx", dx, a * g, a * g, x.dtype)
-    alone, unwritten = gpu.reduce(x, dy, **how).tensors
-    near("dgate alone", alone, (v * g).sum(2), products, accumulator)
-    assert unwritten.isnan().all()
-    near("y", gpu.scale(x, gate, **how).tensors[0], a * v, a * v, x.dtype)
-    b = shift.double()[..., None]
-    terms = (a * v).abs() + b.abs()
-    near("shifted", gpu.scale(x, gate, shift, **how).tensors[0], a * v + b, terms, x.dtype)

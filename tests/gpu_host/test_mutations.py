@@ -1,11 +1,12 @@
-"""The faults that show in results alone: what mutation_check.py finds of them, in every test run.
+"""Deliberate faults in the CUDA kernels that only results show: helpers/mutations.py finds them.
 
-The others are shown by test_simt_runtime.py, and `make mutations` goes through all.
+test_simt_runtime.py shows the other kinds, and `make mutations` goes through all.
 """
 
 import pytest
-from host_gpu import ROOT, missing
-from mutation_check import MUTATIONS, verdict
+from helpers.gpu_host import missing
+from helpers.mutations import MUTATIONS, verdict
+from helpers.processes import ROOT
 
 IN_RESULTS = {
     "halo one channel too short": "wrong result: y: error",

@@ -5,18 +5,19 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import ROOT
 
-ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "tests/gpu_host/simt"
 COMPILER = os.environ.get("CXX", "g++")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
-pytestmark = pytest.mark.skipif(
-    shutil.which(COMPILER) is None, reason=f"needs a C++ compiler: {COMPILER}"
-)
+pytestmark = [
+    pytest.mark.xdist_group("simt_runtime"),
+    pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler: {COMPILER}"),
+]
 
 RUNTIME, ASAN, WRONG, REFUSED = 3, 1, 4, 5  # exit statuses: who has noticed
 
@@ -74,7 +75,14 @@ def programs(tmp_path_factory):
     common = [COMPILER, "-std=c++17", "-DECA_HOST_SIMT", "-Wall", "-Wextra", "-Werror"]
 
     def compile_one(source, target, *flags):
-        command = [*common, *flags, "-c", ROOT / "tests/simt" / source, "-o", folder / target]
+        command = [
+            *common,
+            *flags,
+            "-c",
+            SOURCES / source,
+            "-o",
+            folder / target,
+        ]
         subprocess.run(command, check=True)
 
     checked, fast = ["-O1", *SANITIZERS], ["-O2"]

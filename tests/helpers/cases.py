@@ -33,6 +33,41 @@ LAYOUTS = ["contiguous", "channels_last"]
 IN_REGISTERS = ("rows", "runs", "columns", "kept", "stream")  # strategies of the CUDA kernels
 MODES = ["zeros", "circular"]
 
+# 0 to 3 spatial dimensions; one pixel; planes below, at and above a vector, a row, a tile; channels
+# below and above k; one channel; one sample; sizes that no vector length divides.
+SHAPES = [
+    (2, 8),
+    (3, 1),
+    (2, 9, 5),
+    (1, 1, 1, 1),
+    (2, 70, 1, 1),
+    (3, 6, 2, 2),
+    (2, 33, 7, 7),
+    (2, 5, 16, 16),
+    (1, 3, 31, 33),
+    (2, 130, 3, 5),
+    (2, 4, 3, 4, 5),
+    (1, 2, 70, 71),
+]
+# Views of maps of five samples and 12 channels that kernels read in place.
+READ_IN_PLACE = {
+    "a batch slice": lambda t: t[1:3],
+    "every second sample": lambda t: t[::2],
+    "the first channels": lambda t: t[:, :6],
+    "later channels": lambda t: t[:, 3:10],
+    "later channels of later samples": lambda t: t[2:, 5:],
+    "one sample": lambda t: t[3:4, 2:],
+}
+# Views of maps of eight channels or more, some of which have to be copied.
+VIEWS = {
+    "whole": lambda t: t,
+    "batch slice": lambda t: t[1:],
+    "channel slice": lambda t: t[:, 2:7],
+    "spatial slice": lambda t: t[..., 1:3],
+    "transposed": lambda t: t.transpose(-1, -2),
+    "expanded": lambda t: t[:1].expand_as(t),
+}
+
 
 def name_of(value: object) -> str | None:
     """A short test id for what pytest would number."""

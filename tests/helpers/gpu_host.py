@@ -1,4 +1,4 @@
-"""Runs the CUDA kernels' own source on the CPU: builds tests/simt and talks to its runner."""
+"""Runs the CUDA kernels' own source on the CPU: builds gpu_host/simt and talks to its runner."""
 
 import json
 import os
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.cases import assert_near
+from helpers.processes import ROOT
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "g++")
 missing = None if shutil.which(COMPILER) else f"needs a C++ compiler: {COMPILER}"
 
@@ -43,7 +44,7 @@ class Refused(Exception):
     """The kernels cannot run the forced plan."""
 
 
-# The letters of csrc/plan.h, in which tests/simt/runner.cpp reads a forced plan.
+# The letters of csrc/plan.h, in which tests/gpu_host/simt/runner.cpp reads a forced plan.
 LETTERS = {
     "rows": "R", "runs": "F", "columns": "P", "kept": "K", "stream": "S", "tile": "A",
     "two_pass": "C",
@@ -128,12 +129,13 @@ class HostGpu:
         self.build()
 
     def build(self) -> None:
-        common = ["-std=c++17", "-DECA_HOST_SIMT", f"-I{self.sources / 'tests/simt'}"]
+        common = ["-std=c++17", "-DECA_HOST_SIMT", f"-I{self.sources / 'tests/gpu_host/simt'}"]
         common += [*self.flags.split(), "-Wno-unknown-pragmas"]
         names = [f"{dtype}.cu" for dtype in self.dtypes] + ["cuda.cu"]
         sources = [self.sources / "csrc/cuda" / name for name in names]
         sources += [self.sources / "csrc/plan.cpp"]
-        sources += [self.sources / "tests/simt" / name for name in ("runtime.cpp", "runner.cpp")]
+        host = self.sources / "tests/gpu_host/simt"
+        sources += [host / "runtime.cpp", host / "runner.cpp"]
         self.folder.mkdir(parents=True, exist_ok=True)
         sources.append(self.absent())
 
@@ -360,3 +362,30 @@ class HostGpu:
             resident=0, count=False,
         )  # fmt: skip
         return Outcome((in_shape(self._tensor(out.memory), out, x, channels_last),), plan)
+
+
+def check_apart(gpu, x, dy, layout, of):
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    generator = torch.Generator().manual_seed(3)
+    gate, shift = (
+        torch.randn(x.shape[:2], generator=generator, dtype=accumulator) for _ in range(2)
+    )
+    how = {"channels_last": layout != "contiguous", "gpu": of}
+    v, g, a = x.double(), dy.double(), gate.double()[..., None]
+
+    def near(name, got, want, terms, dtype):
+        assert_near(name, got, want, terms, dtype, accumulator)
+
+    mean, _ = gpu.reduce(x, **how).tensors
+    near("mean", mean, v.mean(2), v.abs().mean(2), accumulator)
+    products = (v * g).abs().sum(2)
+    dgate, dx = gpu.reduce(x, dy, gate, **how).tensors
+    near("dgate", dgate, (v * g).sum(2), products, accumulator)
+    near("dx", dx, a * g, a * g, x.dtype)
+    alone, unwritten = gpu.reduce(x, dy, **how).tensors
+    near("dgate alone", alone, (v * g).sum(2), products, accumulator)
+    assert unwritten.isnan().all()
+    near("y", gpu.scale(x, gate, **how).tensors[0], a * v, a * v, x.dtype)
+    b = shift.double()[..., None]
+    terms = (a * v).abs() + b.abs()
+    near("shifted", gpu.scale(x, gate, shift, **how).tensors[0], a * v + b, terms, x.dtype)

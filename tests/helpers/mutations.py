@@ -1,10 +1,10 @@
 """Deliberate faults in the CUDA kernels, each of which the tests must find.
 
-    python tests/mutation_check.py [NAME...]     all of them, or those whose name contains NAME
+    PYTHONPATH=tests python -m helpers.mutations [NAME...]    # all, or those with NAME in theirs
 
-Each fault is written into a copy of the sources, which is built for the host and put through a
-quick version of tests/test_cuda_kernels.py. Not part of the test suite: every fault needs a build,
-six minutes in all on two cores.
+Each fault is written into a copy of the sources. The copy is built for the host and put through a
+quick version of gpu_host/test_cuda_kernels.py. This is not part of the test suite, as every fault
+needs a build: six minutes in all on two cores.
 """
 
 import shutil
@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from host_gpu import A100, H200, ROOT, SANITIZED, Fault, Forced, HostGpu, Refused
-from support import LAYOUTS, MODES, assert_as_accurate, make_case
-from test_cuda_kernels import check_apart
+from helpers.cases import LAYOUTS, MODES, assert_as_accurate, make_case
+from helpers.gpu_host import A100, H200, SANITIZED, Fault, Forced, HostGpu, Refused, check_apart
+from helpers.processes import ROOT
 
 
 @dataclass
@@ -285,7 +285,7 @@ def check(gpu: HostGpu) -> None:
 def verdict(mutation: Mutation | None, folder: Path) -> str:
     """What found the mutation, "" if nothing did."""
     sources = folder / "sources"
-    for part in ("csrc", "tests/simt"):
+    for part in ("csrc", "tests/gpu_host/simt"):
         shutil.copytree(ROOT / part, sources / part)
     if mutation:
         target = sources / "csrc" / mutation.file

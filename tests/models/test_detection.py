@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import detect
 import pytest
 import torch
-from support import needs_extension
+from detecting import scenes
+from helpers.cases import needs_extension
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,12 +20,6 @@ from eca_fused import attention
 from eca_fused.cli.common.photographs import Photograph
 from eca_fused.cli.tables.count import count_parameters
 from eca_fused.models import resnet, set_fused
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-
-import detect  # noqa: E402
-from detecting import scenes  # noqa: E402
 
 try:
     from eca_fused.models import detection

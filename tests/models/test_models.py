@@ -8,6 +8,8 @@ import torch
 from eca_fused import ECALayer, models
 from eca_fused.models import BasicBlock, Bottleneck, ResNet, eca_resnet50, set_fused
 
+pytestmark = pytest.mark.every_torch
+
 
 def kernel_sizes(model: torch.nn.Module) -> list[list[int]]:
     """k of every ECA layer, a list for each stage."""

@@ -4,10 +4,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import BACKENDS, DEVICE, DTYPES, Case, assert_as_accurate, make_case, name_of, run
+from helpers.cases import (
+    BACKENDS,
+    DEVICE,
+    DTYPES,
+    Case,
+    assert_as_accurate,
+    make_case,
+    name_of,
+    run,
+)
 from torch import Tensor, nn
 
 from eca_fused import ECALayer, attention
+
+pytestmark = pytest.mark.every_torch
 
 try:
     from timm.layers import eca as timm_eca

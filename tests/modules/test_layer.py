@@ -5,11 +5,13 @@ import pickle
 
 import pytest
 import torch
-from support import BACKENDS, make_case
+from helpers.cases import BACKENDS, make_case
 from torch import nn
 
 import eca_fused
 from eca_fused import ECALayer, kernel_size
+
+pytestmark = pytest.mark.any_device
 
 try:
     from timm.layers import eca as timm_eca

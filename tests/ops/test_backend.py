@@ -1,24 +1,17 @@
 """Choice of the backend, and what is said where it is not the expected one."""
 
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
-from support import needs_extension
+from helpers.cases import needs_extension
+from helpers.processes import python
 
 import eca_fused
 from eca_fused.ops import backend as backend_module
 from eca_fused.ops import native
 
-
-def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh process."""
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True
-    )
+pytestmark = pytest.mark.every_torch
 
 
 # A finder that makes `import eca_fused._C` fail, as where it was never built or does not fit.

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import (
+from helpers.cases import (
     DTYPES,
     IN_REGISTERS,
     LAYOUTS,
@@ -34,7 +34,11 @@ elif not torch.cuda.is_available():
     reason = "needs a GPU: benchmarks/gpu_check.py on a machine that has one"
 else:
     reason = ""
-pytestmark = pytest.mark.skipif(bool(reason), reason=reason)
+pytestmark = [
+    pytest.mark.any_device,
+    pytest.mark.needs_gpu,
+    pytest.mark.skipif(bool(reason), reason=reason),
+]
 
 ops = torch.ops.eca_fused
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from support import BACKENDS, DEVICE, needs_extension
+from helpers.cases import BACKENDS, DEVICE, needs_extension
 
 import eca_fused
+
+pytestmark = pytest.mark.any_device
 
 NAMES = [*BACKENDS, "reference", "auto"]
 no_triton = pytest.mark.skipif("triton" in BACKENDS, reason="needs a device without Triton")

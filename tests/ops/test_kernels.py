@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from support import (
+from helpers.cases import (
     BACKENDS,
     DEVICE,
     DTYPES,
     LAYOUTS,
     MODES,
+    SHAPES,
     assert_as_accurate,
     assert_near,
     make_case,
@@ -18,24 +19,7 @@ from support import (
 
 import eca_fused
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
-
-# 0 to 3 spatial dimensions; one pixel; planes below, at and above a vector, a row, a tile; channels
-# below and above k; one channel; one sample; sizes that no vector length divides.
-SHAPES = [
-    (2, 8),
-    (3, 1),
-    (2, 9, 5),
-    (1, 1, 1, 1),
-    (2, 70, 1, 1),
-    (3, 6, 2, 2),
-    (2, 33, 7, 7),
-    (2, 5, 16, 16),
-    (1, 3, 31, 33),
-    (2, 130, 3, 5),
-    (2, 4, 3, 4, 5),
-    (1, 2, 70, 71),
-]
+pytestmark = [pytest.mark.any_device, pytest.mark.parametrize("backend", BACKENDS)]
 
 
 def check(backend, case):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from support import (
+from helpers.cases import (
     BACKENDS,
     DEVICE,
     DTYPES,
     LAYOUTS,
+    READ_IN_PLACE,
     Case,
     assert_as_accurate,
     assert_same_sums,
@@ -21,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 import eca_fused
 from eca_fused.ops.results import output_strides
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = [pytest.mark.any_device, pytest.mark.parametrize("backend", BACKENDS)]
 
 
 def result(case, backend):
@@ -49,16 +50,6 @@ def test_result_and_gradient_keep_the_memory_format(backend, shape, memory_forma
     assert y.is_contiguous(memory_format=memory_format)
 
 
-VIEWS = {
-    "a batch slice": lambda t: t[1:3],
-    "every second sample": lambda t: t[::2],
-    "the first channels": lambda t: t[:, :6],
-    "later channels": lambda t: t[:, 3:10],
-    "later channels of later samples": lambda t: t[2:, 5:],
-    "one sample": lambda t: t[3:4, 2:],
-}
-
-
 def copies(function, *tensors) -> list[str]:
     """Names of the operators that copy or allocate a whole map while the function runs."""
     with profile(activities=[ProfilerActivity.CPU]) as trace:
@@ -71,10 +62,10 @@ def copies(function, *tensors) -> list[str]:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", READ_IN_PLACE)
 def test_views_with_dense_samples_are_read_in_place(backend, view, layout):
     whole = make_case((5, 12, 6, 7), layout=layout)
-    x, dy = VIEWS[view](whole.x), VIEWS[view](whole.dy)
+    x, dy = READ_IN_PLACE[view](whole.x), READ_IN_PLACE[view](whole.dy)
     assert_as_accurate(result(Case(x, whole.weight, dy), backend), Case(x, whole.weight, dy))
     weight = whole.weight.clone().requires_grad_()
 

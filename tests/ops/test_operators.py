@@ -1,29 +1,25 @@
 """torch.ops.eca_fused.*: schemas, fakes and strides by opcheck; a layer under torch.compile."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from support import DEVICE, DTYPES, LAYOUTS, in_layout, make_case, name_of, needs_extension
+from helpers.cases import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    VIEWS,
+    in_layout,
+    make_case,
+    name_of,
+    needs_extension,
+)
+from helpers.processes import python, run_tests
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import eca_fused
 from eca_fused.ops import native
 
-pytestmark = needs_extension
+pytestmark = [pytest.mark.any_device, needs_extension]
 ops = torch.ops.eca_fused
-
-VIEWS = {
-    "whole": lambda t: t,
-    "batch slice": lambda t: t[1:],
-    "channel slice": lambda t: t[:, :5],
-    "spatial slice": lambda t: t[..., 1:3],
-    "transposed": lambda t: t.transpose(-1, -2),
-    "expanded": lambda t: t[:1].expand_as(t),
-}
 
 
 def check_in_place(x, weight, circular=False):
@@ -118,22 +114,10 @@ def test_kernels_for_other_processors(capability):
     known = ["baseline", "avx2", "avx512"]
     if known.index(capability) >= known.index(here):
         pytest.skip(f"needs a processor with more than {capability}; this one has {here}")
-    code = (
-        "import sys, pytest\n"
-        "from eca_fused.ops import native\n"
-        f"assert '({capability})' in native.description, native.description\n"
-        "tests = ['test_kernels.py', 'test_values.py']\n"
-        "sys.exit(pytest.main(['-q', '-x', '-p', 'no:cacheprovider', *tests]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "ECA_FUSED_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    env = {"ECA_FUSED_CPU_CAPABILITY": capability}
+    code = "from eca_fused.ops import native; print(native.description)"
+    assert f"({capability})" in python(code, **env).stdout
+    run_tests("-x", "tests/ops/test_kernels.py", "tests/ops/test_values.py", **env)
 
 
 def calls():

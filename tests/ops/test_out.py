@@ -5,12 +5,13 @@ import re
 
 import pytest
 import torch
-from support import (
+from helpers.cases import (
     BACKENDS,
     DEVICE,
     DTYPES,
     LAYOUTS,
     MODES,
+    VIEWS,
     assert_near,
     in_layout,
     make_case,
@@ -20,6 +21,8 @@ from support import (
 
 import eca_fused
 from eca_fused import reference
+
+pytestmark = pytest.mark.any_device
 
 NAMES = [*BACKENDS, "reference"]
 SHAPE = (3, 8, 4, 5)
@@ -51,13 +54,6 @@ PARTS = {
     "rows": (larger(2), lambda t: t[:, :, 3:]),
     "columns": (larger(3), lambda t: t[..., :-3]),
     "transposed": ((3, 8, 5, 4), lambda t: t.transpose(2, 3)),
-}
-VIEWS = {
-    "batch slice": lambda t: t[1:],
-    "channel slice": lambda t: t[:, :5],
-    "spatial slice": lambda t: t[..., 1:3],
-    "transposed": lambda t: t.transpose(-1, -2),
-    "expanded": lambda t: t[:1].expand_as(t),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DTYPES, IN_REGISTERS, LAYOUTS, grid, name_of, needs_extension
+from helpers.cases import DTYPES, IN_REGISTERS, LAYOUTS, grid, name_of, needs_extension
 
 import eca_fused
 from eca_fused import kernel_size
@@ -20,7 +20,7 @@ from eca_fused.cli import plan as plan_command
 from eca_fused.ops import cuda_plan as planning
 from eca_fused.ops import native
 
-pytestmark = needs_extension
+pytestmark = [pytest.mark.every_torch, needs_extension]
 
 if native.missing is None:
     from eca_fused import _C

@@ -4,11 +4,10 @@ import os
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from helpers.processes import ROOT
 
-ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "g++")
 
 
@@ -17,7 +16,7 @@ def test_exact_buffers(tmp_path):
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     flags += ["-Wno-psabi", "-Wno-ignored-attributes"]
     kernels = sorted((ROOT / "csrc/cpu").glob("isa_*.cpp"))
-    sources = [ROOT / "tests/cpp/exact_buffers.cpp", *kernels]
+    sources = [ROOT / "tests/ops/exact_buffers.cpp", *kernels]
     objects = [tmp_path / f"{source.stem}.o" for source in sources]
 
     def compile_one(source, target):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from support import Case, assert_as_accurate, make_case, needs_extension, run
+from helpers.cases import Case, assert_as_accurate, make_case, needs_extension, run
 
 from eca_fused.functional import ECAFunction
 from eca_fused.ops import native
 
-pytestmark = needs_extension
+pytestmark = [pytest.mark.any_device, needs_extension]
 
 
 class Broken:

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from support import LAYOUTS, Case, Results, make_case, run
+from helpers.cases import LAYOUTS, Case, Results, make_case, run
 from torch import Tensor, nn
 
 import eca_fused
@@ -22,6 +22,8 @@ elif not BACKENDS:
 else:
     reason = ""
 pytestmark = [
+    pytest.mark.any_device,
+    pytest.mark.needs_gpu,
     pytest.mark.skipif(bool(reason), reason=reason),
     pytest.mark.parametrize("backend", BACKENDS or ["native"]),
 ]

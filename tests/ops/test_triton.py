@@ -1,20 +1,20 @@
 """The Triton backend without a GPU: its choice, its plan, tracing, code for three architectures,
 and the common suite in Triton's interpreter."""
 
+import functools
 import os
-import subprocess
-import sys
 import types
 import warnings
-from pathlib import Path
 
 import pytest
-import test_layouts
 import torch
-from support import LAYOUTS, in_layout, name_of
+from helpers.cases import LAYOUTS, READ_IN_PLACE, in_layout, name_of
+from helpers.processes import python, run_tests
 
 from eca_fused.ops import backend as backend_module
 from eca_fused.ops import native
+
+pytestmark = pytest.mark.every_torch
 
 pytest.importorskip("triton", reason="needs Triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -24,21 +24,15 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles noth
 GPU = types.SimpleNamespace(device=torch.device("cuda", 0), is_cpu=False)
 
 
-def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh process, without the settings of this one."""
-    settings = ("ECA_FUSED_BACKEND", "TRITON_INTERPRET")
-    clean = {name: value for name, value in os.environ.items() if name not in settings}
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**clean, **env}, capture_output=True, text=True
-    )
-
+# The settings of the run that this is are not those of the processes.
+fresh = functools.partial(python, without=("ECA_FUSED_BACKEND", "TRITON_INTERPRET"))
 
 # ---- choice ----
 
 
 @pytest.mark.parametrize("error", ["ImportError('no triton')", "OSError('undefined symbol')"])
 def test_a_missing_triton_is_reported(error):
-    done = python(
+    done = fresh(
         f"""
 import sys, torch
 class Finder:
@@ -64,7 +58,7 @@ except RuntimeError as refused:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
 def test_a_missing_driver_is_reported():
-    done = python("import eca_fused; print(eca_fused.backends()['triton'])")
+    done = fresh("import eca_fused; print(eca_fused.backends()['triton'])")
     assert done.stdout.startswith("not usable: Triton finds no driver of a GPU ("), done.stderr
 
 
@@ -78,7 +72,7 @@ def test_the_interpreter_makes_it_usable_on_the_cpu():
         "from eca_fused.ops.backend import select\n"
         "print(select(x, 'auto').name, eca_fused.backends()['triton'])"
     )
-    done = python(code, TRITON_INTERPRET="1", ECA_FUSED_BACKEND="triton")
+    done = fresh(code, TRITON_INTERPRET="1", ECA_FUSED_BACKEND="triton")
     assert done.stdout.startswith("triton usable: its interpreter"), done.stderr
 
 
@@ -187,11 +181,11 @@ def test_large_planes_take_two_passes():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("view", test_layouts.VIEWS)
+@pytest.mark.parametrize("view", READ_IN_PLACE)
 def test_views_are_read_in_place(view, layout):
     from eca_fused.ops.triton.maps import in_planes, readable, rows
 
-    x = test_layouts.VIEWS[view](in_layout(torch.randn(5, 12, 6, 7), layout))
+    x = READ_IN_PLACE[view](in_layout(torch.randn(5, 12, 6, 7), layout))
     planes = in_planes(x)
     assert planes == (layout == "contiguous")
     assert readable(x, planes) is x
@@ -244,7 +238,7 @@ SHAPES = [
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize(("shape", "k", "dtype", "layout"), SHAPES, ids=name_of)
 def test_compiles_without_spills(shape, k, dtype, layout, architecture, tmp_path, monkeypatch):
-    from triton_aot import recorded
+    from helpers.triton_aot import recorded
 
     from eca_fused.ops.triton import launch
 
@@ -266,7 +260,7 @@ def test_compiles_without_spills(shape, k, dtype, layout, architecture, tmp_path
 
 
 def check_code(launches, architecture, folder, whole_lines):
-    from triton_aot import compiled, usage
+    from helpers.triton_aot import compiled, usage
 
     for one in launches:
         kernel = compiled(one, architecture)
@@ -281,7 +275,7 @@ def check_code(launches, architecture, folder, whole_lines):
 @compiles
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pooling_and_rescaling_compile_without_spills(layout, tmp_path, monkeypatch):
-    from triton_aot import recorded
+    from helpers.triton_aot import recorded
 
     from eca_fused.ops.triton import launch
 
@@ -303,78 +297,11 @@ def test_pooling_and_rescaling_compile_without_spills(layout, tmp_path, monkeypa
 
 # ---- the common suite ----
 
-SUITE = [
-    "test_kernels.py",
-    "test_values.py",
-    "test_gradients.py",
-    "test_layouts.py",
-    "test_layer.py",
-    "test_operators.py",
-    "test_errors.py",
-    "test_out.py",
-    "test_sensitivity.py",
-    "test_transforms.py",
-    "test_memory.py",
-    "test_instruments.py",
-    "test_triton_operators.py",
-    "test_pool_rescale.py",
-]
-# What the interpreter does badly: up to minutes each, for what the CPU's caches or threads would
-# notice, what repeats a call for every element, what runs often on one case or on a large map, and
-# the CPU kernels of other processors; counting copies, because it copies every argument itself
-# (test_views_are_read_in_place stands in for that); and imports, which no backend changes.
-LEFT_OUT = [
-    "larger_than_the_caches",
-    "number_of_threads",
-    "long_sum",
-    "random_views",
-    "finite_differences",
-    "doctest",
-    "network_learns",
-    "one_input_frozen",
-    "other_processors",
-    "every_run",
-    "taps_than_a_tile",
-    "are_read_in_place",
-    "import",
-]
-
-
-class Sample:
-    """Of each test, about one in so many of its cases, evenly spread."""
-
-    def __init__(self, one_in: int) -> None:
-        self.one_in = one_in
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        cases: dict[str, list[pytest.Item]] = {}
-        for item in items:
-            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-        # A step that shares no factor with the axes of the grids meets all their values.
-        items[:] = [
-            item
-            for name, group in cases.items()
-            if not any(part in name for part in LEFT_OUT)
-            for item in group[:: min(self.one_in, max(1, len(group) - 1))]
-        ]
-
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
 def test_the_common_suite_in_the_interpreter():
     whole = os.environ.get("ECA_FUSED_TRITON_SUITE") == "whole"
-    files = [*SUITE, "test_fuzz.py"] if whole else SUITE
-    code = (
-        "import sys, pytest\nfrom test_triton import Sample\n"
-        f"sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', '--durations=5', *{files}], "
-        f"plugins=[Sample({1 if whole else 31})]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "TRITON_INTERPRET": "1", "ECA_FUSED_BACKEND": "triton"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    print(done.stdout)
+    env = {"TRITON_INTERPRET": "1", "ECA_FUSED_BACKEND": "triton"}
+    env["ECA_FUSED_TEST_SAMPLE"] = "1" if whole else "31"
+    chosen = ["-p", "helpers.sample", "-m", "any_device and not needs_gpu"]
+    print(run_tests(*chosen, "--durations=5", **env))

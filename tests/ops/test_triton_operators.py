@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from support import DTYPES, LAYOUTS, MODES, Case, assert_as_accurate, make_case, name_of, run
+from helpers.cases import (
+    DTYPES,
+    LAYOUTS,
+    MODES,
+    VIEWS,
+    Case,
+    assert_as_accurate,
+    make_case,
+    name_of,
+    run,
+)
 
 import eca_fused
 
@@ -16,14 +26,9 @@ if DEVICE not in (_status.devices or ()):
 
 from eca_fused.ops.triton import launch, plan, tuning  # noqa: E402
 
-ops = torch.ops.eca_fused
+pytestmark = pytest.mark.any_device
 
-VIEWS = {
-    "whole": lambda t: t,
-    "channel slice": lambda t: t[:, :5],
-    "spatial slice": lambda t: t[..., 1:3],
-    "expanded": lambda t: t[:1].expand_as(t),
-}
+ops = torch.ops.eca_fused
 
 
 def on_device(case: Case) -> Case:

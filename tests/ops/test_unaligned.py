@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from support import DTYPES, LAYOUTS, make_case, name_of, needs_extension, shifted
+from helpers.cases import DTYPES, LAYOUTS, make_case, name_of, needs_extension, shifted
 
 import eca_fused
 
-pytestmark = needs_extension
+pytestmark = [pytest.mark.every_torch, needs_extension]
 
 ops = torch.ops.eca_fused
 

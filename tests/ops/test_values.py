@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import (
+from helpers.cases import (
     BACKENDS,
     DEVICE,
     DTYPES,
@@ -18,7 +18,7 @@ from support import (
 
 import eca_fused
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = [pytest.mark.any_device, pytest.mark.parametrize("backend", BACKENDS)]
 
 
 def both(case, backend):

@@ -4,8 +4,11 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from helpers.processes import ROOT
 
-SETUP = Path(__file__).parents[1] / "setup.py"
+pytestmark = pytest.mark.xdist_group("build")
+
+SETUP = ROOT / "setup.py"
 KERNELS = {"torch_version": "2.15.0", "torch_cuda": "13.2", "has_kernels": True}
 
 

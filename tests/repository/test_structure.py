@@ -1,13 +1,14 @@
-"""The layers of the package: every import goes down, and none goes in a circle."""
+"""The layers of the package and the folders of the tests, as CONTRIBUTING.md has them."""
 
 import ast
 import re
 from pathlib import Path
 
 import pytest
+from helpers.processes import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "eca_fused"
+TESTS = ROOT / "tests"
 TABLE = ROOT / "CONTRIBUTING.md"
 MOST_LAYERS = 10
 # What packaging wants at the top: not layers.
@@ -132,6 +133,34 @@ def test_climbs_and_circles_are_found(tmp_path, low, high, climbing, circular):
     found = imports(package)
     assert len(climbs(found, ["high", "low"])) == climbing
     assert len(circles(found)) == circular
+
+
+# ---- the tests ----
+
+
+@needs_checkout
+def test_the_table_of_tests_has_every_folder():
+    _, _, after = TABLE.read_text().partition("## The tests\n")
+    listed = re.findall(r"^\| `(\w+)/` \|", after.partition("\n## ")[0], re.M)
+    there = {path.parent.name for path in TESTS.rglob("*.py")} - {TESTS.name}
+    assert sorted(listed) == sorted(there)
+
+
+def test_no_test_imports_another():
+    files = {path.stem for path in TESTS.rglob("*.py") if path.parent.name != "helpers"}
+    found = {}
+    for path in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module)]
+            if taken := {name.rpartition(".")[2] for name in names} & files:
+                found[path.name] = taken
+    assert len(files) > 50
+    assert found == {}
+
+
+# ---- sizes ----
 
 
 @needs_checkout

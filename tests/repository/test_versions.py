@@ -2,13 +2,13 @@
 
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import ROOT, python
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.every_torch
+
 TABLE = ROOT / "tools" / "versions.txt"
 HOME = "eca_fused/torch_state.py"
 
@@ -116,7 +116,7 @@ for layer in (
         assert (found.graph_count, found.graph_break_count) == (1, 0), (layer, found.break_reasons)
 print("whole")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = python(code)
     assert done.stdout.strip() == "whole", done.stderr[-3000:]
 
 

@@ -1,4 +1,4 @@
-// What the runtime computes and counts, printed for tests/test_simt_runtime.py to check.
+// What the runtime computes and counts, printed for tests/gpu_host/test_simt_runtime.py to check.
 //   checks widen|narrow half|bfloat16   binary, from stdin if it needs something, to stdout
 //   checks order SEED                   the order in which blocks run, one at a time
 //   checks traffic                      counts of kernels whose traffic is known

@@ -1,4 +1,4 @@
-// Runs the CUDA kernels on the host, one call after the other, for tests/host_gpu.py: a request on
+// Runs the CUDA kernels on the host, one call after the other, for tests/helpers/gpu_host.py: a request on
 // stdin, the results on stdout. Every buffer has exactly the size that the kernels may touch, and
 // what they write starts as NaN.
 #include <cstdio>
@@ -27,7 +27,7 @@ struct MapRequest {
 
 enum Operation : int64_t { kForward, kBackward, kReduce, kScale };
 
-// The fields of tests/host_gpu.py's request, in its order.
+// The fields of tests/helpers/gpu_host.py's request, in its order.
 struct Request {
   int64_t operation;  // an Operation
   int64_t dtype, layout, samples, channels, pixels, taps_dtype, kernel_size, own_taps, circular;

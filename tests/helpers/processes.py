@@ -1,0 +1,51 @@
+"""Fresh Python processes, and where the repository's files are."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(
+    code: str, *arguments: object, without: tuple[str, ...] = (), **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh process, with this process's environment but for what is given.
+
+    Args:
+        code: the code.
+        arguments: its sys.argv[1:].
+        without: variables that the process does not have.
+        env: variables that it has.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in without}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=kept | env,
+        capture_output=True,
+        text=True,
+    )
+
+
+def run_tests(*arguments: str, **env: str) -> str:
+    """Run tests in a fresh process; what pytest printed.
+
+    Args:
+        arguments: pytest's; paths are relative to the repository.
+        env: variables that the process has beside those of this one.
+
+    Raises:
+        AssertionError: a test failed, or none ran.
+    """
+    found = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": found} | env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout or " collected" in done.stdout
+    return done.stdout
