@@ -1,7 +1,7 @@
 """Times the host's part of small calls, where the arithmetic does not matter.
 
-    python benchmarks/overhead.py
-    python benchmarks/overhead.py --output overhead.json
+    python benchmarks/calls.py
+    python benchmarks/calls.py --output calls.json
 
 Fused, plain PyTorch, timm's EcaModule eager and compiled, one sigmoid for comparison, and, on a
 GPU, the replay of a CUDA graph of each one's forward pass (a replay costs the host the same
@@ -16,17 +16,19 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import report
 import torch
-from contenders import timm_module
-from devices import Device, DryRun, device_named
-from gpu_timing import no_collection
-from harness import interleaved, machine, reason_of, summarise, until_interrupted, write
-from options import INTERRUPTED, add_options, chosen_options, prepare
 from torch import Tensor, nn
 
 import eca_fused
+import report
+from eca_fused.cli.common.measure import interleaved, reason
 from eca_fused.torch_state import forget_compiled
+from lib.contenders import timm_module
+from lib.devices import Device, DryRun, device_named
+from lib.gpu_timing import no_collection
+from lib.machine import machine
+from lib.script import INTERRUPTED, add_options, chosen_options, prepare, until_interrupted, write
+from lib.timing import summarise
 
 SHAPES = [(1, 64, 7, 7), (1, 256, 14, 14)]
 CALLS = {"cpu": 300, "cuda": 20}  # in a sample; so few that the kernels fit into a GPU's queue
@@ -97,8 +99,8 @@ def able(steps: dict[str, Step], failed: list[str]) -> dict[str, Step]:
             for _ in range(5):
                 step()
             found[name] = step
-        except Exception as reason:  # a contender that does not run is a result, not an end
-            failed.append(f"{name}: {reason_of(reason)}")
+        except Exception as error:  # a contender that does not run is a result, not an end
+            failed.append(f"{name}: {reason(error)}")
     return found
 
 
@@ -119,8 +121,8 @@ def measure(shape: tuple[int, ...], direction: str, device: Device, rounds: int)
         for name, make in made.items():
             try:
                 steps[name] = make()
-            except Exception as reason:
-                failed.append(f"{name}: {reason_of(reason)}")
+            except Exception as error:
+                failed.append(f"{name}: {reason(error)}")
     calls = 2 if isinstance(device, DryRun) else CALLS[device.kind]
     samples = interleaved(
         lambda name: 1e6 * seconds(steps[name], calls, device), list(steps), rounds
@@ -135,7 +137,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     prepare(args)
     device = device_named(args.device)
-    result: dict[str, Any] = {"script": "overhead", "machine": machine(device)}
+    result: dict[str, Any] = {"script": "calls", "machine": machine(device)}
     result |= {"options": chosen_options(args), "rows": [], "remarks": []}
     with until_interrupted(result):
         for shape, direction in product(SHAPES, ("forward", "forward and backward")):

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
 BUNDLE = ROOT / "build" / "gpu"
 CUDA = Path("/usr/local/cuda/bin")
 
@@ -99,6 +100,10 @@ def script(name: str, *arguments: str) -> list[str]:
     return [sys.executable, f"benchmarks/{name}.py", *arguments]
 
 
+def probe(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "lib.gpu_probe", *arguments]
+
+
 def tests(workers: int, *arguments: str) -> list[str]:
     # -v: each test's end is in the log as it comes.
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short"]
@@ -127,33 +132,33 @@ def sanitizer_options(program: str) -> list[str]:
 
 
 def sanitizer(which: str) -> Part:
-    probe = script("gpu_probe", "small")
+    small = probe("small")
     watch = [tool("compute-sanitizer"), "--tool", which, "--error-exitcode", "9"]
     # PyTorch's own kernels are not our matter, and take long. The name of ours has "eca" in it.
     watch += sanitizer_options(watch[0])
     say = "print('========= ERROR SUMMARY: a rehearsal has none')"
     rehearsal = [sys.executable, "-c", say]
     return Part(
-        120, watch + probe, rehearsal, of_sanitizer, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        120, watch + small, rehearsal, of_sanitizer, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     )
 
 
 def profile(out: Path) -> dict[str, Part]:
-    from gpu_probe import COUNTERS, FEWEST_COUNTERS, OUR_KERNELS
+    from lib.gpu_probe import COUNTERS, FEWEST_COUNTERS, OUR_KERNELS
 
     nsight = sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))
     calls, rows = str(out / "profiled.json"), str(out / "ncu.csv")
-    probe = script("gpu_probe", "layers", calls)
+    layers = probe("layers", calls)
 
     def ncu(names: list[str]) -> list[str]:
         # The clocks stay as they are.
         watch = [tool("ncu", *nsight), "--clock-control", "none", "--profile-from-start", "off"]
         watch += ["--kernel-name", OUR_KERNELS, "--metrics", ",".join(names)]
-        return [*watch, "--print-units", "base", "--csv", *probe]
+        return [*watch, "--print-units", "base", "--csv", *layers]
 
     few = [COUNTERS[name] for name in FEWEST_COUNTERS]
-    read = script("gpu_probe", "read", calls, rows, str(out / "counters.json"))
-    again = [*probe, "--device", "cpu"]
+    read = probe("read", calls, rows, str(out / "counters.json"))
+    again = [*layers, "--device", "cpu"]
     return {
         "counters": Part(110, ncu(list(COUNTERS.values())), again, last_line, output=rows),
         # Should a counter of the above be unknown to this version, which then reads none.
@@ -174,8 +179,8 @@ def all_parts(out: Path) -> dict[str, Part]:
         arguments = ("--output", path, "--seconds", str(seconds), *arguments)
         return Part(
             seconds + 45,
-            script("microbench", *arguments, "--device", "cuda"),
-            script("microbench", "--output", path, *tiny, "--rounds", "2", "--contender", "native"),
+            script("layers", *arguments, "--device", "cuda"),
+            script("layers", "--output", path, *tiny, "--rounds", "2", "--contender", "native"),
             of_rows,
         )
 
@@ -184,16 +189,16 @@ def all_parts(out: Path) -> dict[str, Part]:
 
     return {
         "facts": Part(
-            60, script("gpu_probe", "facts"), script("gpu_probe", "facts", "--device", "cpu"),
+            60, probe("facts"), probe("facts", "--device", "cpu"),
             lambda status, lines: "ok" if status == 0 else last_line(status, lines),
         ),
         "small": Part(
-            60, script("gpu_probe", "small"), script("gpu_probe", "small", "--device", "cpu"),
+            60, probe("small"), probe("small", "--device", "cpu"),
             last_line,
         ),
         "small triton": Part(
-            90, script("gpu_probe", "small", "--backend", "triton"),
-            script("gpu_probe", "small", "--device", "cpu"), last_line,
+            90, probe("small", "--backend", "triton"),
+            probe("small", "--device", "cpu"), last_line,
         ),
         **{name: sanitizer(name) for name in ("memcheck", "racecheck", "initcheck", "synccheck")},
         "plans": on_gpu(110, 3, "-k", usual_cuda, CUDA_ALONE),
@@ -222,17 +227,17 @@ def all_parts(out: Path) -> dict[str, Part]:
         ),
         "networks": Part(
             300,
-            script("network", "--device", "cuda", "--network", "resnet50", "--precision",
+            script("networks", "--device", "cuda", "--network", "resnet50", "--precision",
                    "bfloat16", "--mode", "eager", "compiled", "--output",
                    str(out / "networks.json")),
-            script("network", *dry, "--network", "mobilenetv2", "--pass", "inference", "--batch",
+            script("networks", *dry, "--network", "mobilenetv2", "--pass", "inference", "--batch",
                    "2", "--size", "32", "--output", str(out / "networks.json")),
             of_rows,
         ),
         "calls": Part(
             150,
-            script("overhead", "--device", "cuda", "--output", str(out / "calls.json")),
-            script("overhead", *dry, "--output", str(out / "calls.json")),
+            script("calls", "--device", "cuda", "--output", str(out / "calls.json")),
+            script("calls", *dry, "--output", str(out / "calls.json")),
             of_rows,
         ),
     }  # fmt: skip
@@ -291,7 +296,7 @@ class Run:
             return
         self.judge(name, "running", 0)
         self.say(f"#### {name}: {' '.join(command)} (at most {limit:.0f} s)")
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        env = {**os.environ, "PYTHONPATH": PATHS, "PYTHONUNBUFFERED": "1"}
         if not self.dry:
             env |= part.env
         try:
@@ -389,7 +394,7 @@ def main(argv: list[str]) -> int:
 
 def needs_few_counters(run: Run) -> bool:
     """Whether the long list of counters gave nothing."""
-    from gpu_probe import kernels
+    from lib.gpu_probe import kernels
 
     rows = run.out / "ncu.csv"
     return not (rows.is_file() and kernels(rows.read_text(errors="replace").splitlines()))

@@ -1,9 +1,9 @@
 """Times ECA layers, forward and backward: ours, plain PyTorch, timm, torch.compile, and a copy.
 
-    python benchmarks/microbench.py                                # under 2 minutes
-    python benchmarks/microbench.py --layers mobilenetv2 --dtype bfloat16 --layout channels_last
-    python benchmarks/microbench.py --shape 8 96 28 28 --taps 5 --direction forward
-    python benchmarks/microbench.py --full --again 5 --output r.json       # everything: hours
+    python benchmarks/layers.py                                # under 2 minutes
+    python benchmarks/layers.py --layers mobilenetv2 --dtype bfloat16 --layout channels_last
+    python benchmarks/layers.py --shape 8 96 28 28 --taps 5 --direction forward
+    python benchmarks/layers.py --full --again 5 --output r.json       # everything: hours
     python benchmarks/report.py r.json                             # tables from a result
 
 Every contender's outputs are checked against float64 before it is timed, on the same inputs; a
@@ -11,8 +11,8 @@ wrong one is reported, not timed, and makes the exit status 1. GB/s counts the i
 forward, dy, x and dx backward, both for the two together, whatever a contender really moves; the
 copy moves as many. Forward is without autograd, as in inference. devices.py says how a time is
 taken. Layers are measured in the order of what matters most; what the time did not suffice for is
-in the result as left out. With --again, a row that is lost counts as such if it is lost in four of
-five other processes too (again.py says why).
+in the result as left out. With --again, a row on which a rival wins is measured once more, in a
+process of its own, and counts as lost if it is lost there too.
 """
 
 import argparse
@@ -23,12 +23,25 @@ from dataclasses import asdict
 from itertools import product
 from typing import Any
 
-import report
 import torch
-from again import FEWEST, measure_again
-from cases import DIRECTIONS, DTYPES, LAYOUTS, NETWORKS, Case, all_cases, cpu_cases, gpu_cases, grid
-from checking import Judge
-from contenders import (
+
+import report
+from eca_fused.cli.common.measure import reason
+from eca_fused.torch_state import forget_compiled
+from lib.again import measure_again
+from lib.cases import (
+    DIRECTIONS,
+    DTYPES,
+    LAYOUTS,
+    NETWORKS,
+    Case,
+    all_cases,
+    cpu_cases,
+    gpu_cases,
+    grid,
+)
+from lib.checking import Judge
+from lib.contenders import (
     CHOICES,
     FORMS,
     MODES,
@@ -42,22 +55,21 @@ from contenders import (
     record_copy,
     record_existing_memory,
 )
-from devices import Device, Gpu, Recording, device_named
-from gpu_timing import no_collection
-from harness import (
-    call_times,
-    gpu,
-    gpu_state,
-    machine,
+from lib.devices import Device, Gpu, Recording, device_named
+from lib.gpu_timing import no_collection
+from lib.machine import gpu, gpu_state, machine
+from lib.plans import plan_of
+from lib.script import (
+    INTERRUPTED,
+    add_options,
+    amount,
+    chosen_options,
+    positive,
+    prepare,
     progress,
-    reason_of,
-    summarise,
     write,
 )
-from options import INTERRUPTED, add_options, amount, chosen_options, positive, prepare
-from plans import plan_of
-
-from eca_fused.torch_state import forget_compiled
+from lib.timing import call_times, summarise
 
 DEFAULT_SECONDS = 85  # no layer is started after; one takes up to half a minute
 
@@ -100,8 +112,8 @@ def compile_all(
             x = inputs.xs[0].detach().requires_grad_()
             torch.autograd.grad(one.call(x), (x, one.weight), inputs.dys[0])
             found[name] = one
-        except Exception as reason:  # a contender that does not run is a result, not an end
-            failed.append(f"{name}: {reason_of(reason)}")
+        except Exception as error:  # a contender that does not run is a result, not an end
+            failed.append(f"{name}: {reason(error)}")
         clock.compile_left -= time.monotonic() - began
     return found
 
@@ -124,8 +136,8 @@ def measure_direction(
         try:
             recording = record(direction, one, inputs, device)
             wrong = judge.faults(recording, direction)
-        except Exception as reason:
-            wrong = [reason_of(reason)]
+        except Exception as error:
+            wrong = [reason(error)]
         if wrong:
             failed.append(f"{name}: {', '.join(wrong)}")
         else:
@@ -241,9 +253,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--compile-mode", choices=MODES, nargs="+", default=list(MODES[:1]))
     parser.add_argument(
-        "--again", type=int, default=0, metavar="PROCESSES",
-        help=f"measure a row on which another is faster again in so many, {FEWEST} or more",
-    )  # fmt: skip
+        "--again", action="store_true", help="measure rows on which a rival wins in a new process"
+    )
     parser.add_argument("--seconds", type=amount, help="no layer is started after")
     parser.add_argument("--compile-seconds", type=amount, help="no form is compiled after")
     parser.add_argument(
@@ -261,8 +272,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for option in ("contender", "direction", "compile_mode", "batch", "dtype", "layout"):
         if getattr(args, option):  # each once
             setattr(args, option, list(dict.fromkeys(getattr(args, option))))
-    if args.again and args.again < FEWEST:
-        parser.error(f"--again: expected 0, or processes from {FEWEST} up, got {args.again}")
     limit = float("inf") if args.full or chosen(args) else DEFAULT_SECONDS
     args.seconds = limit if args.seconds is None else args.seconds
     if args.compile_seconds is None:
@@ -325,9 +334,9 @@ def run(args: argparse.Namespace, device: Device, cases: list[Case], result: dic
         except KeyboardInterrupt:
             result["left_out"].append(f"{case} and all that follows: interrupted")
             return INTERRUPTED
-        except Exception as reason:  # out of memory, say: the others can still be measured
-            result["left_out"].append(f"{case}: {reason_of(reason)}")
-            print(f"FAILED {case}: {reason_of(reason)}", file=sys.stderr, flush=True)
+        except Exception as error:  # out of memory, say: the others can still be measured
+            result["left_out"].append(f"{case}: {reason(error)}")
+            print(f"FAILED {case}: {reason(error)}", file=sys.stderr, flush=True)
             status = 1
             try:
                 device.free()
@@ -347,7 +356,7 @@ def main(argv: list[str]) -> int:
     device = device_named(args.device)
     device.full_precision()
     result: dict[str, Any] = {"machine": machine(device), "rows": [], "left_out": []}
-    result |= {"script": "microbench", "options": chosen_options(args)}
+    result |= {"script": "layers", "options": chosen_options(args)}
     if args.full and device.kind == "cpu":
         large = (case for case in all_cases() if too_large(case, args))
         result["left_out"] += [f"{case}: larger than {args.largest_map:.0f} MB" for case in large]

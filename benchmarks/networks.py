@@ -1,12 +1,12 @@
 """Times whole networks: without attention, with plain ECA, with fused ECA.
 
-    python benchmarks/network.py                        # ResNet-50 and MobileNetV2, eager
-    python benchmarks/network.py --mode eager compiled --output network.json --plot network.png
+    python benchmarks/networks.py                        # ResNet-50 and MobileNetV2, eager
+    python benchmarks/networks.py --mode eager compiled --output networks.json --plot networks.png
 
 Inference, and a training step without the optimiser, in both memory layouts. Compiled, fused ECA is
 what backend="auto" chooses, and native ECA are the kernels in any case. All weights are the same;
 the outputs of the fused network are checked against the plain one's before anything is timed
-(microbench.py checks gradients). Convolutions run as PyTorch sets them, on a GPU in TF32;
+(layers.py checks gradients). Convolutions run as PyTorch sets them, on a GPU in TF32;
 --precision bfloat16 is autocast. Memory is what a step allocates at most at a time, beside the
 weights and the images.
 """
@@ -19,28 +19,31 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-import report
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS
-from devices import Device, device_named
-from harness import (
-    interleaved,
-    machine,
-    progress,
-    reason_of,
-    statistics_of,
-    until_interrupted,
-    write,
-)
-from options import INTERRUPTED, add_options, chosen_options, positive, prepare
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+import report
 from eca_fused import ECALayer
+from eca_fused.cli.common.measure import interleaved, reason
 from eca_fused.models import mobilenetv2, resnet, set_fused
 from eca_fused.ops import native
 from eca_fused.torch_state import forget_compiled
+from lib.cases import LAYOUTS
+from lib.devices import Device, device_named
+from lib.machine import machine
+from lib.script import (
+    INTERRUPTED,
+    add_options,
+    chosen_options,
+    positive,
+    prepare,
+    progress,
+    until_interrupted,
+    write,
+)
+from lib.timing import statistics_of
 
 PASSES = ("inference", "training step")
 MODES = ("eager", "compiled")
@@ -165,8 +168,8 @@ def measure(
         try:
             step()
             steps[kind] = step
-        except Exception as reason:  # a contender that does not run is a result, not an end
-            row["failed"].append(f"{kind}: {reason_of(reason)}")
+        except Exception as error:  # a contender that does not run is a result, not an end
+            row["failed"].append(f"{kind}: {reason(error)}")
     if not steps:
         return row
     samples = interleaved(lambda kind: seconds(steps[kind], device), list(steps), args.rounds)
@@ -197,7 +200,7 @@ def main(argv: list[str]) -> int:
     prepare(args)
     device = device_named(args.device)
     args.batch = args.batch or (128 if device.tensors == "cuda" else 4)
-    result: dict[str, Any] = {"script": "network", "machine": machine(device)}
+    result: dict[str, Any] = {"script": "networks", "machine": machine(device)}
     result |= {"options": chosen_options(args), "rows": [], "remarks": []}
     cases = list(product(args.network, args.layout, args.mode, args.passes))
     with until_interrupted(result):
@@ -206,8 +209,8 @@ def main(argv: list[str]) -> int:
                 row = measure(*case, args, device)
                 result["rows"].append(row)
                 failed = row["failed"]
-            except Exception as reason:  # out of memory, say: the others can still be measured
-                failed = [reason_of(reason)]
+            except Exception as error:  # out of memory, say: the others can still be measured
+                failed = [reason(error)]
             result["remarks"] += [f"FAILED {' '.join(case)}: {what}" for what in failed]
             write(args.output, result)
     write(args.output, result)

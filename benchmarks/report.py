@@ -3,18 +3,13 @@
     python benchmarks/report.py benchmarks/results/cpu.json       # Markdown
     python benchmarks/report.py r.json --plot r.png
     python benchmarks/report.py r.json --pack benchmarks/results/r.json   # to commit it
-    python benchmarks/report.py --compare before.json after.json  # exit status 1 if slower
+    python benchmarks/report.py --compare before.json after.json rerun.json
     python benchmarks/report.py --readme                          # renew the texts' figures
 
-A comparison is of our times in units of those that they were taken beside. Two processes of the
-same code differ by more than the rounds of one: a change counts where it is larger than the spread,
-p20 to p80, of both results, and than the noise between processes. That is estimated from the two
-results, or measured with a second one of the old code (compare.py says how):
-
-    python benchmarks/report.py --compare before.json after.json --same-code before2.json
-
-The exit status of a comparison is 0 if nothing became slower or is missing, else 1; it is 2 if
-nothing is in both, and for what is no result or cannot be done.
+A comparison lists the rows whose time changed by more than the spread, p20 to p80, of both results.
+Two processes of the same code differ too: a third result, a rerun of the new code, leaves out what
+changed once alone. lib/changes.py has the rule. The exit status is 0 if nothing became slower or is
+missing, else 1. It is 2 if nothing is in both, and for what is no result or cannot be done.
 """
 
 import argparse
@@ -24,16 +19,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import cliffs
-import compare
-import packing
-import plots
-import tables
+from lib import changes, packing, plots, steps, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: made by benchmarks/report.py -->", "<!-- end of figures -->"
 GPU_RESULTS = ("bench", "rivals", "networks", "sizes", "calls")
+CPU_RESULTS = ("cpu-layers*", "cpu-networks", "cpu-sizes", "cpu-calls")
 SHORT_BATCH = 32  # of the tables in short
 SHORT_LAYERS = (
     "cpu-layers",
@@ -98,22 +90,22 @@ def whole(path: Path, make: Callable[[Result], T]) -> T:
         raise NoResultError(path, reason) from reason
 
 
-TABLES = {"network": tables.networks, "overhead": tables.overhead}
-PLOTS = {"microbench": plots.layers, "scaling": plots.scaling, "network": plots.networks}
-SCRIPTS = ("microbench", "scaling", *TABLES)
+TABLES = {"networks": tables.networks, "calls": tables.calls}
+PLOTS = {"layers": plots.layers, "sizes": plots.sizes, "networks": plots.networks}
+SCRIPTS = ("layers", "sizes", *TABLES)
 
 
 def markdown(result: Result, rows: bool = True) -> str:
     """All that is to be said of a result, with or without a line for each row."""
-    if result["script"] == "microbench":
+    if result["script"] == "layers":
         groups = tables.GROUPS if rows else ("network", "dtype", "direction")
         parts = [tables.goals(result), tables.summary(result, groups)]
         parts += [tables.layers(result), tables.profiler(result)] if rows else []
         parts.append(where_another_is_faster(result))
         parts += [bullets(tables.remarks(result))] if rows else []
-    elif result["script"] == "scaling":
-        parts = [tables.scaling(result), cliffs.markdown(result)] if rows else []
-        parts.append(bullets(cliffs.remarks(result)))
+    elif result["script"] == "sizes":
+        parts = [tables.sizes(result), steps.markdown(result)] if rows else []
+        parts.append(bullets(result["remarks"]))
     else:
         parts = [TABLES[result["script"]](result), bullets(result.get("remarks", []))]
     parts.append(f"Measured on {tables.where(result['machine'])}.")
@@ -122,13 +114,13 @@ def markdown(result: Result, rows: bool = True) -> str:
 
 def failures(result: Result) -> list[str]:
     """What was wrong or did not run, a line each."""
-    lines = tables.remarks(result) if result["script"] == "microbench" else result["remarks"]
+    lines = tables.remarks(result) if result["script"] == "layers" else result["remarks"]
     return [line for line in lines if line.startswith("FAILED")]
 
 
 def show(result: Result, picture: Path | None) -> int:
     """What a script says at its end. The exit status: 1 if something failed."""
-    if result["script"] == "microbench":
+    if result["script"] == "layers":
         print(tables.for_terminal(result))
     else:
         print(markdown(result))
@@ -148,18 +140,18 @@ def bullets(lines: list[str]) -> str:
 
 
 def where_another_is_faster(result: Result) -> str:
-    """The rows on which a rival wins, and those on which it did so in one process alone."""
+    """The rows on which a rival wins, and those on which a rerun did not show it."""
     rows = [row for row in result["rows"] if tables.rivals(row)]
     if not rows:
         return ""
     slower, unconfirmed = tables.losses(result), tables.unconfirmed(result)
     rule = "A rival counts as faster if it wins four of five rounds"
-    rule += ", and again in four of five new processes." if unconfirmed else "."
+    rule += ", and again in a rerun." if unconfirmed else "."
     text = f"No rival was faster on any of {len(rows)} rows. {rule}"
     if slower:
         text = f"Where a rival was faster. {rule}\n\n" + bullets(slower)
     if unconfirmed:
-        text += "\n\nIn one process, but not in four of five others:\n\n" + bullets(unconfirmed)
+        text += "\n\nFaster at first, but not in a rerun:\n\n" + bullets(unconfirmed)
     return text
 
 
@@ -168,12 +160,13 @@ def where_another_is_faster(result: Result) -> str:
 
 def committed() -> list[Path]:
     """The result files in the repository; a GPU has a folder."""
-    of_gpus = [path for name in GPU_RESULTS for path in RESULTS.glob(f"*/{name}.json")]
-    return sorted([*RESULTS.glob("*.json"), *of_gpus])
+    paths = [path for name in GPU_RESULTS for path in RESULTS.glob(f"*/{name}.json")]
+    paths += [path for name in CPU_RESULTS for path in sorted(RESULTS.glob(f"{name}.json"))]
+    return sorted(paths, key=lambda path: path.parent)  # stable: in each folder, the order above
 
 
 def layer_figures(result: Result) -> list[str]:
-    """The tables in short of a result of microbench.py."""
+    """The tables in short of a result of layers.py."""
     both = [
         row
         for row in result["rows"]
@@ -207,14 +200,14 @@ def figures() -> str:
     for path in committed():
         result = load(path)
         script = result["script"]
-        if script == "microbench" and path.stem in SHORT_LAYERS:
+        if script == "layers" and path.stem in SHORT_LAYERS:
             parts += layer_figures(result)
-        elif script == "overhead":
+        elif script == "calls":
             parts += [
                 "Microseconds of a call; ours / eager below 1: ours is faster.",
-                tables.overhead(result),
+                tables.calls(result),
             ]
-        elif script == "network":
+        elif script == "networks":
             parts += [BY_NONE, tables.networks_in_short(result)]
         else:
             continue
@@ -256,30 +249,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path, nargs="*", help="JSON files of the scripts here")
     parser.add_argument("--plot", type=Path, help="picture to write, of one result")
-    parser.add_argument("--compare", action="store_true", help="two results: before and after")
     parser.add_argument(
-        "--same-code", type=Path, metavar="BEFORE2",
-        help="with --compare: a second result of the code of the first, to measure the noise from",
-    )  # fmt: skip
+        "--compare", action="store_true", help="results before, after, and of a rerun of after"
+    )
     parser.add_argument("--pack", type=Path, help="file for one result in the form of results/")
     parser.add_argument(
         "--readme", action="store_true", help="renew the figures in docs/ and results/"
     )
     args = parser.parse_args(argv)
-    if not args.readme and (not args.results or (args.compare and len(args.results) != 2)):
-        parser.error("expected result files, two of them for --compare")
+    if not args.readme and (not args.results or (args.compare and len(args.results) not in (2, 3))):
+        parser.error("expected result files, two or three of them for --compare")
     if args.pack and (args.compare or args.readme or args.plot or len(args.results) != 1):
         parser.error(f"--pack: expected one result, got {len(args.results)}, and no other option")
     if args.plot and (args.compare or args.readme or len(args.results) > 1):
         parser.error(f"--plot: expected one result, got {len(args.results)}, and no other option")
-    if args.same_code and not args.compare:
-        parser.error("--same-code: expected with --compare")
     return args
 
 
 def compared(result: Result) -> Result:
     """The same result, if it has what a comparison needs."""
-    compare.relative_times(result)
+    changes.relative_times(result)
     tables.where(result["machine"])
     return result
 
@@ -288,7 +277,7 @@ def compare_files(paths: list[Path]) -> int:
     """Print what changed from the first result to the second. The exit status.
 
     Args:
-        paths: of the old result and the new one, and of a second one of the old code or not.
+        paths: of the old result, of the new one, and of a rerun of the new code or not.
 
     Raises:
         RefusedError: they are no results, or of different scripts.
@@ -297,7 +286,7 @@ def compare_files(paths: list[Path]) -> int:
     scripts = dict.fromkeys(f"of {result['script']}.py" for result in results)
     if len(scripts) > 1:
         raise RefusedError(f"results {' and '.join(scripts)} cannot be compared")
-    text, status = compare.compare(*results)
+    text, status = changes.compare(*results)
     print(text)
     return status
 
@@ -325,7 +314,7 @@ def run(args: argparse.Namespace) -> int:
         args.pack.write_text(whole(args.results[0], packing.pack))
         return 0
     if args.compare:
-        return compare_files([*args.results, *filter(None, [args.same_code])])
+        return compare_files(args.results)
     texts = [whole(path, markdown) for path in args.results]
     if args.plot:
         draw(args.results[0], args.plot)

@@ -1,14 +1,12 @@
 """Times ECA as samples, channels or pixels grow, from one pixel to the memory at hand.
 
-    python benchmarks/scaling.py                            # up to 8 GB, as far as memory goes
-    python benchmarks/scaling.py --most-bytes 256e6 --output scaling.json --plot scaling.png
+    python benchmarks/sizes.py                            # up to 8 GB, as far as memory goes
+    python benchmarks/sizes.py --most-bytes 256e6 --output sizes.json --plot sizes.png
 
-Where memory is what bounds it, the time per element must be flat. A step of more than 15 % from a
-size to the next that is beyond the noise is measured again: the two sizes side by side, in the
-same process but in newly allocated maps. It is a cliff of the kernels if it is there again and the
-copy's own step is not about as large, as it is where a cache ends. The result file lists all steps.
-Sizes between the powers of two are measured as well, as cliffs hide there: rows that are no
-multiple of a vector, and tiles that just fit or just do not.
+Memory bounds these times, so the time per element must be flat. lib/steps.py says what counts as a
+cliff. A step is measured again, with the two sizes side by side in newly allocated maps. Sizes
+between the powers of two are measured as well, because cliffs hide there: rows that are no multiple
+of a vector, and tiles that just fit or just do not.
 """
 
 import argparse
@@ -19,13 +17,16 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-import cliffs
-import report
-import tables
 import torch
-from cases import DIRECTIONS, DTYPES, LAYOUTS, Case
-from checking import Judge
-from contenders import (
+
+import report
+from eca_fused.cli.common.measure import reason
+from eca_fused.torch_state import forget_compiled
+from layers import measure_direction
+from lib import steps, tables
+from lib.cases import DIRECTIONS, DTYPES, LAYOUTS, Case
+from lib.checking import Judge
+from lib.contenders import (
     Contender,
     Inputs,
     compiled,
@@ -34,22 +35,20 @@ from contenders import (
     record,
     record_copy,
 )
-from devices import Device, device_named
-from gpu_timing import no_collection
-from harness import (
-    call_times,
-    machine,
+from lib.devices import Device, device_named
+from lib.gpu_timing import no_collection
+from lib.machine import machine
+from lib.script import (
+    INTERRUPTED,
+    add_options,
+    amount,
+    chosen_options,
+    prepare,
     progress,
-    reason_of,
-    statistics_of,
     until_interrupted,
     write,
 )
-from microbench import measure_direction
-from options import INTERRUPTED, add_options, amount, chosen_options, prepare
-from tables import Row
-
-from eca_fused.torch_state import forget_compiled
+from lib.timing import call_times, statistics_of
 
 # Axis, and the layer that it starts from: samples, channels, height, width.
 AXES = {"N": (1, 256, 14, 14), "C": (8, 1, 28, 28), "S": (8, 64, 1, 1)}
@@ -83,11 +82,6 @@ def memory_at_hand(device: Device) -> float:
         # The exact results, in float64, are in the host's memory.
         return min(LARGEST, float(torch.cuda.mem_get_info()[0]) / 12, host)
     return min(LARGEST, host / 3)
-
-
-def steps(rows: list[Row]) -> list[str]:
-    """All steps, a line each, for the result file."""
-    return [str(step) for step in cliffs.steps_of(rows)]
 
 
 def together(case: Case, running: dict[str, Contender]) -> list[dict[str, Contender]]:
@@ -152,7 +146,7 @@ def side_by_side(
     }
 
 
-def measure_again(step: cliffs.Step, device: Device, rounds: int) -> None:
+def measure_again(step: steps.Step, device: Device, rounds: int) -> None:
     """Add to the row after the step, as "again", its step and the copy's, both sizes in each round.
 
     Not in other processes, as rows that are lost are: those have one size each, and what differs
@@ -174,19 +168,19 @@ def measure_again(step: cliffs.Step, device: Device, rounds: int) -> None:
 
 
 def again(args: argparse.Namespace, device: Device, result: dict[str, Any]) -> None:
-    """Measure the steps beyond the noise again, those furthest beyond the copy's first."""
+    """Measure the steps again, those furthest beyond the copy's first."""
     end = time.monotonic() + args.again_seconds
-    found = [step for step in cliffs.steps_of(result["rows"]) if not step.within_noise]
+    found = list(steps.steps_of(result["rows"]))
     found.sort(key=lambda step: step.first[1] / step.first[0])
     for step in progress(found, len(found)):
         if time.monotonic() >= end:
             break
         try:
             measure_again(step, device, 2 * args.rounds)
-        except Exception as reason:
-            result["remarks"].append(f"FAILED again: {step}: {reason_of(reason)}")
+        except Exception as error:
+            result["remarks"].append(f"FAILED again: {step}: {reason(error)}")
             device.free()
-        save(args, result)
+        write(args.output, result)
 
 
 # ---- the script ----
@@ -221,11 +215,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def save(args: argparse.Namespace, result: dict[str, Any]) -> None:
-    result["steps"] = steps(result["rows"])
-    write(args.output, result)
-
-
 def run(args: argparse.Namespace, device: Device, result: dict[str, Any]) -> None:
     """Measure all sizes, and write the result after each."""
     most = memory_at_hand(device) if args.most_bytes is None else args.most_bytes
@@ -238,10 +227,10 @@ def run(args: argparse.Namespace, device: Device, result: dict[str, Any]) -> Non
                     result["remarks"] += [
                         f"FAILED {tables.layer_of(row)}: {what}" for what in row["failed"]
                     ]
-            except Exception as reason:  # out of memory, say: the others can still be measured
-                result["remarks"].append(f"FAILED {case}: {reason_of(reason)}")
+            except Exception as error:  # out of memory, say: the others can still be measured
+                result["remarks"].append(f"FAILED {case}: {reason(error)}")
                 device.free()
-            save(args, result)
+            write(args.output, result)
 
 
 def main(argv: list[str]) -> int:
@@ -250,7 +239,7 @@ def main(argv: list[str]) -> int:
     device = device_named(args.device)
     device.full_precision()
     result: dict[str, Any] = {
-        "script": "scaling",
+        "script": "sizes",
         "machine": machine(device),
         "options": chosen_options(args),
         "rows": [],
@@ -259,7 +248,7 @@ def main(argv: list[str]) -> int:
     with until_interrupted(result):
         run(args, device, result)
         again(args, device, result)
-    save(args, result)
+    write(args.output, result)
     status = report.show(result, args.plot)
     return INTERRUPTED if "interrupted" in result else status
 

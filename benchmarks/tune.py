@@ -5,7 +5,7 @@
     python benchmarks/tune.py --list --gpu sm_90:132              # the plans alone; needs no GPU
 
 Every plan that the CUDA kernels can run for a layer, of a grid of tiles, groups and threads, is
-forced on them, checked against float64 and timed as in microbench.py. The table of a layer is
+forced on them, checked against float64 and timed as in layers.py. The table of a layer is
 sorted by time; `*` marks the planner's choice. TUNING.md says what the numbers are for.
 """
 
@@ -19,14 +19,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from cases import DIRECTIONS, DTYPES, LAYOUTS, Case
-from checking import Judge
-from contenders import Inputs, make_inputs, record_copy
-from devices import Device, device_named
-from gpu_timing import Call, no_collection
-from harness import call_times, machine, reason_of, summarise, write
-from plans import gpu_limits, native_module, plan_of
 from torch import Tensor
+
+from eca_fused.cli.common.measure import reason
+from lib.cases import DIRECTIONS, DTYPES, LAYOUTS, Case
+from lib.checking import Judge
+from lib.contenders import Inputs, make_inputs, record_copy
+from lib.devices import Device, device_named
+from lib.gpu_timing import Call, no_collection
+from lib.machine import machine
+from lib.plans import gpu_limits, native_module, plan_of
+from lib.script import write
+from lib.timing import call_times, summarise
 
 LAYERS = [
     Case((32, 1024, 14, 14), 5, "bfloat16", "contiguous"),
@@ -147,8 +151,8 @@ def tune(
             recording = record(inputs, saved, backward, device)
             force(None)
             wrong = judge.faults(recording, direction)
-        except Exception as reason:
-            wrong = [reason_of(reason)]
+        except Exception as error:
+            wrong = [reason(error)]
         finally:
             force(None)
         if wrong:

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detecting.scenes import CLASSES, SMALLEST, Scene, make_scene, matched
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from training.options import natural, positive, rate
 
+from detecting.scenes import CLASSES, SMALLEST, Scene, make_scene, matched
 from eca_fused.attention import METHODS
 from eca_fused.cli.common.console import Progress
+from eca_fused.cli.common.packages import PACKAGES_MISSING, missing_packages, need
 from eca_fused.cli.common.photographs import Photograph, load_photographs
-from eca_fused.cli.demo.command import PACKAGES_MISSING, missing_packages
 from eca_fused.cli.tables.published import TITLES
+from training.options import natural, positive, rate
 
 DEPTHS = (18, 34, 50, 101, 152)
 SHOWN = 4  # scenes that are not trained on
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     """Train and show as the arguments say; the exit status."""
     args = options(argv)
     if missing := missing_packages():
-        say(f"error: {', '.join(missing)} not installed; pip install 'eca-fused[demo]'")
+        say(need(missing))
         return PACKAGES_MISSING
     try:
         detection: Any = importlib.import_module("eca_fused.models.detection")

@@ -10,20 +10,19 @@ README.md, beside this file, says what is saved, and what is the same after a re
 """
 
 import importlib
-import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from eca_fused.cli.common.packages import PACKAGES_MISSING, missing_packages, need
 from training import processes
 from training.loop import History, Run
 from training.options import Options, UsageError, parse
 from training.processes import Processes
 
-BAD_USE, PACKAGES_MISSING = 2, 3
-PACKAGES = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "tqdm": "tqdm"}
+BAD_USE = 2
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,12 +30,8 @@ def main(argv: Sequence[str]) -> int:
     # Of all processes the first alone speaks.
     first = os.environ.get("RANK", "0") == "0"
     says = print if first else lambda *args, **kwargs: None
-    missing = [name for module, name in PACKAGES.items() if not importlib.util.find_spec(module)]
-    if missing:
-        says(
-            f"error: {', '.join(missing)} not installed; pip install 'eca-fused[demo]'",
-            file=sys.stderr,
-        )
+    if missing := missing_packages({"matplotlib", "sklearn", "tqdm"}):
+        says(need(missing), file=sys.stderr)
         return PACKAGES_MISSING
     try:
         options = parse(argv)

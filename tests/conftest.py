@@ -3,6 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from helpers.cases import DEVICE
 
 if DEVICE != "cpu":

@@ -1,7 +1,7 @@
-"""Rows on which a rival was faster, measured again in processes of their own.
+"""Rows on which a rival was faster, measured again in a process of their own.
 
 More rounds in one process cannot show what differs between processes, such as where their pages
-lie. Rows that are won by a narrow margin are not measured again.
+lie.
 """
 
 import argparse
@@ -12,20 +12,17 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import tables
-from cases import DIRECTIONS
-from harness import progress, reason_of, statistics_of
-from tables import Result, Row
+from eca_fused.cli.common.measure import reason
+from lib import tables
+from lib.cases import DIRECTIONS
+from lib.script import progress
+from lib.tables import Result, Row
 
-FEWEST = 5  # processes, for four of five to be a number of them
-
-__all__ = ["FEWEST", "command", "measure_again", "run_microbench"]
-
-SCRIPT = Path(__file__).parent / "microbench.py"
+SCRIPT = Path(__file__).parents[1] / "layers.py"
 
 
 def command(row: Row, rivals: list[str], args: argparse.Namespace) -> list[str]:
-    """Arguments of microbench.py for one row, with ours and these contenders alone."""
+    """Arguments of layers.py for one row, with ours and these contenders alone."""
     kinds = sorted({tables.ours(row), *(name.split()[0] for name in rivals)})
     arguments = ["--shape", *map(str, row["shape"]), "--taps", str(row["k"])]
     arguments += ["--dtype", row["dtype"], "--layout", row["layout"]]
@@ -38,8 +35,8 @@ def command(row: Row, rivals: list[str], args: argparse.Namespace) -> list[str]:
     return arguments
 
 
-def run_microbench(arguments: list[str]) -> Row:
-    """The row that microbench.py measures in a process of its own.
+def run_layers(arguments: list[str]) -> Row:
+    """The row that layers.py measures in a process of its own.
 
     Raises:
         RuntimeError: it failed.
@@ -55,11 +52,9 @@ def run_microbench(arguments: list[str]) -> Row:
 
 
 def measure_again(
-    result: Result, args: argparse.Namespace, run: Callable[[list[str]], Row] = run_microbench
+    result: Result, args: argparse.Namespace, run: Callable[[list[str]], Row] = run_layers
 ) -> Iterator[Row]:
-    """Add to each such row, as "again", each rival's time in units of ours in args.again processes.
-
-    Its statistics are over the processes, each of which counts with the median of its rounds.
+    """Add to each such row, as "again", the rivals' times in units of ours in a new process.
 
     Yields:
         Each row, when that is done.
@@ -67,16 +62,9 @@ def measure_again(
     rows = [row for row in result["rows"] if row["direction"] in DIRECTIONS]
     lost = [(row, rivals) for row in rows if (rivals := tables.faster_rivals(row))]
     for row, rivals in progress(lost, len(lost)):
-        medians: dict[str, list[float]] = {name: [] for name in rivals}
         try:
-            for _ in range(args.again):
-                found = run(command(row, rivals, args))
-                for name in rivals:
-                    medians[name].append(tables.median(found, name, "times_ours"))
-        except (RuntimeError, KeyError) as reason:
-            row["failed"].append(f"again: {reason_of(reason)}")
-        else:
-            row["again"] = {
-                name: {"medians": found, **statistics_of(found)} for name, found in medians.items()
-            }
+            times = run(command(row, rivals, args))["contenders"]
+            row["again"] = {name: times[name]["times_ours"] for name in rivals}
+        except (RuntimeError, KeyError) as error:
+            row["failed"].append(f"again: {reason(error)}")
         yield row

@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import Case
-from devices import Device, Recording
 from torch import Tensor
 
 import eca_fused
 from eca_fused.torch_state import keep_saved_tensors
+from lib.cases import Case
+from lib.devices import Device, Recording
 
 # A backward pass is run again and again, on what one forward pass saved.
 keep_saved_tensors()

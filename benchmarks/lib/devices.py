@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-import gpu_timing
 import torch
-from gpu_timing import Call, rotation
+
+from lib import gpu_timing
+from lib.gpu_timing import Call, rotation
 
 
 class Recording(Protocol):

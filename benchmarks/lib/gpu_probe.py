@@ -1,12 +1,13 @@
 """Small programs for a GPU and for the tools that watch one; gpu_check.py runs them.
 
-    python benchmarks/gpu_probe.py facts                       # card, versions, room for clusters
-    python benchmarks/gpu_probe.py small                       # every plan on small maps, checked
-    compute-sanitizer --tool racecheck python benchmarks/gpu_probe.py small
-    ncu ... python benchmarks/gpu_probe.py layers calls.json   # one call of each layer of interest
-    python benchmarks/gpu_probe.py read calls.json ncu.csv     # what those calls did
+    python -m lib.gpu_probe facts                       # card, versions, room for clusters
+    python -m lib.gpu_probe small                       # every plan on small maps, checked
+    compute-sanitizer --tool racecheck python -m lib.gpu_probe small
+    ncu ... python -m lib.gpu_probe layers calls.json   # one call of each layer of interest
+    python -m lib.gpu_probe read calls.json ncu.csv     # what those calls did
 
-With --device cpu each runs without a GPU, as far as that is possible: a rehearsal.
+PYTHONPATH has the repository and benchmarks/. With --device cpu each runs without a GPU, as far as
+that is possible: a rehearsal.
 """
 
 import argparse
@@ -21,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import Case
-from plans import gpu_limits, native_module, plan_of
 
 import eca_fused
+from lib.cases import Case
+from lib.plans import gpu_limits, native_module, plan_of
 
 Forced = dict[str, Any]  # arguments of _C.force_plan()
 

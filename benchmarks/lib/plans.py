@@ -4,7 +4,8 @@ import importlib
 from typing import Any
 
 import torch
-from cases import Case
+
+from lib.cases import Case
 
 
 def native_module() -> Any:

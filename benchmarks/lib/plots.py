@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-import tables
+from lib import tables
 
 Result = dict[str, Any]
 
@@ -132,7 +132,7 @@ def shares(axis: Any, rows: list[dict[str, Any]], kind: str) -> None:
         )  # fmt: skip
 
 
-def scaling(result: Result, path: Path) -> None:
+def sizes(result: Result, path: Path) -> None:
     """Time per element over the size of the map, a picture for each axis and direction."""
     plt = pyplot()
     if not result["rows"]:
@@ -205,8 +205,8 @@ def speed(layers: Result, networks: dict[str, Result], path: Path) -> None:
     """Two panels: layers of ResNet-50 by our time, and its training step by that without attention.
 
     Args:
-        layers: of microbench.py with rivals, on a GPU.
-        networks: of network.py, by the name of the place.
+        layers: of layers.py with rivals, on a GPU.
+        networks: of networks.py, by the name of the place.
         path: the PNG file to write.
     """
     plt = pyplot()

@@ -1,27 +1,23 @@
-"""Steps in the time per element from a size to the next, by what is known of them.
+"""Cliffs: sizes from which the time per element grows, although the copy's does not.
 
-A step of ours that the copy has too is where a cache ends; one that is not there when it is
-measured again was noise. What is left are cliffs of the kernels.
+A step to the next size counts if it is larger than 15 %, larger than the spreads of both sizes, and
+larger by 15 % than the copy's step: the copy has one too where a cache ends. sizes.py measures both
+sizes again, side by side. A step that is not there again was noise.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-import tables
-from tables import Result, Row
+from lib import tables
+from lib.tables import Result, Row
 
-STEP = 1.15  # time per element in units of that of the size before; of the copy's step, too
-
-CLIFF, UNMEASURED = "seen again", "not measured again"
-WITH_COPY, GONE, NOISE = f"within {STEP} times the copy's", "not seen again", "within the noise"
-OTHERS = (WITH_COPY, GONE, NOISE)
+STEP = 1.15
 
 
 @dataclass(frozen=True)
 class Step:
-    """Growth of the time per element of one of ours by more than 15 %."""
+    """The time per element of one of ours grows by more than 15 % and the spreads."""
 
     name: str
     before: Row
@@ -29,43 +25,27 @@ class Step:
 
     @property
     def first(self) -> tuple[float, float]:
-        """Of ours and of the copy, as all sizes were measured."""
+        """Growth of ours and of the copy, in the rounds of all sizes."""
         own, copy = (growth(self.before, self.after, name) for name in (self.name, "copy"))
         return own, copy
 
     @property
     def again(self) -> tuple[float, float] | None:
-        """Of ours and of the copy, these two sizes side by side, if they were measured again."""
+        """Growth of ours and of the copy, both sizes side by side; None if not measured again."""
         found = self.after.get("again", {}).get(self.name)
         return found and (found["ours"]["median"], found["copy"]["median"])
 
     @property
-    def within_noise(self) -> bool:
-        return growth(self.before, self.after, self.name, "p80", "p20") <= 1
-
-    @property
-    def kind(self) -> str:
-        # Where there are both, the sizes side by side say more about the copy: it is noisy too.
-        step, copy = self.again or self.first
-        if self.within_noise:
-            return NOISE
-        if step <= STEP:
-            return GONE
-        if step <= STEP * copy:
-            return WITH_COPY
-        return CLIFF if self.again else UNMEASURED
+    def is_cliff(self) -> bool:
+        own, copy = self.again or self.first
+        return own > STEP * max(1, copy)
 
     def __str__(self) -> str:
-        step, copy = self.first
         row, sizes = self.after, [tables.layer_of(row) for row in (self.before, self.after)]
-        line = (
-            f"{self.name}, {row['layout']}, {row['direction']}, {row['axis']} grows: {step:.2f}x "
-            f"per element from {' to '.join(sizes)} (the copy {copy:.2f}x)"
-        )
-        if self.again:
-            step, copy = self.again
-            line += f", again {step:.2f}x (the copy {copy:.2f}x)"
-        return line + (f", {self.kind}" if self.kind in OTHERS else "")
+        times = [self.first] + ([self.again] if self.again else [])
+        grown = ", again ".join(f"{own:.2f}x (the copy {copy:.2f}x)" for own, copy in times)
+        where = f"{self.name}, {row['layout']}, {row['direction']}, {row['axis']} grows"
+        return f"{where}, {' to '.join(sizes)}: {grown}"
 
 
 def growth(before: Row, after: Row, name: str, low: str = "median", high: str = "median") -> float:
@@ -78,7 +58,7 @@ def growth(before: Row, after: Row, name: str, low: str = "median", high: str = 
 
 
 def steps_of(rows: list[Row]) -> Iterator[Step]:
-    """Where the time per element of one of ours grows by more than 15 % to the next size."""
+    """The steps of ours, whatever the copy's."""
     curves: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("layout", "axis", "direction"))
@@ -87,32 +67,19 @@ def steps_of(rows: list[Row]) -> Iterator[Step]:
         for before, after in pairwise(curve):
             for name in ("native", "triton"):
                 both = before["contenders"].keys() & after["contenders"].keys()
-                if {name, "copy"} <= both and growth(before, after, name) > STEP:
+                if not {name, "copy"} <= both or growth(before, after, name) <= STEP:
+                    continue
+                if growth(before, after, name, "p80", "p20") > 1:
                     yield Step(name, before, after)
 
 
 def markdown(result: Result) -> str:
-    """The cliffs by name, and how many steps there are of the other kinds."""
+    """The cliffs, and how many other steps there are."""
     steps = list(steps_of(result["rows"]))
-    what = f"Cliffs (steps beyond 15 % and beyond {STEP} times the copy's own, seen again)"
-    lists = {
-        kind: "\n".join(f"- {step}" for step in steps if step.kind == kind)
-        for kind in (CLIFF, UNMEASURED)
-    }
-    parts = [f"{what}:\n\n{lists[CLIFF]}" if lists[CLIFF] else f"{what}: none."]
-    if lists[UNMEASURED]:
-        parts.append(f"As large, but {UNMEASURED}:\n\n{lists[UNMEASURED]}")
-    counts = Counter(step.kind for step in steps)
-    others = [f"{counts[kind]} {kind}" for kind in OTHERS if counts[kind]]
+    cliffs = [f"- {step}" for step in steps if step.is_cliff]
+    head = "Cliffs, where the time per element grows by 15 % more than the copy's"
+    text = f"{head}:\n\n" + "\n".join(cliffs) if cliffs else f"{head}: none."
+    others = len(steps) - len(cliffs)
     if others:
-        parts.append(f"Other steps beyond 15 %, which the result file lists: {', '.join(others)}.")
-    return "\n\n".join(parts)
-
-
-def remarks(result: Result) -> list[str]:
-    """The remarks of a result beside its steps, which older ones had among them."""
-    return [
-        line
-        for line in result["remarks"]
-        if line.startswith("FAILED") or "x per element from " not in line
-    ]
+        text += f"\n\nOther steps beyond 15 %: {others}. The copy has them too, or a rerun has not."
+    return text

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from cases import NETWORKS
+from lib.cases import NETWORKS
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -258,17 +258,17 @@ def faster_rivals(row: Row) -> list[str]:
 
 
 def losses(result: Result) -> list[str]:
-    """Where a rival was faster, and in four of five other processes too if there were any."""
+    """Where a rival was faster, and in a rerun too if there was one."""
     return [text for text, lost in verdicts(result) if lost]
 
 
 def unconfirmed(result: Result) -> list[str]:
-    """Where a rival was faster in one process, but not in four of five others."""
+    """Where a rival was faster, but not in the rerun."""
     return [text for text, lost in verdicts(result) if not lost]
 
 
 def verdicts(result: Result) -> Iterator[tuple[str, bool]]:
-    """Each row with a rival that was faster, and whether it was so in other processes."""
+    """Each row with a rival that was faster, and whether it was so in a rerun."""
     for row in result["rows"]:
         for name in faster_rivals(row):
             text = (
@@ -277,8 +277,7 @@ def verdicts(result: Result) -> Iterator[tuple[str, bool]]:
             )
             again = row.get("again", {}).get(name)
             if again:
-                values = ", ".join(f"{value:.2f}" for value in sorted(again["medians"]))
-                text += f", in other processes {values}"
+                text += f", again {again['median']:.2f}x ({again['p20']:.2f} to {again['p80']:.2f})"
             yield text, not again or again["p80"] < 1
 
 
@@ -375,7 +374,7 @@ def profiler(result: Result) -> str:
 # ---- small calls, networks, sizes ----
 
 
-def overhead(result: Result) -> str:
+def calls(result: Result) -> str:
     """Markdown: host time of small calls, and its ratio to eager's."""
     head = ["small call", "direction"]
     names = list(dict.fromkeys(n for row in result["rows"] for n in row["contenders"]))
@@ -422,7 +421,7 @@ def networks_in_short(result: Result) -> str:
     return markdown([*head, *(f"{kind} / without" for kind in kinds)], lines)
 
 
-def scaling(result: Result) -> str:
+def sizes(result: Result) -> str:
     """Markdown: picoseconds per element at every size."""
     names = list(dict.fromkeys(n for row in result["rows"] for n in row["contenders"]))
     lines = []

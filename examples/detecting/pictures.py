@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
-from training.results import smoothed
 
-from eca_fused.cli.demo.pictures import BLUE, GREY, STYLE
+from eca_fused.cli.common.style import BLUE, GREY, STYLE
+from training.results import smoothed
 
 from .scenes import CLASSES, Scene
 

@@ -11,24 +11,13 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from eca_fused.cli.common.style import BLUE, GREEN, GREY, STYLE
+
 from .loop import History
 from .options import Options
 from .processes import Processes
 
 __all__ = ["write_results"]
-
-# Okabe and Ito's colours, which stay apart for colour-blind eyes.
-BLUE, GREEN, GREY = "#0072b2", "#009e73", "#666666"
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "savefig.dpi": 160,
-}
 
 
 def write_results(model: nn.Module, history: History, options: Options, at: Processes) -> None:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, LAYOUTS, MODES, make_case, needs_extension, plain
 from torch.autograd import gradcheck, gradgradcheck
 
 import eca_fused
 from eca_fused.autograd.derivatives import plain_backward
 from eca_fused.functional import ECAFunction
 from eca_fused.ops import native
+from helpers.cases import BACKENDS, LAYOUTS, MODES, make_case, needs_extension, plain
 
 pytestmark = [pytest.mark.any_device, pytest.mark.parametrize("backend", BACKENDS)]
 

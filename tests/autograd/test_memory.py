@@ -6,7 +6,6 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, DEVICE, LAYOUTS, VIEWS, Case, assert_same_sums, make_case, run
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import (
@@ -18,6 +17,7 @@ from torch.utils.checkpoint import (
 
 import eca_fused
 from eca_fused.ops.backend import select
+from helpers.cases import BACKENDS, DEVICE, LAYOUTS, VIEWS, Case, assert_same_sums, make_case, run
 
 pytestmark = [pytest.mark.any_device, pytest.mark.parametrize("backend", BACKENDS)]
 

@@ -7,6 +7,16 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.compiled_autograd
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import eca_fused
+from eca_fused import attention
+from eca_fused.functional import choice
+from eca_fused.ops import native
+from eca_fused.ops.backend import select
+from eca_fused.ops.results import output_strides
 from helpers.cases import (
     BACKENDS,
     DEVICE,
@@ -24,16 +34,6 @@ from helpers.cases import (
 )
 from helpers.programs import called, needs_onnx, onnx_session
 from helpers.random_views import random_case
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
-
-import eca_fused
-from eca_fused import attention
-from eca_fused.functional import choice
-from eca_fused.ops import native
-from eca_fused.ops.backend import select
-from eca_fused.ops.results import output_strides
 
 pytestmark = pytest.mark.any_device
 

@@ -9,6 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import func, nn
+from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import eca_fused
+from eca_fused.ops import backend as backend_module
+from eca_fused.ops.backend import select
 from helpers.cases import (
     BACKENDS,
     DTYPES,
@@ -21,14 +29,6 @@ from helpers.cases import (
     plain,
     run,
 )
-from torch import func, nn
-from torch._dynamo.testing import CompileCounter
-from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.fx.experimental.proxy_tensor import make_fx
-
-import eca_fused
-from eca_fused.ops import backend as backend_module
-from eca_fused.ops.backend import select
 
 pytestmark = [
     pytest.mark.any_device,

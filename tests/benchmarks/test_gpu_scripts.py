@@ -8,14 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-import gpu_check
-import gpu_probe
 import pytest
+
+import eca_fused
+import gpu_check
 import tune
 from helpers.cases import needs_extension
 from helpers.processes import ROOT, run_tests
-
-import eca_fused
+from lib import gpu_probe
 
 pytestmark = pytest.mark.every_torch
 

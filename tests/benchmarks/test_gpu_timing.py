@@ -2,11 +2,10 @@
 
 from types import SimpleNamespace
 
-import gpu_timing
-import harness
 import pytest
-import tables
 import torch
+
+from lib import gpu_timing, machine, tables
 
 pytestmark = pytest.mark.every_torch
 
@@ -132,18 +131,18 @@ def gpu(monkeypatch, tmp_path):
 def test_a_result_says_on_which_gpu_and_in_what_state(gpu):
     gpu.write_text(NVIDIA_SMI)
     gpu.chmod(0o755)
-    found = harness.machine(SimpleNamespace(kind="cuda"))
+    found = machine.machine(SimpleNamespace(kind="cuda"))
     state = {"driver": "580.1", "clocks.sm": "1980 MHz", "clocks.mem": "3201 MHz"}
     state |= {"temperature.gpu": "41", "power.draw": "77.5 W"}
-    assert harness.gpu_state() == state
+    assert machine.gpu_state() == state
     assert found.items() >= {**state, "gpu": "NVIDIA H200", "capability": "9.0"}.items()
     assert tables.where(found).startswith("NVIDIA H200, driver 580.1, CUDA ")
 
 
 def test_a_result_without_nvidia_smi_has_no_state(gpu):
-    assert harness.gpu_state() == {}
+    assert machine.gpu_state() == {}
     gpu.write_text("#!/bin/sh\nexit 9\n")
     gpu.chmod(0o755)
-    assert harness.gpu_state() == {}
-    found = harness.machine(SimpleNamespace(kind="cuda"))
+    assert machine.gpu_state() == {}
+    found = machine.machine(SimpleNamespace(kind="cuda"))
     assert "driver unknown" in tables.where(found)

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import needs_extension
-from helpers.processes import python
 from torch import Tensor
 
 import eca_fused
@@ -26,6 +24,8 @@ from eca_fused.cli.demo.check import check_layers, check_network
 from eca_fused.cli.demo.comparison import Check, Comparison, TopFive
 from eca_fused.cli.demo.main_job import Settings, run
 from eca_fused.ops import native
+from helpers.cases import needs_extension
+from helpers.processes import python
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -303,8 +303,8 @@ def test_contenders_take_turns_and_one_that_fails_drops_out() -> None:
     assert [len(c.seconds) for c in contenders] == [3, 0, 3, 0]
     assert contenders[1].missing == "NoCompiler: none found"
     changes = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    assert changes == ["a", "c", "a", "c", "a", "c"][: len(changes)]
-    assert len(changes) >= 4
+    assert {*order} == {"a", "c"}
+    assert len(changes) >= 4  # both had a turn before the first one had its last
 
 
 def test_run_with_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

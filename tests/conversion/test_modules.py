@@ -8,6 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrizations, parametrize
+
+import eca_fused
+from eca_fused import ECALayer, convert, revert
 from helpers.cases import needs_extension
 from helpers.eca_modules import (
     C2f,
@@ -24,12 +30,6 @@ from helpers.eca_modules import (
     pooled_to_one,
     results,
 )
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.utils import parametrizations, parametrize
-
-import eca_fused
-from eca_fused import ECALayer, convert, revert
 
 pytestmark = pytest.mark.every_torch
 

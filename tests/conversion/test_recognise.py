@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.eca_modules import Functional, eca_layer, pooled_to_the_largest
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -18,6 +17,7 @@ import eca_fused
 from eca_fused import ECALayer, convert, revert
 from eca_fused.conversion import recognise as recognition
 from eca_fused.models import Bottleneck, ResNet
+from helpers.eca_modules import Functional, eca_layer, pooled_to_the_largest
 
 pytestmark = pytest.mark.every_torch
 

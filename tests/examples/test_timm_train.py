@@ -18,7 +18,6 @@ except Exception as error:  # a torchvision that does not fit torch fails with a
     pytest.skip(reason, allow_module_level=True)
 
 
-import timm_train
 from timm.data import create_dataset, create_loader
 from timm.layers import eca as timm_eca
 from timm.loss import LabelSmoothingCrossEntropy
@@ -26,6 +25,8 @@ from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, accuracy
+
+import timm_train
 
 # One block in each stage, and a quarter of the channels.
 pytestmark = pytest.mark.usefixtures("one_thread")

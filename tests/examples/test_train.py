@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-import train
-from helpers.processes import ROOT
 from torch import nn
-from training import digits, loop, options, processes
 
+import train
 from eca_fused import ECALayer
 from eca_fused.models import BasicBlock, ResNet, set_fused
+from helpers.processes import ROOT
+from training import digits, loop, options, processes
 
 # Two epochs of four steps, with checkpoints after 3, 4, 6 and 8.
 SMALL = ["--layers", "1", "1", "1", "1", "--samples", "64", "--batch-size", "16"]

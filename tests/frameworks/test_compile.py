@@ -5,6 +5,13 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import eca_fused
+from eca_fused import ECALayer
+from eca_fused.functional.ways import ForTheCompiler
+from eca_fused.ops import graph, native
 from helpers.cases import (
     DEVICE,
     DTYPES,
@@ -19,13 +26,6 @@ from helpers.cases import (
     run,
 )
 from helpers.processes import python
-from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
-
-import eca_fused
-from eca_fused import ECALayer
-from eca_fused.functional.ways import ForTheCompiler
-from eca_fused.ops import graph, native
 
 pytestmark = pytest.mark.any_device
 

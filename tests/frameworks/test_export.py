@@ -9,9 +9,6 @@ import warnings
 
 import pytest
 import torch
-from helpers.cases import LAYOUTS, MODES, assert_as_accurate, make_case, name_of, needs_extension
-from helpers.processes import python
-from helpers.programs import called, needs_onnx, onnx_session
 from torch import nn
 
 import eca_fused
@@ -19,6 +16,9 @@ from eca_fused import ECALayer
 from eca_fused.attention import ECANS, SE
 from eca_fused.models import BasicBlock, ResNet
 from eca_fused.ops import native
+from helpers.cases import LAYOUTS, MODES, assert_as_accurate, make_case, name_of, needs_extension
+from helpers.processes import python
+from helpers.programs import called, needs_onnx, onnx_session
 
 pytestmark = pytest.mark.every_torch
 

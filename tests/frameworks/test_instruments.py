@@ -4,13 +4,13 @@ import importlib
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, DEVICE, MODES, make_case, needs_extension
-from helpers.processes import python
 from torch.utils.flop_counter import FlopCounterMode
 
 import eca_fused
 from eca_fused.ops import native
 from eca_fused.ops.backend import select
+from helpers.cases import BACKENDS, DEVICE, MODES, make_case, needs_extension
+from helpers.processes import python
 
 pytestmark = pytest.mark.any_device
 

@@ -7,6 +7,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import eca_fused
+from eca_fused import ECALayer
 from helpers.cases import (
     BACKENDS,
     DEVICE,
@@ -19,10 +23,6 @@ from helpers.cases import (
     name_of,
     run,
 )
-from torch import Tensor, nn
-
-import eca_fused
-from eca_fused import ECALayer
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-from helpers.cases import LAYOUTS, make_case, needs_extension
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import optimization
@@ -15,6 +14,7 @@ from torch.nn.utils import fusion, parametrize
 import eca_fused
 from eca_fused import ECALayer, attention
 from eca_fused.models import Bottleneck, ResNet
+from helpers.cases import LAYOUTS, make_case, needs_extension
 
 pytestmark = pytest.mark.every_torch
 

@@ -7,9 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from helpers.cases import needs_extension
 
 from eca_fused.ops import native
+from helpers.cases import needs_extension
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 DTYPES = {"float32": "f", "float64": "d", "float16": "6__half", "bfloat16": "13__nv_bfloat16"}

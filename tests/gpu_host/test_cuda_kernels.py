@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from helpers.cases import (
     DTYPES,
     LAYOUTS,

@@ -4,6 +4,7 @@ test_simt_runtime.py shows the other kinds, and `make mutations` goes through al
 """
 
 import pytest
+
 from helpers.gpu_host import missing
 from helpers.mutations import MUTATIONS, verdict
 from helpers.processes import ROOT

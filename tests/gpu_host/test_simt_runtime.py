@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
 from helpers.processes import ROOT
 
 SOURCES = ROOT / "tests/gpu_host/simt"

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from helpers.cases import assert_near
 from helpers.processes import ROOT
-from torch import Tensor
 
 COMPILER = os.environ.get("CXX", "g++")
 missing = None if shutil.which(COMPILER) else f"needs a C++ compiler: {COMPILER}"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from helpers.cases import LAYOUTS, MODES, assert_as_accurate, make_case
 from helpers.gpu_host import A100, H200, SANITIZED, Fault, Forced, HostGpu, Refused, check_apart
 from helpers.processes import ROOT

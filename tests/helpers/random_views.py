@@ -3,6 +3,7 @@
 import random
 
 import torch
+
 from helpers.cases import DEVICE, Case, shifted
 
 

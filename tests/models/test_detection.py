@@ -8,18 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import detect
 import pytest
 import torch
-from detecting import scenes
-from helpers.cases import needs_extension
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import detect
+from detecting import scenes
 from eca_fused import attention
 from eca_fused.cli.common.photographs import Photograph
 from eca_fused.cli.tables.count import count_parameters
 from eca_fused.models import resnet, set_fused
+from helpers.cases import needs_extension
 
 try:
     from eca_fused.models import detection

@@ -4,6 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from eca_fused import ECALayer, attention
 from helpers.cases import (
     BACKENDS,
     DEVICE,
@@ -14,9 +17,6 @@ from helpers.cases import (
     name_of,
     run,
 )
-from torch import Tensor, nn
-
-from eca_fused import ECALayer, attention
 
 pytestmark = pytest.mark.every_torch
 

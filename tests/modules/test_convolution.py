@@ -6,13 +6,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.cases import MODES, needs_extension
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import eca_fused
 from eca_fused.attention import ECANS, ECAVariant, SEVar2
 from eca_fused.functional.convolution import plain_taps
+from helpers.cases import MODES, needs_extension
 
 pytestmark = pytest.mark.every_torch
 

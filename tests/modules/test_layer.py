@@ -5,11 +5,11 @@ import pickle
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, make_case
 from torch import nn
 
 import eca_fused
 from eca_fused import ECALayer, kernel_size
+from helpers.cases import BACKENDS, make_case
 
 pytestmark = pytest.mark.any_device
 

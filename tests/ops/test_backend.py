@@ -4,12 +4,12 @@ import warnings
 
 import pytest
 import torch
-from helpers.cases import needs_extension
-from helpers.processes import python
 
 import eca_fused
 from eca_fused.ops import backend as backend_module
 from eca_fused.ops import native
+from helpers.cases import needs_extension
+from helpers.processes import python
 
 pytestmark = pytest.mark.every_torch
 

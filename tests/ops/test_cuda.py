@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+import eca_fused
+from eca_fused.ops import native
 from helpers.cases import (
     DTYPES,
     IN_REGISTERS,
@@ -23,10 +27,6 @@ from helpers.cases import (
     name_of,
     run,
 )
-from torch import Tensor
-
-import eca_fused
-from eca_fused.ops import native
 
 if "cuda" not in native.devices:
     reason = "needs the CUDA kernels: make build ECA_FUSED_CUDA=1"

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, DEVICE, needs_extension
 
 import eca_fused
+from helpers.cases import BACKENDS, DEVICE, needs_extension
 
 pytestmark = pytest.mark.any_device
 

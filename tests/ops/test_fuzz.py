@@ -4,12 +4,12 @@ import os
 
 import pytest
 import torch
-from helpers.cases import BACKENDS, DEVICE, assert_as_accurate, run
-from helpers.processes import run_tests
-from helpers.random_views import random_case
 
 import eca_fused
 from eca_fused.ops.results import output_strides
+from helpers.cases import BACKENDS, DEVICE, assert_as_accurate, run
+from helpers.processes import run_tests
+from helpers.random_views import random_case
 
 pytestmark = pytest.mark.any_device
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+import eca_fused
 from helpers.cases import (
     BACKENDS,
     DEVICE,
@@ -16,8 +18,6 @@ from helpers.cases import (
     plain,
     run,
 )
-
-import eca_fused
 
 pytestmark = [pytest.mark.any_device, pytest.mark.parametrize("backend", BACKENDS)]
 

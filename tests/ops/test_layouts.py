@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+import eca_fused
+from eca_fused.ops.results import output_strides
 from helpers.cases import (
     BACKENDS,
     DEVICE,
@@ -17,10 +21,6 @@ from helpers.cases import (
     plain,
     run,
 )
-from torch.profiler import ProfilerActivity, profile
-
-import eca_fused
-from eca_fused.ops.results import output_strides
 
 pytestmark = [pytest.mark.any_device, pytest.mark.parametrize("backend", BACKENDS)]
 

@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import eca_fused
+from eca_fused.ops import native
 from helpers.cases import (
     DEVICE,
     DTYPES,
@@ -13,10 +17,6 @@ from helpers.cases import (
     needs_extension,
 )
 from helpers.processes import python, run_tests
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-import eca_fused
-from eca_fused.ops import native
 
 pytestmark = [pytest.mark.any_device, needs_extension]
 ops = torch.ops.eca_fused

@@ -5,6 +5,9 @@ import re
 
 import pytest
 import torch
+
+import eca_fused
+from eca_fused import reference
 from helpers.cases import (
     BACKENDS,
     DEVICE,
@@ -18,9 +21,6 @@ from helpers.cases import (
     name_of,
     needs_extension,
 )
-
-import eca_fused
-from eca_fused import reference
 
 pytestmark = pytest.mark.any_device
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.cases import DTYPES, IN_REGISTERS, LAYOUTS, grid, name_of, needs_extension
 
 import eca_fused
 from eca_fused import kernel_size
@@ -19,6 +18,7 @@ from eca_fused.__main__ import main
 from eca_fused.cli import plan as plan_command
 from eca_fused.ops import cuda_plan as planning
 from eca_fused.ops import native
+from helpers.cases import DTYPES, IN_REGISTERS, LAYOUTS, grid, name_of, needs_extension
 
 pytestmark = [pytest.mark.every_torch, needs_extension]
 

@@ -6,6 +6,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
 from helpers.processes import ROOT
 
 COMPILER = os.environ.get("CXX", "g++")

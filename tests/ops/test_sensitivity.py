@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers.cases import Case, assert_as_accurate, make_case, needs_extension, run
 
 from eca_fused.functional import ECAFunction
 from eca_fused.ops import native
+from helpers.cases import Case, assert_as_accurate, make_case, needs_extension, run
 
 pytestmark = [pytest.mark.any_device, needs_extension]
 

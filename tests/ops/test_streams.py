@@ -7,10 +7,10 @@ import copy
 
 import pytest
 import torch
-from helpers.cases import LAYOUTS, Case, Results, make_case, run
 from torch import Tensor, nn
 
 import eca_fused
+from helpers.cases import LAYOUTS, Case, Results, make_case, run
 
 BACKENDS = [
     name for name, status in eca_fused.backends().items() if "cuda" in (status.devices or ())

@@ -8,11 +8,11 @@ import warnings
 
 import pytest
 import torch
-from helpers.cases import LAYOUTS, READ_IN_PLACE, in_layout, name_of
-from helpers.processes import python, run_tests
 
 from eca_fused.ops import backend as backend_module
 from eca_fused.ops import native
+from helpers.cases import LAYOUTS, READ_IN_PLACE, in_layout, name_of
+from helpers.processes import python, run_tests
 
 pytestmark = pytest.mark.every_torch
 
@@ -238,9 +238,8 @@ SHAPES = [
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize(("shape", "k", "dtype", "layout"), SHAPES, ids=name_of)
 def test_compiles_without_spills(shape, k, dtype, layout, architecture, tmp_path, monkeypatch):
-    from helpers.triton_aot import recorded
-
     from eca_fused.ops.triton import launch
+    from helpers.triton_aot import recorded
 
     x = torch.empty(shape, dtype=dtype, device="meta")
     if layout == "channels_last":
@@ -275,9 +274,8 @@ def check_code(launches, architecture, folder, whole_lines):
 @compiles
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pooling_and_rescaling_compile_without_spills(layout, tmp_path, monkeypatch):
-    from helpers.triton_aot import recorded
-
     from eca_fused.ops.triton import launch
+    from helpers.triton_aot import recorded
 
     x = in_layout(torch.empty(32, 256, 56, 56, dtype=torch.bfloat16, device="meta"), layout)
     half = torch.empty(32, 256, dtype=torch.bfloat16, device="meta")

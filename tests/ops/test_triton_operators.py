@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+import eca_fused
 from helpers.cases import (
     DTYPES,
     LAYOUTS,
@@ -13,8 +15,6 @@ from helpers.cases import (
     name_of,
     run,
 )
-
-import eca_fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _status = eca_fused.backends()["triton"]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers.cases import DTYPES, LAYOUTS, make_case, name_of, needs_extension, shifted
 
 import eca_fused
+from helpers.cases import DTYPES, LAYOUTS, make_case, name_of, needs_extension, shifted
 
 pytestmark = [pytest.mark.every_torch, needs_extension]
 

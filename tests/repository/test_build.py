@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+
 from helpers.processes import ROOT
 
 pytestmark = pytest.mark.xdist_group("build")

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from helpers.processes import ROOT
 
 PACKAGE = ROOT / "eca_fused"

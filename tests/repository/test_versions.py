@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 import torch
+
 from helpers.processes import ROOT, python
 
 pytestmark = pytest.mark.every_torch

@@ -1,6 +1,8 @@
 """Times of contenders, interleaved round by round, and their statistics."""
 
+import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,9 +12,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["Contender", "Spread", "interleave", "ratio"]
+__all__ = ["Contender", "Spread", "interleave", "interleaved", "ratio", "reason"]
 
 SHORTEST_SAMPLE_S = 5e-3  # below this, the clock and the Python loop would show
+WARM_UP_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,42 @@ def timed(call: Callable[[], object], calls: int, device: torch.device) -> float
     return (time.perf_counter() - began) / calls
 
 
+def interleaved(
+    sample: Callable[[str], float],
+    names: Sequence[str],
+    rounds: int,
+    *,
+    warm_up: int = WARM_UP_ROUNDS,
+    fewest: int = 1,
+    budget_s: float = math.inf,
+) -> dict[str, list[float]]:
+    """Samples of each name, one a round, all of them in every round.
+
+    Machines drift, and other programs run: only what was measured side by side can be compared.
+    Each round has another order, because who comes before leaves its data in the caches.
+
+    Args:
+        sample: measures a name once.
+        names: what to measure.
+        rounds: how many samples each name gets.
+        warm_up: rounds before them that do not count.
+        fewest: rounds that are measured whatever the budget.
+        budget_s: seconds after which no new round starts.
+    """
+    found: dict[str, list[float]] = {name: [] for name in names}
+    order, shuffle = list(names), random.Random(0).shuffle
+    began = time.perf_counter()
+    for round_ in range(-warm_up, rounds):
+        if round_ >= fewest and time.perf_counter() - began > budget_s:
+            break
+        shuffle(order)
+        for name in order:
+            value = sample(name)
+            if round_ >= 0:
+                found[name].append(value)
+    return found
+
+
 def interleave(
     contenders: Sequence[Contender],
     device: torch.device,
@@ -84,11 +123,9 @@ def interleave(
     rounds: tuple[int, int],
     multiple: int = 1,
 ) -> float | None:
-    """Fill in the contenders' seconds: in every round, each of those that can run has one sample.
+    """Fill in the contenders' seconds by interleaved(): those that can run have the same rounds.
 
-    Machines drift, and other programs run: only what was measured side by side can be compared.
-    A round starts with another contender each time, so that none profits from its place. A
-    contender whose first call fails drops out with the reason.
+    A contender whose first call fails drops out with the reason.
 
     Args:
         contenders: those to compare.
@@ -110,20 +147,23 @@ def interleave(
             longest = max(longest, timed(contender.call, multiple, device))
         except Exception as error:
             contender.call, contender.missing = None, reason(error)
-    running = [contender for contender in contenders if contender.call is not None]
+    running = {contender.name: contender.call for contender in contenders if contender.call}
     if not running:
         return None
     calls = multiple * max(1, round(SHORTEST_SAMPLE_S / max(longest, 1e-9) / multiple))
     taken = processors_taken()
     began = time.perf_counter()
-    for round_ in range(rounds[1]):
-        if round_ >= rounds[0] and time.perf_counter() - began > budget_s:
-            break
-        first = round_ % len(running)
-        for contender in running[first:] + running[:first]:
-            assert contender.call is not None
-            contender.seconds.append(timed(contender.call, calls, device))
+    found = interleaved(
+        lambda name: timed(running[name], calls, device),
+        list(running),
+        rounds[1],
+        warm_up=0,
+        fewest=rounds[0],
+        budget_s=budget_s,
+    )
     elapsed = time.perf_counter() - began
+    for contender in contenders:
+        contender.seconds += found.get(contender.name, [])
     after = processors_taken()
     if taken is None or after is None:
         return None

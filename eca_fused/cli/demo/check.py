@@ -9,13 +9,12 @@ as plain and fused may each be one unit off.
 """
 
 import copy
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from eca_fused import reference
+from eca_fused.cli.common.accuracy import error, floor, magnitudes
 from eca_fused.cli.demo.comparison import Check, Comparison, TopFive
 from eca_fused.cli.demo.network import eca_layers, hooked, moved_gates, outputs
 from eca_fused.layer import ECALayer
@@ -24,12 +23,6 @@ from eca_fused.models import ResNet
 __all__ = ["check", "check_layers", "check_network"]
 
 SEED = 1
-UNITS = 8  # sum, mean, taps, sigmoid and product round about once each, forward and backward
-
-
-def error(values: Sequence[Tensor], exact: Tensor) -> float:
-    """The largest absolute difference of any of the values; NaN where there is one."""
-    return float(torch.stack([(v.double() - exact).abs().max() for v in values]).max())
 
 
 def layer_results(layer: ECALayer, x: Tensor, dy: Tensor) -> dict[str, list[Tensor]]:
@@ -43,40 +36,14 @@ def layer_results(layer: ECALayer, x: Tensor, dy: Tensor) -> dict[str, list[Tens
     return {"y": [y, y_training.detach()], "dx": [dx], "dw": [dw]}
 
 
-def magnitudes(layer: ECALayer, x: Tensor, dy: Tensor) -> dict[str, float]:
-    """What the rounding of the sums in y, dx and dw is relative to; UNITS of it are allowed.
-
-    The terms of a sum that cancels are larger than the sum, and so are their roundings; these are
-    as often up as down, so terms count in quadrature. dw comes out of two long sums, over pixels
-    and over planes, where the roundings of a running sum make a random walk: half the square root
-    of the number of terms, in units. x and dy (N, C, H, W) are float64, like the layer.
-    """
-    planes, pixels = x.shape[0] * x.shape[1], x[0, 0].numel()
-    mean2 = x.mean((2, 3)).square().requires_grad_()  # (N, C)
-    w2 = layer.conv.weight.detach().square().requires_grad_()
-    dz2 = (dy * x).square().sum((2, 3)) / 16  # dz = a (1 - a) sum(dy x), and a (1 - a) <= 1 / 4
-    with torch.enable_grad():
-        z = reference.convolve(mean2, w2, layer.padding_mode)
-        dm2, dw2 = torch.autograd.grad(z, (mean2, w2), dz2)
-    dx = dy.abs().max() + dm2.sqrt().max() / pixels
-    walk = 1 + (math.sqrt(planes) + math.sqrt(pixels)) / 2 / UNITS
-    return {"y": float(x.abs().max()), "dx": float(dx), "dw": float(dw2.sqrt().max()) * walk}
-
-
 def compare_layer(place: str, plain: ECALayer, fused: ECALayer, x: Tensor) -> list[Comparison]:
-    """y, dx and dw of one layer, for a map x (N, C, H, W) and a random gradient of y.
-
-    The floor: half a unit in the last place of the dtype for the rounding of the result, and UNITS
-    of the dtype of the sums (float32, or float64 for float64), see magnitudes().
-    """
+    """y, dx and dw of one layer, for a map x (N, C, H, W) and a random gradient of y."""
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED))
     dy = torch.empty_like(x).copy_(noise)
     layer64, x64, dy64 = copy.deepcopy(plain).double(), x.double(), dy.double()
     exact = layer_results(layer64, x64, dy64)
-    largest = magnitudes(layer64, x64, dy64)
+    largest = magnitudes(x64, layer64.conv.weight, dy64, plain.padding_mode)
     usual, ours = layer_results(plain, x, dy), layer_results(fused, x, dy)
-    half_unit = torch.finfo(x.dtype).eps / 2
-    sums = UNITS * torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     found = []
     for name, (target, *_) in exact.items():
         scale = float(target.abs().max()) or 1.0
@@ -87,7 +54,7 @@ def compare_layer(place: str, plain: ECALayer, fused: ECALayer, x: Tensor) -> li
                 scale,
                 plain=error(usual[name], target) / scale,
                 fused=error(ours[name], target) / scale,
-                floor=half_unit + sums * largest[name] / scale,
+                floor=floor(x.dtype, largest[name], scale),
             )
         )
     return found

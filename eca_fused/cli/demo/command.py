@@ -2,27 +2,26 @@
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import logging
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from eca_fused.cli.common.packages import PACKAGES_MISSING, missing_packages, need
 from eca_fused.cli.demo.main_job import Settings, run
 from eca_fused.cli.demo.report import finite
 from eca_fused.cli.demo.timing import Effort
 
 __all__ = ["main"]
 
-CHECK_FAILED, PACKAGES_MISSING = 1, 3  # argparse itself ends with 2
+CHECK_FAILED = 1
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64)}
 DTYPES |= {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16)}
-PACKAGES = {"matplotlib": "matplotlib", "PIL": "pillow", "sklearn": "scikit-learn", "tqdm": "tqdm"}
 
 FULL = Effort(budget_s=3, rounds=(5, 60), compile_training=True, compile_network=True)
 QUICK = Effort(budget_s=0.8, rounds=(5, 20), compile_training=False, compile_network=False)
@@ -102,12 +101,6 @@ def settings(argv: Sequence[str]) -> tuple[Settings, bool]:
     return made, args.json
 
 
-def missing_packages(needed: Collection[str] = PACKAGES) -> list[str]:
-    """Of the needed modules in PACKAGES those that are not installed, by pip's names for them."""
-    found = importlib.util.find_spec
-    return [name for module, name in PACKAGES.items() if module in needed and not found(module)]
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the main job.
 
@@ -119,10 +112,7 @@ def main(argv: Sequence[str]) -> int:
     """
     made, as_json = settings(argv)
     if missing := missing_packages():
-        print(
-            f"error: {', '.join(missing)} not installed; pip install 'eca-fused[demo]'",
-            file=sys.stderr,
-        )
+        print(need(missing), file=sys.stderr)
         return PACKAGES_MISSING
     # torch.compile warns on every machine without a GPU that it found none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

@@ -12,30 +12,17 @@ from torch import Tensor
 
 from eca_fused.cli.common.measure import ratio
 from eca_fused.cli.common.photographs import Photograph, crop
+from eca_fused.cli.common.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, STYLE
 from eca_fused.cli.demo.timing import Case
 
 __all__ = ["draw_class_gates", "draw_gates", "draw_times"]
 
-# Okabe and Ito's colours, which stay apart for colour-blind eyes.
-BLUE, ORANGE, GREEN, SKY, GREY = "#0072b2", "#e69f00", "#009e73", "#56b4e9", "#666666"
-RED, PURPLE, BLACK = "#d55e00", "#cc79a7", "#000000"
 LINES = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE, BLACK)
 CONTENDERS = {  # the name in a Case, with its colour and its name in the legend
     "plain": (ORANGE, "plain PyTorch"),
     "compiled": (GREEN, "torch.compile of plain"),
     "fused": (BLUE, "fused"),
     "fused, compiled": (SKY, "torch.compile of fused"),
-}
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "savefig.dpi": 160,
-    "text.parse_math": False,  # a class may be called $100
 }
 
 

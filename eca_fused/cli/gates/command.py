@@ -16,8 +16,8 @@ import torch
 
 from eca_fused import attention
 from eca_fused.cli.common.console import table
+from eca_fused.cli.common.packages import PACKAGES_MISSING, missing_packages, need
 from eca_fused.cli.common.photographs import Photograph, load_photographs
-from eca_fused.cli.demo.command import PACKAGES_MISSING, missing_packages
 from eca_fused.cli.demo.report import finite
 from eca_fused.cli.gates.class_gates import (
     Classes,
@@ -257,10 +257,7 @@ def main(argv: Sequence[str]) -> int:
     args = options.parse_args(argv)
     needed = {"matplotlib", "PIL"} | (set() if args.images else {"sklearn"})
     if missing := missing_packages(needed):
-        print(
-            f"error: {', '.join(missing)} not installed; pip install 'eca-fused[demo]'",
-            file=sys.stderr,
-        )
+        print(need(missing), file=sys.stderr)
         return PACKAGES_MISSING
     try:
         found = find_gates(args)

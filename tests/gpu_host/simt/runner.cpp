@@ -13,7 +13,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-#include "../../csrc/cuda/cuda.h"
+#include "../../../csrc/cuda/cuda.h"
 #include "runtime.h"
 
 using namespace eca;

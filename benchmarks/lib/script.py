@@ -1,16 +1,22 @@
-"""The options that all benchmark scripts have, checked before anything is measured."""
+"""What the scripts share: options, which are checked before anything is measured; result files."""
 
 import argparse
+import json
 import math
 import os
 import platform
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from devices import DEVICES
+
+from lib.devices import DEVICES
+
+T = TypeVar("T")
 
 INTERRUPTED = 130  # exit status
 
@@ -119,3 +125,35 @@ def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
         for name, value in vars(args).items()
         if name not in ("output", "plot")
     }
+
+
+# ---- while it runs ----
+
+
+@contextmanager
+def until_interrupted(result: dict[str, Any]) -> Iterator[None]:
+    """Ctrl-C ends the block, and what was measured before it is shown."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+        result["remarks"].append("interrupted: what follows was not measured")
+
+
+def progress(items: Iterable[T], total: int) -> Iterator[T]:
+    """The items, with a progress bar on stderr where there is a terminal and tqdm."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield from items
+        return
+    yield from tqdm(items, total=total, file=sys.stderr, disable=None, leave=False)
+
+
+def write(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a result, by way of another file: whoever reads it finds a whole one."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(path)
