@@ -1,5 +1,5 @@
-// Pooling and rescaling apart, for gates that are made elsewhere. Each byte of a map comes from memory
-// once and goes there once: dx = gate * dy waits for no sum, so it is written where dy was just read.
+// Pooling and rescaling on their own, for gates that are made elsewhere. Each byte of a map is read
+// from memory once and written once: dx = gate * dy waits for no sum, so it follows the read of dy.
 // Included once per instruction set by kernels.h, inside its namespace.
 
 // Calls f(n, c, count) for all planes, as many at once as stay in a core's cache.
@@ -17,7 +17,7 @@ void each_planes(const Problem& p, int64_t element_size, const ThreadPool& pool,
   });
 }
 
-// What a row of g.length elements gets of the values (channels) of a sample: one for each element.
+// Repeats the values of a sample's channels along a row of g.length elements.
 template <class A>
 void repeat_values(const PixelRows& g, A* row, const A* values, int64_t channels) {
   for (int64_t i = 0; i < g.length; i += channels)

@@ -35,8 +35,8 @@ struct Pointee<T*> {
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// How many pieces of `bytes` to read before they are read again, from a core's cache: a quarter of
-// it. Measured with 1 MB: a half or an eighth costs up to 10 %.
+// How many pieces of `bytes` to read before reading them again out of a core's cache: what fills a
+// quarter of it. Measured with 1 MB: a half or an eighth costs up to 10 %.
 inline int64_t pieces_in_cache(int64_t bytes) {
   return max_of(core_cache_bytes() / 4 / max_of(bytes, 1), 1);
 }
@@ -57,12 +57,12 @@ void parallel(const ThreadPool& pool, int64_t count, int64_t grain, const F& bod
 // Fewer elements than this are not worth a second thread (PyTorch's own limit).
 constexpr int64_t kGrain = 32768;
 
-// Streaming stores pay only where input and output do not fit into the caches together, and never
-// where the lines that are written are in a cache already.
+// Streaming stores pay only where input and output together do not fit into the caches, and never
+// in place, where the lines that are written are in a cache already.
 template <class T>
 bool streams(const Problem& p, const Map& out, const Map& in) {
   const int64_t bytes = p.samples * p.channels * p.pixels * (int64_t)sizeof(T);
-  // Whole vectors begin where their address is a multiple of their size, if an element does.
+  // Vectors can only begin at multiples of their size if elements begin at multiples of theirs.
   const bool aligned = (uintptr_t)out.data % sizeof(T) == 0;
   return aligned && out.data != in.data && 2 * bytes > last_level_cache_bytes();
 }

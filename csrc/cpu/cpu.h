@@ -38,9 +38,9 @@ extern const Kernels kernels;
 // at the first call, asks for a lesser one.
 const Kernels& kernels();
 
-// Sizes of the second-level cache of a core, and of the cache closest to memory; 1 MB and 32 MB where
-// the system does not say. ECA_FUSED_CPU_CACHE_BYTES, read at the first call, is taken for the
-// latter: with 0 all outputs are stored around the caches, as the tests have it.
+// Sizes of the second-level cache of a core, and of the cache closest to memory; 1 MB and 32 MB
+// where the system does not say. ECA_FUSED_CPU_CACHE_BYTES, read at the first call, replaces the
+// latter: with 0, as in the tests, all outputs are stored around the caches.
 int64_t core_cache_bytes();
 int64_t last_level_cache_bytes();
 

@@ -17,7 +17,7 @@ const Kernels& kernels() {
     if (wish != "avx512" && wish != "avx2" && wish != "baseline")
       throw std::runtime_error(
           "expected ECA_FUSED_CPU_CAPABILITY as one of baseline, avx2, avx512, got '" + wish + "'");
-    // Every processor with AVX2 converts half precision (F16C) too, which not every compiler can ask.
+    // Every processor with AVX2 also has F16C, for which not every compiler can ask.
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool has_avx512 =
         has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,9 +1,9 @@
-// Fused ECA on the CPU: each byte of x (and dy) comes from memory once, each byte of y (dx) goes
-// there once; the second reading finds the data in a cache.
+// Fused ECA on the CPU. Each byte of x (and dy) is read from memory once, each byte of y (dx) is
+// written once: the second read of x or dy finds the data in a cache.
 //
 // Forward reduces x to its mean, filters it with the taps and multiplies x by the sigmoid. Backward
-// reduces dy * x to dz, filters it with the transposed taps, and adds that to gate * dy. So both are
-// the same two walks, over planes (NCHW) and over pixels (NHWC), with other functions at their ends.
+// reduces dy * x to dz, filters it with the transposed taps, and adds that to gate * dy. Both give
+// their own functions to the same two walks, over planes (NCHW) and over pixels (NHWC).
 //
 // Included once per instruction set, after simd.h, inside its namespace.
 

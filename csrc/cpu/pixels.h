@@ -1,8 +1,8 @@
-// The walk over pixels (NHWC). A gate needs every pixel of the sample: a thread reduces a slab of
-// pixels, and rescales it in reverse order, so that what was read last is still in the cache.
+// The walk over pixels (NHWC). A gate needs every pixel of its sample: a thread reduces a slab of
+// pixels, then rescales it in reverse order, because what it read last is still in the cache.
 // Included once per instruction set by kernels.h, inside its namespace.
 
-// Pixels as rows that are long enough for vectors: `fold` pixels side by side, where they lie so.
+// Rows that are long enough for vectors: `fold` pixels side by side, where pixels have no gaps.
 struct PixelRows {
   int64_t fold, length, rows, rest;  // `rest` elements follow the last whole row
 
@@ -15,9 +15,9 @@ struct PixelRows {
   }
 };
 
-// reduce(n, row, end, total) adds the rows into total; rescale(n, row, end, scale, shift) writes
-// them; both include the rest if end is the last row. settle(n, sums, scale, shift) turns the
-// sums of the channels into what rescale needs for one pixel.
+// reduce(n, row, end, total) adds rows into total. settle(n, sums, scale, shift) turns the sums of
+// the channels into scale and shift of one pixel. rescale(n, row, end, scale, shift) writes rows.
+// reduce and rescale include the rest where `end` is g.rows.
 template <class A, class Reduce, class Settle, class Rescale>
 void walk_pixels(const Problem& p, const PixelRows& g, int64_t element_size, const ThreadPool& pool,
                  const Reduce& reduce, const Settle& settle, const Rescale& rescale) {
@@ -44,8 +44,8 @@ void walk_pixels(const Problem& p, const PixelRows& g, int64_t element_size, con
     stream_fence();
   };
   if (slabs == 1) {
-    // Small samples together, as many as stay in the cache: every turn from reading to writing stops
-    // the prefetching, which cost up to 10 %.
+    // As many small samples together as stay in the cache: each switch from reading to writing
+    // stops the prefetching, which cost up to 10 %.
     const int64_t most = pieces_in_cache(work * element_size);
     parallel(pool, N, max_of(kGrain / work, 1), [&](int64_t begin, int64_t end) {
       const int64_t group = min_of(most, end - begin);
@@ -84,8 +84,8 @@ void rescale_pixels(const PixelRows& g, const Map& y, const Map& x, int64_t n, i
     affine_vector<kShift>(row_of<T>(y, n, i * g.fold), row_of<T>(x, n, i * g.fold), scale, shift,
                           length, stream);
   };
-  // Blocks in reverse order, but ascending within: hardware prefetches upwards. Reversed row by row,
-  // bfloat16 took 1.4 times as long.
+  // Blocks come in reverse order, the rows of a block in ascending order: hardware prefetches
+  // upwards. With the rows reversed too, bfloat16 took 1.4 times as long.
   const int64_t row_bytes = g.length * (int64_t)sizeof(T);
   const int64_t block = pieces_in_cache(row_bytes);
   if (end == g.rows && g.rest) row(g.rows, g.rest);

@@ -1,11 +1,11 @@
-// The walk over planes (NCHW). A thread walks over its channels with a rolling halo: it reduces the
-// planes of a tile and of the r channels after it, filters, and rescales the tile, whose planes were
-// read just before. Only the 2r planes around a thread's share are reduced twice.
+// The walk over planes (NCHW). A thread takes its channels tile by tile: it reduces the planes of a
+// tile and of the r channels after it, filters them, and rescales the tile, whose planes are still
+// in the cache. Only the 2r planes around a thread's share are reduced twice.
 // Included once per instruction set by kernels.h, inside its namespace.
 
-// reduce(n, c, count, out) reduces `count` planes from c on. finish(n, c, count, values, filtered)
-// gets these values for a tile, together with their convolution, and rescales the planes, which
-// overwrites what reduce() reads if in_place.
+// reduce(n, c, count, out) reduces `count` planes from channel c on. finish(n, c, count, values,
+// filtered) gets the values of a tile and their convolution, and rescales the planes. With in_place
+// that overwrites what reduce() reads.
 template <class A, class Reduce, class Finish>
 void walk_planes(const Problem& p, const Taps<A>& taps, int64_t element_size, bool in_place,
                  const ThreadPool& pool, const Reduce& reduce, const Finish& finish) {
@@ -14,11 +14,11 @@ void walk_planes(const Problem& p, const Taps<A>& taps, int64_t element_size, bo
   const int64_t work = max_of(planes * p.pixels / kGrain, 1);
   const int64_t shares = min_of(min_of(pool.threads, work), planes);
 
-  // Calls f(n, samples, first, last) for the channels of each sample that belong to a thread's share:
-  // of one sample, or of up to `group` whole ones.
+  // Calls f(n, samples, first, last) for each piece of a thread's share: channels [first, last) of
+  // one sample, or of up to `group` whole samples.
   const auto each_share = [&](int64_t group, const auto& f) {
     parallel(pool, shares, 1, [&](int64_t begin, int64_t end) {
-      // Share by share, because two such loops may give a thread different numbers of them.
+      // Share by share: a second loop may deal them differently, and their borders must not move.
       for (int64_t share = begin; share < end; ++share)
         for (int64_t i = planes * share / shares, to = planes * (share + 1) / shares; i < to;) {
           const int64_t n = i / C, first = i - n * C;
@@ -30,9 +30,9 @@ void walk_planes(const Problem& p, const Taps<A>& taps, int64_t element_size, bo
     });
   };
 
-  // A share needs the values of r channels on both sides. Reducing these planes again is cheap, but
-  // not where shares are small, nor possible where another thread may have overwritten them: then
-  // the threads first reduce all planes, or those around the borders, and meet.
+  // A share needs the values of r channels on both sides. Reducing those planes again is expensive
+  // where shares are small, and wrong in place: another thread may have overwritten them. In these
+  // cases the threads first reduce all planes, or those around the borders, and meet.
   const bool shared = shares > 1 && r > 0;
   const bool all_first = shared && (planes < 16 * r * shares || (in_place && taps.circular));
   const bool borders_first = shared && in_place && !all_first;
@@ -48,11 +48,11 @@ void walk_planes(const Problem& p, const Taps<A>& taps, int64_t element_size, bo
       if (last < after) reduce(n, last, after - last, known + (n * C + last));
     });
 
-  // Small samples go through the cache together: every turn from reading to writing costs.
+  // Small samples go through the cache together: each switch from reading to writing costs time.
   each_share(most / tile, [&](int64_t n, int64_t samples, int64_t first, int64_t last) {
     const int64_t width = last - first + 2 * r;
     Array<A> padded(samples * width), filtered(tile);
-    // Where the value at position u of sample n + i is.
+    // The place of the value at position u of sample n + i, first - r <= u < last + r.
     const auto row_at = [&](int64_t i, int64_t u) { return padded + (i * width + u - first + r); };
     const auto fill = [&](int64_t i, int64_t u, int64_t end) {
       while (u < end) {
@@ -101,7 +101,7 @@ template <bool kShift, class T>
 void rescale_planes(const Map& y, const Map& x, int64_t n, int64_t c, int64_t count, int64_t length,
                     const Acc<T>* scale, const Acc<T>* shift, bool stream) {
   if (length > 0 && length < kSmallPlane && x.row_stride >= length && y.row_stride == length) {
-    constexpr int64_t kStage = 8192 / sizeof(T);  // in the first-level cache
+    constexpr int64_t kStage = 8192 / sizeof(T);  // fits into the first-level cache
     alignas(64) T stage[kStage + 64];
     const bool direct = !stream && y.data != x.data;
     const int64_t step = direct ? count : max_of(1, kStage / length);

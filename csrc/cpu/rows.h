@@ -1,12 +1,12 @@
 // The only loops over feature maps: reductions and rescaling of rows of consecutive elements.
 // Included once per instruction set by kernels.h, inside its namespace.
 
-// Elements between two additions into the total: the lanes add up so few values that the error does
-// not grow with the size of the map.
+// Elements that the lanes add up before the total gets them: so few that the error does not grow
+// with the size of the map.
 constexpr int64_t kBlock = 2048;
 
-// A sum that keeps the rounding error of each addition (Neumaier's), for float64 maps, whose lanes
-// are no narrower than the total.
+// Neumaier's sum, which keeps the rounding error of each addition. float64 maps need it: their
+// total is no wider than their lanes.
 struct Total {
   double sum = 0, error = 0;
 
@@ -16,7 +16,7 @@ struct Total {
     error += larger ? (sum - next) + value : (value - next) + sum;
     sum = next;
   }
-  // Infinity leaves NaN in the error.
+  // The error of an infinite sum is NaN.
   double value() const { return error == error ? sum + error : sum; }
 };
 
@@ -86,19 +86,18 @@ void affine_row(T* y, const T* x, Acc<T> scale, Acc<T> shift, int64_t length, bo
 
 // ---- planes of less than kSmallPlane elements: many at once ----
 
-// Here the work around a row costs as much as the row. So rows are read and written in whole
-// vectors that overhang into the next row, which exists in memory, and the sums of kLanes rows
-// meet in one vector.
+// For rows this short the work around a row costs as much as the row. So rows are read and written
+// in whole vectors that overhang into the next row, and the sums of kLanes rows meet in one vector.
 constexpr int64_t kSmallPlane = 512;
 
-// How many of `count` rows are followed by enough others for whole vectors.
+// How many of `count` rows have enough rows after them for a vector to overhang.
 inline int64_t overhanging_rows(int64_t length, int64_t stride, int64_t count, int64_t lanes) {
   const int64_t overhang = (lanes - length % lanes) % lanes;
   const int64_t rows = count - (overhang + stride - 1) / stride;
   return rows > 0 ? rows : 0;
 }
 
-// The lanes' sums of a row of p, or of p * q: whole vectors, and what last() loads of the rest.
+// The sums of a row of p, or of p * q, lane by lane. last() loads what follows the whole vectors.
 template <bool kDot, class T, class Last>
 inline Vec<T> lane_sums(const T* p, const T* q, int64_t length, Last last) {
   using V = Vec<T>;
@@ -189,13 +188,13 @@ void reduce_rows(double* total, Acc<T>* lane, const T* p, int64_t p_stride, cons
                  int64_t q_stride, int64_t rows, int64_t length) {
   using V = Vec<T>;
   constexpr int64_t w = kLanes<T>;
-  constexpr int64_t kRows = 64;  // of float additions between two into the double total
+  constexpr int64_t kRows = 64;  // added in float before the double total gets them
   for (int64_t block = 0; block < rows; block += kRows) {
     const int64_t end = block + kRows < rows ? block + kRows : rows;
     for (int64_t i = 0; i < length; i += w) store<false>(lane + i, V{});
     for (int64_t row = block; row < end;) {
-      // Four rows at a time are a quarter of the additions into memory. Of two maps they are more
-      // streams than a processor prefetches: from beyond the caches that took 1.2 times as long.
+      // Four rows at a time take a quarter of the additions into memory. Two maps would be eight
+      // streams, more than a processor prefetches: beyond the caches that took 1.2 times as long.
       const int64_t step = !kDot && row + 4 <= end ? 4 : 1;
       const T *a = p + row * p_stride, *b = kDot ? q + row * q_stride : nullptr;
       int64_t i = 0;
@@ -214,7 +213,7 @@ void reduce_rows(double* total, Acc<T>* lane, const T* p, int64_t p_stride, cons
       else
         for (; i + w <= length; i += w) store<false>(lane + i, load(lane + i) + term(0));
       if (const int64_t n = length - i; n > 0) {
-        // Whole vectors of `lane`: a load after a masked store waits for it to reach the cache.
+        // Store whole vectors: a load after a masked store waits until that reaches the cache.
         V v = load(lane + i) + rest(0, n);
         for (int64_t j = 1; j < step; ++j) v += rest(j, n);
         store<false>(lane + i, v);

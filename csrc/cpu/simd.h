@@ -1,9 +1,9 @@
 // Vectors of one instruction set: what the kernels need beyond the compiler's own vector types,
 // which already give +, *, comparison and selection on every architecture.
 //
-// Included once per instruction set, inside its namespace, by isa_*.cpp, which defines ECA_LANE_BYTES
-// (bytes of a vector) and, on x86-64, ECA_AVX2 or ECA_AVX512. No standard library template may be
-// used here: its code, compiled for a newer processor, could be the copy that the linker keeps.
+// Included once per instruction set, inside its namespace, by isa_*.cpp, which defines
+// ECA_LANE_BYTES (bytes of a vector) and, on x86-64, ECA_AVX2 or ECA_AVX512. Use no standard
+// library template here: the linker could keep the copy compiled for a newer processor.
 
 constexpr int kVectorBytes = ECA_LANE_BYTES;
 
@@ -53,7 +53,7 @@ inline To bit_cast(From from) {
 inline float to_float(f16 h) {
   const uint32_t sign = uint32_t(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
   if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | (magnitude << 13));
-  // Below, 2^112 moves the exponent from half's bias to float's and makes subnormals normal.
+  // The factor 2^112 moves the exponent from half's bias to float's and makes subnormals normal.
   return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f));
 }
 
@@ -79,7 +79,7 @@ inline double to_acc(double d) { return d; }
 inline float to_acc(f16 h) { return to_float(h); }
 inline float to_acc(bf16 h) { return bit_cast<float>(uint32_t(h.bits) << 16); }
 
-// ---- between the bits of a vector in memory and its values; both halves round to nearest even ----
+// ---- a vector's bits in memory and its values; float16 and bfloat16 round to nearest even ----
 
 inline Vf unpacked(const float*, Vf v) { return v; }
 inline Vd unpacked(const double*, Vd v) { return v; }
@@ -127,7 +127,7 @@ inline Vf packed(const float*, Vf v) { return v; }
 inline Vd packed(const double*, Vd v) { return v; }
 inline Vh packed(const bf16*, Vf v) {
   const Vu u = (Vu)v;
-  // Rounding could make a NaN infinite, so that is made quiet instead.
+  // Rounding could turn a NaN into infinity, so a NaN is made quiet instead.
   return upper(v == v ? u + (0x7fff + ((u >> 16) & 1)) : u | 0x400000);
 }
 inline Vh packed(const f16*, Vf v) {
@@ -143,7 +143,7 @@ inline Vh packed(const f16*, Vf v) {
 #endif
 }
 
-// One value, rounded once, for the few that are not in a row.
+// One value, rounded once, for values that are not part of a row.
 template <class T>
 inline T from_double(double d, const T* type) {
   const auto bits = packed(type, Vec<T>{} + Acc<T>(d));
@@ -252,8 +252,7 @@ inline double sum(V v) {
   return lane[0];
 }
 
-// The sums of kLanes vectors, one in each lane. A tree again: each step adds neighbours of two
-// vectors, so all of them together cost as many shuffles as one horizontal sum has additions.
+// The sums of neighbouring lanes: those of a, then those of b.
 template <class V>
 inline V add_neighbours(V a, V b) {
   typedef decltype(a < b) I;
@@ -272,6 +271,7 @@ inline V add_neighbours(V a, V b) {
 #endif
 }
 
+// The sums of kLanes vectors, one in each lane: a tree of kLanes - 1 additions for all of them.
 template <class V>
 inline V sums(V* v) {
   for (int n = sizeof(V) / sizeof(v[0][0]); n > 1; n /= 2)

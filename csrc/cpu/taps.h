@@ -9,7 +9,8 @@ struct Taps {
 
   Taps(const Problem& p, const void* source, bool transposed)
       : k(p.kernel_size), r(k / 2), channels(p.channels),
-        // An infinite tap must not meet the padding's zeros, which the transpose does not have.
+        // The transpose has no terms for the padding. An infinite tap times its zeros would be NaN,
+        // so each channel gets a row of taps, with zeros there.
         per_channel(p.taps_per_channel || (transposed && !p.circular && !finite(p, source))),
         circular(p.circular), weight((per_channel ? channels : 1) * k) {
     visit(p.taps_dtype, [&](auto* type) {
@@ -85,7 +86,7 @@ void sigmoid_row(A* out, const A* in, int64_t n) {
 }
 
 // dweight[j] = sum over samples n and channels c of dz[n][c] * mean[n][c + j - r], in this order
-// whatever the number of threads. Padding takes part, so that NaN spreads as in a plain convolution.
+// for any number of threads. Padding takes part, so that NaN spreads as in a plain convolution.
 template <class A>
 void taps_gradient(const Problem& p, const Taps<A>& taps, const A* dz, const A* mean, void* dweight,
                    const ThreadPool& pool) {
