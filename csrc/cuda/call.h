@@ -6,7 +6,7 @@
 
 namespace eca::cuda {
 
-// Words of zeros at which the blocks of one launch meet. Each is zero again when the launch ends.
+// Words through which the blocks of one launch meet: zeros before the launch, and again after it.
 struct Counters {
   uint32_t* words;
 
@@ -14,8 +14,8 @@ struct Counters {
   __device__ uint32_t* ticket() const { return words; }
   // Blocks that have added to dweight: of all, or of one tile of channels.
   __device__ uint32_t* dweight(int64_t tile) const { return words + 1 + tile; }
-  // Strategies K and S: parts of a sample that have been summed; behind those of all samples,
-  // whether its gates are there.
+  // Strategies K and S: how many parts of a sample have been summed. After these words of all
+  // samples come as many that say whether the gates are ready.
   __device__ uint32_t* arrived(int64_t sample) const { return words + 2 + sample; }
   // Blocks of a group that have written, and read, their sums.
   __device__ uint32_t* group(int64_t tiles, int64_t unit) const { return words + 1 + tiles + unit; }

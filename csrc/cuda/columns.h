@@ -1,6 +1,6 @@
-// Strategy columns: pixels in registers. A block holds columns of vectors of channels by all pixels: a
-// thread keeps to one column and takes every so many-th pixel. A column more on either side, the
-// halo, is summed like the others and not stored.
+// Strategy columns: pixels in registers. A block holds all pixels of a few columns, each one vector
+// of channels wide. A thread keeps to one column and takes every rows-th pixel. One more column on
+// either side, the halo, is summed like the others but not stored.
 #pragma once
 
 #include "registers.h"
@@ -22,7 +22,7 @@ struct Column {
   int left;       // pixels from this thread's first on
   int64_t sample;
 
-  // Of the pixels from `begin` to before `end`.
+  // For the pixels [begin, end).
   __device__ Column(const Problem& p, const Tiling& t, const HeldTile& tile, int begin, int end)
       : sample(tile.sample) {
     const int columns = t.held / V;
@@ -100,7 +100,7 @@ __device__ inline void add_all(Vector<A, V>& sums, const Vector<A, V>& more) {
   for (int e = 0; e < V; ++e) sums.element[e] += more.element[e];
 }
 
-// Adds dy * x. x is asked for by kAtOnce vectors: it is not kept, so that dy may fill the registers.
+// Adds dy * x. It reads kAtOnce vectors of x at a time and keeps none: dy may fill the registers.
 template <int kAtOnce, class T, int kDepth, class Epilogue>
 __device__ inline void add_products(const Column<T, kDepth>& column,
                                     const typename Column<T, kDepth>::Held& dy, const Map& x,

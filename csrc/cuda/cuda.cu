@@ -87,7 +87,7 @@ Access access_of(const Backward& b) {
 
 namespace {
 
-// Chunks are for what is read twice; what is not is one chunk, as for a cache without end.
+// Chunks are for maps that are read twice. Others are one chunk, as with an endless L2 cache.
 Plan in_passes(const Problem& p, Pass pass, const Access& access, Gpu gpu, bool twice) {
   if (!twice) gpu.l2 = std::numeric_limits<int64_t>::max();
   const Forced two_passes{'C'};

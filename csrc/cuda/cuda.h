@@ -14,7 +14,7 @@ using StreamHandle = void*;
 Gpu current_gpu();
 
 // How many clusters of so many blocks have room on the current device at the same time. Its
-// multiprocessors come in groups, and a cluster lies within one: what is left of a group stays idle.
+// multiprocessors come in groups. A cluster lies within one group, whose rest stays idle.
 int active_clusters(int blocks, int threads, int64_t shared_bytes);
 
 // What a call needs beside its tensors.
@@ -30,11 +30,11 @@ void backward(const Backward& b, const Plan& plan, const Memory& memory);
 void reduce(const Reduce& r, const Plan& plan, const Memory& memory);
 void scale(const Scale& s, const Plan& plan, const Memory& memory);
 
-// The kernels of two_pass, in which pooling and rescaling are apart.
+// Plans for pooling or rescaling alone: the kernels of two_pass, which do them one by one.
 Plan plan_of(const Reduce& r, const Gpu& gpu);
 Plan plan_of(const Scale& s, const Gpu& gpu);
 
-// Which pass of the planner a reduction is like: dy is a second map to read.
+// The planner's pass for a reduction: dy is a second map to read, as backward.
 inline Pass reduce_pass(const Reduce& r) { return r.dy.data ? Pass::kBackward : Pass::kForward; }
 
 // How a call's maps lie, for make_plan().

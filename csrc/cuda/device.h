@@ -50,8 +50,8 @@ struct alignas(sizeof(T) * V) Vector {
   T element[V];
 };
 
-// A vector's elements, and back. Two bfloat16 or half numbers lie in one register: they are
-// converted there, which takes half the instructions of one after the other.
+// A vector's elements, and back. Two 16-bit numbers lie in one register: converting them as a pair
+// takes half the instructions of one after the other.
 template <class T, int V>
 __device__ inline Vector<Accumulator<T>, V> widen(const Vector<T, V>& v) {
   Vector<Accumulator<T>, V> wide;
@@ -89,8 +89,8 @@ __device__ inline Vector<T, V> narrow(const Vector<Accumulator<T>, V>& wide) {
   return v;
 }
 
-// Lets the compiler know nothing of the vector: it would keep what it has converted for the next
-// use, in twice the registers.
+// Hides the vector's value from the compiler, which would otherwise keep the converted elements for
+// their next use, in twice the registers.
 template <class T, int V>
 __device__ inline void forget(Vector<T, V>& v) {
   static_assert(sizeof(v) % 4 == 0);
@@ -101,18 +101,18 @@ __device__ inline void forget(Vector<T, V>& v) {
   std::memcpy(&v, words, sizeof v);
 }
 
-// The upper half of the product: a division by a number whose 2^32nd part is known.
+// The upper half of the product: divides a by n if b is 2^32 / n.
 __device__ inline uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
-// The integer that the hardware moves in one instruction for a vector.
+// The integer type as which one instruction moves a vector.
 template <int kBytes>
 using Word = std::conditional_t<
     kBytes == 16, uint4,
     std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t> > >;
 
-// Blocks that a multiprocessor shall hold, as an argument of __launch_bounds__. For compute
-// capability 10.0 and later nvcc 13.0 needs more registers for the same kernel than three and four
-// blocks leave it: one block less.
+// Blocks that a multiprocessor shall hold, as an argument of __launch_bounds__. One less from
+// compute capability 10.0 on: there nvcc 13.0 needs more registers for the same kernel than three
+// or four blocks leave it.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int resident_blocks(int wanted) { return wanted > 2 ? wanted - 1 : wanted; }
 #else
@@ -130,7 +130,7 @@ __device__ inline int64_t block_count() { return int64_t(gridDim.x); }
 
 __device__ inline void block_barrier() { __syncthreads(); }
 
-// The value of the lane whose index in the warp is this one's, xor `mask`. By all lanes of a warp.
+// The value of the lane whose index is this lane's xor `mask`. By all lanes of a warp.
 template <class A>
 __device__ inline A shuffle_xor(A value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
@@ -154,15 +154,15 @@ __device__ inline void store(T* to, const Vector<T, V>& v) {
   using W = Word<sizeof(T) * V>;
   W word;
   std::memcpy(&word, &v, sizeof v);
-  // nvcc 13.0 makes four stores of 4 bytes of an assignment of 16. Without a memory clobber, so that
-  // loads may move before it: nobody reads in a launch what it stores so.
+  // nvcc 13.0 turns an assignment of 16 bytes into four stores of 4. There is no memory clobber, so
+  // loads may move before the store: no launch reads what it stores here.
   if constexpr (sizeof(W) == 16)
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                  "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w));
   else *reinterpret_cast<W*>(to) = word;
 }
 
-// What another block of this launch has written, after the atomic that says so.
+// Reads what another block of this launch has written, after an atomic has said that it is there.
 template <class A>
 __device__ inline A load_from_other_block(const A* from) {
   A value;
@@ -172,9 +172,9 @@ __device__ inline A load_from_other_block(const A* from) {
   return value;
 }
 
-// Adds and returns the value before. Everything that this thread wrote, or that its block wrote
-// before a barrier, is seen by whoever reads the new value with fetch_add() or load_acquire(), and
-// by its block after a barrier.
+// Returns the value before the addition. Whoever reads the new value with fetch_add() or
+// load_acquire() sees what this thread wrote, and what its block wrote before a barrier. So does
+// the reader's block after a barrier.
 __device__ inline uint32_t fetch_add(uint32_t* counter, uint32_t value) {
   uint32_t before;
   asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
@@ -190,7 +190,7 @@ __device__ inline uint32_t load_acquire(const uint32_t* counter) {
   return value;
 }
 
-// In a loop that waits for another block.
+// For loops that wait for another block.
 __device__ inline void pause() { __nanosleep(64); }
 
 // ---- shared memory ----
@@ -215,15 +215,15 @@ class Shared {
     static_assert(sizeof(v) == 16);
     uint32_t word[4];
     std::memcpy(word, &v, sizeof v);
-    // As in store(): an assignment becomes four stores, which meet in the same banks.
+    // As in store(): an assignment becomes four stores, which conflict in their banks.
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(
                      uint32_t(__cvta_generic_to_shared(data_ + i))),
                  "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3])
                  : "memory");
   }
 
-  // Starts to copy V elements from global memory to where this thread alone reads them, after
-  // finish_fetches(). 16 bytes, which take no register on their way.
+  // Starts to copy 16 bytes from global memory, without a register on the way. This thread alone
+  // reads them, after finish_fetches().
   template <int V>
   __device__ void fetch(int i, const T* from) const {
     static_assert(sizeof(T) * V == 16);
@@ -237,7 +237,7 @@ class Shared {
 #endif
   }
 
-  // From the array at the same place of another block of the cluster.
+  // Reads the same array in another block of the cluster.
   __device__ T get_from_rank(int rank, int i) const {
     static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
     T value{};
@@ -260,14 +260,14 @@ class Shared {
   T* data_;
 };
 
-// The block's dynamic shared memory, from a byte on that suits T.
+// An array in the block's dynamic shared memory, at a byte that suits T.
 template <class T>
 __device__ inline Shared<T> shared_array(int first_byte, int count) {
   extern __shared__ __align__(16) unsigned char memory[];
   return Shared<T>(reinterpret_cast<T*>(memory + first_byte), count);
 }
 
-// All that this thread has fetched is there.
+// Waits for what this thread has fetched.
 __device__ inline void finish_fetches() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
@@ -284,8 +284,8 @@ __device__ inline int cluster_rank() {
   return int(rank);
 }
 
-// A barrier of all threads of a cluster, in two halves: what was written before the one is seen
-// after the other. Not .aligned: the threads of a warp may come from loops of different lengths.
+// A barrier of all threads of a cluster, in two halves: what was written before the first is seen
+// after the second. Not .aligned: the threads of a warp may come from loops of different lengths.
 __device__ inline void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
@@ -304,10 +304,10 @@ __device__ inline void cluster_wait() {
 
 // ---- copies from global to shared memory ----
 
-// All copies of a block into its shared memory, before it uses that in any other way, and one wait
-// for them. Every method is called by
-// all threads of the block. The bulk of each copy is asynchronous: by the copy engine from compute
-// capability 9.0 on, 16 bytes a thread before, and through registers on 7.5.
+// All copies of a block into its shared memory, made before any other use of it, and one wait for
+// them. All threads of the block call each method. The copy engine moves the bulk of a copy from
+// compute capability 9.0 on. Before, threads copy 16 bytes each: asynchronously on 8.x, through
+// registers on 7.5.
 class Copies {
  public:
   static constexpr int kAlignment = 16;  // bytes
@@ -323,7 +323,7 @@ class Copies {
 #endif
   }
 
-  // Copies `count` elements to to[at]. Fast where source and target have the same place within
+  // Copies `count` elements to to[at]. Fast where source and target have the same offset within
   // kAlignment bytes, and right in any case.
   template <class T>
   __device__ void copy(Shared<T> to, int at, const T* from, int count) {
@@ -357,7 +357,7 @@ class Copies {
     }
   }
 
-  // Everything that was copied is there, for all threads.
+  // Waits until all that was copied is there, for all threads.
   __device__ void wait() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -423,7 +423,7 @@ using Stream = cudaStream_t;
 
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // which would stay, and be the next check's
+  cudaGetLastError();  // clears the error: the next check would report it
   throw std::runtime_error(std::string("eca_fused: ") + what + ": " + cudaGetErrorString(status));
 }
 
@@ -431,8 +431,8 @@ inline void fill_with_zeros(void* memory, size_t bytes, Stream stream) {
   check(cudaMemsetAsync(memory, 0, bytes, stream), "zeroing the workspace failed");
 }
 
-// Lets a kernel have all the shared memory of the current device, once for each of both: a limit
-// that was set for each launch could be another thread's when the launch comes. `reserve`: and
+// Lets a kernel have all the shared memory of the current device. Once for each kernel and device:
+// a limit set for each launch could be another thread's when the launch comes. `reserve` also
 // leaves the L1 cache no more than it must have. Defined in host.cu.
 void allow_all_shared_memory(const void* kernel, bool reserve);
 
@@ -442,15 +442,15 @@ struct Launch {
   int cluster;           // blocks in a cluster, 1 for none
   int64_t shared_bytes;  // dynamic shared memory of a block
   Stream stream;
-  bool in_order = false;  // blocks wait for each other: all GPUs start them in order
-  // The kernel's loads are under way through the L1 cache, which is what shared memory leaves of
-  // the same memory: let the driver divide it.
+  bool in_order = false;  // for tests/simt: blocks that wait for others start in order
+  // The kernel's loads go through the L1 cache, which gets what shared memory leaves of the same
+  // memory: let the driver divide it.
   bool wants_l1 = false;
 };
 
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  // Without being allowed to, a block may have 48 KB.
+  // A block may have 48 KB without this. Without wants_l1 it comes earlier, to reserve the memory.
   if (how.shared_bytes > (how.wants_l1 ? 48 : 8) << 10)
     allow_all_shared_memory(reinterpret_cast<const void*>(kernel), !how.wants_l1);
   cudaLaunchConfig_t config{};

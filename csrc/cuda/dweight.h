@@ -1,6 +1,6 @@
 // dweight from dz and mean of all samples, (samples, channels) each: a few megabytes where the maps
-// have hundreds. A kernel of its own: what a block adds up behind its last store keeps its place on
-// the multiprocessor, and the sums of thousands of blocks by a last one take longer than this.
+// have hundreds. A kernel of its own: a block that adds something up after its last store still
+// occupies its multiprocessor, and a last block takes longer to add what thousands left.
 #pragma once
 
 #include "gates.h"
@@ -9,8 +9,8 @@ namespace eca::cuda {
 
 constexpr int kTapsAtOnce = 8;
 
-// The sums over a warp's lanes of kTapsAtOnce numbers each: number j's in lane 4 * j. Each shuffle
-// halves how many numbers a lane adds up: 9 of them, where one number after the other takes 40.
+// Sums kTapsAtOnce numbers over the lanes of a warp: the sum of number j is in lane 4 * j. Each
+// step halves the numbers of a lane: 9 shuffles, where one number after the other takes 40.
 template <class A>
 __device__ inline A warp_sums(A (&numbers)[kTapsAtOnce]) {
   static_assert(kTapsAtOnce == 8);
@@ -30,9 +30,9 @@ __device__ inline A warp_sums(A (&numbers)[kTapsAtOnce]) {
 }
 
 // One set of taps. A run is 256 channels of a sample, one for each thread. A block asks for
-// kDweightRuns of them at once, and the last block to arrive adds the blocks, in the order of their
-// numbers. The code is short: in a kernel of a few microseconds each instruction is new to the
-// multiprocessor, and 770 of them took longer than the loads.
+// kDweightRuns runs at once, and the last block to arrive adds the blocks in the order of their
+// numbers. The code is short: a kernel of a few microseconds fetches each instruction for the first
+// time, and 770 of them took longer than the loads.
 template <class T>
 __global__ void __launch_bounds__(kDweightThreads) sum_shared_dweight(Backward b, Workspace work) {
   using A = Accumulator<T>;
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kDweightThreads) sum_shared_dweight(Backward b
   }
 }
 
-// Taps of each channel's own: a block for 32 channels and one tap, whose warps share the samples.
+// Taps of each channel's own. A block has 32 channels and one tap, and its warps share the samples.
 template <class T>
 __global__ void __launch_bounds__(kDweightThreads) sum_own_dweight(Backward b, Workspace work) {
   using A = Accumulator<T>;

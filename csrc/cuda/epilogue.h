@@ -1,5 +1,5 @@
-// What is done to an element besides its sum and its gate. The kernels are templates over this, so
-// that an operation fused with the rescaling is another type here and not another kernel.
+// What is done to an element besides its sum and its gate. The kernels are templates over this: an
+// operation fused with the rescaling is another type here, not another kernel.
 #pragma once
 
 #include "device.h"
@@ -18,13 +18,13 @@ struct Rescale {
     return narrow<T>(y);
   }
 
-  // The gradient that reaches gate * x, from that of y.
+  // The gradient of gate * x, from that of y.
   template <class T, int V>
   __device__ Vector<Accumulator<T>, V> gradient(const Vector<T, V>& dy) const {
     return widen(dy);
   }
 
-  // Of one element.
+  // The same for one element.
   template <class T>
   __device__ Accumulator<T> gradient(T dy) const {
     return widen(dy);

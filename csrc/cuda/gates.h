@@ -8,7 +8,7 @@ namespace eca::cuda {
 
 template <class A>
 __device__ inline A sigmoid(A z) {
-  // Of a negative number's exponential, which does not overflow: small gates keep their digits.
+  // The exponential of a negative number does not overflow, and small gates keep their digits.
   const A e = exponential(z < 0 ? z : -z);
   return (z < 0 ? e : A(1)) / (A(1) + e);
 }
@@ -20,7 +20,7 @@ __device__ inline int64_t channel_at(int64_t c, int64_t channels, bool circular)
   return c < 0 ? c + channels : c - channels;
 }
 
-// A window on the channels of a map: `count` of them around `own`, at whose ends are pads.
+// A window on the channels of a map: the `own` channels from `begin` on, and `pad` on either side.
 // Number i of it is channel begin - pad + i.
 struct Window {
   int64_t channels, begin;
@@ -35,7 +35,7 @@ struct Window {
   }
 };
 
-// z of the tile's channel c: its taps over the means, a window of them.
+// z of the tile's channel c: its taps times a window of the means.
 template <class T, class A>
 __device__ inline A convolve(const Window& w, const Taps<T>& taps, Shared<A> means, int c) {
   const int64_t radius = taps.size() / 2, shift = c + w.pad - radius;  // window number of tap 0
@@ -47,7 +47,7 @@ __device__ inline A convolve(const Window& w, const Taps<T>& taps, Shared<A> mea
   return z;
 }
 
-// The gradient of the mean of the tile's channel c, from a window of dz: the transpose of the above.
+// The gradient of the mean of the tile's channel c, from a window of dz: convolve() transposed.
 template <class T, class A>
 __device__ inline A convolve_transposed(const Window& w, const Taps<T>& taps, Shared<A> dz, int c) {
   const int64_t radius = taps.size() / 2, shift = c + w.pad + radius;  // window number of tap 0
@@ -75,7 +75,7 @@ __device__ inline A warp_sum(A value) {
   return value;
 }
 
-// True in all threads of the last of `count` blocks that come here; it sees what the others wrote.
+// True in all threads of the last of `count` blocks to call this, which sees what the others wrote.
 inline __device__ bool last_to_arrive(uint32_t* counter, int64_t count, Shared<uint32_t> flag) {
   block_barrier();
   if (thread_index() == 0) {
@@ -87,8 +87,8 @@ inline __device__ bool last_to_arrive(uint32_t* counter, int64_t count, Shared<u
   return flag.get(0) != 0;
 }
 
-// dweight is added by the last of the blocks that contribute to it, in the order of the blocks'
-// numbers and not of their arrival: every run gives the same bits.
+// The last block that contributes to dweight adds it up, in the order of the blocks' numbers and
+// not of their arrival: every run gives the same bits.
 //   shared taps   each block sums over its channels, into work.dweight (k, blocks); the last of all
 //                 adds the blocks
 //   own taps      each block writes dz, into work.dz (samples, channels); the last block of a tile

@@ -5,9 +5,9 @@
 
 namespace eca::cuda {
 
-// This block's number in the order of its start. A block that waits for others waits for those of
-// its own group, and these have started, or are the next to start: so nothing waits for ever on a
-// GPU that holds one group.
+// This block's number in the order in which blocks start. A block waits only for blocks of its own
+// group, which have started or are the next to start. So nothing waits for ever on a GPU that has
+// room for one group.
 inline __device__ int start_order(const Tiling& t, const Counters& counters,
                                   Shared<uint32_t> flag) {
   if (t.exchange != Exchange::kGlobal) return int(block_index());
@@ -23,7 +23,7 @@ inline __device__ int start_order(const Tiling& t, const Counters& counters,
 template <class A>
 class Group {
  public:
-  // Divisions of 32 bits: those of 64 would take longer than all else before the first copy.
+  // Divisions are of 32 bits: with 64 they would take longer than all else before the first copy.
   __device__ Group(const Tiling& t, int order, const Workspace& work)
       : exchange_(t.exchange), size_(t.group), held_(t.held), unit_(order / t.group),
         rank_(order - unit_ * t.group), counter_(work.counters.group(t.tiles, unit_)),
@@ -34,7 +34,7 @@ class Group {
   __device__ int sample() const { return sample_; }
   __device__ int tile() const { return tile_; }
 
-  // After this, total() of what every block of the group has in `sums`. By all threads.
+  // Shows `sums` to the blocks of the group; afterwards total() adds theirs. By all threads.
   __device__ void exchange(Shared<A> sums, int count) {
     if (exchange_ == Exchange::kNone) block_barrier();
     if (exchange_ == Exchange::kCluster) {
@@ -53,7 +53,7 @@ class Group {
     block_barrier();
   }
 
-  // In the order of the ranks: the same bits in every block and every run.
+  // Adds in the order of the ranks: the same bits in every block and every run.
   __device__ A total(Shared<A> sums, int h) const {
     if (exchange_ == Exchange::kNone) return sums.get(h);
     A total = 0;
@@ -72,7 +72,7 @@ class Group {
       put(counter_, 0u);
   }
 
-  // The others read no more of this block's sums: it may end. By all threads.
+  // Waits until the others read no more of this block's sums, so that it may end. By all threads.
   __device__ void finish() const {
     if (exchange_ == Exchange::kCluster) cluster_wait();
   }

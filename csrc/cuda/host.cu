@@ -10,7 +10,7 @@ namespace eca::cuda {
 
 namespace {
 
-// Zeros, as all memory of a module at its start.
+// The memory of a module starts as zeros.
 __device__ uint32_t slab[kSlabWords];
 
 __global__ void probe() {}
@@ -21,7 +21,7 @@ int current_device() {
   return device;
 }
 
-// 1 where there are no clusters: also on a GPU that has them and compiles PTX of an older one.
+// 1 without clusters. A GPU that has them counts as one without where it runs PTX of an older one.
 int largest_cluster(int capability) {
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, probe), "there is no code for this GPU in the extension");

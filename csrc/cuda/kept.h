@@ -1,18 +1,18 @@
-// Strategy kept: pixels of which several blocks together hold a sample. A block keeps a part of the
-// sample's pixels, all channels of them: in registers, and in shared memory what those cannot hold.
-// It adds up its part, waits until the last block of the sample has made the gates, and rescales
-// what it has kept.
+// Strategy kept: pixels, where several blocks together hold a sample. A block keeps a part of the
+// sample's pixels, with all their channels: in registers, and in shared memory what those cannot
+// hold. It adds up its part, waits until the last block of the sample has made the gates, and
+// rescales what it has kept.
 //
-// A block waits for blocks of higher numbers too. All blocks of a sample have room at the same time,
-// beside those of other streams, and a GPU starts blocks in their order: so the sample that began
-// first is never waiting for one that has not started.
+// A block also waits for blocks of higher numbers. All blocks of a sample have room at the same
+// time, beside those of other streams, and a GPU starts blocks in order. So the sample that began
+// first never waits for a block that cannot start.
 #pragma once
 
 #include "stream.h"
 
 namespace eca::cuda {
 
-// A thread's vectors beyond those in its registers, in shared memory, where it alone uses them.
+// A thread's vectors that its registers cannot hold: in shared memory, where it alone uses them.
 template <class T, int kDepth>
 class Spare {
  public:
@@ -36,7 +36,7 @@ class Spare {
     for (int i = kDepth; i < end_; ++i) add_all(sums, widen(get(i)));
   }
 
-  // Adds what is kept, dy, times x, kAtOnce vectors at a time.
+  // Adds the kept dy times x, kAtOnce vectors at a time.
   template <int kAtOnce, class Epilogue>
   __device__ void add_products_to(const Map& x, Epilogue epilogue, Vector<A, V>& sums) const {
     const T* const from = at(x);
@@ -53,7 +53,7 @@ class Spare {
     }
   }
 
-  // The vectors, and where they belong in a map.
+  // body(vector, its offset in the map) for each.
   template <class Body>
   __device__ void for_each(const Map& map, Body body) const {
     const int64_t begin = column_.offset(map), step = column_.rows * map.row_stride;
@@ -80,14 +80,14 @@ struct KeptPart {
   int64_t sample;
   int part, begin, end;  // pixels
 
-  // A division of 64 bits would take 100 instructions.
+  // Divisions are of 32 bits: one of 64 would take 100 instructions.
   __device__ KeptPart(const Problem& p, const Tiling& t, int rows)
       : sample(uint32_t(block_index()) / uint32_t(t.parts)),
         part(int(uint32_t(block_index()) - uint32_t(sample) * uint32_t(t.parts))),
         begin(part * t.share * rows), end(min(int(p.pixels), begin + t.share * rows)) {}
 };
 
-// A block's sums, for the last one of the sample; true in that one.
+// Hands a block's sums to the last block of the sample. True in that one.
 template <class T, int kDepth>
 __device__ inline bool give_sums(const Problem& p, const Tiling& t, const SharedLayout& s,
                                  const Workspace& work, const KeptPart& here,

@@ -55,7 +55,7 @@ void for_each_chunk(const Problem& p, const Tiling& t, const Memory& memory, Bod
   }
 }
 
-// Strategies R, F, P, K and S. float64 has the others alone: it is for checking gradients.
+// Strategies R, F, P, K and S. float64 only has the others: it is for checking gradients.
 template <class T>
 void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const Workspace& work) {
   if constexpr (!std::is_same_v<T, double>) {
@@ -107,7 +107,7 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
   }
 }
 
-// dweight from the dz that the kernels before have left in the workspace.
+// dweight from dz, which the kernels before it left in the workspace.
 template <class T>
 void run_dweight(const Backward& b, const Plan& plan, const Memory& memory, const Workspace& work) {
   if (!b.dweight) return;

@@ -1,9 +1,9 @@
-// Strategies A, B and D: x is read once and y written once. Backward, dy and x are read once and
-// dx written once.
+// Strategies A, B and D: a tile in shared memory. Forward reads x once and writes y once; backward
+// reads dy and x once and writes dx once.
 //
-// A group of blocks holds a tile of channels of one sample on chip, with the halo that its gates
-// need, sums it, exchanges the sums, makes the gates and rescales what it holds. Neighbouring
-// groups read each other's halos at about the same time, from the L2 cache.
+// A group of blocks holds a tile of channels of one sample, with the halo that its gates need. It
+// sums them, exchanges the sums, makes the gates and rescales the tile. Neighbouring groups read
+// each other's halos at about the same time, so these come from the L2 cache.
 #pragma once
 
 #include "epilogue.h"
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kMostThreads, 65536 / kMostThreads / kBackward
   group.done_reading();
   block_barrier();
 
-  // Before the stores of dx, behind which the wait for the other blocks' numbers hides.
+  // Before the stores of dx, which hide the wait for the other blocks' numbers.
   const A* const mean = static_cast<const A*>(b.mean);
   const DweightTile dweight_tile{sample, tile, t.tiles, held.begin, held.own};
   const bool last = b.dweight && group.rank() == 0 &&

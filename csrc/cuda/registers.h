@@ -1,9 +1,9 @@
-// What the kernels that keep a tile in registers have in common: rows, runs and columns. There x is
-// read once and y written once, and backward dy and x are read once and dx written once.
+// What rows, runs and columns have in common, the kernels that keep a tile in registers. Forward
+// reads x once and writes y once; backward reads dy and x once and writes dx once.
 //
-// A block loads a tile of channels and its halo with all its loads under way at once, sums it,
-// makes the gates and stores what it still has. No other block takes part, so the blocks of a
-// multiprocessor are at different stages and keep the memory busy. Measured on an H200, planes of
+// A block has all loads of a tile of channels and its halo under way at once. It sums them, makes
+// the gates and rescales the tile out of its registers. No other block takes part, so the blocks of
+// a multiprocessor are at different stages and keep the memory busy. Measured on an H200, planes of
 // 56x56 reach 0.97 of a copy's speed, where shared memory and clusters reached 0.7 (TUNING.md).
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace eca::cuda {
 
-// The held channels' sums, as the taps see them: means forward, dz backward. Beyond a tile of all
-// channels lie `pad` places more at both ends: zeros, or the channels that wrap around.
+// What the taps read of the held channels: means forward, dz backward. A tile of all channels has
+// `pad` more places at either end: zeros, or the channels that wrap around.
 template <class A>
 struct Neighbours {
   Shared<A> values;
@@ -27,7 +27,7 @@ struct Neighbours {
 
   __device__ int place(int held) const { return halo ? held : held + pad; }
 
-  // By one thread for each held channel, and clear_ends() by all.
+  // One thread calls this for each held channel. All threads call clear_ends().
   __device__ void set(int held, A value) const {
     values.set(place(held), value);
     if (halo || !circular) return;
@@ -45,12 +45,12 @@ struct Neighbours {
 
   __device__ A get(int held) const { return values.get(place(held)); }
 
-  // Those under tap j of a held channel; backward, the channel whose tap j lies over it.
+  // The value under tap j of a held channel; backward, of the channel whose tap j lies over it.
   __device__ A under_tap(int held, int j) const { return values.get(place(held) + j - radius); }
   __device__ A over_tap(int held, int j) const { return values.get(place(held) + radius - j); }
 };
 
-// The taps on chip, or in memory where each channel has its own.
+// The taps: in shared memory, or in global memory where each channel has its own.
 template <class T>
 class NearTaps {
  public:
@@ -83,7 +83,7 @@ struct HeldTile {
   int channels;
   bool circular;
 
-  // A division of 64 bits would take 100 instructions.
+  // Divisions are of 32 bits: one of 64 would take 100 instructions.
   __device__ HeldTile(const Problem& p, const Tiling& t)
       : HeldTile(p, t, int(uint32_t(block_index()) / uint32_t(t.tiles)),
                  int(uint32_t(block_index()) % uint32_t(t.tiles))) {}
@@ -92,7 +92,7 @@ struct HeldTile {
       : sample(sample), tile(tile), begin(tile * t.tile), own(min(t.tile, int(p.channels) - begin)),
         halo(t.halo), held(own + 2 * t.halo), channels(int(p.channels)), circular(p.circular) {}
 
-  // The channel of a held one, or -1 where the padding is zero.
+  // The channel of held number h, or -1 where the padding is zero.
   __device__ int channel(int h) const {
     if (h >= held) return -1;
     const int c = begin - halo + h;

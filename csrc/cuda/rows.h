@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   });
 }
 
-// dz (samples, channels), from which dweight is made by a kernel of its own; and dx.
+// dx, and dz (samples, channels), from which a kernel of its own makes dweight.
 template <class T, int kDepth, class Epilogue>
 __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_blocks(kDepth)))
     backward_rows(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {

@@ -1,7 +1,7 @@
-// Strategy runs: a run of planes in registers, for planes that do not begin at multiples of 16 bytes,
-// such as 14x14 and 7x7 in 2 bytes. The held planes are one run of elements that the block reads
-// by vectors. A vector may have the end of one plane and the beginning of the next: its sum is kept
-// in two parts, and its elements take the one gate or the other by their position.
+// Strategy runs: a run of planes in registers, for planes that do not begin at multiples of 16
+// bytes, such as 14x14 and 7x7 with elements of 2 bytes. The held planes are one run of elements,
+// which the block reads in vectors. A vector may hold the end of one plane and the beginning of the
+// next: then its sum is kept in two parts, and each element takes the gate of its own plane.
 #pragma once
 
 #include "registers.h"
@@ -27,8 +27,8 @@ struct Run {
   using Held = Vector<T, V>[kDepth];
 
   int pixels, vectors, lead;  // lead: elements of the first vector that belong to no held plane
-  int first;                  // the held number of the first plane that there is
-  int planes;                 // that there are
+  int first;                  // the held number of the first plane inside the map
+  int planes;                 // inside the map
   int64_t begin;              // of the first vector, in a sample
   int64_t sample;
   uint32_t reciprocal;  // 2^32 / pixels, rounded up
@@ -46,8 +46,8 @@ struct Run {
     vectors = (lead + planes * pixels + V - 1) / V;
   }
 
-  // Where a vector lies: its first element's plane, -1 before the first, and how many of its
-  // elements are that plane's.
+  // Where a vector lies: the plane of its first element, -1 before the first plane, and how many
+  // elements of that plane follow.
   struct Position {
     int plane, count;
   };
@@ -95,7 +95,7 @@ struct Run {
     return sum;
   }
 
-  // body(i, position, offset) for each vector of the tile itself, which begins and ends with one.
+  // body(i, position, offset) for each vector of the tile itself, which is whole vectors.
   template <class Body>
   __device__ void for_each_own(const Map& map, const HeldTile& tile, Body body) const {
     const int from = (lead + (tile.halo - first) * pixels) / V;
@@ -108,7 +108,7 @@ struct Run {
   }
 };
 
-// The values of the two planes of a vector, by element.
+// Each element gets the value of its plane, of the two that a vector may have.
 template <int V, class A, class Position>
 __device__ inline Vector<A, V> by_position(const Position& at, A first, A second) {
   Vector<A, V> values;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks)
   means.clear_ends();
   block_barrier();
 
-  // One beyond the last, for the last vector.
+  // One gate beyond the last, which the last vector reads too.
   const auto gates = shared_array<A>(s.gate, t.tile + 1);
   for (int c = thread_index(); c <= tile.own; c += thread_count()) {
     if (c == tile.own) {

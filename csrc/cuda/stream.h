@@ -1,10 +1,10 @@
-// Strategy stream: pixels, of which no block can hold a tile of enough channels. One launch with blocks of
-// two kinds: the first sum a part of a sample's pixels, and the last of a sample to arrive makes its
-// gates; the others rescale a part, which they find in the L2 cache. In the order of their numbers
-// come the sums of one group of samples in turn with the rescaling of the group before.
+// Strategy stream: pixels, where no block can hold a tile of enough channels. One launch has blocks
+// of two kinds. The first sum a part of a sample's pixels, and the last of a sample to arrive makes
+// its gates. The others rescale a part, which they find in the L2 cache. By number, the blocks that
+// sum a group of samples alternate with those that rescale the group before.
 //
 // A block that waits for gates waits for blocks of lower numbers. These never wait, and they have
-// started, as a GPU starts blocks in their order: the assumption of every decoupled look-back scan.
+// started, because a GPU starts blocks in order. Every decoupled look-back scan assumes the same.
 #pragma once
 
 #include "columns.h"
@@ -28,7 +28,7 @@ struct StreamPart {
   }
 };
 
-// Of a sample: how many parts have been summed, and whether the gates are there.
+// A sample's counters: how many parts have been summed, and whether the gates are there.
 class StreamCounters {
  public:
   __device__ StreamCounters(const Problem& p, const Tiling& t, const Workspace& work,
@@ -40,7 +40,7 @@ class StreamCounters {
     return last_to_arrive(arrived_, parts_, flag);
   }
 
-  // Behind a barrier, by one thread.
+  // After a barrier, by one thread.
   __device__ void set_ready() const { fetch_add(ready_, kReady); }
 
   // By one thread, before a barrier. The last to pass leaves the counter zero.
@@ -67,15 +67,15 @@ __device__ inline A total_of_sample(const Problem& p, const Tiling& t, const Wor
   return total;
 }
 
-// This block's sum of a channel, for the last one.
+// This block's sum of a channel, for the sample's last block.
 template <class A>
 __device__ inline void put_part(const Problem& p, const Tiling& t, const Workspace& work,
                                 int64_t sample, int part, int c, A sum) {
   put(static_cast<A*>(work.sums) + (sample * t.parts + part) * p.channels + c, sum);
 }
 
-// V numbers of channels from a multiple of V on, 16 bytes at a time. Where another block has written
-// them: behind the barrier that follows the wait.
+// The numbers of V channels from a multiple of V on, 16 bytes at a time. If another block wrote
+// them, this comes after the barrier that follows the wait.
 template <int V, class A>
 __device__ inline Vector<A, V> numbers_from(const void* numbers, int64_t at) {
   constexpr int W = 16 / int(sizeof(A));

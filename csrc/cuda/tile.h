@@ -1,8 +1,8 @@
-// What a block holds on chip of one sample, in either layout: copied in, summed per channel, and
-// read again for the result.
+// What a block holds of one sample in shared memory, in either layout: it is copied in, summed per
+// channel, and read again for the result.
 //
-// A group of blocks holds `held` channels: a tile and its halo, numbered from 0 on. Where they lie
-// outside the map they are absent (padding with zeros) or wrap around (circular).
+// A group of blocks holds `held` channels: a tile and its halo, numbered from 0 on. Those outside
+// the map are absent (padding with zeros) or wrap around (circular).
 #pragma once
 
 #include "gates.h"
@@ -14,10 +14,10 @@ constexpr int kUnroll = 4;  // vectors that a thread asks for before it uses the
 // Which channels a group holds.
 struct HeldChannels {
   int64_t channels;  // of the map
-  int64_t begin;     // channel of the tile's first
+  int64_t begin;     // the tile's first channel
   int own;           // channels of the tile: those whose result the group stores
   int halo, held;
-  int first, last;  // the present ones are those from first up to last
+  int first, last;  // the held numbers [first, last) are present
 
   __device__ HeldChannels(const Problem& p, const Tiling& t, int64_t tile)
       : channels(p.channels), begin(tile * t.tile),
@@ -26,21 +26,21 @@ struct HeldChannels {
     last = p.circular ? held : int(min(int64_t(held), channels - begin + halo));
   }
 
-  // Channel of a present one.
+  // The channel of a held number that is present.
   __device__ int64_t channel(int h) const {
     const int64_t c = begin - halo + h;
     return c < 0 ? c + channels : c < channels ? c : c - channels;
   }
 
-  // Number of the held one at place i of a window on the channels, which does not reach beyond the
-  // halo; -1 where there is none. A tile of all channels has no halo, and its window wraps around.
+  // The held number at place i of a window on the channels, -1 where there is none. The window does
+  // not reach beyond the halo. A tile of all channels has no halo, and its window wraps around.
   __device__ int at(const Window& window, int i) const {
     const int64_t c = window.channel(i);
     if (c < 0) return -1;
     return halo == 0 ? int(c - begin) : i - window.pad + halo;
   }
 
-  // The end of the run of present ones from h on whose channels follow one another.
+  // The end of the run of present channels from h on that follow one another in the map.
   __device__ int run_end(int h) const { return int(min(int64_t(last), h + channels - channel(h))); }
 };
 
@@ -49,7 +49,7 @@ __device__ inline const T* sample_of(const Map& map, int64_t sample) {
   return static_cast<const T*>(map.data) + sample * map.sample_stride;
 }
 
-// An address's place within the lines of Copies, in elements.
+// An address's offset within a line of Copies, in elements.
 template <class T>
 __device__ inline int place_in_line(const T* address) {
   return int(reinterpret_cast<uintptr_t>(address) % Copies::kAlignment / sizeof(T));
@@ -58,9 +58,9 @@ __device__ inline int place_in_line(const T* address) {
 template <class T>
 constexpr int kVector = 16 / int(sizeof(T));
 
-// Steps from `step` up to `end`, `stride` apart: fetch(step) reads, use(what was read, step) adds it
-// up. A thread asks for kUnroll vectors before it uses the first. Where its first step lies before
-// `begin`, it reads what its neighbour reads, and leaves it out.
+// Steps from `step` up to `end`, `stride` apart: fetch(step) reads, use(what was read, step) adds
+// it up. A thread asks for kUnroll vectors before it uses the first. If its first step lies before
+// `begin`, it reads at `begin` and leaves that out.
 template <class Fetch, class Use>
 __device__ inline void walk(int step, int begin, int end, int stride, Fetch fetch, Use use) {
   for (; step < end; step += kUnroll * stride) {
@@ -74,7 +74,7 @@ __device__ inline void walk(int step, int begin, int end, int stride, Fetch fetc
   }
 }
 
-// The steps that the sums of a channel take: the elements of a plane, or the rows of a column.
+// The steps of a channel's sum: the elements of a plane, or the rows of a column.
 template <class T>
 struct OnChipLine {
   Shared<T> data;
@@ -98,7 +98,7 @@ struct GlobalLine {
     return cuda::load<V>(base + step * stride);
   }
 
-  // Where threads begin so that together they ask for whole sectors: at that of `begin`.
+  // Threads begin at the sector of `begin`, so that together they ask for whole sectors.
   __device__ int first_step(int begin) const {
     constexpr int kSector = 32 / int(sizeof(T));
     return begin - int(reinterpret_cast<uintptr_t>(base + begin) / sizeof(T) % kSector);
@@ -122,7 +122,7 @@ class Planes {
     return sample_of<T>(map, sample) + c_.channel(h) * map.row_stride + (i - h * pixels_);
   }
 
-  // Where within a line the block's part of a map begins; its copy on chip begins there too.
+  // The offset within a line of the block's part of a map. Its copy on chip has the same offset.
   __device__ int place(const Map& map, int64_t sample) const {
     return begin_ < end_ ? place_in_line(address(map, sample, begin_)) : 0;
   }
@@ -147,7 +147,7 @@ class Planes {
     return {sample_of<T>(map, sample) + c_.channel(h) * map.row_stride - h * pixels_, 1};
   }
 
-  // What this block's share adds to the sum of each held channel, into `sums`. For V elements a
+  // Puts into `sums` what this block's share adds to the sum of each held channel. For V elements a
   // step, line(h) gives what to read, and terms(h, vector, step) what to add.
   template <int V, class Line, class Terms>
   __device__ void sum(Shared<A> sums, Shared<A> scratch, Line line, Terms terms) const {
@@ -183,9 +183,9 @@ class Planes {
     }
   }
 
-  // What this block holds of the tile itself, in vectors where it lies alike on chip and in `to`.
-  // of_channel(c) gives what body needs of a channel, counted from the tile's first; body(values, i,
-  // offset) handles the elements from i on, one for each of the values, from `offset` on in `to`.
+  // Visits what this block holds of the tile itself, in vectors where its offset within a line is
+  // the same on chip and in `to`. of_channel(c) gives what body needs of the tile's channel c.
+  // body(values, i, offset) handles elements from i on, one for each value, at `offset` in `to`.
   template <class OfChannel, class Body>
   __device__ void for_each(const Tiling& t, const Map& to, int64_t sample, int place,
                            OfChannel of_channel, Body body) const {
@@ -219,7 +219,7 @@ class Planes {
 
     __device__ Position(int i, int pixels) : channel(i / pixels), pixel(i - channel * pixels) {}
 
-    // Without a division, of which one for each vector would be the most of the work.
+    // Without a division: one for each vector would be most of the work.
     __device__ void move(const Position& by, int pixels) {
       channel += by.channel;
       pixel += by.pixel;
@@ -227,7 +227,7 @@ class Planes {
     }
   };
 
-  // What of_channel gives for V elements. In one plane, that is one value.
+  // What of_channel gives for V elements: one value if they lie in one plane.
   template <int V, class OfChannel>
   __device__ auto values_from(const Position& from, bool one_plane, OfChannel of_channel) const {
     auto value = of_channel(from.channel);
@@ -248,8 +248,8 @@ class Planes {
   int begin_, end_;  // this block's elements, of all that the group holds
 };
 
-// Columns of vectors in rows of channels: a thread keeps to one, or to every column_count-th, and
-// takes every row_count-th row. Threads that are left over have no column.
+// Columns of vectors in rows of channels. A thread keeps to one column, or to every
+// column_count-th, and takes every row_count-th row. Threads that are left over have no column.
 struct ColumnLanes {
   int columns, column_count, row_count, column, row;
 

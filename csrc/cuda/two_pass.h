@@ -1,6 +1,6 @@
-// Strategy two_pass, for what does not fit on chip and for maps with gaps between their rows: one kernel
-// sums, a small one makes the gates, a third rescales. A few samples at a time, so that the third
-// kernel finds them in the L2 cache; it starts with what was read last.
+// Strategy two_pass, for what does not fit on chip and for maps with gaps that the others cannot
+// read. One kernel sums, a small one makes the gates, a third rescales. They take a few samples at
+// a time, so that the third finds them in the L2 cache. It starts with what was read last.
 #pragma once
 
 #include "epilogue.h"
@@ -13,8 +13,8 @@ struct Chunk {
   int64_t first, count;
 };
 
-// A part of a row of consecutive elements that a warp walks: a head up to the first whole line,
-// vectors, and a tail. All maps begin alike within their lines, or else everything is head.
+// A part of a row that a warp walks: a head up to the first whole line, vectors, and a tail. Where
+// the maps do not have the same offset within a line, all of it is head.
 template <class T>
 struct Stretch {
   static constexpr int V = kVector<T>;
@@ -33,13 +33,13 @@ struct Stretch {
   }
 };
 
-// The begin of part `part` of `parts` of a length, at a multiple of 16.
+// Where part `part` of `parts` of a length begins: at a multiple of 16.
 __device__ inline int64_t part_begin(int64_t length, int parts, int part) {
   const int64_t share = ((length + parts - 1) / parts + 15) / 16 * 16;
   return min(share * part, length);
 }
 
-// Forward, the elements of x; backward, with dy, their products with those of dy.
+// Forward the elements of x; backward, with dy, their products with dy.
 template <int V, class T, class Epilogue>
 __device__ inline Vector<Accumulator<T>, V> terms_of(const Vector<T, V>& x, const T* dy,
                                                      Epilogue epilogue) {
@@ -123,7 +123,7 @@ struct PixelPart {
   }
 };
 
-// The columns of vectors that a thread takes, and the rows, as in Pixels.
+// A thread takes columns of vectors and rows as in Pixels.
 template <int V, class T, class Epilogue>
 __device__ void sum_pixel_part(const Problem& p, const Map& x, const Map& dy, const PixelPart& here,
                                Shared<Accumulator<T>> scratch, Accumulator<T>* sums,
@@ -192,7 +192,7 @@ inline __device__ bool find_channel(const Problem& p, const Chunk& chunk, int64_
   return i < chunk.count * p.channels;
 }
 
-// What the sums come to, divided: (samples, channels).
+// result (samples, channels): the total of each channel's parts, divided.
 template <class T>
 __global__ void __launch_bounds__(kMostThreads)
     add_parts(Problem p, Tiling t, Chunk chunk, Workspace work, void* result, int64_t divisor) {
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kMostThreads)
   A z = 0;
   for (int64_t j = thread_index() % 32; j < taps.size(); j += 32) {
     const int64_t from = channel_at(c + j - taps.size() / 2, p.channels, p.circular);
-    // A tap that is not finite shows, beyond the ends too.
+    // The zeros beyond the ends take part, so that a tap there shows if it is not finite.
     const A mean = from < 0 ? A(0) : total_of_parts(p, t, sums, sample, from) / A(p.pixels);
     z += taps.get(c, j) * mean;
   }
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kMostThreads)
   put(static_cast<A*>(work.shift) + sample * p.channels + c, dm / A(p.pixels));
 }
 
-// to = gate * from + shift, element by element, with Rescale. shift is null forward.
+// Forward the epilogue of `from` and gate; else gate * from + shift, with the epilogue's gradient.
 template <int V, class T, class Epilogue>
 __device__ inline void rescale(const T* from, T* to, int64_t offset,
                                const Vector<Accumulator<T>, V>& gate,
@@ -271,7 +271,7 @@ __device__ inline void rescale(const T* from, T* to, int64_t offset,
   store(to + offset, dx);
 }
 
-// y from x, or dx from dy. gate and shift (samples, channels); shift is null forward.
+// y from x, or dx from dy. gates (samples, channels); shifts likewise, or null for none.
 template <class T, class Epilogue>
 __global__ void __launch_bounds__(kMostThreads)
     rescale_planes(Problem p, Map from, Map to, const void* gates, const void* shifts, Tiling t,
