@@ -1,7 +1,7 @@
 // The contract between the operator layer (ops.cpp) and the kernels (cpu/ and cuda/):
 // plain structs and raw pointers, no torch type.
 //
-// A feature map is a set of rows of consecutive elements, `samples` of them side by side:
+// A feature map has `samples` samples, each a set of rows of consecutive elements:
 //   planes (contiguous, NCHW): one row per channel, `pixels` elements long
 //   pixels (channels_last, NHWC): one row per pixel, `channels` elements long
 // Slices of a batch or of the channels only change the strides, so they are read in place.
@@ -57,10 +57,10 @@ struct Backward {
   void* dweight;       // (1 or channels, k), written
 };
 
-// Sums over the pixels: the means of x or, with dy, dgate = sum(dy * x). A gate's gradient asks for
-// dx = gate * dy too, which is written while dy is at hand; a null dx.data skips it.
+// Sums over the pixels: the means of x or, with dy, dgate = sum(dy * x). A rescaling's backward
+// also needs dx = gate * dy, which is written while dy is at hand; a null dx.data skips it.
 struct Reduce {
-  Problem problem;   // whose taps count for nothing
+  Problem problem;   // without taps
   Map x;             // (samples, channels, pixels)
   Map dy;            // (samples, channels, pixels), or a null pointer
   Map dx;            // (samples, channels, pixels), written
@@ -70,7 +70,7 @@ struct Reduce {
 
 // y = gate * x, plus shift unless that is null.
 struct Scale {
-  Problem problem;    // whose taps count for nothing
+  Problem problem;    // without taps
   Map x;              // (samples, channels, pixels)
   Map y;              // (samples, channels, pixels), written
   const void* gate;   // (samples, channels), float, or double for float64 maps

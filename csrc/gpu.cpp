@@ -36,13 +36,13 @@ cuda::StreamHandle current_stream(int32_t device) {
   return stream;
 }
 
-// ---- counters: zeros at which blocks meet, and which they leave zero ----
+// ---- counters: words through which blocks meet; zero before and after each launch ----
 
-// Launches on one stream run one after the other and share a slot of the slab. A captured graph may
-// be replayed on any stream, beside anything: each of its launches has words that no other ever
-// gets. Not from PyTorch's allocator: memory kept from call to call would be alive in the private
-// pools of CUDA graphs, which is an error there. Where the slab is full, the call's own memory
-// serves, and a step that zeroes it.
+// Launches on one stream run one after the other, so they share a slot of the slab. A captured
+// graph may be replayed on any stream, beside anything, so each of its launches gets words that no
+// other ever gets. The slab is not from PyTorch's allocator: memory kept from call to call would be
+// alive in the private pools of CUDA graphs, which is an error there. When the slab is full, a call
+// allocates its own words and zeroes them first.
 uint32_t* counters(int32_t device, cuda::StreamHandle stream, int64_t words, Tensor* keep) {
   constexpr int64_t kSlot = 4096, kSlots = 16;  // the other half is for captured launches
   static_assert(kSlot * kSlots <= cuda::kSlabWords / 2);
@@ -98,12 +98,12 @@ struct Key {
   }
 };
 
-// The flag spares the calls of all who never force a plan a lock.
+// The flag saves the lock in processes that never force a plan.
 std::atomic<bool> forcing{false};
 std::mutex force_mutex;
 Forced forced_plan;
 
-// A network's layers come again in every step; a plan takes longer to make than to find.
+// Plans are kept: a network's layers come again in every step, and finding one beats making it.
 const Plan& plan_for(const Problem& problem, Pass pass, const Access& access, int32_t device) {
   if (forcing.load(std::memory_order_acquire)) {
     static thread_local Plan plan;
@@ -143,7 +143,7 @@ void run(const Call& call, Pass pass, int32_t device, Run kernels) {
   kernels(call, plan, memory);
 }
 
-// Pooling and rescaling apart, whose plans are made without a search.
+// Pooling or rescaling alone. Their plans are made without a search, so they are not kept.
 template <class Call, class Run>
 void run_apart(const Call& call, int32_t device, Run kernels) {
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -163,7 +163,7 @@ void force_plan(const Forced* forced) {
   if (forced && forced->strategy != 'C') {
     if (forced->strategy == 'A' && (forced->tile < 1 || forced->group < 1))
       throw std::invalid_argument("expected a tile and a group from 1 up");
-    // The lanes that sum a plane are a power of two, and the threads a multiple of them.
+    // The lanes that sum a plane are a power of two and divide the threads.
     const int32_t n = forced->threads;
     const int32_t most = forced->strategy == 'R' ? 512 : kMostThreads;
     if (n < 32 || n > most || (n & (n - 1)) != 0)

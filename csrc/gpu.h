@@ -7,17 +7,17 @@
 
 namespace eca::gpu {
 
-// On PyTorch's current stream of a CUDA device, which need not be the current one. mean and gate of
-// `f` may be null. Throws std::runtime_error.
+// They run on PyTorch's current stream of `device`, which need not be the current device. mean and
+// gate of `f` may be null. They throw std::runtime_error.
 void forward(const Forward& f, int32_t device);
 void backward(const Backward& b, int32_t device);
 
 void reduce(const Reduce& r, int32_t device);
 void scale(const Scale& s, int32_t device);
 
-// Sizes that every call of this process uses from now on instead of the planner's choice, or null
-// for that choice: for tuning and for tests. A call that cannot run so throws std::invalid_argument.
-// Throws the same for sizes with which no kernel can be launched.
+// For tuning and tests: every later call of this process uses these sizes, or, after null, the
+// planner's choice again. A call that cannot run so throws std::invalid_argument, and so does this
+// function for sizes with which no kernel can be launched.
 void force_plan(const Forced* forced);
 
 // A CUDA device's limits, asked for once.

@@ -75,7 +75,7 @@ eca::Forced to_forced(const std::string& strategy, int32_t tile, int32_t group, 
   return {letter, tile, group, threads, depth};
 }
 
-// Of keyword arguments, as force_plan() takes them.
+// From keyword arguments as force_plan() takes them.
 eca::Forced to_forced(const py::dict& d) {
   const auto number = [&](const char* name, int32_t otherwise) {
     return d.contains(name) ? d[name].cast<int32_t>() : otherwise;

@@ -35,7 +35,7 @@ void check(bool ok, const Parts&... parts) {
   throw std::runtime_error("eca_fused: " + message.str());
 }
 
-// The shape as text, made only where a message is.
+// Prints a shape, where a message needs it.
 struct shape {
   const Tensor& tensor;
 };
@@ -46,8 +46,8 @@ std::ostream& operator<<(std::ostream& out, shape s) {
   return out << (s.tensor.dim() == 1 ? ",)" : ")");
 }
 
-// Integers that torch gives to dtypes and devices: comparing them costs a call, where the enums of
-// the stable headers cost one for each of their values.
+// dtypes and devices as torch's integers: a comparison costs one call. With the enums of the stable
+// headers it costs one for each of their values.
 int32_t dtype_code(const Tensor& t) {
   int32_t code = 0;
   ECA_TORCH_CHECK(aoti_torch_get_dtype(t.get(), &code));
@@ -86,7 +86,7 @@ int32_t accumulator_code(const Tensor& x) {
   return dtype_code(x) == kFloat64Code ? kFloat64Code : kFloat32Code;
 }
 
-// Of a map alone; the taps are one that nothing reads.
+// The problem of a map alone, with one tap that nothing reads.
 Problem problem_of(const Tensor& x) {
   check(x.dim() >= 2 && x.dim() <= 5,
         "expected x of shape (N, C, *spatial) with 0 to 3 spatial dimensions, got ", shape{x},
@@ -128,7 +128,7 @@ Problem problem_of(const Tensor& x, const Tensor& weight, bool circular) {
   return p;
 }
 
-// The first sizes of x, and its device.
+// Expects the first sizes of x, and its device.
 void check_beside(const Tensor& t, const char* name, const Tensor& x, int64_t dims) {
   bool same = t.dim() == dims;
   for (int64_t i = 0; same && i < dims; ++i) same = t.size(i) == x.size(i);
@@ -150,13 +150,13 @@ void check_same(const Tensor& t, const char* name, const Tensor& x, int64_t dims
 struct View {
   bool readable;
   bool dense;
-  Layout layout;  // where it is not readable: of the copy
+  Layout layout;  // of the copy, if it is not readable
   int64_t sample_stride;
   int64_t row_stride;
 };
 
-// Whether the memory begins at a multiple of an element's size. A view of raw bytes need not: the
-// kernels would fault on a GPU, and in vector stores on a CPU, so they get a copy.
+// Whether the memory begins at a multiple of an element's size. A view of raw bytes may not. The
+// kernels would fault on it, on a GPU and in vector stores on a CPU, so they get a copy.
 bool aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.data_ptr()) % uintptr_t(t.element_size()) == 0;
 }
@@ -239,7 +239,7 @@ Tensor dense_copy(const Tensor& x, Layout layout) {
   return copy;
 }
 
-// x itself where the kernels can read it in this layout.
+// x itself where the kernels can read it in this layout, else a copy.
 Tensor readable(const Tensor& x, const View& view, Layout layout) {
   return view.readable && view.layout == layout ? x : dense_copy(x, layout);
 }
@@ -258,7 +258,7 @@ Tensor channels_in(const Tensor& t, int32_t dtype) {
   return copy;
 }
 
-// The strides of a tensor that can be read in p.layout. Its own view may be another one: with one
+// A tensor that can be read in p.layout, as a map. Its own view may have the other layout: with one
 // pixel or one channel, both fit.
 Map map_of(const Tensor& x, const Problem& p) {
   const auto sizes = x.sizes(), strides = x.strides();
@@ -270,6 +270,7 @@ Map map_of(const Tensor& x, const Problem& p) {
 }
 
 // ---- the operators ----
+// x, y, dy, dx, out (N, C, *spatial); weight, dweight (1 or C, 1, k); mean, gate, shift (N, C)
 
 const cpu::ThreadPool& thread_pool() {
   // Per thread, because the number of threads is a setting of the calling thread.
@@ -286,7 +287,7 @@ const cpu::ThreadPool& thread_pool() {
   return pool;
 }
 
-// Work on the CPU whose memory is the C++ library's: its own error says nothing.
+// Runs work that the C++ library allocates memory for: the library's own error says nothing.
 template <class Work>
 void on_cpu(const Work& work) {
   bool enough = true;
@@ -394,8 +395,8 @@ bool overlap(const Tensor& a, const Tensor& b) {
   return std::less<>()(a_begin, b_end) && std::less<>()(b_begin, a_end);
 }
 
-// y written into out, which may be x; `name` is what the caller calls it. Memory that the kernels
-// cannot write, or that x has a part of, gets a copy.
+// Writes y into out, which may be x; `name` is what the caller calls out. If the kernels cannot
+// write it, or x has a part of its memory, they write new memory, which is then copied.
 void write_inference(const Tensor& x, const Tensor& weight, const Tensor& out, bool circular,
                      const char* name) {
   const Problem p = problem_of(x, weight, circular);
@@ -526,7 +527,7 @@ STABLE_TORCH_LIBRARY(eca_fused, m) {
   m.def("inference(Tensor x, Tensor weight, bool circular=False) -> Tensor");
   m.def("inference_(Tensor(a!) x, Tensor weight, bool circular=False) -> ()");
   m.def("inference_into(Tensor x, Tensor weight, Tensor(a!) out, bool circular=False) -> ()");
-  // For who has checked that no gradient is needed, and counts the write.
+  // For callers that have checked that no gradient is needed, and that count the write.
   m.def("_inference_(Tensor(a!) x, Tensor weight, bool circular=False) -> ()");
   m.def("_inference_into(Tensor x, Tensor weight, Tensor(a!) out, bool circular=False) -> ()");
   m.def(

@@ -24,8 +24,8 @@ constexpr int64_t kMostElements = 1 << 30;  // in a block's or a warp's part: po
 // ---- GPUs by name ----
 
 // {capability, multiprocessors, shared memory of a block, and of a multiprocessor, L2, threads,
-// largest cluster}, of the usual card: CUDA programming guide, "Compute capabilities", and the
-// architecture white papers of T4, A100, RTX 3080 Ti, RTX 4090, H200, B200, RTX 5090.
+// largest cluster} of the usual card. From the CUDA programming guide, "Compute capabilities", and
+// the architecture white papers of T4, A100, RTX 3080 Ti, RTX 4090, H200, B200, RTX 5090.
 constexpr Gpu kGpus[] = {
     {75, 40, 64 << 10, 64 << 10, 4 << 20, 1024, 1},
     {80, 108, 163 << 10, 164 << 10, 40 << 20, 2048, 1},
@@ -38,40 +38,39 @@ constexpr Gpu kGpus[] = {
 
 // ---- costs ----
 
-// What a plan takes, in bytes of DRAM traffic that would take as long. Ratios between plans are
-// all that counts. The constants are assumptions, to be replaced where a measurement says
-// otherwise.
+// A cost is a time, in bytes of DRAM traffic that would take as long. Only the ratios between plans
+// count. The constants are assumptions, to be replaced where a measurement says otherwise.
 constexpr double kL2Speed = 2.5;            // of L2, relative to DRAM
 constexpr double kOneMultiprocessor = 1.6;  // bandwidth of one alone, relative to its fair share
-constexpr double kMicrosecond = 32e3;       // bytes of DRAM traffic of one multiprocessor in it
+constexpr double kMicrosecond = 32e3;       // bytes of DRAM traffic, for one multiprocessor
 constexpr double kLaunch = 2.0;             // microseconds
 constexpr double kClusterBarriers = 0.7;
 constexpr double kGlobalBarriers = 3.0;
 
-// Of R, F and P: the price of a slot that holds nothing, and the bytes that a multiprocessor must
-// have under way to be as fast as it can be.
+// R, F and P: the cost of a slot that holds nothing, and the bytes that a multiprocessor must have
+// under way for full speed.
 constexpr double kIdle = 0.3, kInFlight = 64 << 10;
-constexpr double kColumnIdle = 0.8, kColumnInFlight = 96 << 10;  // of P
-// Of what neighbours read too, relative to DRAM: rows have instructions to spare, the others have
-// not, and P reads in short pieces.
+constexpr double kColumnIdle = 0.8, kColumnInFlight = 96 << 10;  // P
+// The speed of halos, which neighbours read too, relative to DRAM: R has instructions to spare, the
+// others have not, and P reads in short pieces.
 constexpr double kRowHaloSpeed = 5, kRunHaloSpeed = 2.5, kColumnHaloSpeed = 1.5;
 constexpr double kLastWave = 0.5;
 constexpr double kAlone = 0.95;  // the speed of a block that is alone on its multiprocessor
-// Of S, relative to a copy, which moves two thirds as much; backward three quarters.
+// The speed of S relative to a copy, which moves two thirds as much; backward three quarters.
 constexpr double kStreamForwardSpeed = 0.74, kStreamBackwardSpeed = 0.66;
-// Of K and S: from the last sum of a sample until its blocks go on, in microseconds, and what each
-// channel adds to it. Each wave of blocks of K pays it, S but once.
+// K and S: microseconds from the last sum of a sample until its blocks go on, and what each channel
+// adds to that. Each wave of blocks of K pays it, S pays it once.
 constexpr double kGatesOfSample = 4.0, kGatesOfChannel = 1.0 / 128;
 
-// Bytes of a multiprocessor's memory that K leaves to the L1 cache, through which registers are filled.
+// Bytes of a multiprocessor's memory that K leaves to the L1 cache, which fills the registers.
 constexpr int64_t kLeftToL1 = 32 << 10;
 
 constexpr int64_t kStreams = 8;  // on which groups may wait at the same time
 
 constexpr int64_t kMostParts = 512;  // that a warp adds up for each channel
 
-// How much of the time loads and stores overlap, by blocks on a multiprocessor: a block first only
-// loads and then only stores.
+// The share of the time in which loads and stores overlap, by blocks on a multiprocessor: one block
+// first only loads, then only stores.
 double overlap(int64_t occupancy) {
   constexpr double kBy[] = {0.65, 0.65, 0.85, 0.92, 0.96};
   return kBy[std::min<int64_t>(occupancy, 4)];
@@ -86,10 +85,10 @@ struct Planner {
   const Gpu& gpu;
   const int64_t size = size_of(p.dtype), accumulator = accumulator_size(p.dtype);
   const int64_t V = 16 / size;       // elements in a vector
-  const int64_t sector = 32 / size;  // elements in what DRAM and L2 move at least
+  const int64_t sector = 32 / size;  // elements in the least that DRAM and L2 move
   const bool planes = p.layout == Layout::kPlanes;
   const bool backward = pass == Pass::kBackward;
-  // Taps further out than all channels reach none.
+  // Taps further out than the number of channels reach none.
   const int64_t pad = std::min(p.kernel_size / 2, p.channels);
   const int64_t map_bytes = p.samples * p.channels * p.pixels * size;
 
@@ -125,7 +124,7 @@ struct Planner {
     return held;
   }
 
-  // A, B and D with these sizes; false where the kernels cannot run so.
+  // A, B and D with these sizes; false where the kernels cannot run with them.
   bool tile(int64_t channels, int64_t group, int64_t threads, Plan* plan) const {
     Tiling& t = plan->tiling;
     t = {};
@@ -153,8 +152,8 @@ struct Planner {
                                           : ceil_div(length, group));
     t.tiles = ceil_div(p.channels, channels);
     t.threads = int32_t(threads);
-    // As many threads for a plane as there are for each, but no more than it has vectors, and no
-    // fewer than ask for a run of 128 bytes.
+    // Each plane gets an equal share of the threads: enough to ask for a run of 128 bytes, but no
+    // more than it has vectors.
     const int64_t in_plane = ceil_div(p.pixels, t.vectors ? V : 1);
     const int64_t for_each =
         threads / std::max<int64_t>(1, t.share / std::max<int64_t>(1, p.pixels));
@@ -190,7 +189,7 @@ struct Planner {
     return std::max(streaming, busiest) + fixed * kMicrosecond * SMs;
   }
 
-  // The largest tile that lets `occupancy` blocks live on a multiprocessor, evenly cut.
+  // The largest tile, of tiles of even size, with `occupancy` blocks on a multiprocessor.
   bool largest_tile(int64_t group, int64_t occupancy, Plan* plan) const {
     const int64_t reserved = gpu.capability >= 80 ? 1 << 10 : 0;
     const int64_t budget =
@@ -243,7 +242,7 @@ struct Planner {
            p.kernel_size <= 255 && p.channels < kMostElements && p.pixels < kMostElements;
   }
 
-  // The tile that has room for `held` channels: all of them, or fewer and a halo on either side.
+  // The tile where `held` channels have room: all channels, or fewer and a halo on either side.
   bool tile_in_registers(char strategy, int64_t held, int64_t unit, int64_t halo, int64_t most_tile,
                          Plan* plan) const {
     Tiling& t = plan->tiling;
@@ -306,7 +305,7 @@ struct Planner {
     *plan = {};
     Tiling& t = plan->tiling;
     if (planes || !access.aligned || pad > V) return false;
-    // Backward 13 vectors of dy leave too little for those of x.
+    // Backward 13 vectors of dy leave too few registers for x.
     if (backward) depth = std::min(depth, 7);
     t.depth = depth;
     t.threads = threads;
@@ -334,8 +333,8 @@ struct Planner {
     return true;
   }
 
-  // K, with so many vectors of a thread, or, if 0, as many as there is room for. `for_l1`: bytes of a
-  // multiprocessor that shared memory leaves.
+  // K with so many vectors of a thread; 0 is as many as there is room for. `for_l1`: bytes of a
+  // multiprocessor's memory that shared memory leaves free.
   bool kept(int64_t vectors, int64_t for_l1, Plan* plan) const {
     const int64_t depth = backward ? kKeptBackwardDepth : kKeptForwardDepth;
     if (!all_channels('K', int32_t(depth), plan)) return false;
@@ -390,8 +389,8 @@ struct Planner {
                   gpu.threads_per_multiprocessor / own, 65536 / (own * registers), int64_t(24)}));
   }
 
-  // The last wave of blocks leaves multiprocessors idle, but for what the others still do; and where
-  // all have room at once, some multiprocessors have one less than others.
+  // The slow-down by multiprocessors that are idle in the last wave of blocks, or that have one
+  // block less than others where all have room at once.
   double idle_at_the_end(const Plan& plan) const {
     const double SMs = gpu.multiprocessors, blocks = double(plan.blocks);
     double rounds = blocks / (SMs * double(std::max(1, plan.occupancy)));
@@ -505,7 +504,7 @@ struct Planner {
     t.vectors = access.aligned;
     t.threads = kMostThreads;
     t.group = 1;
-    t.tile = int32_t(std::min<int64_t>(p.channels, 256));  // in the model of small arrays alone
+    t.tile = int32_t(std::min<int64_t>(p.channels, 256));  // only for small_bytes()
     t.tiles = ceil_div(p.channels, t.tile);
     t.chunk = std::clamp<int64_t>(gpu.l2 / 2 / (sample_bytes * maps), 1, p.samples);
     const int64_t in_sample = planes ? p.channels : 1;  // rows of blocks or warps

@@ -1,19 +1,19 @@
-// Which kernel for which problem and GPU, and what it moves: pure C++, so that a plan can be made,
-// printed and tested on any machine.
+// Chooses the kernel and its sizes for a problem and a GPU, and models what it moves. Pure C++, so
+// that a plan can be made, printed and tested on any machine.
 //
-// Strategies, by what a block keeps on chip between the sums and the rescaling. In its registers,
-// which is faster wherever it can be done:
+// The strategies, by where a block keeps what it has read between the sums and the rescaling.
+// In registers, which is faster wherever it can be done:
 //   R  rows          planes: a team of threads for each plane of a tile and of its halo
-//   F  runs          planes: the run of a tile's planes, which need not begin at multiples of 16 bytes
+//   F  runs          planes: those of a tile as one run, also where they are not 16-byte aligned
 //   P  columns       pixels: the columns of a tile's channels and one more on either side
-//   K  kept          pixels: a part of a sample, in shared memory too; the sample's blocks add up
+//   K  kept          pixels: a part of a sample, in shared memory too; the blocks add up their sums
 // In shared memory:
-//   A  tile          planes: the planes of a tile of channels and of its halo, one block each
+//   A  tile          planes: those of a tile of channels and of its halo, in one block
 //   B  split_tile    planes: the same, split over a group of blocks that exchange their sums
-//   D  split_pixels  pixels: the pixels of a tile of channels, split over a group likewise
-// Nothing:
-//   S  stream        pixels: two kinds of blocks in one launch, the second out of the L2 cache
-//   C  two_pass      two passes over a few samples at a time, the second out of the L2 cache
+//   D  split_pixels  pixels: those of a tile of channels, split over such a group
+// Nowhere; the rescaling reads again, out of the L2 cache:
+//   S  stream        pixels: blocks that sum and blocks that rescale, in one launch
+//   C  two_pass      one pass sums and one rescales, over a few samples at a time
 #pragma once
 
 #include <cstdint>
@@ -33,15 +33,15 @@ struct Gpu {
   int32_t largest_cluster;  // blocks, 1 without clusters
 };
 
-// A GPU by compute capability and number of multiprocessors, "sm_90:132" or "sm_90" for the usual
+// A GPU by compute capability and number of multiprocessors: "sm_90:132", or "sm_90" for the usual
 // number. Throws std::invalid_argument.
 Gpu gpu_by_name(const std::string& name);
 
-// Threads of a block, and registers of a thread with tiles in shared memory: fewer spill.
+// Most threads of a block; registers of a thread with tiles in shared memory, where fewer spill.
 constexpr int32_t kMostThreads = 256, kForwardRegisters = 64, kBackwardRegisters = 80;
 
-// Strategies R, F and P: vectors of 16 bytes that a thread holds (`depth`), threads of a block at
-// most, and blocks that shall be resident at least, from which the registers of a thread follow.
+// Strategies R, F and P: vectors of 16 bytes that a thread holds (`depth`), most threads of a
+// block, and fewest resident blocks, from which the registers of a thread follow.
 constexpr int32_t kRowDepths[] = {7, 13}, kRunDepths[] = {2, 4}, kColumnDepths[] = {4, 7, 13};
 constexpr int32_t row_threads(int32_t depth) { return depth > 7 ? 512 : 256; }
 constexpr int32_t row_blocks(int32_t depth) { return depth > 7 ? 1 : 3; }
@@ -49,19 +49,19 @@ constexpr int32_t kRunThreads = 256, kRunBlocks = 4;
 constexpr int32_t kColumnThreads = 256;
 constexpr int32_t column_blocks(int32_t depth) { return depth > 7 ? 2 : 3; }
 
-// Of kept: vectors in registers, as above; more of them in shared memory.
+// Strategy K: vectors in registers, as above. More of them are in shared memory.
 constexpr int32_t kKeptForwardDepth = 20, kKeptBackwardDepth = 7;
 constexpr int32_t kept_blocks(bool backward) { return backward ? 3 : 2; }
 
-// Of stream.
+// Strategy S.
 constexpr int32_t kStreamForwardDepth = 12, kStreamBackwardDepth = 8;
 constexpr int32_t stream_blocks(bool backward) { return backward ? 2 : 3; }
 
-// The kernel that makes dweight from dz: threads of a block, and runs of so many channels that a
-// block adds up at least.
+// The kernel that makes dweight from dz: threads of a block, and how many runs of as many channels
+// a block adds up at once.
 constexpr int32_t kDweightThreads = 256, kDweightRuns = 4;
 
-// How a group's blocks tell each other their sums.
+// How the blocks of a group exchange their sums.
 enum class Exchange : int32_t { kNone, kCluster, kGlobal };
 
 // What the kernels need to know of a plan.
@@ -96,7 +96,7 @@ struct Plan {
   int64_t launches;
   int64_t shared_bytes;    // of a block
   int32_t occupancy;       // blocks on a multiprocessor
-  int64_t counters;        // words of zeros that blocks meet at; the kernels leave them zero
+  int64_t counters;        // words through which blocks meet; zero before and after a launch
   int64_t workspace;       // bytes
   int64_t dweight_blocks;  // of the kernel that makes dweight from dz; 0 where there is none
   // Modelled:
@@ -113,7 +113,7 @@ struct Access {
   bool in_place;         // the result is written over what is read
 };
 
-// The access that contiguous memory gives.
+// The access of contiguous memory.
 Access dense_access(const Problem& problem);
 
 enum class Pass { kForward, kBackward };
@@ -134,29 +134,28 @@ char strategy_by_name(const std::string& name);
 
 // A plan to make instead of the planner's choice, for tests and for tuning.
 struct Forced {
-  // 'A' is what tile, group and layout make of it: 'A', 'B' or 'D'.
+  // 'A' stands for 'A', 'B' or 'D': group and layout decide.
   char strategy = 'C';
-  int32_t tile = 0;  // channels; of R, F and P 0 is as many as fit
+  int32_t tile = 0;  // channels; with R, F and P 0 is as many as fit
   int32_t group = 1;
   int32_t threads = kMostThreads;
-  int32_t depth = 0;  // vectors of a thread, of R, F and P; in all, of K, and 0 is as many as fit
+  int32_t depth = 0;  // vectors of a thread: in registers; with K in all, and 0 is as many as fit
 };
 
 // Throws std::invalid_argument where the kernels cannot run the forced plan.
 Plan make_plan(const Problem& problem, Pass pass, const Access& access, const Gpu& gpu,
                const Forced* forced = nullptr);
 
-// Where things lie in a block's shared memory, in bytes from its beginning. The kernels and the
-// planner have this in common.
+// Byte offsets in a block's shared memory, which the kernels and the planner have in common.
 struct SharedLayout {
   int32_t barrier, flag, sums, padded, gate, shift, scratch, held, staged, end;
-  int32_t taps;  // R, F and P
+  int32_t taps;  // R, F, P, K and S
 };
 
 SharedLayout shared_layout(const Problem& problem, Pass pass, const Tiling& tiling);
 SharedLayout register_layout(const Problem& problem, char strategy, const Tiling& tiling);
 
-// Where things lie in a call's workspace, in bytes from its beginning.
+// Byte offsets in a call's workspace.
 struct WorkspaceLayout {
   int64_t sums, dz, shift, dweight, mean, gate, end;
 };
