@@ -71,7 +71,8 @@ eca::Forced to_forced(const std::string& strategy, int32_t tile, int32_t group, 
   const char letter = eca::strategy_by_name(strategy);
   if (letter == 'B' || letter == 'D')
     throw std::invalid_argument(
-        "expected strategy \"tile\", which the group and the layout split, got " + strategy);
+        "expected strategy \"tile\" (the group and the layout decide how it is split), got " +
+        strategy);
   return {letter, tile, group, threads, depth};
 }
 
@@ -148,10 +149,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", &plan, py::kw_only(), "backward"_a, "dtype"_a, "channels_last"_a, "samples"_a,
         "channels"_a, "pixels"_a, "kernel_size"_a, "own_taps"_a, "circular"_a, "aligned"_a,
         "in_place"_a, "gpu"_a, "forced"_a = py::none(),
-        "How the CUDA kernels run a problem on a GPU, and what that moves; with "
-        "force_plan()'s arguments in a dict, how they would run that plan.");
+        "How the CUDA kernels run a problem on a GPU, and what that moves. With forced, a dict of "
+        "force_plan()'s arguments: how they would run that plan.");
   m.def("force_plan", &force_plan, "strategy"_a, py::kw_only(), "tile"_a = 0, "group"_a = 1,
         "threads"_a = eca::kMostThreads, "depth"_a = 0,
-        "For tuning and tests alone: every later call of the CUDA kernels in this process uses "
+        "Only for tuning and tests: every later call of the CUDA kernels in this process uses "
         "this plan instead of the planner's choice, until force_plan(None).");
 }
