@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does on a GPU what only a GPU can: is it right, how fast, and why. GPU.md says how to use it.
 
-    python benchmarks/gpu_check.py OUT first        # 4 minutes: correctness, and our own times
+    python benchmarks/gpu_check.py OUT first        # 2.5 minutes: correctness, and our own times
     python benchmarks/gpu_check.py OUT second       # 6 minutes: counters, forced plans, rivals
     python benchmarks/gpu_check.py OUT memcheck bench           # single parts
     python benchmarks/gpu_check.py OUT first --device dry-run   # a rehearsal without a GPU
