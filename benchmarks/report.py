@@ -178,7 +178,8 @@ def layer_figures(result: Result) -> list[str]:
         for row in both
         if row["shape"][0] == SHORT_BATCH and "resnet50" in tables.network_of(row)
     ]
-    parts = [BY_OURS]
+    rivals = any(map(tables.rivals, both))
+    parts = [BY_OURS if rivals else "Layers: our time beside a copy. No other contender was timed."]
     if usual:
         parts += [
             f"ResNet-50, batch {SHORT_BATCH}:",
@@ -187,7 +188,7 @@ def layer_figures(result: Result) -> list[str]:
     parts += [
         f"{listed(row['dtype'] for row in both)}, in both layouts:",
         tables.summary({**result, "rows": both}, ("network", "batch", "direction")),
-        "The goals were set before tuning, and how many rows reach them:",
+        "Rows of the whole result file that reach the goals, which were set before tuning:",
         tables.goals(result),
         where_another_is_faster(result),
     ]
@@ -199,19 +200,20 @@ def figures() -> str:
     parts = []
     for path in committed():
         result = load(path)
-        script = result["script"]
+        script, machine = result["script"], result["machine"]
         if script == "layers" and path.stem in SHORT_LAYERS:
-            parts += layer_figures(result)
+            found = layer_figures(result)
         elif script == "calls":
-            parts += [
-                "Microseconds of a call; ours / eager below 1: ours is faster.",
-                tables.calls(result),
-            ]
+            note = "Microseconds of a call. ours / eager: below 1, ours is faster."
+            found = [note, tables.calls(result)]
         elif script == "networks":
-            parts += [BY_NONE, tables.networks_in_short(result)]
+            found = [BY_NONE, tables.networks_in_short(result)]
         else:
             continue
-        parts.append(f"Measured on {tables.where(result['machine'])}.")
+        what = {"layers": "Layers", "calls": "Small calls", "networks": "Networks"}[script]
+        place = machine.get("gpu") or f"a CPU, {machine['cpu']}"
+        parts += [f"## {what} on {place}: `{path.relative_to(RESULTS)}`", *found]
+        parts.append(f"Measured on {tables.where(machine)}.")
     return "\n\n".join(parts)
 
 

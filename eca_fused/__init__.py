@@ -26,7 +26,7 @@ from eca_fused.ops.backend import Backend, backends, use_backend
 from eca_fused.ops.cuda_plan import Plan, plan
 from eca_fused.ops.taps import adaptive_kernel_size
 
-kernel_size = adaptive_kernel_size  # its name before 0.2
+kernel_size = adaptive_kernel_size  # its former name
 
 __all__ = [
     "Backend",
