@@ -1,10 +1,10 @@
-# Everything runs in one Python environment: the active one, or else .venv. tools/setup.sh prepares it.
+# Everything runs in one Python environment, the active one or .venv. tools/setup.sh prepares it.
 ENV := $(or $(VIRTUAL_ENV),.venv)
 BIN := $(ENV)/bin
 CPP = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
-# The tests run in several processes, whose threads together are more than the processors: with the
-# wait policy they do not spin while they wait for each other.
+# The test processes together have more threads than there are processors. With OMP_WAIT_POLICY the
+# threads do not spin while they wait for each other.
 .PHONY: help run test build lint format docs mutations versions clean
 .NOTPARALLEL:
 
@@ -19,9 +19,9 @@ help:
 	@echo 'make versions the tests under every supported torch, in clean environments'
 	@echo 'make clean    remove what was built, keep the environment'
 	@echo
-	@echo 'They use the active virtual environment, or make .venv; a torch that is there is kept.'
+	@echo 'They use the active virtual environment, or make .venv. An installed torch is kept.'
 	@echo 'PYTHON=python3.12   the Python for a new .venv'
-	@echo 'ECA_FUSED_CUDA=0|1  build without, or insist on, the CUDA kernels'
+	@echo 'ECA_FUSED_CUDA=0|1  build without the CUDA kernels, or require them'
 
 run:
 	@tools/setup.sh demo

@@ -1,7 +1,7 @@
-"""Builds eca_fused._C, the compiled kernels. Everything else of the package is in pyproject.toml.
+"""Builds eca_fused._C, the compiled kernels. The rest of the package is in pyproject.toml.
 
-ECA_FUSED_CUDA=1 insists on the CUDA kernels and ECA_FUSED_CUDA=0 leaves them out. Without it they
-are built where there is a CUDA toolkit that fits the torch at hand. A GPU is not needed for either.
+ECA_FUSED_CUDA=1 requires the CUDA kernels and ECA_FUSED_CUDA=0 leaves them out. Without it they are
+built if there is a CUDA toolkit that fits the installed torch. The build needs no GPU.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ if int(setuptools.__version__.partition(".")[0]) < 77:  # it cannot read pyproje
 if TYPE_CHECKING:
     from setuptools import Extension
 
-# The stable ABI of torch 2.11: what is built against it also loads in every later torch.
+# The stable ABI of torch 2.11: an extension built against it also loads in every later torch.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 
 
@@ -41,13 +41,13 @@ def candidate_homes(environ: Mapping[str, str], nvcc: str | None) -> list[Path]:
     homes = [Path(environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)]
     if nvcc:
         homes.append(Path(nvcc).resolve().parent.parent)
-        # Where nvcc is a script that calls the real one, only the real one knows its folder.
+        # nvcc may be a script that calls the real one, and only the real one knows its folder.
         plan = subprocess.run(
             [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
         )
         homes += [Path(top).resolve() for top in re.findall(r"^#\$ TOP=(.+)$", plan.stderr, re.M)]
     homes.append(Path("/usr/local/cuda"))
-    if nvidia := importlib.util.find_spec("nvidia"):  # the packages nvidia-cuda-nvcc and others
+    if nvidia := importlib.util.find_spec("nvidia"):  # packages such as nvidia-cuda-nvcc
         homes += [Path(p) / "cu13" for p in nvidia.submodule_search_locations or ()]
     return list(dict.fromkeys(homes))
 
@@ -75,7 +75,7 @@ def choose_toolkit(
 ) -> tuple[Toolkit | None, str]:
     """The toolkit for the CUDA kernels, or None for a build without them; and the reason.
 
-    request      the value of ECA_FUSED_CUDA: "1", "0", or nothing
+    request      the value of ECA_FUSED_CUDA: "1", "0", "" or None
     homes        folders that may hold a toolkit, best first
     torch_cuda   the CUDA version that torch was built with, None for a torch without CUDA
     has_kernels  whether there are CUDA sources to build
@@ -125,7 +125,7 @@ def toolkit_name(torch_cuda: str) -> str:
 
 
 def nvcc_packages(torch_cuda: str) -> list[str]:
-    """The packages of PyPI that together are a toolkit for that CUDA: all of one minor version."""
+    """The PyPI packages that make up a toolkit for a CUDA version, all of one minor version."""
     major, minor = torch_cuda.split(".")[:2]
     if major != "13":
         return []
@@ -134,19 +134,19 @@ def nvcc_packages(torch_cuda: str) -> list[str]:
 
 
 def architectures(version: tuple[int, int]) -> str:
-    """The GPUs that a toolkit can build for, and PTX for later ones."""
+    """The GPU architectures that a toolkit can build for, with PTX for later ones."""
     return "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX" if version >= (12, 8) else "7.5;8.0;8.6;8.9;9.0+PTX"
 
 
 def extension(toolkit: Toolkit | None) -> "Extension":
     if toolkit:
         os.environ["CUDA_HOME"] = str(toolkit.home)
-        # Left to itself, torch builds for the GPUs it sees, and fails where it sees none.
+        # By default torch builds for the GPUs it sees, and fails if it sees none.
         if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
             os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(toolkit.version)
     import pybind11
 
-    logging.disable(logging.WARNING)  # torch warns that it sees no GPU, which a build does not need
+    logging.disable(logging.WARNING)  # torch warns if it sees no GPU, but a build needs none
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     logging.disable(logging.NOTSET)
@@ -155,13 +155,13 @@ def extension(toolkit: Toolkit | None) -> "Extension":
     headers = [p for p in sorted(Path("csrc").rglob("*")) if p.suffix in (".h", ".cuh")]
     if not toolkit:
         sources = [p for p in sources if "cuda" not in p.parts]
-    # Debug information, which Python's own flags ask for, would be nine tenths of the file.
+    # Python's own flags ask for debug information, which would be nine tenths of the file.
     flags = ["-O3", STABLE_ABI]
     host_flags = ["-g0", "-Wno-psabi", "-Wno-ignored-attributes"]
-    # GCC 12 gives hundreds of these, all false, about its own header of AVX-512 intrinsics.
+    # GCC 12 gives hundreds of false warnings about its own header of AVX-512 intrinsics.
     host_flags.append("-Wno-maybe-uninitialized")
     if toolkit:
-        # USE_CUDA: torch declares its current CUDA stream only under this name.
+        # torch declares its current CUDA stream only with USE_CUDA.
         architectures_built = os.environ["TORCH_CUDA_ARCH_LIST"]
         flags += ["-DECA_FUSED_WITH_CUDA", "-DUSE_CUDA"]
         flags.append(f'-DECA_FUSED_CUDA_ARCHITECTURES="{architectures_built}"')
@@ -174,7 +174,7 @@ def extension(toolkit: Toolkit | None) -> "Extension":
         extra_compile_args={"cxx": flags + host_flags, "nvcc": flags},
     )
     if toolkit:
-        # The static runtime needs no libcudart of the same minor version where the package runs.
+        # With the static runtime, users need no libcudart of the same minor version.
         module.libraries = [
             "cudart_static" if library == "cudart" else library for library in module.libraries
         ] + ["rt", "dl", "pthread"]
@@ -182,7 +182,7 @@ def extension(toolkit: Toolkit | None) -> "Extension":
 
 
 def oldest_torch() -> str:
-    """Major and minor version of the oldest torch that is supported, from tools/versions.txt."""
+    """Major and minor version of the oldest supported torch, from tools/versions.txt."""
     lines = Path("tools/versions.txt").read_text().splitlines()
     first = next(line for line in lines if line.strip() and not line.startswith("#"))
     return ".".join(first.split()[0].split(".")[:2])
@@ -212,7 +212,7 @@ def main() -> None:
     class Build(BuildExtension):
         def finalize_options(self) -> None:
             super().finalize_options()
-            # Not pip's temporary folder: the next build then compiles only what changed.
+            # A folder that stays, unlike pip's temporary one: the next build compiles only changes.
             self.build_temp = f"build/objects-{sys.implementation.cache_tag}"
 
     setup(ext_modules=[module], cmdclass={"build_ext": Build})

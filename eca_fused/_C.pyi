@@ -10,11 +10,11 @@ class BuildInfo(TypedDict):
 class Gpu(TypedDict):
     capability: int  # 90 for 9.0
     multiprocessors: int
-    shared_per_block: int  # bytes, the most that a block can ask for
+    shared_per_block: int  # bytes, the most that a block can request
     shared_per_multiprocessor: int  # bytes
     l2: int  # bytes
     threads_per_multiprocessor: int
-    largest_cluster: int  # blocks, 1 without clusters
+    largest_cluster: int  # blocks; 1 without clusters
 
 Strategy = Literal[
     "rows",

@@ -14,7 +14,7 @@ if (
     and "eca_fused" in sys.orig_argv
     and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
-    # `python -m eca_fused`, interrupted while torch is imported, ends without a traceback.
+    # Interrupting `python -m eca_fused` while it imports torch shows no traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from eca_fused import reference

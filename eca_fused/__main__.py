@@ -1,6 +1,6 @@
-"""`python -m eca_fused`: the main job, and commands beside it.
+"""`python -m eca_fused`: the main job and other commands.
 
-Without a command, or with options only, the main job runs; it is also there as the command `run`.
+Without a command, or with options only, the main job runs. The command `run` runs it too.
 """
 
 import importlib
@@ -16,16 +16,16 @@ COMMANDS = {
     "plan": "eca_fused.cli.plan",
     "tables": "eca_fused.cli.tables.command",
 }
-# What shells give for a program that SIGPIPE and SIGINT end.
+# The exit status that shells give a program ended by SIGPIPE and by SIGINT.
 READER_GONE = 141
 INTERRUPTED = 130
-SETTING = "ECA_FUSED_"  # in an error about a variable of the environment
-# What PyTorch says, as a RuntimeError, of more memory than there is, or than can be counted.
+SETTING = "ECA_FUSED_"  # in an error about an environment variable
+# In PyTorch's RuntimeErrors for more memory than is available, or than can be counted.
 NO_MEMORY = ("can't allocate memory", "out of memory", "calculation overflowed")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command that the first argument names, or else the main job; its exit status."""
+    """Run the command that the first argument names, or the main job; return its exit status."""
     name, arguments = "run", list(argv)
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
@@ -37,10 +37,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def process(argv: Sequence[str]) -> int:
-    """main() where what goes wrong outside of the program is one line on stderr, and a status.
+    """main(), with one line on stderr and an exit status for errors from outside the program.
 
-    A full disk, a reader that is gone, an interruption, more memory than there is, or a variable of
-    the environment. Any other exception is a fault of the program, and has its traceback.
+    These are a full disk, a reader that is gone, an interruption, too little memory, or a bad
+    environment variable. Any other exception is a bug, and keeps its traceback.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see eca_fused/__init__.py
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -49,14 +49,14 @@ def process(argv: Sequence[str]) -> int:
         stream = getattr(sys, name)
         if stream is None:  # it was closed before the start
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        else:  # not every terminal has the characters of file names
+        else:  # a terminal may lack characters of file names
             stream.reconfigure(errors="backslashreplace")
     try:
         try:
             return main(argv)
         finally:  # also after argparse's exit
             sys.stdout.flush()
-    except BrokenPipeError:  # such as head, which has read enough
+    except BrokenPipeError:  # for example, head has read enough
         status, message = READER_GONE, ""
     except KeyboardInterrupt:
         status, message = INTERRUPTED, "interrupted"
@@ -74,7 +74,7 @@ def process(argv: Sequence[str]) -> int:
             raise
     if message:
         print(f"error: {message}", file=sys.stderr)
-    # What is left to write must not fail again at exit.
+    # Python flushes stdout at exit; that must not fail again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return status
 

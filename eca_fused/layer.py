@@ -16,18 +16,19 @@ __all__ = ["ECALayer"]
 class ECALayer(nn.Module):
     """Efficient channel attention: y = sigmoid(conv1d over channels of mean(x)) * x.
 
-    Drop-in for the authors' eca_layer and timm's EcaModule and CecaModule: their weights, under
-    `conv.weight` of shape (1, 1, k), load with strict=True.
+    Drop-in replacement for the authors' eca_layer and timm's EcaModule and CecaModule: their
+    weights, under `conv.weight` of shape (1, 1, k), load with strict=True. The formula is that of
+    Wang et al., "ECA-Net" (CVPR 2020).
 
     Args:
         channels: number of channels, from which adaptive_kernel_size() derives k.
-        kernel_size: k, odd, from 1 up; wins over channels. With neither, k = 3.
+        kernel_size: k, odd, from 1 up; takes precedence over channels. With neither, k = 3.
         gamma, beta: constants of the rule for k.
         padding_mode: "zeros", or "circular" to wrap around at the first and last channel (cECA).
         fused: False computes in plain PyTorch, with the same parameters.
         backend: "auto", "native", "triton" or "reference", see eca().
-        inplace: write the result over x; for inference, an error where a gradient would need x.
-        device, dtype: of the taps; they may stay in float32 under a half precision x.
+        inplace: write the result over x, for inference; an error if a gradient would need x.
+        device, dtype: of the taps, which may stay in float32 for a half precision x.
 
     Shape:
         x (N, C, *spatial), 0 to 3 spatial dimensions; the same shape, dtype and memory format out.
@@ -37,9 +38,9 @@ class ECALayer(nn.Module):
         ValueError: channels < 1, an even or non-positive kernel_size, an unknown padding mode.
     """
 
-    # TorchScript leaves out what they exclude: with fused=False, the compiled operators.
+    # With fused=False as a constant, TorchScript leaves out the compiled operators.
     __constants__ = ("fused", "overwrites")
-    # Of the submodule with the taps: convert() leaves it the name that it has.
+    # The name of the submodule with the taps. convert() keeps the name that a module already has.
     taps_name = "conv"
 
     def __init__(
@@ -65,13 +66,13 @@ class ECALayer(nn.Module):
         self.padding_mode = padding_mode
         self.fused = fused
         self.backend = backend
-        # Not called inplace: frameworks set that to True on every module with it, for their ReLUs.
+        # Not called inplace: frameworks set that to True, for ReLUs, on every module that has it.
         self.overwrites = inplace
-        # The kernels take its weight; it is called where that is not all there is to it.
+        # The kernels take its weight. It is called only if it does more, for example has hooks.
         self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # TorchScript compiles this, and cannot choose a function first and call it later.
+        # TorchScript compiles this and cannot choose a function first and call it later.
         if is_scripting():
             weight = self.conv.weight
         else:
@@ -88,9 +89,9 @@ class ECALayer(nn.Module):
         return eca(x, weight, padding_mode=self.padding_mode, backend=self.backend)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Asked by torch.jit.script, which would take `conv.weight` for all there is.
+        """Called by torch.jit.script, which would use `conv.weight` alone and ignore the rest.
 
-        Not for something else to compile in its place: torch would put that into the model.
+        It returns no other module to compile, because torch would put that into the model.
         """
         if self.taps_name != "conv" or plain_taps(self.conv, False, True) is None:
             raise RuntimeError(

@@ -22,12 +22,12 @@ def rescale(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def _padded(values: Tensor, r: int, padding_mode: str) -> Tensor:
-    """Rows of channels with r more at both ends: (N, C) to (N, C + 2r)."""
+    """Rows of channels padded by r at both ends: (N, C) to (N, C + 2r)."""
     if r == 0:
         return values
     if padding_mode == "zeros":
         return F.pad(values, (r, r))
-    # F.pad(mode="circular") fills memory in place, which torch.func.linearize() takes for constant.
+    # F.pad(mode="circular") writes in place, which torch.func.linearize() treats as constant.
     return torch.cat([values[:, -r:], values, values[:, :r]], dim=1)
 
 
@@ -36,7 +36,7 @@ def convolve(values: Tensor, weight: Tensor, padding_mode: str = "zeros") -> Ten
 
     Args:
         values: (N, C).
-        weight: (1, 1, k), or (C, 1, k) for taps of each channel's own; the dtype of values.
+        weight: (1, 1, k), or (C, 1, k) for separate taps per channel; the dtype of values.
         padding_mode: "zeros", or "circular" to wrap around at the first and last channel.
 
     Returns:
@@ -58,7 +58,7 @@ def gate(x: Tensor, weight: Tensor, padding_mode: str = "zeros") -> Tensor:
         padding_mode: "zeros" or "circular".
 
     Returns:
-        (N, C), the dtype of x, each in 0 to 1.
+        (N, C), the dtype of x, each from 0 to 1.
     """
     z = convolve(pool(x).to(weight.dtype), weight, padding_mode)
     return torch.sigmoid(z).to(x.dtype)

@@ -1,4 +1,4 @@
-"""What PyTorch is doing around a call, and every private name of PyTorch that this package uses.
+"""PyTorch's state around a call, and every private name of PyTorch that this package uses.
 
 tests/repository/test_versions.py finds private names elsewhere. Each was tried on every version of
 torch in tools/versions.txt. Where a version lacks a name, its replacement is here too.
@@ -54,17 +54,17 @@ __all__ = [
 ]
 
 
-# torch.jit does not list it among its names.
+# torch.jit does not export this name to type checkers.
 is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 
-# Of every module. torch fills and empties these dictionaries, and never replaces them.
+# The hooks of all modules. torch fills and empties these dictionaries, but never replaces them.
 _HOOKS, _PRE_HOOKS = modules._global_forward_hooks, modules._global_forward_pre_hooks
 _BACKWARD_HOOKS = modules._global_backward_hooks
 _BACKWARD_PRE_HOOKS = modules._global_backward_pre_hooks
 
 
 def has_hooks_of_its_own(module: nn.Module) -> bool:
-    """Whether a call of the module runs hooks that were given to it."""
+    """Whether a call of the module runs hooks that were registered on it."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -74,10 +74,10 @@ def has_hooks_of_its_own(module: nn.Module) -> bool:
 
 
 def does_more(module: nn.Module) -> bool:
-    """Whether a call of the module is more than its class's forward.
+    """Whether a call of the module does more than its class's forward.
 
-    It may run hooks, its own or those of every module, or the instance may have a method of its own
-    in the place of its class's, as accelerate's offloading gives it.
+    It may run hooks, its own or global ones. Or a method on the instance may replace that of the
+    class, as accelerate's offloading does.
     """
     own = module.__dict__
     return bool(
@@ -96,37 +96,37 @@ def does_more(module: nn.Module) -> bool:
 
 
 def child(module: nn.Module, name: str) -> Any:
-    """module.<name>, a submodule; nn.Module's own way takes 0.3 us longer."""
+    """module.<name>, a submodule; getattr() takes 0.3 us longer."""
     return module._modules[name]
 
 
 def submodules(module: nn.Module) -> dict[str, Any]:
-    """The direct ones by their names; None for those that are not there."""
+    """The direct submodules by name; None for those that are not set."""
     return module._modules
 
 
 def replace_submodules(module: nn.Module, by: dict[str, nn.Module]) -> None:
-    """Give it another dictionary of them: that of a shallow copy is shared with its original."""
+    """Give a module a new dictionary of submodules; a shallow copy shares its original's."""
     module.__dict__["_modules"] = by
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """By its own compile(), which replaces what a call runs."""
+    """Whether a module was compiled by its own compile(), which replaces what a call runs."""
     return getattr(module, "_compiled_call_impl", None) is not None
 
 
 def folded(function: F) -> F:
-    """A function that torch.compile calls as it traces, as it cannot trace it."""
+    """Let torch.compile call a function while it traces, because it cannot trace the function."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-# What has a __torch_function__ of one of these is computed with as any tensor.
+# Tensors whose __torch_function__ is one of these are treated like any tensor.
 _PLAIN = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
 
 
 def overrides_torch(t: Tensor) -> bool:
-    """Whether the class of a tensor says what functions do with it."""
+    """Whether the class of a tensor overrides what functions do with it."""
     kind = type(t)
     if kind is nn.Parameter or kind is Tensor:
         return False
@@ -135,18 +135,18 @@ def overrides_torch(t: Tensor) -> bool:
 
 
 def own_parameters(module: nn.Module) -> dict[str, Any]:
-    """By their names; None for those that are not there, as a bias."""
+    """The direct parameters by name; None for those that are not set, such as a bias."""
     return module._parameters
 
 
-@folded  # or the graph breaks at it, without a word
+@folded  # without this, the graph breaks here silently
 def is_tracing() -> bool:
-    """By torch.jit.trace; torch.jit.is_tracing() takes longer."""
+    """Whether torch.jit.trace is tracing; torch.jit.is_tracing() takes longer."""
     return torch._C._is_tracing()
 
 
 def quietly(function: Callable[..., T], *args: Any) -> T:
-    """Call it without a trace's warnings that it has the numbers of channels and taps for fixed."""
+    """Call a function without the trace's warnings that numbers of channels and taps are fixed."""
     if not is_tracing():
         return function(*args)
     with warnings.catch_warnings():
@@ -155,25 +155,25 @@ def quietly(function: Callable[..., T], *args: Any) -> T:
 
 
 def is_exporting() -> bool:
-    """By torch.export, and by nothing else.
+    """Whether torch.export is exporting, and not torch.compile.
 
-    torch.compiler.is_exporting() is true in every torch.compile on torch 2.11: it is folded there.
+    In torch.compile, torch 2.11 folds torch.compiler.is_exporting() to True.
     """
     return bool(torch.compiler._is_exporting_flag)
 
 
 def exporting_to_onnx() -> bool:
-    """ONNX knows standard operators only; any other export keeps ours."""
+    """Whether torch.export exports to ONNX, which lacks our operators; other exports keep them."""
     return is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def tracing_to_onnx() -> bool:
-    """While is_tracing(): for torch.onnx.export(dynamo=False), which knows no operators of ours."""
+    """Whether the trace is by torch.onnx.export(dynamo=False), which lacks our operators."""
     return torch.onnx.is_in_onnx_export()
 
 
 def transformed() -> bool:
-    """Inside torch.func's transforms or forward-mode AD, which have rules of their own."""
+    """Whether torch.func's transforms or forward-mode AD are active, which need separate rules."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -198,12 +198,12 @@ def functionalized() -> bool:
 
 
 def with_tangents() -> Any:
-    """A context with forward-mode AD on, which torch switches off within a rule for it."""
+    """A context with forward-mode AD on; torch switches it off inside a rule for it."""
     return forward_ad._set_fwd_grad_enabled(True)
 
 
 def has_tangent(t: Tensor) -> bool:
-    """In forward-mode AD, of any level."""
+    """Whether t has a tangent in forward-mode AD, at any level."""
     return forward_ad._current_level >= 0 and torch._VF._unpack_dual(t, level=0)[1] is not None
 
 
@@ -213,13 +213,13 @@ def primal(t: Tensor) -> Tensor:
 
 
 def keep_saved_tensors() -> None:
-    """Let compiled backward passes run again: torch.compile gives away what they have saved."""
+    """Let a compiled backward pass run twice; otherwise torch.compile reuses its saved tensors."""
     import torch._functorch.config
 
     torch._functorch.config.donated_buffer = False
 
 
 def forget_compiled() -> None:
-    """Forget every compiled form, as torch.compile does not compile beyond a number of them."""
+    """Forget all compiled code, because torch.compile stops after a number of versions."""
     dynamo: Any = torch._dynamo
     dynamo.reset()

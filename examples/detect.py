@@ -5,8 +5,8 @@ python examples/detect.py --detector mask_rcnn --depth 50    # also retinanet
 python examples/detect.py --attention se                     # any method of eca_fused.attention
 python examples/detect.py --plain                            # ECA in plain PyTorch
 
-It shows that the detectors of eca_fused.models.detection train and find, and no more than that: a
-minute on two photographs says nothing of a method's accuracy. It needs torchvision, no network.
+It only shows that the detectors of eca_fused.models.detection train and find shapes. A minute on
+two photographs says nothing about a method's accuracy. It needs torchvision, but no network access.
 """
 
 import argparse
@@ -31,14 +31,14 @@ from training.options import natural, positive, rate
 
 DEPTHS = (18, 34, 50, 101, 152)
 SHOWN = 4  # scenes that are not trained on
-SURE = 0.5  # the score from which on a detection counts
-# Half of what is usual, and fewer regions: one step then takes a CPU a second, not several.
+SURE = 0.5  # the least score of a detection that counts
+# Half the usual width, and fewer regions: a step then takes a CPU one second, not several.
 WIDTH = 128
 SAMPLES = {"rpn_post_nms_top_n_train": 200, "box_batch_size_per_image": 64}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train and show as the arguments say; the exit status."""
+    """Train and draw as the arguments say; return the exit status."""
     args = options(argv)
     if missing := missing_packages():
         say(need(missing))
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     model = build(detection, args)
     first_label = detection.DETECTORS[args.detector].first_label
     losses = train(model, args, photographs, first_label)
-    # Of another seed: none of them was trained on.
+    # Another seed, so that none of these was trained on.
     generator = torch.Generator().manual_seed(args.seed + 1)
     scenes = [make_scene(photographs, args.size, generator) for _ in range(SHOWN)]
     found = [detect(model, scene, first_label) for scene in scenes]
@@ -79,7 +79,7 @@ def say(text: str) -> None:
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
-    """The options that the arguments ask for; exits with 2 if they do not fit."""
+    """The options from the arguments; exits with 2 if they do not fit."""
     made = argparse.ArgumentParser(
         prog="detect.py",
         description="Train a detector for a few steps on discs and rectangles painted over "
@@ -117,7 +117,7 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def build(detection: Any, args: argparse.Namespace) -> nn.Module:
-    """The detector, all of which trains: a ResNet from ImageNet would keep its statistics."""
+    """The detector, with all layers trained; a ResNet from ImageNet would keep its statistics."""
     torch.manual_seed(args.seed)
     model: nn.Module = detection.detector(
         args.detector,
@@ -138,7 +138,7 @@ def build(detection: Any, args: argparse.Namespace) -> nn.Module:
 def train(
     model: nn.Module, args: argparse.Namespace, photographs: Sequence[Photograph], first_label: int
 ) -> list[dict[str, float]]:
-    """Train on new scenes in every step; the parts of the loss of each step."""
+    """Train on new scenes in every step; return the parts of each step's loss."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=1e-4)
@@ -167,7 +167,7 @@ def train(
 
 @torch.no_grad()
 def detect(model: nn.Module, scene: Scene, first_label: int) -> dict[str, Tensor]:
-    """What the detector is SURE of in a scene: boxes, classes, scores and, if it has any, masks."""
+    """The detections in a scene from a score of SURE up: boxes, classes, scores and any masks."""
     device = next(model.parameters()).device
     found: dict[str, Tensor] = model.eval()([scene.image.to(device)])[0]
     sure = {name: value[found["scores"] >= SURE].cpu() for name, value in found.items()}

@@ -3,9 +3,9 @@
 python examples/timm_train.py TRAIN_PY DATA --model fused_ecaresnet50d ...
 torchrun --nproc-per-node 8 examples/timm_train.py TRAIN_PY DATA --model fused_ecaresnet50d ...
 
-TRAIN_PY is train.py (or validate.py) of a clone of timm's repository, which pip does not install;
-all that follows are its own arguments. Importing this file registers the models, each under its
-name in timm with fused_ before it, for scripts of yours.
+TRAIN_PY is train.py (or validate.py) from a clone of timm's repository; pip does not install it.
+The other arguments are those of the script. For your own scripts, import this file: it registers
+each model under its name in timm with the prefix fused_.
 """
 
 import importlib
@@ -27,8 +27,8 @@ __all__ = ["fuse", "register"]
 def fuse(model: nn.Module) -> nn.Module:
     """Turn the ECA modules of a timm model into fused ECALayers, in place: all of them or none.
 
-    Names, and so checkpoints and optimisers, stay as they are. eca_fused.convert() is the way to
-    turn some of them.
+    Names stay the same, so checkpoints and optimisers still fit. To convert only some modules, use
+    eca_fused.convert().
 
     Args:
         model: any module that holds EcaModules or CecaModules of timm.
@@ -37,12 +37,14 @@ def fuse(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: there is none, or one is not plain ECA.
+        ValueError: the model has no such module, or one is not plain ECA.
     """
     report = eca_fused.convert(model)
     if report.left:
         eca_fused.revert(model)
-        raise ValueError(f"expected plain ECA alone, so nothing was fused; without that:\n{report}")
+        raise ValueError(
+            f"expected only plain ECA, so nothing was fused; convert() gives:\n{report}"
+        )
     if not report.converted:
         raise ValueError(
             f"expected a model with timm's EcaModule or CecaModule, found none in "
@@ -52,7 +54,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def register(name: str) -> str:
-    """Make a model of timm known to it with fused ECA as well; its name there."""
+    """Register a timm model in timm with fused ECA as well; return its new name."""
     make: Callable[..., nn.Module] = timm.models.model_entrypoint(name)
 
     def fused(pretrained: bool = False, **arguments: Any) -> nn.Module:
@@ -68,7 +70,7 @@ for _name in timm.list_models("*eca*", exclude_filters="fused_*"):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the script that the first argument names, with the others as its arguments."""
+    """Run the script that the first argument names, with the other arguments."""
     if not argv or not Path(argv[0]).is_file():
         got = repr(argv[0]) if argv else "nothing"
         print(

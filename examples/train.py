@@ -5,8 +5,8 @@ torchrun --nproc-per-node 2 examples/train.py                         # Distribu
 torchrun --nproc-per-node 2 examples/train.py --parallel fsdp         # FSDP2
 torchrun --nproc-per-node 2 --max-restarts 3 examples/train.py --resume  # goes on if one is killed
 
-A GPU for each process where there are any, and NCCL between them; else CPU processes and gloo.
-README.md, beside this file, says what is saved, and what is the same after a restart.
+With GPUs, each process uses one, with NCCL between them. Without GPUs, they use CPUs and gloo.
+README.md in this folder says what is saved, and what stays the same after a restart.
 """
 
 import importlib
@@ -26,8 +26,8 @@ BAD_USE = 2
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train as the arguments say; the exit status."""
-    # Of all processes the first alone speaks.
+    """Train as the arguments say; return the exit status."""
+    # Only the first process prints.
     first = os.environ.get("RANK", "0") == "0"
     says = print if first else lambda *args, **kwargs: None
     if missing := missing_packages({"matplotlib", "sklearn", "tqdm"}):
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         history = work(options)
     except UsageError as error:
         says(f"error: {error}", file=sys.stderr)
-        # torchrun ends all processes when one has failed: leave the first the time to say why.
+        # torchrun ends all processes when one fails. Waiting lets the first print the reason.
         time.sleep(0 if first else 5)
         return BAD_USE
     finally:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def work(options: Options) -> History:
-    """Train, and write what came of it."""
+    """Train, and write the results."""
     from training.results import write_results
 
     at = processes.start()
@@ -72,9 +72,9 @@ def work(options: Options) -> History:
 
 
 def progress(run: Run, at: Processes) -> tuple[Callable[[], None], Callable[[], None]]:
-    """What to call after each step, and at the end: a bar on a terminal, a line for each epoch.
+    """Functions to call after each step and at the end.
 
-    Only the first process shows them.
+    In the first process, they show a bar on a terminal and a line for each epoch.
     """
     if not at.first:
         return lambda: None, lambda: None

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds the extension for a GPU machine that has no time and no network to build it: CPU and sm_90
-# kernels, in the environment whose python is given, into build/gpu (ignored by git; carry it along).
+# Builds the extension with CPU and sm_90 kernels into build/gpu, for a GPU machine without the time
+# or network to build it. git ignores build/gpu, so copy it there.
 #
-#   tools/gpu_bundle.sh /path/to/python      # its Python and torch are those of the GPU machine, or
-#                                            # an older torch: the build uses PyTorch's stable ABI
+#   tools/gpu_bundle.sh /path/to/python      # with the Python of the GPU machine, and its torch or
+#                                            # an older one: the build uses PyTorch's stable ABI
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${1:?usage: tools/gpu_bundle.sh PYTHON}
@@ -12,14 +12,14 @@ import sys
 from importlib.metadata import version
 found = sys.version_info[:2], tuple(map(int, version("torch").split(".")[:2]))
 if found[0] != (3, 12) or found[1] > (2, 11):
-    sys.exit(f"gpu_bundle.sh: expected Python 3.12 with torch 2.11 or older, got {found}: the GPU "
-             "machine has those, and an extension loads in its own Python alone")
+    sys.exit("gpu_bundle.sh: expected Python 3.12 with torch 2.11 or older, as on the GPU machine, "
+             f"got {found}; an extension loads only in the Python version it was built for")
 END
 folder=build/gpu
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# A copy of what git knows and does not ignore, so that an extension in use here stays as it is.
+# Builds in a copy of the tracked and new files, so that an extension in use here stays unchanged.
 git ls-files -co --exclude-standard | tar c -T - | tar x -C "$work"
 bin=$(cd "$(dirname "$python")" && pwd)
 (

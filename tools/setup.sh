@@ -1,6 +1,6 @@
 #!/bin/sh
-# Prepares the Python environment that the Makefile uses: finds or makes it, installs what is missing
-# and compiles the extension. What is done already is not done again.
+# Prepares the Python environment that the Makefile uses: finds or makes it, installs what is
+# missing and compiles the extension. Finished steps are not repeated.
 #
 #   tools/setup.sh [extra...]     extras are those of pyproject.toml: demo, test, dev
 set -eu
@@ -70,8 +70,8 @@ need_compiler() {
   die "no C++ compiler. Install one (Debian and Ubuntu: apt-get install g++), or set CXX."
 }
 
-# Debian and Ubuntu split Python: the packages without which PYTHON can make no environment and
-# compile no extension.
+# Debian and Ubuntu split Python into packages. PYTHON needs these to make an environment and to
+# compile an extension.
 need_python_parts() {
   packages=$("$1" - <<'END'
 import importlib.util, os, sys, sysconfig
@@ -100,7 +100,7 @@ apt_install() {
   DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"
 }
 
-# ---- the torch that is kept ----
+# ---- the installed torch ----
 
 torch_version() {
   "$1" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null || true
@@ -108,11 +108,11 @@ torch_version() {
 
 recent() { printf '2.11\n%s\n' "$1" | sort -VC; }
 
-# Holds pip to the installed torch, whatever other packages would rather have.
+# Makes pip keep the installed torch, whatever other packages ask for.
 keep_torch() {
   torch=$(torch_version "$env/bin/python")
   if [ -n "$torch" ] && recent "$torch"; then
-    # What else this torch needs: a row of the table, `with` in its fourth column.
+    # Other packages this torch needs: the fourth column (`with`) of its row in the table.
     echo "torch==$torch" >"$state/constraints.txt"
     awk -v torch="${torch%%+*}" '$1 == torch && $4 != "-" { print $4 }' tools/versions.txt \
       >>"$state/constraints.txt"
@@ -161,7 +161,7 @@ END
   keep_torch
 }
 
-# What `make test` needs beside a compiler: nvcc, from PyPI where the machine has none that fits.
+# `make test` also needs nvcc. It comes from PyPI if the machine has none that fits.
 install_nvcc() {
   packages=$("$env/bin/python" - <<'END'
 import os, shutil, torch
@@ -186,7 +186,7 @@ compile() {
   need_compiler
   need_python_parts "$env/bin/python"
   if [ "$purpose" = quick ] && [ -z "${ECA_FUSED_CUDA:-}" ] && ! sees_gpu; then
-    export ECA_FUSED_CUDA=0  # minutes of nvcc, for a GPU that is not there
+    export ECA_FUSED_CUDA=0  # saves minutes of nvcc without a GPU
   elif [ "$purpose" = test ] && [ "${ECA_FUSED_CUDA:-}" != 0 ]; then
     install_nvcc
   fi
@@ -207,8 +207,8 @@ install_extras() {
   has torchvision && had_torchvision=yes || had_torchvision=
   step "Installing the packages for: $1 (about a minute)" \
     pip install -q -c "$state/constraints.txt" "eca-fused[$1]"
-  # A torch from an index of its own, such as one without CUDA, may not load the torchvision of the
-  # default index. Only the detectors, timm and tests that compare with them need it.
+  # A torch from another index, such as one without CUDA, may not load the default index's
+  # torchvision. Only the detectors, timm and the tests that compare with them need it.
   if [ -z "$had_torchvision" ] && has torchvision &&
     ! "$env/bin/python" -c 'import torchvision' >"$log" 2>&1; then
     step "Removing torchvision, which does not load in this torch; tests that need it are skipped" \
@@ -221,8 +221,8 @@ install_extras() {
 unchanged() { cmp -s pyproject.toml "$state/$1"; }
 done_with() { cp pyproject.toml "$state/$1"; }
 
-# The extension was built in this folder, the same way, from the sources as they are now. A quick
-# purpose is content with any way.
+# Whether the extension was built in this folder, the same way, from the current sources. For a
+# quick purpose any way will do.
 built() {
   ls eca_fused/_C.*.so >/dev/null 2>&1 && [ -f "$state/build" ] &&
     case "$(cat "$state/build")" in
@@ -242,7 +242,7 @@ if [ -n "${VIRTUAL_ENV:-}" ]; then
   works "$env/bin/python" || die "the active environment $env has no Python 3.10 or newer:" \
     "run 'deactivate', and make will use an environment of its own."
 else
-  env=$PWD/.venv  # whole: the build runs in other folders, and finds ninja by it
+  env=$PWD/.venv  # an absolute path, because the build finds ninja by it from other folders
   works "$env/bin/python" || make_environment
 fi
 state=$env/.eca_fused
@@ -263,7 +263,7 @@ kind=whole
 [ "$purpose" != quick ] || kind=quick
 build="$PWD $kind ECA_FUSED_CUDA=${ECA_FUSED_CUDA:-} ${TORCH_CUDA_ARCH_LIST:-}"
 if ! built; then
-  # The stamp is as old as the start of the build: a source edited meanwhile is compiled next time.
+  # The stamp dates from the start of the build, so a source edited meanwhile is compiled next time.
   echo "$build" >"$state/started"
   compile
   mv "$state/started" "$state/build"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Tests the supported versions of tools/versions.txt, each in a clean environment.
+# Tests the supported versions in tools/versions.txt, each in a clean environment.
 #
 #   tools/versions.sh                    every row, and builds of one torch under another
 #   tools/versions.sh 2.11.0 default     these rows
-#   tools/versions.sh --list             the rows, one a line
-#   tools/versions.sh --write            also writes the table to tools/versions.md, with the rows
-#                                        that were tested before on the same commit
+#   tools/versions.sh --list             the rows, one per line
+#   tools/versions.sh --write            also writes the table to tools/versions.md, with rows that
+#                                        were tested earlier on the same commit
 #
 # VERSIONS_DIR (default: build/versions) holds the environments and the logs. The exit status is 1 if
 # a row fails. It needs a Python of each version, on PATH or under pyenv, a compiler, and nvcc.
@@ -119,7 +119,7 @@ while read -r torch _ python with why; do
   printf '    %s in %d s; %s\n' "$result" $((SECONDS - started)) "$log"
 done < <(rows)
 
-# A build of each torch under each other one of the same Python: that is what the stable ABI is for.
+# Loads the build of each torch under each other torch of the same Python, to test the stable ABI.
 crossed=()
 if [ ${#chosen[@]} -ne 1 ]; then
   for built in "$folder"/*/source; do

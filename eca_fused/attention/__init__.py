@@ -1,6 +1,6 @@
-"""Channel attention methods by name: ECA, those that ECA-Net compares it with, and none.
+"""Channel attention methods by name: ECA, the methods ECA-Net compares it with, and none.
 
-All have one interface: built for so many channels, map in, map of the same shape out.
+All have one interface: built for a number of channels, map in, map of the same shape out.
 
 >>> import torch
 >>> from eca_fused import attention
@@ -49,10 +49,10 @@ class Method:
 
     Args:
         title: as the papers write it.
-        build: from channels and keyword options to the module.
+        build: makes the module from channels and keyword options.
         key: the name of the module in the blocks of a network, and so in state dicts.
-        fused: has the options fused and backend. SE-Var1, SE-Var2, ECA-NS and ECA are one operation
-            of the fused kernels, the others use their pooling and rescaling.
+        fused: has the options fused and backend. SE-Var1, SE-Var2, ECA-NS and ECA run as one fused
+            operation; the others use the kernels' pooling and rescaling.
         sized: has the option kernel_size.
     """
 
@@ -115,10 +115,10 @@ METHODS = {
 
 
 def method(name: str) -> Method:
-    """The method of a name.
+    """The method with a name.
 
     Raises:
-        ValueError: there is none; says which there are.
+        ValueError: unknown name; the message lists the known ones.
     """
     if name not in METHODS:
         raise ValueError(f"expected attention as one of {', '.join(METHODS)}, got {name!r}")
@@ -126,7 +126,7 @@ def method(name: str) -> Method:
 
 
 def make(name: str, channels: int, **options: Any) -> nn.Module:
-    """A module of the method of a name.
+    """A module of the method with a name.
 
     Args:
         name: a key of METHODS.

@@ -1,4 +1,4 @@
-"""What the methods share: pooling, rescaling, and a gate for each channel in between."""
+"""The base classes of the methods: pooling, a gate for each channel, rescaling."""
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ __all__ = ["BandAttention", "ChannelAttention", "pool", "rescale", "size_of"]
 
 
 def size_of(part: nn.Module, dim: int, otherwise: int) -> int:
-    """A size of a layer's weight; `otherwise` where it is no such tensor, as of a wrapper."""
+    """A size of a layer's weight; `otherwise` if that is not such a tensor, as in a wrapper."""
     weight = own_parameters(part).get("weight")  # getattr() takes six times as long
     if weight is None:
         weight = getattr(part, "weight", None)
@@ -32,8 +32,8 @@ def size_of(part: nn.Module, dim: int, otherwise: int) -> int:
 class ChannelAttention(nn.Module):
     """y = gate(mean(x)) * x, with one gate for each sample and channel.
 
-    A method overrides gate(); pooling and rescaling are the same for all, and fused: see
-    eca_fused.pool() and eca_fused.rescale().
+    A method overrides gate(). Pooling and rescaling are shared and fused, see eca_fused.pool() and
+    eca_fused.rescale().
 
     Args:
         channels: C, from 1 up.
@@ -44,12 +44,12 @@ class ChannelAttention(nn.Module):
         x (N, C, *spatial), 0 to 3 spatial dimensions; the same shape and dtype out.
 
     Raises:
-        TypeError: channels is not an int, or x is no tensor.
-        ValueError: channels < 1, an unknown backend, or x has other channels or too many
-            dimensions.
+        TypeError: channels is not an int, or x is not a tensor.
+        ValueError: channels < 1, an unknown backend, or x has another number of channels or too
+            many dimensions.
     """
 
-    # TorchScript leaves out what it excludes: with fused=False, the compiled operators.
+    # With fused=False as a constant, TorchScript leaves out the compiled operators.
     __constants__ = ("fused",)
 
     def __init__(self, channels: int, *, fused: bool = True, backend: str = "auto") -> None:
@@ -61,7 +61,7 @@ class ChannelAttention(nn.Module):
         self.backend = backend
 
     def width(self) -> int:
-        """The channels that the gate's weights are for, which pruning may change; 0 for any."""
+        """The number of channels of the gate's weights, which pruning may change; 0 for any."""
         return 0
 
     def extra_repr(self) -> str:
@@ -69,7 +69,7 @@ class ChannelAttention(nn.Module):
         return f"channels={channels}, fused={self.fused}, backend={self.backend!r}"
 
     def gate(self, mean: Tensor) -> Tensor:
-        """The gates (N, C), each in 0 to 1, of the means (N, C)."""
+        """The gates (N, C), each from 0 to 1, for the means (N, C)."""
         raise NotImplementedError(f"{type(self).__name__} must define gate()")
 
     def by_gate(self, x: Tensor) -> Tensor:
@@ -87,8 +87,8 @@ class ChannelAttention(nn.Module):
 class BandAttention(ChannelAttention):
     """A gate that is the sigmoid of a band matrix times the means: one fused operation.
 
-    The matrix has k taps in each row, so SE-Var1, SE-Var2, ECA-NS and ECA are all of this kind
-    (Wang et al., "ECA-Net", CVPR 2020, equations 5 to 9), and run on the kernels of eca().
+    The matrix has k taps in each row. SE-Var1, SE-Var2, ECA-NS and ECA are of this kind (Wang et
+    al., "ECA-Net", CVPR 2020, equations 5 to 9) and run on the kernels of eca().
 
     Args:
         channels: C, from 1 up.
@@ -96,7 +96,7 @@ class BandAttention(ChannelAttention):
         fused: False computes in plain PyTorch, with the same parameters.
         backend: "auto", "native", "triton" or "reference", see eca_fused.eca().
 
-    Shape, raises: as ChannelAttention, and as eca().
+    Shape, raises: as for ChannelAttention and eca().
     """
 
     def __init__(
@@ -121,11 +121,11 @@ class BandAttention(ChannelAttention):
         return torch.sigmoid(rows).to(mean.dtype)
 
     def has_taps(self) -> bool:
-        """Whether taps() is all there is to the gate: no hooks and no module in between."""
+        """Whether taps() alone defines the gate, without hooks or a replaced module."""
         return True
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Asked by torch.jit.script, which would take the taps for all there is."""
+        """Called by torch.jit.script, which would use the taps alone and ignore the rest."""
         if not self.has_taps():
             raise RuntimeError(
                 "expected a convolution without hooks or bias for torch.jit.script, got "

@@ -1,8 +1,8 @@
-"""The channel attention methods that ECA-Net compares, but for ECA itself, which is ECALayer.
+"""The channel attention methods that ECA-Net compares. ECA itself is ECALayer.
 
 Wang et al., "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks" (CVPR
 2020), table 1 and equations 2 to 6; SE is Hu et al., "Squeeze-and-Excitation Networks" (CVPR 2018).
-Without biases, as the published counts of parameters ask for.
+The layers have no biases, which matches the published numbers of parameters.
 """
 
 import torch
@@ -25,7 +25,7 @@ class SE(ChannelAttention):
         channels: C, from 1 up.
         reduction: r; there are C // r hidden channels, at least one.
         fused, backend: see ChannelAttention.
-        device, dtype: of the weights, the dtype of x but under autocast.
+        device, dtype: of the weights; the dtype of x, except under autocast.
 
     Raises:
         ValueError: reduction is less than 1.
@@ -70,7 +70,7 @@ class SEGroups(ChannelAttention):
         channels: C, a multiple of groups.
         groups: G.
         fused, backend: see ChannelAttention.
-        device, dtype: of the weights, the dtype of x but under autocast.
+        device, dtype: of the weights; the dtype of x, except under autocast.
 
     Raises:
         ValueError: groups does not divide channels.
@@ -92,7 +92,7 @@ class SEGroups(ChannelAttention):
                 f"expected groups from 1 up that divide the channels, got {groups} for {channels} "
                 "channels; SE-GC1, in 16 groups, needs a multiple of 16"
             )
-        # A convolution over one position is a fully connected layer, and knows groups.
+        # A convolution over one position is a fully connected layer that supports groups.
         self.fc = nn.Conv1d(
             channels, channels, 1, groups=groups, bias=False, device=device, dtype=dtype
         )
@@ -107,11 +107,11 @@ class SEGroups(ChannelAttention):
 
 
 class SEVar1(BandAttention):
-    """gate = sigmoid(mean): a band of one tap that is fixed at one, and no parameters.
+    """gate = sigmoid(mean): a band of one tap fixed at one, without parameters.
 
     Args:
         channels, fused, backend: see BandAttention.
-        device, dtype: of the tap, which no state dict has; float32 or the dtype of x.
+        device, dtype: of the tap, which state dicts leave out; float32 or the dtype of x.
     """
 
     fixed: Tensor  # (1, 1, 1)
@@ -134,14 +134,14 @@ class SEVar1(BandAttention):
 
 
 class ECANS(BandAttention):
-    """ECA with taps of each channel's own, not shared: k C parameters, `conv.weight` (C, 1, k).
+    """ECA with separate taps for each channel: k C parameters, `conv.weight` (C, 1, k).
 
     The name and the shape are those of the authors' layer.
 
     Args:
         channels, padding_mode, fused, backend: see BandAttention.
         kernel_size: k, odd, from 1 up; None for adaptive_kernel_size().
-        device, dtype: of the taps; they may stay in float32 under a half precision x.
+        device, dtype: of the taps, which may stay in float32 for a half precision x.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class ECANS(BandAttention):
         k = adaptive_kernel_size(channels) if kernel_size is None else kernel_size
         check_kernel_size(k)
         self.kernel_size = k
-        # The kernels take its weight; it is called where that is not all there is to it.
+        # The kernels take its weight. It is called only if it does more, for example has hooks.
         self.conv = nn.Conv1d(
             channels, channels, k, groups=channels, bias=False, device=device, dtype=dtype
         )
@@ -173,10 +173,10 @@ class ECANS(BandAttention):
         return self.conv.weight
 
     def gate(self, mean: Tensor) -> Tensor:
-        """The gates (N, C) of the means (N, C), by calling the convolution on its windows."""
+        """The gates (N, C) for the means (N, C), by calling the convolution on their windows."""
         k, channels = self.kernel_size, mean.shape[1]
         rows = padded(mean, k // 2, is_circular(self.padding_mode))
-        # Not by unfold(), which ONNX lacks.
+        # ONNX lacks unfold().
         windows = torch.stack([rows.narrow(1, j, channels) for j in range(k)], 2)  # (N, C, k)
         found = self.conv(as_it_takes(self.conv, windows)).squeeze(-1)
         return torch.sigmoid(found).to(mean.dtype)
@@ -190,7 +190,7 @@ class SEVar2(ECANS):
 
     Args:
         channels, fused, backend: see BandAttention.
-        device, dtype: of the taps; they may stay in float32 under a half precision x.
+        device, dtype: of the taps, which may stay in float32 for a half precision x.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""Attention of other kinds that ECA-Net's tables compare with: CBAM and GSoP-Net's block.
+"""Other kinds of attention in ECA-Net's tables: CBAM and the block of GSoP-Net.
 
-Their gates are plain PyTorch; pooling and rescaling by channels are those of the other methods.
+Their gates are plain PyTorch. Pooling and rescaling by channels are fused, as in the other methods.
 """
 
 import torch
@@ -30,9 +30,9 @@ class CBAM(ChannelAttention):
     Args:
         channels: C, from 1 up.
         reduction: r; the MLP has C // r hidden channels, at least one.
-        bias: whether the MLP has biases, as the authors' code does.
+        bias: whether the MLP has biases, as in the authors' code.
         fused, backend: see ChannelAttention.
-        device, dtype: of the parameters, the dtype of x but under autocast.
+        device, dtype: of the parameters; the dtype of x, except under autocast.
 
     Shape:
         x (N, C, H, W); the same shape and dtype out.
@@ -71,11 +71,11 @@ class CBAM(ChannelAttention):
         return size_of(self.mlp[0], 1, self.channels)
 
     def channel_gate(self, mean: Tensor, peak: Tensor) -> Tensor:
-        """The gates (N, C) of the means and maxima (N, C)."""
+        """The gates (N, C) for the means and maxima (N, C)."""
         return torch.sigmoid(self.mlp(mean) + self.mlp(peak))
 
     def pixel_gate(self, x: Tensor) -> Tensor:
-        """The gates (N, 1, H, W) of x (N, C, H, W)."""
+        """The gates (N, 1, H, W) for x (N, C, H, W)."""
         seen = torch.cat((x.amax(1, keepdim=True), x.mean(1, keepdim=True)), 1)
         return torch.sigmoid(self.bn(self.conv(seen)))
 
@@ -94,16 +94,16 @@ class GSoP(ChannelAttention):
     """Gates from the covariance of the channels, as in the blocks of GSoP-Net1.
 
     Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019), section 3.2: the
-    channels are reduced to d, their covariance (d, d) goes through a convolution of each row, and
-    a fully connected layer makes C gates of it.
+    channels are reduced to d, a convolution takes each row of their covariance (d, d), and a fully
+    connected layer makes C gates from the result.
 
     Args:
         channels: C, from 1 up.
         reduced: d.
-        stride: of the reduction; None for 2 up to 256 channels, else 1: GSoP-Net halves the maps of
-            its first stage, which are the largest.
+        stride: of the reduction; None for 2 up to 256 channels, else 1, because GSoP-Net halves the
+            maps of its first stage, the largest.
         fused, backend: see ChannelAttention.
-        device, dtype: of the parameters, the dtype of x but under autocast.
+        device, dtype: of the parameters; the dtype of x, except under autocast.
 
     Shape:
         x (N, C, H, W); the same shape and dtype out.
@@ -144,7 +144,7 @@ class GSoP(ChannelAttention):
         return size_of(self.reduce, 1, self.channels)
 
     def channel_gate(self, x: Tensor) -> Tensor:
-        """The gates (N, C) of x (N, C, H, W)."""
+        """The gates (N, C) for x (N, C, H, W)."""
         small = torch.relu(self.reduce_bn(self.reduce(torch.relu(x)))).flatten(2)  # (N, d, S)
         centred = small - small.mean(2, keepdim=True)
         covariance = centred @ centred.transpose(1, 2) / small.shape[2]  # (N, d, d)

@@ -1,4 +1,4 @@
-"""timm's experiments with ECA: pooling and rescaling are fused, their gates plain PyTorch."""
+"""timm's variants of ECA. Pooling and rescaling are fused; the gates are plain PyTorch."""
 
 from collections.abc import Callable
 
@@ -18,23 +18,24 @@ GATES: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "hard_sigmoid": nn.H
 class ECAVariant(ChannelAttention):
     """ECA with another gate, or with an MLP before its convolution, for comparison.
 
-    Weights of timm's EcaModule with the same options load with strict=True. The one fused operation
-    has the sigmoid alone: use ECALayer for it.
+    Weights of timm's EcaModule with the same options load with strict=True. For the sigmoid alone
+    use ECALayer, which is one fused operation.
 
     Args:
         channels: C, from 1 up.
         kernel_size: k, odd, from 1 up; None for adaptive_kernel_size().
-        gate_layer: "sigmoid", "hard_sigmoid", or what makes a module of values in 0 to 1.
-        use_mlp: a convolution to rd_channels and an activation come before the one over channels,
-            both with biases.
-        act_layer: makes that activation; used with use_mlp only.
-        rd_channels: of the MLP; None for C / 8 to the nearest multiple of 8, as timm has it.
-        padding_mode: "zeros", or "circular" (cECA); zeros only with use_mlp.
+        gate_layer: "sigmoid", "hard_sigmoid", or a callable that makes a module with values from 0
+            to 1.
+        use_mlp: put a convolution to rd_channels and an activation before the convolution over
+            channels; both convolutions have biases.
+        act_layer: makes that activation; used only with use_mlp.
+        rd_channels: of the MLP; None for C / 8 to the nearest multiple of 8, as in timm.
+        padding_mode: "zeros", or "circular" (cECA); only "zeros" with use_mlp.
         fused, backend: see ChannelAttention.
         device, dtype: of the parameters.
 
-    Shape, raises: as ChannelAttention; also ValueError for an unknown gate_layer, rd_channels < 1,
-        or use_mlp with circular padding.
+    Shape, raises: as for ChannelAttention; also ValueError for an unknown gate_layer,
+        rd_channels < 1, or use_mlp with circular padding.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""How the operations are differentiated, whatever backend computes them."""
+"""Derivatives of the operations, for every backend."""

@@ -1,8 +1,7 @@
-"""Gradients of ECA, of its gradients, and tangents, in differentiable PyTorch operations.
+"""Gradients of ECA, gradients of these, and tangents, in differentiable PyTorch operations.
 
-So that derivatives of any order exist. Means and gates are computed anew from x and weight: those
-that the kernels return are constants to autograd, and a derivative of what is made of them would
-silently lack a part.
+This gives derivatives of any order. Means and gates are computed again from x and weight: those
+from the kernels are constants to autograd, so derivatives through them would silently lack a part.
 """
 
 import torch
@@ -22,7 +21,7 @@ __all__ = [
 
 
 def pixels_of(x: Tensor) -> int:
-    """S, the number of spatial positions of x (N, C, *spatial); 1 where x has no plane."""
+    """S, the number of spatial positions of x (N, C, *spatial); 1 if x has no plane."""
     return x[0, 0].numel() if x.shape[0] and x.shape[1] else 1
 
 
@@ -33,7 +32,7 @@ def total(map_: Tensor) -> Tensor:
 
 
 def convolve(values: Tensor, weight: Tensor, circular: bool) -> Tensor:
-    """sum_j w[c, j] * values[n, c + j - r], without a convolution, whose inputs autocast rounds."""
+    """sum_j w[c, j] * values[n, c + j - r]; not by conv1d, whose inputs autocast would round."""
     k = weight.shape[2]
     return (padded(values, k // 2, circular).unfold(1, k, 1) * weight[:, 0]).sum(-1)
 
@@ -51,7 +50,7 @@ def transposed(values: Tensor, weight: Tensor, circular: bool) -> Tensor:
 
 
 def taps_gradient(values: Tensor, inputs: Tensor, weight: Tensor, circular: bool) -> Tensor:
-    """Gradient of sum(values * convolve(inputs, weight)) for the taps, in their shape."""
+    """Gradient of sum(values * convolve(inputs, weight)) for the taps, in the shape of weight."""
     k = weight.shape[2]
     windows = padded(inputs, k // 2, circular).unfold(1, k, 1)  # (N, C, k)
     per_channel = (values.unsqueeze(-1) * windows).sum(0)

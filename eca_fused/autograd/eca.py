@@ -18,11 +18,11 @@ __all__ = ["ECAFunction"]
 class ECAFunction(torch.autograd.Function):
     """y = sigmoid(conv(mean(x))) * x on a backend's kernels, twice differentiable.
 
-    Written with the context in forward(): a separate setup_context() costs 12 us a call, three
-    times the forward pass of a small map (measured on 2 cores of an EPYC server, PyTorch 2.15).
+    forward() takes the context, because a separate setup_context() costs 12 us a call, three times
+    the forward pass of a small map (measured on 2 cores of an EPYC server, PyTorch 2.15).
 
     ECAFunction.apply(x, weight, circular, kernels) takes x (N, C, *spatial), weight (1 or C, 1, k),
-    a bool and a backend's Kernels, and returns y like x. eca() is the way to call it.
+    a bool and a backend's Kernels, and returns y like x. Call eca() instead.
     """
 
     @staticmethod
@@ -43,10 +43,10 @@ class ECAFunction(torch.autograd.Function):
                     "eca_fused computes gradients with is_grads_batched in plain PyTorch: slower"
                 )
                 return *plain_backward(dy, x, weight, circular=ctx.circular), None, None
-            if transformed():  # around this backward pass alone, with a dual or batched dy
+            if transformed():  # a transform around this backward pass alone: dual or batched dy
                 return *transformed_backward(ctx, dy, x, weight, mean, gate), None, None
         args = (dy, x, weight, mean, gate, ctx.circular, need_dx, need_dweight)
-        if torch.is_grad_enabled():  # create_graph=True: gradients of these gradients are asked for
+        if torch.is_grad_enabled():  # create_graph=True: these gradients need gradients
             dx, dweight = ECABackward.apply(*args, ctx.kernels)
         else:
             dx, dweight = ctx.kernels.backward(*args)
@@ -54,7 +54,7 @@ class ECAFunction(torch.autograd.Function):
 
 
 class ECABackward(torch.autograd.Function):
-    """The backward kernels as a function of dy, x and weight that has a gradient of its own."""
+    """The backward kernels as a function of dy, x and weight that is itself differentiable."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
-"""The two ends of channel attention, pooling and rescaling, as torch.autograd.Functions.
+"""Pooling and rescaling, the two ends of channel attention, as torch.autograd.Functions.
 
-rescale(x, gate(pool(x))) is squeeze and excitation, with any gate. Maps read or written, modelled,
-with nothing found in a cache:
+rescale(x, gate(pool(x))) is squeeze and excitation with any gate. Maps read or written, modelled
+without caches:
 
 | | forward | backward |
 |---|---|---|
@@ -9,7 +9,7 @@ with nothing found in a cache:
 | Pool, Rescale: dgate and gate * dy in one pass; autograd adds dmean / S, a view | 3 | 5 |
 | LinkedPool, LinkedRescale: dgate, then gate * dy + dmean / S in a second pass | 3 | 4 |
 
-Forward is 3 as a gate needs all of x before any of it is rescaled.
+Forward is 3, because a gate needs all of x before any of it is rescaled.
 """
 
 import math
@@ -27,7 +27,7 @@ __all__ = ["LinkedPool", "LinkedRescale", "Pool", "Rescale"]
 
 
 def _spread_evenly(dmean: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The gradient of the mean over the spatial positions: a view, in which each value is once."""
+    """The gradient of the mean over the spatial positions: a view that holds each value once."""
     share = dmean / math.prod(shape[2:])
     return share.reshape(share.shape + (1,) * (len(shape) - 2)).expand(shape)
 
@@ -35,7 +35,7 @@ def _spread_evenly(dmean: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _plain_backward(
     dy: Tensor, x: Tensor | None, gate: Tensor, need_dx: bool, need_dgate: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of rescale() in differentiable operations; x is for dgate alone."""
+    """The gradients of rescale() in differentiable operations; only dgate needs x."""
     g = widened(dy)
     dx = (spread(gate.to(g.dtype), g) * g).to(dy.dtype) if need_dx else None
     if not need_dgate:
@@ -45,9 +45,9 @@ def _plain_backward(
 
 
 def _plainly(dy: Tensor) -> bool:
-    """Whether gradients are to be differentiable (create_graph) or batched (is_grads_batched).
+    """Whether plain PyTorch must compute the gradients.
 
-    Or transforms are around this backward pass alone, with a dual or batched dy.
+    It must for create_graph, is_grads_batched, and a transform around this backward pass alone.
     """
     if torch.is_grad_enabled():
         return True
@@ -68,7 +68,7 @@ class Pool(torch.autograd.Function):
 
 
 class Rescale(torch.autograd.Function):
-    """y = gate * x of x (N, C, *spatial) and gate (N, C), which keeps x only for dgate."""
+    """y = gate * x of x (N, C, *spatial) and gate (N, C). It saves x only for dgate."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, kernels: Kernels) -> Tensor:
@@ -94,9 +94,9 @@ class Rescale(torch.autograd.Function):
 class LinkedPool(torch.autograd.Function):
     """mean of x, and a token for LinkedRescale, whose backward leaves gate * dy to this one.
 
-    Between the two comes that of the gate's network: dmean is known only after dgate is. dy and
-    gate arrive as an attribute of the token's gradient, so that each backward pass brings its own,
-    however many there are, and none leaves anything behind.
+    The gate network's backward runs between these two, because dmean depends on dgate. dy and gate
+    arrive as an attribute of the token's gradient. So each backward pass brings its own, however
+    many there are, and none leaves anything behind.
     """
 
     @staticmethod
@@ -116,7 +116,7 @@ class LinkedPool(torch.autograd.Function):
 
 
 class LinkedRescale(torch.autograd.Function):
-    """y = gate * x, whose gradient for x LinkedPool computes, or this one in plain PyTorch."""
+    """y = gate * x. LinkedPool computes the gradient of x, or else this one in plain PyTorch."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, token: Tensor, kernels: Kernels) -> Tensor:
@@ -128,7 +128,7 @@ class LinkedRescale(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate = ctx.saved_tensors
         need_dgate = ctx.needs_input_grad[1]
-        # Compiled autograd traces this, and knows no attributes of tensors.
+        # Compiled autograd traces this, and does not know attributes of tensors.
         if torch.compiler.is_compiling() or _plainly(dy):
             return *_plain_backward(dy, x, gate, True, need_dgate), None, None
         dgate = ctx.kernels.rescale_backward(dy, x, gate, False)[1] if need_dgate else None

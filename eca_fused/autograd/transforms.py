@@ -1,8 +1,8 @@
 """ECA inside torch.func's transforms and forward-mode AD: the same kernels, a rule for each.
 
-The transforms need functions with a setup_context() and rules of their own, which cost three times
-the call of a small map; ECAFunction in eca.py is for everywhere else. vmap() folds its batch
-into the samples, so that a kernel is called as often as without it.
+The transforms need functions with a setup_context() and a rule per transform. These cost three
+times the call of a small map, so ECAFunction in eca.py serves all other calls. vmap() folds its
+batch into the samples, so it adds no kernel calls.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,14 +30,14 @@ __all__ = ["transformed_backward", "transformed_eca"]
 def transformed_eca(x: Tensor, weight: Tensor, circular: bool, kernels: Kernels) -> Tensor:
     """eca() inside transforms, on a backend's kernels. Arguments and errors as for eca().
 
-    In plain PyTorch, with a warning, are taps that vmap() batches: the kernels take one set of taps
-    for all samples. Taps of each channel's own would do for samples side by side as channels, but
-    0 * inf would carry one sample's overflow into its neighbour, and room between the samples takes
-    a copy of x, which is more traffic than plain PyTorch's forward pass.
+    Taps batched by vmap() fall back to plain PyTorch, with a warning: the kernels take one set of
+    taps for all samples. Samples could lie side by side as channels with separate taps, but 0 * inf
+    would carry one sample's overflow into its neighbour. Room between the samples takes a copy of
+    x, which is more traffic than plain PyTorch's forward pass.
 
-    In plain PyTorch without one, for a backend that was asked for by name too, are calls under
-    torch.compile() and func.functionalize(): neither knows the rules of such functions, and what
-    they make goes on to a compiler, which fuses plain operations.
+    Calls under torch.compile() and func.functionalize() fall back without a warning, also with a
+    backend asked for by name. Neither knows the rules of such functions, and their graphs go on to
+    a compiler, which fuses plain operations.
     """
     check(x, weight, circular)
     if torch.compiler.is_compiling() or functionalized():
@@ -52,12 +52,12 @@ def transformed_eca(x: Tensor, weight: Tensor, circular: bool, kernels: Kernels)
 def transformed_backward(
     ctx: Any, dy: Tensor, *saved: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx and dweight inside transforms, None where not needed; the forward pass may lie outside.
+    """dx and dweight inside transforms, None if not needed; the forward pass may lie outside.
 
     Args:
         ctx: of ECAFunction or TransformedECA.
         dy: (N, C, *spatial).
-        saved: x, weight, mean and gate. A checkpoint allows ctx.saved_tensors to be read once.
+        saved: x, weight, mean and gate. Checkpointing lets ctx.saved_tensors be read only once.
     """
     need_dx, need_dweight = ctx.needs_input_grad[:2]
     dx, dweight = _TransformedBackward.apply(
@@ -68,10 +68,10 @@ def transformed_backward(
 
 @contextmanager
 def _jvp_rule(saved: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
-    """Yields the saved tensors such that an enclosing jvp() differentiates what is made of them.
+    """Yield the saved tensors so that an enclosing jvp() differentiates what is computed from them.
 
-    Torch switches forward mode off in a rule, for all levels: jvp(jvp()) would silently lack a
-    part. With it on, the tangents of the innermost level, which are the rule's, are taken off.
+    Torch switches forward mode off inside a rule, at all levels, so jvp(jvp()) would silently lack
+    a part. This switches it on, and removes the innermost level's tangents, which the rule handles.
     """
     with with_tangents():
         yield tuple(primal(t) for t in saved)
@@ -121,10 +121,10 @@ class TransformedECA(torch.autograd.Function):
 
 
 class _TransformedBackward(torch.autograd.Function):
-    """The gradients of ECA as a function of dy, x and weight, which has derivatives of its own.
+    """The gradients of ECA as a function of dy, x and weight that is itself differentiable.
 
-    dweight (groups, 1 or C, 1, k) has the taps' gradient of each of `groups` equal runs of samples:
-    vmap() folds its batch into the samples, and wants a gradient for each of them.
+    dweight (groups, 1 or C, 1, k) has a gradient of the taps for each of `groups` equal runs of
+    samples: vmap() folds its batch into the samples, and needs one gradient per batch element.
     """
 
     @staticmethod
@@ -215,33 +215,33 @@ class _TransformedBackward(torch.autograd.Function):
 
 
 def _samples(dim: int | None, t: Tensor) -> int:
-    """n of a batch of tensors (n, ...) in this dimension, which may be empty."""
+    """n of a batch of tensors (n, ...) along this dimension; the batch may be empty."""
     return t.shape[1 if dim == 0 else 0]
 
 
 def _split(parts: int, t: Tensor | None, n: int = 0) -> Any:
-    """(parts * n, ...) to (parts, n, ...); None stays. Of no parts, the shape does not tell n."""
+    """(parts * n, ...) to (parts, n, ...); None stays. The shape does not give n for no parts."""
     if t is None:
         return None
     return t.reshape(parts, t.shape[0] // parts if parts else n, *t.shape[1:])
 
 
 def _each(function: Callable[..., Any], *groups: Tensor | None) -> Any:
-    """The results of a function of each group's tensors, stacked; None stays None."""
+    """Apply a function to each group's tensors and stack the results; None stays None."""
     return torch.vmap(function, tuple(None if t is None else 0 for t in groups))(*groups)
 
 
 def _fold(size: int, dim: int | None, t: Tensor) -> Tensor:
-    """A batch of `size` tensors (n, ...), in this dimension or all the same, to (size * n, ...)."""
+    """A batch of `size` tensors (n, ...) along dim, all the same for None, to (size * n, ...)."""
     batch = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
     return batch.flatten(0, 1)
 
 
 def _gradients_of_z(dy: Tensor, x: Tensor, gate: Tensor, kernels: Kernels) -> Tensor:
-    """dz = gate (1 - gate) sum(dy x), (N, C), in one pass: there is no operator for it alone.
+    """dz = gate (1 - gate) sum(dy x), (N, C), in one pass.
 
-    It is what the one tap of a channel gets as its gradient where the means are 1. The samples have
-    to lie side by side as channels for that, as taps have one gradient for all samples.
+    No operator computes dz alone. With means of 1 and k = 1 it is the gradient of each channel's
+    tap. A tap has one gradient for all samples, so the samples lie side by side as channels here.
     """
     n, c = x.shape[:2]
     dy, x, gate = (t.reshape(1, n * c, *t.shape[2:]) for t in (dy, x, gate))

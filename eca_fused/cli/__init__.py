@@ -1,1 +1,1 @@
-"""The commands of `python -m eca_fused`, a file or a folder each."""
+"""The commands of `python -m eca_fused`, one file or folder each."""

@@ -19,10 +19,10 @@ from eca_fused.ops.taps import adaptive_kernel_size
 
 __all__ = ["main"]
 
-EXTENSION_MISSING = 3  # argparse itself ends with 2
+EXTENSION_MISSING = 3  # argparse itself exits with 2
 
-# (C, H, W) of x in the ECA layers: behind each stage of the ResNets and each block of MobileNetV2
-# at 224x224, and behind ResNet-50's at the sizes of object detection.
+# (C, H, W) of x in the ECA layers: after each stage of the ResNets and each stage of MobileNetV2 at
+# 224x224, and after each stage of ResNet-50 at the sizes of object detection.
 MODELS: dict[str, tuple[str, list[tuple[int, ...]]]] = {
     "resnet50": ("ResNet-50", [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]),
     "resnet18": ("ResNet-18", [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]),
@@ -49,8 +49,8 @@ LETTERS = {"contiguous": "NCHW", "channels_last": "NHWC"}
 PASSES = ("forward", "backward")
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
-# Peak bandwidth in GB/s that NVIDIA's datasheets give for the card whose number of multiprocessors
-# the planner takes for a capability (kGpus in csrc/plan.cpp). No copy reaches it.
+# A card for each compute capability, and its peak bandwidth in GB/s by NVIDIA's datasheet. The
+# planner assumes its number of multiprocessors (kGpus in csrc/plan.cpp). No copy reaches the peak.
 DATASHEET = {
     75: ("T4", 320),
     80: ("A100 80GB SXM", 2039),
@@ -86,8 +86,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m eca_fused plan",
         description="Print how the CUDA kernels would run the ECA layers of known networks on a "
-        "GPU, and the memory traffic that this makes. All of it is modelled: nothing is run or "
-        "measured, and no GPU is needed.",
+        "GPU, and the memory traffic that they would cause. Everything is modelled: nothing is run "
+        "or measured, and no GPU is needed.",
         epilog="Exit status: 0, 2 for bad arguments, 3 if the compiled extension is missing.",
     )
     made.add_argument(
@@ -101,27 +101,27 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--dtype", choices=DTYPE_NAMES, default="bfloat16", help="of the feature maps (bfloat16)"
     )
-    made.add_argument("--layout", choices=LAYOUTS, help="this memory format alone")
-    made.add_argument("--pass", choices=PASSES, dest="pass_", help="this pass alone")
+    made.add_argument("--layout", choices=LAYOUTS, help="only this memory format")
+    made.add_argument("--pass", choices=PASSES, dest="pass_", help="only this pass")
     made.add_argument(
         "--model",
         choices=MODELS,
         nargs="+",
         metavar="MODEL",
-        help=f"the layers of these alone: {', '.join(MODELS)}",
+        help=f"only the layers of these: {', '.join(MODELS)}",
     )
     made.add_argument(
         "--shape",
         type=shape,
         nargs="+",
         metavar="CxHxW",
-        help="layers of your own instead, such as 256x56x56; 0 to 3 spatial sizes",
+        help="your own layers instead, such as 256x56x56; 0 to 3 spatial sizes",
     )
     made.add_argument(
         "--bandwidth",
         type=bandwidth,
         metavar="GB/S",
-        help="of DRAM, for the modelled time (the datasheet's, of the usual GPU of the capability)",
+        help="of DRAM, for the modelled time (from the datasheet of the capability's usual GPU)",
     )
     made.add_argument("--json", action="store_true", help="one JSON document on standard output")
     return made
@@ -156,19 +156,19 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def datasheet(capability: int) -> tuple[str, float]:
-    """The card whose bandwidth is assumed for a compute capability, and that bandwidth in GB/s."""
+    """The card assumed for a compute capability, and its bandwidth in GB/s."""
     return DATASHEET[max(known for known in DATASHEET if known <= capability)]
 
 
 def chosen(args: argparse.Namespace) -> list[tuple[str, list[tuple[int, ...]]]]:
-    """Titles, and the shapes under them."""
+    """The sections of the table: titles, and the shapes under each."""
     models = args.model or ([] if args.shape else MODELS)
     sections = [MODELS[name] for name in dict.fromkeys(models)]
     return [*sections, ("Your shapes", args.shape)] if args.shape else sections
 
 
 def make_rows(args: argparse.Namespace, gigabytes: float) -> list[Row]:
-    """The plans that the arguments ask for; a ValueError where the planner refuses a shape."""
+    """The plans that the arguments ask for; raises ValueError if the planner refuses a shape."""
     dtype = DTYPE_NAMES[args.dtype]
     rows = []
     for title, shapes in chosen(args):
@@ -221,21 +221,21 @@ def cells(row: Row) -> list[str]:
 
 
 def text(rows: Sequence[Row], where: str, source: str, stream: TextIO) -> str:
-    """What the columns mean, and the table."""
+    """The meaning of the columns, and the table."""
     head, rule, *lines = table(HEAD, [cells(row) for row in rows], stream).split("\n")
     printed = [
         f"Modelled plans of the CUDA kernels: {where}.",
         "",
         "strategy: what a block keeps. In registers: rows (planes), runs of planes, columns of "
         "pixels, kept (a part of a",
-        "  sample). In shared memory: a tile of planes; split_tile, split_pixels, over a group of "
-        "blocks. Nothing: stream",
-        "  (one launch), two_pass (x97: in 97 launches). The gradient of the taps is a launch "
-        "more, but in shared memory.",
+        "  sample). In shared memory: a tile of planes; split_tile and split_pixels split it over "
+        "a group. Nothing: stream",
+        "  (one launch), two_pass (x97: 97 launches). The gradient of the taps takes one more "
+        "launch, except in shared memory.",
         "group: blocks that share a tile, and how they exchange sums.",
-        "tile, halo: channels. blocks: of a launch. KiB: shared memory of a block. "
-        "/SM: blocks on a multiprocessor.",
-        "DRAM/B, L2/B: modelled bytes of memory traffic by B, the bytes of x.",
+        "tile, halo: channels. blocks: per launch. KiB: shared memory per block. "
+        "/SM: blocks per multiprocessor.",
+        "DRAM/B, L2/B: modelled bytes of memory traffic over B, the bytes of x.",
         f"us: modelled, the DRAM bytes at {source}; a floor.",
         "",
         head,

@@ -1,4 +1,4 @@
-"""Other people's ECA modules and checkpoints: convert(), revert(), load_checkpoint()."""
+"""Using other projects' ECA modules and checkpoints: convert(), revert(), load_checkpoint()."""
 
 from eca_fused.conversion.checkpoints import CheckpointError, load_checkpoint
 from eca_fused.conversion.modules import Conversion, convert, revert

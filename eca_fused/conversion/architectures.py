@@ -1,6 +1,6 @@
-"""Which network a state dict is of, from the names and shapes of its tensors alone.
+"""Infers the network of a state dict from the names and shapes of its tensors alone.
 
-Networks are those of models/ and, where timm is installed, its own ECA networks.
+It knows the networks of models/ and, if timm is installed, timm's own ECA networks.
 """
 
 import importlib
@@ -23,13 +23,13 @@ BLOCKS = 17  # of MobileNetV2; the first has no expansion, so its attention come
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network that a state dict may be of.
+    """A network that a state dict may belong to.
 
     Args:
         title: for messages.
-        build: from keyword options (fused, backend, device, dtype) to the network.
-        tensors: of the state dict, under the names that they have in the network.
-        blocks: of the network.
+        build: makes the network from keyword options (fused, backend, device, dtype).
+        tensors: of the state dict, under their names in the network.
+        blocks: the number of the network's blocks.
         dtype: of its first convolution.
     """
 
@@ -41,14 +41,14 @@ class Architecture:
 
 
 def infer(tensors: Mapping[str, Tensor]) -> Architecture | None:
-    """The network of some tensors, which need not all fit; None if they are of none known here.
+    """The network that the tensors belong to, or None if it is not known. Not all need fit.
 
-    ResNets of any depth, with torchvision's names and ECA under `eca` as the authors have it, or
-    under `se` as timm has it, and MobileNetV2 with the names of both. Every layer's k is that of
-    its taps. Without ECA, attention is "none".
+    Known are ResNets of any depth, with torchvision's names and ECA under `eca` (the authors) or
+    `se` (timm), and MobileNetV2 with the names of torchvision and the authors. Every layer's k is
+    that of its taps. Without ECA, attention is "none".
 
     Args:
-        tensors: by their names, without prefixes of wrappers.
+        tensors: by name, without prefixes of wrappers.
     """
     if {"conv1.weight", "layer1.0.conv1.weight"} <= tensors.keys():
         return _resnet(_timms_names(tensors))
@@ -58,16 +58,16 @@ def infer(tensors: Mapping[str, Tensor]) -> Architecture | None:
 
 
 def infer_timm(tensors: Mapping[str, Tensor]) -> tuple[str, Callable[[], nn.Module]] | None:
-    """timm's ECA network that has just these names and shapes, by name, and what builds it.
+    """The name of timm's ECA network with exactly these names and shapes, and its builder.
 
-    None if there is none, or no timm. k follows timm's own rule, and is checked with the shapes.
+    None if there is no such network or no timm. k follows timm's rule; the shapes check it.
 
     Args:
-        tensors: by their names, without prefixes of wrappers.
+        tensors: by name, without prefixes of wrappers.
     """
     try:
         timm: Any = importlib.import_module("timm")
-    except Exception:  # not there, or with a torchvision that does not fit torch
+    except Exception:  # not installed, or with a torchvision that does not fit torch
         return None
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for name in timm.list_models("*eca*"):
@@ -87,7 +87,7 @@ def infer_timm(tensors: Mapping[str, Tensor]) -> tuple[str, Callable[[], nn.Modu
 
 def _resnet(tensors: Mapping[str, Tensor]) -> Architecture:
     blocks = {(int(m[1]), int(m[2])) for m in map(RESNET_BLOCK.match, tensors) if m}
-    # A stage of which nothing is there has one block, whose names are then missing.
+    # A stage without tensors counts as one block, whose names are then reported as missing.
     layers = [max(sum(s == stage for s, _ in blocks), 1) for stage in (1, 2, 3, 4)]
     block = Bottleneck if "layer1.0.conv3.weight" in tensors else BasicBlock
     taps = [f"layer{s}.{i}.eca.conv.weight" for s in (1, 2, 3, 4) for i in range(layers[s - 1])]
@@ -118,12 +118,12 @@ def _attention(tensors: Mapping[str, Tensor], taps: list[str]) -> tuple[str, lis
 
 
 def _kernel_size(taps: Tensor | None) -> int:
-    """k of taps (1, 1, k); 3 for what are no taps, which then do not fit."""
+    """k of taps (1, 1, k); 3 for tensors that are not taps, which then do not fit."""
     return taps.shape[-1] if taps is not None and taps.dim() and taps.shape[-1] % 2 else 3
 
 
 def _classes(tensors: Mapping[str, Tensor], name: str) -> int:
-    """Rows of the classifier; 1000 where there is none, which is then missing."""
+    """Rows of the classifier; 1000 if there is none, which is then reported as missing."""
     weight = tensors.get(name)
     return weight.shape[0] if weight is not None and weight.dim() and weight.shape[0] else 1000
 
@@ -133,6 +133,6 @@ def _dtype(weight: Tensor) -> torch.dtype | None:
 
 
 def _timms_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Taps under `se`, where timm has any attention, under `eca`."""
+    """The tensors with timm's `se.conv.weight` of ECA renamed to `eca.conv.weight`."""
     timms = re.compile(r"(layer[1-4]\.\d+)\.se\.conv\.weight")
     return {timms.sub(r"\1.eca.conv.weight", name): tensor for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""load_checkpoint(): a network from a file of weights, wholly or not at all."""
+"""load_checkpoint(): loads a network from a file of weights, completely or not at all."""
 
 import os
 from collections import Counter
@@ -22,10 +22,10 @@ from eca_fused.conversion.modules import convert
 
 __all__ = ["CheckpointError", "load_checkpoint"]
 
-# Where training scripts put the state dict: the authors', timm's, and others'.
+# Keys under which training scripts store the state dict: the authors', timm's, and others'.
 WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema", "model_ema")
-DECIDED = {"attention", "kernel_sizes", "num_classes"}  # no options of load_checkpoint()
-MOST_BLOCKS = 1000  # of a network that is built; the deepest ResNet published has 333
+DECIDED = {"attention", "kernel_sizes", "num_classes"}  # by the tensors, so not options
+MOST_BLOCKS = 1000  # of a network that is built; the deepest published ResNet has 333
 TIMM = (
     "; for a network of timm install timm, which builds its own ECA networks, or pass "
     "model=timm.create_model(name, num_classes=...)"
@@ -39,36 +39,37 @@ def load_checkpoint(
     key: str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Load weights wholly or not at all, into a network of yours or into the one they describe.
+    """Load weights completely or not at all, into a given network or into one built from them.
 
-    Without a model, the network is built from the tensors: a ResNet or MobileNetV2 of
-    eca_fused.models, with ECA and every layer's own k, or without attention, with as many classes
-    as the classifier has rows, in the dtype of its first convolution. That takes the ECA-Net
-    authors' files, torchvision's, and those of timm's resnet50 and the like with ECA. timm's own
-    ECA networks, such as ecaresnet50d, are built by timm, if it is installed, and converted.
+    Without a model, the tensors define the network: a ResNet or MobileNetV2 of eca_fused.models,
+    with ECA and every layer's own k, or without attention. It has as many classes as the classifier
+    has rows, and the dtype of its first convolution. This covers the files of the ECA-Net authors,
+    of torchvision, and of timm's resnet50 and the like with ECA. timm, if it is installed, builds
+    its own ECA networks, such as ecaresnet50d; these are then converted.
 
-    Wrappers (`state_dict`, `model`, `model_state`, `state_dict_ema` and others; the first of these
-    that is there) and the prefixes `module.` of DataParallel and `_orig_mod.` of torch.compile are
-    taken off. Files hold tensors and plain values only: one that holds code is refused, not run.
+    Wrappers are taken off (`state_dict`, `model`, `model_state`, `state_dict_ema` and others; the
+    first of these that is there), and so are the prefixes `module.` of DataParallel and
+    `_orig_mod.` of torch.compile. A file may hold only tensors and plain values. One that holds
+    code is refused, not run.
 
     Args:
         source: path of a file of torch.save() or, ending in .safetensors, of safetensors; or a
-            state dict, in wrappers or not.
+            state dict, with or without wrappers.
         model: network to load into, converted or not, compiled or not; None builds one.
         key: of the wrapper to take, such as "state_dict_ema".
         options: of the network that is built: fused, backend, device, dtype, see models.ResNet;
-            for timm's networks these four alone.
+            for timm's networks only these four.
 
     Returns:
-        The model. One that is built is in training mode, as any new module.
+        The model. One that is built is in training mode, like any new module.
 
     Raises:
-        CheckpointError: the file holds code or no state dict, no network is known for it, names and
-            shapes do not fit, which are listed, or a tensor has less memory than its shape says. A
-            model that was given is as it was.
-        TypeError: source is no path or mapping, model no module, options come with a model, or are
-            what the tensors decide: attention, kernel_sizes and num_classes; or another dtype
-            than float32, float64, float16 and bfloat16.
+        CheckpointError: the file holds code or no state dict; its network is not known; names or
+            shapes do not fit (they are listed); or a tensor has less memory than its shape needs.
+            A given model stays as it was.
+        TypeError: source is neither a path nor a mapping; model is not a module; options come with
+            a model, or include attention, kernel_sizes or num_classes, which the tensors decide; or
+            dtype is not float32, float64, float16 or bfloat16.
         ValueError: torch cannot use the device here.
         FileNotFoundError: there is no such file.
         ImportError: safetensors is needed and not installed.
@@ -102,7 +103,7 @@ def load_checkpoint(
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
-    """Raise TypeError, ValueError or RuntimeError unless a network can be on that device."""
+    """Raise TypeError or ValueError unless a network can have this dtype and device."""
     dtype = options.get("dtype")
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"expected dtype as {listed([str(d) for d in DTYPES])}, got {dtype!r}")
@@ -118,7 +119,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 
 def _built(name: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> nn.Module:
-    """The network of models/ that tensors describe, with them."""
+    """The network of models/ that the tensors describe, with the tensors loaded."""
     found = architectures.infer(tensors)
     if found is None:
         first = ", ".join(list(tensors)[:SHOWN])
@@ -168,7 +169,7 @@ def _unwrapped(contents: Any, key: str | None, name: str) -> dict[str, Tensor]:
         if not isinstance(contents, Mapping) or key not in contents:
             raise CheckpointError(f"{name}: expected an entry {key!r}, got {_entries(contents)}")
         contents = contents[key]
-    for _ in range(len(WRAPPERS)):  # one in another; a file may hold itself
+    for _ in range(len(WRAPPERS)):  # wrappers may be nested; a file may even contain itself
         if not isinstance(contents, Mapping) or _is_state_dict(contents):
             break
         inner = [contents[w] for w in WRAPPERS if isinstance(contents.get(w), Mapping)]
@@ -197,9 +198,9 @@ def _entries(contents: Any) -> str:
 
 
 def _clean_names(names: Iterable[str]) -> dict[str, str]:
-    """Names without the prefixes of DataParallel, torch.compile and averages, by the names."""
+    """Names without the prefixes of DataParallel, torch.compile and AveragedModel, by full name."""
     clean = {name: name.replace("_orig_mod.", "") for name in names}
-    clean.pop("n_averaged", None)  # AveragedModel counts beside its module
+    clean.pop("n_averaged", None)  # the counter that AveragedModel has beside its module
     while clean and all(name.startswith("module.") for name in clean.values()):
         clean = {name: short.removeprefix("module.") for name, short in clean.items()}
     return clean
@@ -221,7 +222,7 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _check_fit(
     name: str, tensors: Mapping[str, Tensor], model: nn.Module, title: str, hint: str = ""
 ) -> None:
-    """Raise CheckpointError, with all that does not fit, unless tensors are those of a model."""
+    """Raise CheckpointError with everything that does not fit, unless the tensors fit a model."""
     targets = _unprefixed(_own_tensors(model))
     missing = [n for n in targets if n not in tensors and not _may_be_missing(n)]
     unexpected = [n for n in tensors if n not in targets]
@@ -243,7 +244,7 @@ def _check_fit(
     others = [n for n, kind in kinds.items() if kind]
     if others:
         shown = [f"{n} ({kinds[n]})" for n in others]
-        lines.append(f"  no plain floating-point numbers: {listed(shown)}")
+        lines.append(f"  not plain floating-point numbers: {listed(shown)}")
         mismatched += others
     if len(lines) > 1:
         raise CheckpointError(
@@ -252,20 +253,20 @@ def _check_fit(
 
 
 def _other_kind(tensor: Tensor, target: Tensor) -> str:
-    """What keeps the numbers of a tensor from being those of a parameter; "" if nothing does."""
+    """Why the numbers of a tensor cannot be those of a parameter; "" if they can."""
     if tensor.is_meta or tensor.layout != torch.strided:
         return "meta" if tensor.is_meta else str(tensor.layout)
-    # Such as quantised weights, whose scales are elsewhere.
+    # For example quantised weights, whose scales are elsewhere.
     return str(tensor.dtype) if target.is_floating_point() > tensor.is_floating_point() else ""
 
 
 def _may_be_missing(name: str) -> bool:
-    """PyTorch before 0.4.1 did not count batches, and only a momentum of None reads the count."""
+    """PyTorch before 0.4.1 had no batch count, and only a momentum of None reads the count."""
     return name.endswith("num_batches_tracked")
 
 
 def _renamed(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Tensors under a model's own names for them, with counts of 0 where they are missing."""
+    """Tensors under a model's own names, with counts of 0 where those are missing."""
     own = _own_tensors(model)
     found = {
         name: tensors[short] if short in tensors else torch.zeros_like(own[name])
@@ -284,7 +285,7 @@ def _load_or_restore(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     try:
         model.load_state_dict(_renamed(model, tensors))
     except Exception as error:
-        # Names and shapes fit, so it was a hook of the model, with some tensors loaded already.
+        # Names and shapes fit, so the model's own code failed, after some tensors were loaded.
         with torch.no_grad():
             for name, tensor in _own_tensors(model).items():
                 tensor.copy_(before[name])

@@ -1,4 +1,4 @@
-"""What a file of weights holds, read without running anything in it."""
+"""Reads files of weights without running anything in them."""
 
 import argparse
 import importlib
@@ -17,18 +17,18 @@ from eca_fused.ops.checks import DTYPES
 
 __all__ = ["DTYPES", "CheckpointError", "check_memory", "listed", "read"]
 
-MARKING = threading.Lock()  # what is safe to load is marked for all threads at once
+MARKING = threading.Lock()  # torch's list of safe globals is shared by all threads
 SHOWN = 6  # names of each kind in a message
 
 
 class CheckpointError(ValueError):
-    """A file or state dict that is not loaded, with what does not fit.
+    """A file or state dict that was not loaded, with the names that do not fit.
 
     Args:
         message: what was expected, what came and what to do.
         missing: names that the network has and the checkpoint lacks.
         unexpected: names that the checkpoint has and the network lacks.
-        mismatched: names of tensors of other shapes, or that are no plain floating-point numbers.
+        mismatched: names of tensors with other shapes, or without plain floating-point numbers.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class CheckpointError(ValueError):
 def read(path: Path) -> Any:
     """The contents of a file, without running anything in it."""
     if path.is_dir():
-        raise CheckpointError(f"expected {path} as a file of weights, it is a folder")
+        raise CheckpointError(f"expected {path} as a file of weights, got a folder")
     if path.suffix == ".safetensors":
         try:
             from safetensors import SafetensorError
@@ -57,11 +57,11 @@ def read(path: Path) -> Any:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise CheckpointError(f"{path} is no file of safetensors: {error}") from error
+            raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     _check_stored(path)
     try:
-        # timm keeps the arguments of its script, which are plain values too. What the caller has
-        # marked as safe would be unmarked on leaving.
+        # timm saves the arguments of its script, which are plain values too. Globals that the
+        # caller has marked as safe are left out: leaving the context would unmark them.
         with MARKING:
             safe = [argparse.Namespace, *_numpys_numbers()]
             marked = torch.serialization.get_safe_globals()
@@ -69,24 +69,24 @@ def read(path: Path) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # what it raises for a file that is none of its own varies
+    except Exception as error:  # torch.load() raises various errors for a file of another kind
         found = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
         if not found:
             raise CheckpointError(
-                f"{path} is no whole file of torch.save(), or of another kind; download it again, "
-                "and name files of safetensors .safetensors"
+                f"{path} is not a complete file of torch.save(), or of another kind; download it "
+                "again, and let the names of safetensors files end in .safetensors"
             ) from error
         raise CheckpointError(
             f"{path} is refused, and nothing of it was run: expected tensors and plain values, got "
             f"{found[1] or found[2]}, which loads by running code. If you trust the file, pass the "
-            "state dict in torch.load(path, weights_only=False), or of torch.jit.load(path)"
+            "state dict from torch.load(path, weights_only=False) or torch.jit.load(path)"
         ) from error
 
 
 def _check_stored(path: Path) -> None:
-    """Raise CheckpointError for a compressed archive: it would become any size in memory.
+    """Raise CheckpointError for a compressed archive, which could grow to any size in memory.
 
-    torch.save() stores what it writes as it is.
+    torch.save() does not compress.
     """
     if not zipfile.is_zipfile(path):
         return
@@ -108,12 +108,12 @@ def _check_stored(path: Path) -> None:
 
 
 def _numpys_numbers() -> list[Any]:
-    """What a numpy scalar is made of in a file, such as the best accuracy so far."""
+    """The globals that a numpy scalar in a file needs, such as the best accuracy so far."""
     try:
         numpy: Any = importlib.import_module("numpy")
     except ImportError:
         return []
-    # Pickle has numbers as scalar(dtype, bytes), by a function whose module has been renamed.
+    # Pickle stores numbers as scalar(dtype, bytes); numpy renamed the module of this function.
     scalar = numpy.float64(0).__reduce__()[0]
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")
     names = ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
@@ -128,17 +128,17 @@ def _numpys_numbers() -> list[Any]:
 def check_memory(
     name: str, tensors: Mapping[str, Tensor], size: int | None, *, built: bool
 ) -> None:
-    """Raise CheckpointError unless every tensor has the memory that its shape asks for.
+    """Raise CheckpointError unless every tensor has the memory that its shape needs.
 
-    Before anything is allocated: a small file may hold tensors that repeat one number, or share
-    their memory, by which it would ask for a network of any size. A network that is there already
-    may share tensors, as one module under two names does.
+    This runs before anything is allocated. A small file may hold tensors that repeat one number or
+    share memory, and so describe a network of any size. A given network may share tensors, as one
+    module under two names does.
 
     Args:
         name: for messages.
         tensors: of a state dict.
-        size: of the file they are from, in bytes; None where there is none.
-        built: whether the network is made from the tensors.
+        size: of the file they are from, in bytes; None without a file.
+        built: whether the network is built from the tensors.
     """
     wrong, asked = [], 0
     for key, t in tensors.items():

@@ -1,4 +1,4 @@
-"""convert(): other people's ECA modules into ECALayers, where they are; revert(): back again."""
+"""convert() turns other projects' ECA modules into ECALayers in place; revert() undoes it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from eca_fused.ops.backend import check_backend
 
 __all__ = ["Conversion", "convert", "revert"]
 
-# In the __dict__ of a converted module, so that copies and pickles have it too.
+# The key in a converted module's __dict__, so that copies and pickles have it too.
 ORIGINAL = "_eca_fused_original"
 SHOWN = 4  # names in a line of a report
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What convert() did: str() is a report.
+    """What convert() did. str() gives a report.
 
-    A module in several places is under the first of its names.
+    A module in several places is listed under its first name.
 
     Args:
-        converted: class before, by the name of each module that is now a fused ECALayer.
-        left: why, by the name of each module that looks like ECA and was left as it is.
+        converted: the former class of each module that is now a fused ECALayer, by name.
+        left: the reason for each module that looks like ECA but was left unchanged, by name.
         already_fused: names of the ECALayers that were fused before.
     """
 
@@ -48,37 +48,37 @@ class Conversion:
 def convert(model: nn.Module, backend: str = "auto", inplace: bool = False) -> Conversion:
     """Turn a model's ECA modules into fused ECALayers, in place.
 
-    Known are timm's EcaModule and CecaModule, the ECA-Net authors' eca_layer, ECALayers with
-    fused=False, and modules built as these are: global average pooling, as a module or a
-    function, a Conv1d(1, 1, k) under the name conv, and a sigmoid. Each that is not ours has its
-    forward tried against plain ECA, see recognition.padding_mode(). What computes anything else is
-    left as it is, with the reason in the report: other gates, biases and the MLP of timm's options,
-    subclasses, hooks and children of your own classes that would no longer be called, TorchScript.
-    All modules are looked at before the first is changed.
+    It recognises timm's EcaModule and CecaModule, the ECA-Net authors' eca_layer, ECALayers with
+    fused=False, and modules built like these: global average pooling (a module or a function), a
+    Conv1d(1, 1, k) and a sigmoid. The forward of each module that is not ours is tried against
+    plain ECA, see recognise.padding_mode(). A module that computes anything else is left unchanged,
+    with the reason in the report: other gates, biases and the MLP of timm's options, subclasses,
+    hooks and children of your own classes that would no longer be called, TorchScript. All modules
+    are examined before the first is changed.
 
-    The modules stay the same objects and change their class to ECALayer, so that parameters,
-    hooks, state dict, optimizers, dtype, device, modules in several places and references from
-    elsewhere all stay as they are; the model itself may be such a module. Nothing outside of the
-    model changes. Convert before torch.compile, FSDP and torch.jit.script; DistributedDataParallel
-    and compiled models have their inner modules converted.
+    The modules stay the same objects and change their class to ECALayer. So parameters, hooks,
+    state dict, optimizers, dtype, device, modules in several places and references from elsewhere
+    all stay as they are. The model itself may be such a module. Nothing outside of the model
+    changes. Convert before torch.compile, FSDP and torch.jit.script. In DistributedDataParallel and
+    compiled models the inner modules are converted.
 
     Args:
         model: any module.
         backend: of the layers, see eca().
-        inplace: of the layers, for inference: each writes its result over its input, which nothing
-            else may need.
+        inplace: of the layers, for inference: each overwrites its input, which nothing else may
+            need.
 
     Returns:
         What was converted, what was left and why. Print it.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
         ValueError: there is no such backend.
     """
     _check_module(model)
     check_backend(backend)
     converted, left, fused = {}, {}, []
-    found = []  # all are looked at before the first is changed
+    found = []  # all are examined before the first is changed
     for name, module in list(model.named_modules()):
         if not recognition.looks_like_eca(module):
             continue
@@ -103,7 +103,7 @@ def convert(model: nn.Module, backend: str = "auto", inplace: bool = False) -> C
 
 
 def revert(model: nn.Module) -> int:
-    """Undo convert(): every module has its former class again, and what it learned since.
+    """Undo convert(): every module gets its former class back and keeps its trained weights.
 
     Works on copies and on models loaded from a pickle too. Hooks and attributes that were added
     after the conversion stay.
@@ -112,11 +112,11 @@ def revert(model: nn.Module) -> int:
         model: any module.
 
     Returns:
-        The number of modules.
+        The number of reverted modules.
 
     Raises:
-        TypeError: model is no module.
-        RuntimeError: something else has changed the class of a module since; nothing is reverted.
+        TypeError: model is not a module.
+        RuntimeError: other code has changed the class of a module since; nothing is reverted.
     """
     _check_module(model)
     modules = {n: m for n, m in model.named_modules() if ORIGINAL in vars(m)}
@@ -136,10 +136,10 @@ def revert(model: nn.Module) -> int:
 
 
 def _as_eca_layer(module: nn.Module, backend: str, inplace: bool) -> dict[str, Any]:
-    """The attributes with which a module becomes an ECALayer. It stays as it is.
+    """The attributes that make a module an ECALayer. The module is not changed.
 
     Raises:
-        NotPlainECA: it cannot be one.
+        NotPlainECA: it cannot become one.
     """
     if isinstance(module, ECALayer):
         recognition.check_class(module)
@@ -149,13 +149,13 @@ def _as_eca_layer(module: nn.Module, backend: str, inplace: bool) -> dict[str, A
         options["taps_name"] = recognition.taps_name(module)
     try:
         object.__new__(type(module)).__class__ = ECALayer
-    except TypeError as error:  # of a class with __slots__
+    except TypeError as error:  # for example a class with __slots__
         raise NotPlainECA(f"its class cannot be exchanged: {error}") from error
     return options
 
 
 def _options(padding_mode: str, backend: str, inplace: bool) -> dict[str, Any]:
-    """The attributes of an ECALayer that are no modules."""
+    """The attributes of an ECALayer that are not modules."""
     return {"padding_mode": padding_mode, "fused": True, "backend": backend, "overwrites": inplace}
 
 
@@ -169,7 +169,7 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _grouped(names: Mapping[str, str]) -> list[str]:
-    """A line for each value, with the names that have it."""
+    """A line for each value, with its names."""
     groups: dict[str, list[str]] = {}
     for name, value in names.items():
         groups.setdefault(value, []).append(name)

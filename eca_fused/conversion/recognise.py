@@ -1,4 +1,4 @@
-"""Which modules of other people compute ECA: told by what they compute, not by their names."""
+"""Recognises other projects' ECA modules by what they compute, not by their names."""
 
 import collections
 import copy
@@ -24,7 +24,7 @@ from eca_fused.torch_state import (
 
 __all__ = ["NotPlainECA", "check_class", "looks_like_eca", "padding_mode", "taps_name"]
 
-# Where timm has its modules, and had them once; it need not be installed.
+# timm's current and former module for ECA; timm need not be installed.
 TIMM = ("timm.layers.eca", "timm.models.layers.eca")
 NAMES = ("EcaModule", "CecaModule", "eca_layer")
 POOLS: dict[type[nn.Module], int] = {  # with the spatial dimensions of their maps
@@ -32,31 +32,31 @@ POOLS: dict[type[nn.Module], int] = {  # with the spatial dimensions of their ma
     nn.AdaptiveAvgPool2d: 2,
     nn.AdaptiveAvgPool3d: 3,
 }
-SPATIAL = (4, 3, 2)  # of the maps of the trial, as many as the module pools
-MOST_CHANNELS = 130  # of them
+SPATIAL = (4, 3, 2)  # sizes of the trial's maps, as many as the module pools
+MOST_CHANNELS = 130  # of the trial's maps
 MOST_TAPS = 4095
-# What an attribute may be that the trial hands to the forward as it is.
+# Types of attributes that the trial passes to the forward unchanged.
 CONSTANTS = (
     *(bool, int, float, complex, str, bytes, slice),
     *(torch.dtype, torch.device, torch.memory_format, torch.Size),
 )
-# Whose modules have no code of a user's, which the fused layer would not run.
+# Their modules have no user code, which the fused layer would not run.
 LIBRARIES = ("torch", "timm")
-# What a class has of its own without doing more than its forward.
+# Names that a class may define without doing more than its forward.
 HARMLESS = {"__init__", "forward", "extra_repr", "__repr__", "__annotate__", "__annotate_func__"}
 
 
 class NotPlainECA(Exception):
-    """A module that looks like ECA, but that ECALayer cannot stand for. The message says why."""
+    """A module that looks like ECA but that ECALayer cannot replace. The message says why."""
 
 
 def looks_like_eca(module: nn.Module) -> bool:
-    """Whether a module is ECA by its class, timm's or the authors', or by its parts.
+    """Whether a module is ECA by its class (timm's or the authors') or by its parts.
 
-    The parts are a Conv1d of one channel and a global average pooling, both direct children; or the
-    convolution alone, with nothing else that has parameters, where the pooling is a function. The
-    convolution may be in a Sequential, be a Conv2d over rows, or be a function of taps that the
-    module has: such a module cannot be converted, and is reported.
+    The parts are a Conv1d of one channel and a global average pooling, both direct children. If the
+    pooling is a function, the convolution alone is enough, with no other parameters. A module whose
+    convolution is in a Sequential, is a Conv2d over rows, or is a function of its own taps also
+    counts; it cannot be converted, and is reported.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", None) in NAMES
@@ -76,7 +76,7 @@ def looks_like_eca(module: nn.Module) -> bool:
 
 
 def _convolves_channels(module: nn.Module) -> bool:
-    """Whether it is a convolution of one channel along one dimension."""
+    """Whether a module is a convolution of one channel along one dimension."""
     if isinstance(module, nn.Conv2d):
         return module.in_channels == module.out_channels == 1 and 1 in module.kernel_size
     return isinstance(module, nn.Conv1d) and _one_channel(module)
@@ -89,16 +89,16 @@ def _has_parameters(module: nn.Module) -> bool:
 def padding_mode(module: nn.Module) -> str:
     """The padding mode, "zeros" or "circular", of a module that looks like ECA.
 
-    The forward of its class runs on small maps in float64, with random taps and without its hooks,
-    and must give the output and the gradients of ECA. The taps are not the module's: zeros would
-    hide the padding. The module stays as it is, and so do torch's random numbers.
+    The forward of its class runs on small maps in float64, with random taps and without hooks, and
+    must give the output and the gradients of ECA. The module's own taps are not used, because zeros
+    would hide the padding. Neither the module nor torch's random state changes.
 
     Raises:
         NotPlainECA: it computes anything else, or has more than ECALayer would keep.
     """
     check_class(module)
     _check_parts(module)
-    # Outside of modes such as FakeTensorMode, whose results have no values.
+    # Modes such as FakeTensorMode are left, because their results have no values.
     with (
         without_modes(),
         torch.inference_mode(False),
@@ -122,17 +122,17 @@ def padding_mode(module: nn.Module) -> str:
             raise failures[0]
     gates = [type(m).__name__ for m in module.children() if _could_be_a_gate(m)]
     other = f" (its gate is {gates[0]})" if gates and gates[0] != "Sigmoid" else ""
-    raise NotPlainECA(f"computes something else than sigmoid(conv1d(mean(x))) * x{other}")
+    raise NotPlainECA(f"computes something other than sigmoid(conv1d(mean(x))) * x{other}")
 
 
 def check_class(module: nn.Module) -> None:
-    """Raise NotPlainECA if another forward in a module's class would drop something it does."""
+    """Raise NotPlainECA if replacing the class of a module would drop something it does."""
     if isinstance(module, torch.jit.ScriptModule):
         raise NotPlainECA("is compiled by TorchScript; convert the model before torch.jit.script")
     if "forward" in vars(module):
         raise NotPlainECA("has a forward of its own on the instance, as some wrappers give it")
     if is_compiled(module):
-        raise NotPlainECA("was compiled by its compile(); convert the model before")
+        raise NotPlainECA("was compiled by its compile(); convert the model before that")
     arguments = _arguments_of(type(module).forward)
     if len(arguments) != 1 or arguments[0].startswith("*"):
         raise NotPlainECA(f"its forward takes ({', '.join(arguments)}), not one map alone")
@@ -145,17 +145,17 @@ def check_class(module: nn.Module) -> None:
 
 
 def _arguments_of(forward: Any) -> list[str]:
-    """The names of a forward's arguments after self; any, "*", of what is no function."""
+    """The names of a forward's arguments after self; "*" (any) if it is not a function."""
     code = getattr(inspect.unwrap(forward), "__code__", None)
     if code is None:
         return ["*"]
-    # Not its signature, which would evaluate the annotations.
+    # inspect.signature() would evaluate the annotations.
     args, varargs, varkw = inspect.getargs(code)
     return args[1:] + [f"*{varargs}"] * bool(varargs) + [f"**{varkw}"] * bool(varkw)
 
 
 def _own_names(cls: type) -> list[str]:
-    """What a class has beyond a known class that it derives from, or beyond a forward."""
+    """Names that a class defines beyond the known class it derives from, or beyond a forward."""
     known = _known(cls)
     derived = cls.__mro__[: cls.__mro__.index(known)] if known is not None else ()
     own: list[str] = []
@@ -170,7 +170,7 @@ def _own_names(cls: type) -> list[str]:
 
 
 def _known(cls: type) -> type | None:
-    """The class of timm, of the authors or of this package that a class is or derives from."""
+    """The class of timm, the authors or this package that cls is or derives from, or None."""
     for base in cls.__mro__:
         timms = base.__module__ in TIMM and base.__name__ in NAMES
         if timms or base.__name__ == "eca_layer" or base is ECALayer:
@@ -179,7 +179,7 @@ def _known(cls: type) -> type | None:
 
 
 def _pooled(module: nn.Module) -> int | None:
-    """The number of spatial dimensions that a child of a module pools to one pixel."""
+    """The number of spatial dimensions that a child pools to one pixel; None if no child does."""
     for child in module.children():
         dims = POOLS.get(type(child))
         if dims is not None and child.output_size in (1, (1,) * dims):
@@ -196,7 +196,7 @@ def _could_be_a_gate(module: nn.Module) -> bool:
 
 
 def taps_name(module: nn.Module) -> str:
-    """The name of the submodule with the taps: "conv" if there is such a one, else the first.
+    """The name of the submodule with the taps: "conv" if it is a Conv1d, else the first match.
 
     Raises:
         NotPlainECA: there is none.
@@ -230,7 +230,7 @@ def _check_parts(module: nn.Module) -> None:
     if own:
         raise NotPlainECA(f"has {', '.join(own)}, which the fused layer would not call")
     tensors = itertools.chain(module.named_parameters(), module.named_buffers())
-    # Those of a weight that is made of others, by a hook or a parametrization, are taps too.
+    # Tensors that a hook or a parametrization makes the weight from are taps too.
     others = [name for name, _ in tensors if not name.startswith(f"{inside}weight")]
     others = [name for name in others if not name.startswith(f"{inside}parametrizations.weight.")]
     if others:
@@ -239,8 +239,8 @@ def _check_parts(module: nn.Module) -> None:
         raise NotPlainECA(f"its convolution is a {type(conv).__name__}, not a Conv1d")
     if not _one_channel(conv) or conv.kernel_size[0] % 2 == 0:
         raise NotPlainECA(f"its convolution is not of one channel and an odd kernel size: {conv}")
-    if conv.kernel_size[0] > MOST_TAPS:  # the trial's time would grow with them
-        raise NotPlainECA(f"has {conv.kernel_size[0]} taps, more than the {MOST_TAPS} of a trial")
+    if conv.kernel_size[0] > MOST_TAPS:  # the trial's time grows with the taps
+        raise NotPlainECA(f"has {conv.kernel_size[0]} taps; a trial takes at most {MOST_TAPS}")
 
 
 def _has_hooks(part: nn.Module) -> bool:
@@ -248,22 +248,22 @@ def _has_hooks(part: nn.Module) -> bool:
 
 
 def _arguments(module: Any, dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x (2, C, *spatial), taps (1, 1, k) and dy (2, C, *spatial) of the trial, random."""
+    """Random x (2, C, *spatial), taps (1, 1, k) and dy (2, C, *spatial) for the trial."""
     k = getattr(module, taps_name(module)).kernel_size[0]
     g = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64, device="cpu")
 
-    # So many that every tap reaches some, but for taps that no network has: the time of the trial
-    # is that of channels times taps.
+    # Enough channels that every tap reaches some, up to a limit: the trial takes time in proportion
+    # to channels times taps. No network has more taps than the limit allows for.
     shape = (2, min(2 * k + 2, MOST_CHANNELS), *SPATIAL[:dims])
     channels = normal(*shape[:2]).reshape(shape[:2] + (1,) * (len(shape) - 2))
     return normal(*shape) + channels, normal(1, 1, k), normal(*shape)
 
 
 def _results(module: Any, dims: int, training: bool) -> tuple[Tensor, ...]:
-    """y, dx and dw of a module's own forward on the arguments of the trial."""
+    """y, dx and dw of a module's own forward on the trial's arguments."""
     x, taps, dy = _arguments(module, dims)
     place = taps_name(module)
     theirs = getattr(module, place)
@@ -309,7 +309,7 @@ def _results(module: Any, dims: int, training: bool) -> tuple[Tensor, ...]:
 
 
 def _half(module: nn.Module, twin: Any, conv: nn.Module, x: Tensor) -> Tensor | None:
-    """What a module's forward makes of a map in bfloat16; None where it fails, as plain ECA may."""
+    """A module's result for a map in bfloat16; None if it fails, as plain ECA may."""
     conv.to(torch.bfloat16)
     try:
         return type(module).forward(twin, x.detach().bfloat16())  # type: ignore[no-any-return]
@@ -320,11 +320,11 @@ def _half(module: nn.Module, twin: Any, conv: nn.Module, x: Tensor) -> Tensor | 
 
 
 class _Foreign:
-    """Stands for an object of a user's in the trial, which must not reach it: any use is the end.
+    """Replaces a user's object in the trial, which must not touch it: any use raises NotPlainECA.
 
     Args:
-        name: of the attribute that has it.
-        kind: its class.
+        name: of the attribute that holds the object.
+        kind: the object's class.
     """
 
     def __init__(self, name: str, kind: str) -> None:
@@ -335,7 +335,7 @@ class _Foreign:
         raise NotPlainECA(f"its forward uses {what}, which ECALayer would not")
 
     def __getattribute__(self, name: str) -> Any:
-        # isinstance() asks for the class, and is no use.
+        # isinstance() asks for the class, which does not count as a use.
         return _Foreign if name == "__class__" else _Foreign._used(self)
 
     __setattr__ = __call__ = __bool__ = __len__ = _used
@@ -345,7 +345,7 @@ class _Foreign:
 
 
 def _apart(name: str, value: Any) -> Any:
-    """An attribute's value for the trial: a copy of a container, and a stand-in for an object."""
+    """An attribute's value for the trial: containers are copied, objects get a stand-in."""
     if isinstance(value, dict | list | collections.deque):
         twin: Any = copy.copy(value)
         if isinstance(value, dict):
@@ -362,7 +362,7 @@ def _apart(name: str, value: Any) -> Any:
 
 
 def _keeps_nothing(value: Any) -> bool:
-    """Whether it is a class or a function that has nothing to keep anything in."""
+    """Whether a value is a class or function that cannot store anything."""
     if isinstance(value, type):
         return value.__module__.partition(".")[0] in ("torch", "builtins")
     if isinstance(value, types.FunctionType):
@@ -373,7 +373,7 @@ def _keeps_nothing(value: Any) -> bool:
 
 
 def _contents(value: Any) -> list[int]:
-    """Tells objects apart, and containers with other objects in them."""
+    """The ids of a value and, in a container, of its contents; different if either changed."""
     if isinstance(value, dict):
         parts: Any = itertools.chain.from_iterable(value.items())
     elif isinstance(value, list | collections.deque | set | tuple):
@@ -392,7 +392,7 @@ def _expected(module: nn.Module, dims: int, mode: str) -> tuple[Tensor, ...]:
 
 
 def _agree(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    # A forward that rounds to float32 in between is ECA too; what is not differs far more.
+    # A forward that rounds to float32 in between is ECA too. Anything else differs far more.
     return all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6)
         for a, b in zip(got, expected, strict=True)

@@ -1,4 +1,4 @@
-"""eca(), pool() and rescale(): choose once who computes, then call it."""
+"""eca(), pool() and rescale(): each chooses the way to compute its call, then takes it."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -21,13 +21,13 @@ T = TypeVar("T")
 
 
 def _overridden(function: Callable[..., T], *args: Any, **options: Any) -> T:
-    """The call for arguments whose own types say what functions do, such as proxies of torch.fx.
+    """Call a function through __torch_function__ of its arguments, such as proxies of torch.fx.
 
-    Of a subclass of Tensor, such as MONAI's MetaTensor, the result has its class, and is no view of
-    what an autograd function returned, which nothing could be added to in place.
+    For a subclass of Tensor, such as MONAI's MetaTensor, the result has that class. It is not a
+    view of an autograd function's output, which PyTorch would not let be modified in place.
 
     Raises:
-        TypeError: they are neither that nor tensors.
+        TypeError: an argument is not a tensor and has no __torch_function__.
     """
     tensors = dict(zip(signature(function).parameters, args, strict=False))
     if options.get("out") is not None:
@@ -41,7 +41,7 @@ def _overridden(function: Callable[..., T], *args: Any, **options: Any) -> T:
 
 
 def _under_autocast(x: Tensor, weight: Tensor) -> Tensor:
-    """The taps; under autocast, which a convolution obeys, in a dtype that x takes."""
+    """The taps; half precision taps under autocast in the dtype of x, as a convolution casts."""
     half = weight.dtype in (torch.float16, torch.bfloat16)
     if not half or x.dtype == torch.float64 or not autocasts(x):
         return weight
@@ -59,32 +59,33 @@ def eca(
     """Efficient channel attention, y = sigmoid(conv1d over channels of mean(x)) * x, fused.
 
     Wang et al., "ECA-Net" (CVPR 2020). Sums, taps and gates are in float32 (float64 for float64 x),
-    and y is rounded once. Slices of a batch or of the channels are read in place, as is
-    channels_last; anything else that is not contiguous is copied first.
+    and y is rounded once. channels_last and slices of the batch or of the channels are read in
+    place. Any other x that is not contiguous is copied first.
 
-    Differentiable any number of times, by torch.func's transforms and in forward mode too. The
-    kernels compute y and its gradients, but for what "auto" leaves to torch.compile on the CPU;
-    plain PyTorch computes gradients of gradients, tangents, everything for taps that vmap()
-    batches, and transforms inside torch.compile() or functionalize(), whatever the backend.
+    Differentiable any number of times, also by torch.func's transforms and in forward mode. The
+    kernels compute y and its gradients, except where "auto" leaves them to torch.compile on the
+    CPU. With every backend, plain PyTorch computes gradients of gradients, tangents, everything for
+    taps batched by vmap(), and transforms inside torch.compile() or functionalize().
 
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
-        weight: taps (1, 1, k), or (C, 1, k) for taps of each channel's own (ECA-NS), k odd, in
-            float32 or the dtype of x; under autocast in any, as for a convolution.
+        weight: taps (1, 1, k), or (C, 1, k) for separate taps per channel (ECA-NS), k odd, in
+            float32 or the dtype of x; under autocast also in float16 or bfloat16.
         padding_mode: "zeros", or "circular" to wrap around at the first and last channel.
         backend: "native", "triton", "reference", or "auto" for the best of them that works here.
-        out: memory for y, for inference: like x, of any memory format, such as a slice of a larger
-            map. x itself is overwritten; what shares part of its memory with x gets a copy of y.
+        out: a preallocated output for inference: like x, in any memory format, for example a slice
+            of a larger tensor. out=x overwrites x. If out and x share only part of their memory, y
+            is copied to out.
 
     Returns:
         y of the shape, dtype and memory format of x; or out.
 
     Raises:
-        TypeError: x, weight or out is no tensor or has an unsupported dtype.
+        TypeError: x, weight or out is not a tensor or has an unsupported dtype.
         ValueError: a shape, device, the padding mode or the backend does not fit.
-        RuntimeError: the backend that was asked for cannot be used here; or y shall be written into
-            out where a gradient is needed, where out was made in torch.inference_mode() and this is
-            outside of it, or where elements of out share memory, as after expand().
+        RuntimeError: the requested backend cannot be used here. With out: a gradient is needed; out
+            was made in torch.inference_mode() and the call is outside of it; or elements of out
+            share memory, as after expand().
     """
     if not (
         isinstance(x, Tensor)
@@ -103,7 +104,7 @@ def eca(
 def eca_(
     x: Tensor, weight: Tensor, *, padding_mode: str = "zeros", backend: str = "auto"
 ) -> Tensor:
-    """eca() written over x, for inference: a new output of 100 MB costs more than the arithmetic.
+    """eca() written over x, for inference. A new output of 100 MB costs more than the arithmetic.
 
     Args and errors as for eca().
 
@@ -111,7 +112,7 @@ def eca_(
         x.
 
     Raises:
-        RuntimeError: also where a gradient would need the x that is overwritten.
+        RuntimeError: also if a gradient would need the overwritten x.
     """
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)) or has_torch_function(
         (x, weight)
@@ -127,9 +128,9 @@ def pool(x: Tensor, *, backend: str = "auto") -> Tensor:
     """Means over the spatial positions, the global average pooling of channel attention.
 
     Summed in float32 (float64 for float64 x) and rounded once, to the dtype of x, which a network
-    of this dtype takes. x is read as by eca(), slices in place. The gradient is a view of N C
-    numbers. Plain PyTorch computes inside torch.func's transforms and in forward mode, and on the
-    CPU torch.compile gets plain operations to merge with their neighbours.
+    of this dtype takes. Slices are read in place, as by eca(). The gradient is a view of N C
+    numbers. Plain PyTorch computes inside torch.func's transforms and in forward mode. With "auto"
+    on the CPU, torch.compile gets plain operations, which it fuses with their neighbours.
 
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
@@ -139,9 +140,9 @@ def pool(x: Tensor, *, backend: str = "auto") -> Tensor:
         (N, C), in the dtype of x.
 
     Raises:
-        TypeError: x is no tensor or has an unsupported dtype.
+        TypeError: x is not a tensor or has an unsupported dtype.
         ValueError: the shape or the backend does not fit.
-        RuntimeError: the backend that was asked for cannot be used here.
+        RuntimeError: the requested backend cannot be used here.
     """
     if not isinstance(x, Tensor) or has_torch_function((x,)):
         return _overridden(pool, x, backend=backend)
@@ -149,24 +150,24 @@ def pool(x: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def rescale(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
-    """Every channel of x by its gate, y[n, c, s] = gate[n, c] * x[n, c, s].
+    """Every channel of x times its gate, y[n, c, s] = gate[n, c] * x[n, c, s].
 
-    Computed in float32 (float64 for float64 x) and rounded once. The gradients for x and the gate
-    come from one pass over dy and x, which is kept only where the gate needs a gradient. Gradients
-    that are to be differentiated (create_graph=True) are plain PyTorch's; else as for pool().
+    Computed in float32 (float64 for float64 x) and rounded once. One pass over dy and x gives the
+    gradients of x and the gate; x is kept only if the gate needs a gradient. Plain PyTorch computes
+    gradients that need gradients (create_graph=True). Transforms and torch.compile: as for pool().
 
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
-        gate: (N, C), of any of these dtypes, whatever that of x.
+        gate: (N, C), of any of these dtypes, also another than that of x.
         backend: "native", "triton", "reference", or "auto" for the best of them that works here.
 
     Returns:
         y of the shape, dtype and memory format of x.
 
     Raises:
-        TypeError: x or gate is no tensor or has an unsupported dtype.
+        TypeError: x or gate is not a tensor or has an unsupported dtype.
         ValueError: a shape, device or the backend does not fit.
-        RuntimeError: the backend that was asked for cannot be used here.
+        RuntimeError: the requested backend cannot be used here.
     """
     if not (isinstance(x, Tensor) and isinstance(gate, Tensor)) or has_torch_function((x, gate)):
         return _overridden(rescale, x, gate, backend=backend)
@@ -177,9 +178,9 @@ def rescale(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def linked_pool(x: Tensor, backend: str) -> tuple[Tensor, Tensor | None]:
-    """pool(x), and a token for the linked_rescale() of the same x, where that saves memory traffic.
+    """pool(x), and a token for linked_rescale() of the same x if that saves memory traffic.
 
-    The token is for one call. Args and errors as for pool().
+    A token is for one call. Args and errors as for pool().
     """
     if not isinstance(x, Tensor) or has_torch_function((x,)):
         return _overridden(linked_pool, x, backend=backend)
@@ -194,22 +195,22 @@ def linked_rescale(x: Tensor, gate: Tensor, token: Tensor | None, backend: str) 
 
 
 def plain(x: Tensor, weight: Tensor, padding_mode: str, inplace: bool) -> Tensor:
-    """eca(), or eca_(), of the backend "reference". Args as for eca()."""
+    """eca(), or eca_() if inplace, with the backend "reference". Args as for eca()."""
     run = eca_ if inplace else eca
     return run(x, weight, padding_mode=padding_mode, backend="reference")
 
 
 def plain_pool(x: Tensor) -> Tensor:
-    """pool() of the backend "reference"."""
+    """pool() with the backend "reference"."""
     return pool(x, backend="reference")
 
 
 def plain_rescale(x: Tensor, gate: Tensor) -> Tensor:
-    """rescale() of the backend "reference"."""
+    """rescale() with the backend "reference"."""
     return rescale(x, gate, backend="reference")
 
 
-# What torch.jit.script compiles in their place; a branch inside them would cost every call.
+# torch.jit.script compiles the twins instead. A branch inside the functions would cost every call.
 _twins: tuple[tuple[Any, Any], ...] = (
     (eca, torchscript.eca),
     (eca_, torchscript.eca_),

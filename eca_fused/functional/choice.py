@@ -1,4 +1,4 @@
-"""The one decision: which way computes a call."""
+"""Decides which way computes a call."""
 
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling

@@ -1,8 +1,8 @@
-"""Whether a layer's convolution is what its taps say, and the attention that calls it where not.
+"""Whether a layer's convolution does no more than apply its taps; attention that calls it if not.
 
-The kernels take the taps alone. Hooks, a wrapper such as LoRA's, a bias, a dilation, weights that
-are made in a hook (spectral norm, pruning) or that live elsewhere until it runs (sharded or
-offloaded): all of them count only where the convolution is called.
+The kernels take the taps alone. Some features take effect only if the convolution is called: hooks,
+a wrapper such as LoRA's, a bias, a dilation, weights made in a hook (spectral norm, pruning), and
+weights that are elsewhere until the call (sharded or offloaded).
 """
 
 from typing import Any
@@ -24,18 +24,18 @@ __all__ = ["as_it_takes", "by_calling", "plain_taps"]
 
 
 def plain_taps(conv: Any, own: bool, padded: bool) -> Tensor | None:
-    """The taps of a convolution that does no more than they say; None where it must be called.
+    """The taps of a convolution that only applies them; None if it does more and must be called.
 
     Args:
-        conv: a layer's convolution, or what has been put in its place.
-        own: taps of each channel's own, in as many groups; else shared ones.
-        padded: it may keep the length; else it has no padding.
+        conv: a layer's convolution, or a module that replaced it.
+        own: accept separate taps per channel, in as many groups; else only shared taps.
+        padded: accept padding that keeps the length; else only no padding.
 
     Returns:
         Its weight, plain or parametrized.
     """
     kind = type(conv)
-    # torch makes a class of its own for a module with parametrizations.
+    # A parametrized module has a class of its own, derived from the original one.
     if kind is not nn.Conv1d and not (kind.__bases__ == (nn.Conv1d,) and is_parametrized(conv)):
         return None
     if (
@@ -64,10 +64,10 @@ def plain_taps(conv: Any, own: bool, padded: bool) -> Tensor | None:
 
 
 def as_it_takes(conv: nn.Module, mean: Tensor) -> Tensor:
-    """The means in the dtype of its weights, which may stay in float32 under a half precision x.
+    """The means in the dtype of the weights, which may stay in float32 for a half precision x.
 
     Raises:
-        TypeError: they have another dtype, and there is no autocast.
+        TypeError: the weights have another dtype, and autocast is off.
     """
     for t in (getattr(conv, "weight", None), *conv.parameters()):
         if isinstance(t, Tensor) and t.is_floating_point():
@@ -78,12 +78,12 @@ def as_it_takes(conv: nn.Module, mean: Tensor) -> Tensor:
 
 
 def _pads(conv: Any) -> bool:
-    """Whether a convolution is without padding of its own, as that of timm's CecaModule."""
+    """Whether the means must be padded, because conv does not pad, as in timm's CecaModule."""
     return getattr(conv, "padding", None) in ((0,), 0) and getattr(conv, "kernel_size", 1) != (1,)
 
 
 def _around(mean: Tensor, padding_mode: str, pads: bool) -> Tensor:
-    """The means (N, C) as (N, 1, L): as they are, or with as many around as any tap reaches."""
+    """The means (N, C) as (N, 1, C), or as (N, 1, 3 C) with enough padding for any tap."""
     if padding_mode == "circular":
         return torch.cat([mean, mean, mean], 1).unsqueeze(1)
     if pads:
@@ -93,7 +93,7 @@ def _around(mean: Tensor, padding_mode: str, pads: bool) -> Tensor:
 
 
 def _own(rows: Tensor, channels: int) -> Tensor:
-    """What is made of _around(), (N, 1, L'), without what lies around: (N, C)."""
+    """The convolution's result (N, 1, L) without the channels from padding: (N, C)."""
     return rows.squeeze(1).narrow(1, (rows.shape[2] - channels) // 2, channels)
 
 
@@ -119,9 +119,9 @@ def _rows(conv: nn.Module, mean: Tensor, padding_mode: str) -> Tensor:
 def by_calling(
     x: Tensor, conv: nn.Module, padding_mode: str, backend: str, inplace: bool
 ) -> Tensor:
-    """Attention whose gate is what a convolution makes of the means: two passes over x, not one.
+    """Attention that calls a convolution to make its gate: two passes over x instead of one.
 
-    Args: as of ECALayer.
+    Args as for ECALayer.
 
     Raises:
         RuntimeError: inplace, where a gradient would need the x that is overwritten.

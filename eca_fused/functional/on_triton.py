@@ -1,4 +1,4 @@
-"""The ways on Triton's kernels, in a module of their own: importing it imports Triton."""
+"""The ways on Triton's kernels. A separate module, because importing it imports Triton."""
 
 from eca_fused.functional.ways import Ways
 from eca_fused.ops import triton

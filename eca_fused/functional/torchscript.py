@@ -1,10 +1,10 @@
-"""What this package's functions are for TorchScript, which compiles these in their place.
+"""The functions that TorchScript compiles in place of this package's own.
 
-A scripted layer runs the compiled operator where no gradient is needed, so that a process which
-loads it has to `import eca_fused` first. With fused=False it needs torch alone.
+A scripted layer runs the compiled operator if no gradient is needed, so a process that loads it
+must `import eca_fused` first. With fused=False it needs torch alone.
 
-A script cannot see Python's state: use_backend() and ECA_FUSED_BACKEND do nothing for it. What is
-traced keeps what "auto" meant in the meantime. Neither has Triton kernels, and says so.
+A script cannot see Python's state, so use_backend() and ECA_FUSED_BACKEND do not affect it. A trace
+keeps what "auto" meant while it was made. Neither has Triton kernels: asking for them is an error.
 """
 
 import torch
@@ -69,18 +69,18 @@ else:
 
 
 def _without_kernels(x: Tensor, backend: str) -> bool:
-    """Whether plain operations are asked for, or all that there is."""
+    """Whether plain operations are asked for, or are all that is available."""
     if backend == "triton":
         raise RuntimeError(
             "backend 'triton' cannot be used in TorchScript, which has no Triton kernels; "
-            "let it be 'auto' before the model is scripted or traced"
+            "set it to 'auto' before the model is scripted or traced"
         )
     if backend not in ["auto", "native", "reference"]:
         raise ValueError(f"expected backend as one of auto, native, reference, got '{backend}'")
     if backend == "native" and not _has_kernels(x):
         raise RuntimeError(
             f"backend 'native' cannot be used: there are no compiled kernels for {x.device} here; "
-            "let it be 'auto' before the model is scripted or traced"
+            "set it to 'auto' before the model is scripted or traced"
         )
     return backend == "reference" or not _has_kernels(x)
 
@@ -108,17 +108,17 @@ def eca(
     backend: str = "auto",
     out: Tensor | None = None,
 ) -> Tensor:
-    """eca() with a gradient from autograd, through plain operations whatever the backend.
+    """eca() whose gradient comes from autograd through plain operations, whatever the backend.
 
     Args:
         x: (N, C, *spatial).
         weight: (1 or C, 1, k).
-        padding_mode: as of eca().
+        padding_mode: as for eca().
         backend: "auto", "native" or "reference".
-        out: as of eca(), but y is copied to it.
+        out: as for eca(), but y is copied to it.
 
     Raises:
-        torch.jit.Error: where eca() raises, and for the backend "triton".
+        torch.jit.Error: if eca() would raise, and for the backend "triton".
     """
     if out is None:
         return _eca(x, weight, padding_mode, backend)

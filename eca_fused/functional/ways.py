@@ -1,4 +1,4 @@
-"""The ways in which a call can be computed, each with all the operations."""
+"""The ways to compute a call. Each has all the operations."""
 
 import functools
 from collections.abc import Callable
@@ -45,26 +45,22 @@ def _mode(circular: bool) -> str:
 
 
 def _is_special(t: Tensor) -> bool:
-    """Whether what writes it has more to do.
-
-    It was made in inference mode, or its numbers count with the other sign: torch gives no operator
-    such to write.
-    """
-    # torch.compile cannot trace these questions.
+    """Whether writing t needs extra steps: it is a negated view, or was made in inference mode."""
+    # torch.compile cannot trace these calls.
     return not is_compiling() and (t.is_neg() or t.is_inference())
 
 
 class Way:
     """One way to compute. Maps are x (N, C, *spatial), taps weight (1 or C, 1, k), gates (N, C).
 
-    Each method checks its tensors, and raises as the function of its name.
+    Each method checks its tensors, and raises the errors of the function with the same name.
     """
 
     def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
         raise NotImplementedError
 
     def eca_into(self, x: Tensor, weight: Tensor, circular: bool, out: Tensor) -> Tensor:
-        """y written into out."""
+        """Write y into out."""
         check(x, weight, circular)
         check_out(x, out)  # copy_() would broadcast
         check_no_gradient(x, weight, out)
@@ -73,7 +69,7 @@ class Way:
         return out.copy_(self.eca(x, weight, circular))
 
     def eca_(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
-        """y written over x."""
+        """Write y over x."""
         check(x, weight, circular)
         check_overwrites(x, weight)
         if _is_special(x):
@@ -87,7 +83,7 @@ class Way:
         raise NotImplementedError
 
     def linked_pool(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """pool(), and a token for linked_rescale() where that saves memory traffic."""
+        """pool(), and a token for linked_rescale() if that saves memory traffic."""
         return self.pool(x), None
 
     def linked_rescale(self, x: Tensor, gate: Tensor, token: Tensor | None) -> Tensor:
@@ -98,7 +94,7 @@ class Way:
 
 
 class Plain(Way):
-    """The definition: what there is without kernels, and what backend="reference" asks for."""
+    """The definition, for backend="reference" and for calls without kernels."""
 
     def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
         check(x, weight, circular)
@@ -114,7 +110,7 @@ class Plain(Way):
 
 
 class Graph(Way):
-    """Operations that round once, for what makes a graph of them: compilers, exporters."""
+    """Plain operations that round once, for compilers and exporters that build a graph."""
 
     def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
         check(x, weight, circular)
@@ -135,7 +131,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 class Scripted(Way):
-    """What torch.jit.trace records: whether a gradient is needed is known when the trace runs."""
+    """For torch.jit.trace. Scripted functions ask at run time whether a gradient is needed."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
@@ -168,7 +164,7 @@ class Scripted(Way):
 
 
 class TracedPlain(Scripted):
-    """The definition as torch.jit.trace records it; what is written in place, with its checks."""
+    """The definition, for torch.jit.trace. Writes in place are scripted, which keeps the checks."""
 
     def __init__(self) -> None:
         super().__init__("reference")
@@ -185,7 +181,7 @@ class TracedPlain(Scripted):
 
 
 class TracedToONNX(Way):
-    """Operations that ONNX has. Its exporter knows a write to a slice, and none to a whole map."""
+    """Operations that ONNX has. Its exporter knows writes to a slice, but not to a whole map."""
 
     def __init__(self) -> None:
         self.graph = Graph()
@@ -213,7 +209,7 @@ class TracedToONNX(Way):
 
 
 class Fused(Way):
-    """A backend's kernels. Its operators check, so that a good call pays for one check only."""
+    """A backend's kernels. Its operators check the arguments, so a valid call is checked once."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -299,9 +295,9 @@ class Fused(Way):
 
 
 class Compiling(Fused):
-    """Kernels inside a graph that torch.compile or torch.export makes.
+    """Kernels inside a graph of torch.compile or torch.export.
 
-    It checks before the call: up to torch 2.13 an operator's error has another type there.
+    It checks before the call, because up to torch 2.13 an operator's error has another type there.
     """
 
     def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
@@ -326,23 +322,23 @@ class Compiling(Fused):
         return super().rescale(x, gate)
 
     def linked_pool(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.pool(x), None  # the link is an attribute of a tensor, which no graph has
+        return self.pool(x), None  # the link is an attribute of a tensor, which a graph cannot have
 
 
 class ForTheCompiler(Graph):
-    """What backend="auto" is on the CPU under torch.compile.
+    """The way of backend="auto" on the CPU under torch.compile.
 
-    The compiler fuses plain operations with the addition and the ReLU that follow. Gradients of
-    maps with the channels innermost come from the kernels. A whole network's time by its time
-    without attention, compiled (batch 4, float32; benchmarks/results/cpu-networks.json):
+    The compiler fuses plain operations with the addition and the ReLU that follow. If the channels
+    are innermost, the kernels compute the gradients. Time of a whole compiled network over its time
+    without attention (batch 4, float32; benchmarks/results/cpu-networks.json):
 
-    | | so | with the kernels |
+    | | this way | with the kernels |
     |---|---|---|
     | inference | 0.98 to 1.05 | 1.05 to 1.11 |
     | training step, contiguous | 1.03 to 1.05 | 1.07 to 1.09 |
     | training step, channels_last | 1.00 to 1.02 | - (plain ECA 1.06) |
 
-    A layer that is compiled alone has nothing to fuse with, and is faster with backend="native".
+    A layer compiled alone has nothing to fuse with, and is faster with backend="native".
     """
 
     def __init__(self, kernels: Kernels) -> None:
@@ -360,7 +356,7 @@ class ForTheCompiler(Graph):
 
 
 class Transformed(Graph):
-    """Inside torch.func's transforms and forward-mode AD, which have rules for the kernels."""
+    """For torch.func's transforms and forward-mode AD, with rules for the kernels."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
@@ -370,7 +366,7 @@ class Transformed(Graph):
 
 
 class Ways:
-    """Those of one backend's kernels."""
+    """The ways on one backend's kernels."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels

@@ -1,7 +1,7 @@
 """ResNets and MobileNetV2 with ECA, with another channel attention, or with none.
 
-One definition of each network; parameters are named as torchvision's and as the ECA-Net authors'.
-The detectors, in detection.py, need torchvision, and are imported from there.
+Each network has one definition. Parameters have the names of torchvision and the ECA-Net authors.
+The detectors need torchvision and are imported from detection.py.
 """
 
 from collections.abc import Sequence
@@ -57,11 +57,11 @@ def resnet(
     Args:
         depth: 18, 34, 50, 101 or 152.
         attention: the method, a key of attention.METHODS; "none" for none.
-        kernel_sizes: "authors" for those of the authors' checkpoint of this depth, where the method
-            has kernel sizes; or as ResNet takes them: a digit for each stage, an int for each
-            block, None for the adaptive rule.
+        kernel_sizes: "authors" for those of the authors' checkpoint of this depth, if the method
+            has kernel sizes; or as for ResNet: a digit for each stage, an int for each block, None
+            for the adaptive rule.
         num_classes: number of logits, from 1 up.
-        options: others of ResNet's: options, fused, backend, device, dtype.
+        options: other options of ResNet: options, fused, backend, device, dtype.
 
     Returns:
         A ResNet from images (N, 3, H, W) to logits (N, num_classes).
@@ -87,18 +87,18 @@ def mobilenetv2(
 ) -> MobileNetV2:
     """A MobileNetV2 with random weights, with any channel attention but SE-GC1 and SE-GC2.
 
-    Those two need multiples of 16 channels, and its second stage has 24.
+    Those two need multiples of 16 channels, but the second stage has 24.
 
-    The counts that ECA-Net publishes for its MobileNetV2 with SE are those of reduction 8:
+    The numbers that ECA-Net publishes for MobileNetV2 with SE are for reduction 8:
     `mobilenetv2("se", options={"reduction": 8})`.
 
     Args:
         attention: the method, a key of attention.METHODS; "none" for none.
-        kernel_sizes: "authors" for those of the authors' checkpoint, where the method has kernel
-            sizes: 1 below 96 output channels, else 3; or as MobileNetV2 takes them: a digit for
-            each stage, an int for each block, None for the adaptive rule.
+        kernel_sizes: "authors" for those of the authors' checkpoint, if the method has kernel
+            sizes: 1 below 96 output channels, else 3; or as for MobileNetV2: a digit for each
+            stage, an int for each block, None for the adaptive rule.
         num_classes: number of logits, from 1 up.
-        options: others of MobileNetV2's: options, dropout, fused, backend, device, dtype.
+        options: other options of MobileNetV2: options, dropout, fused, backend, device, dtype.
 
     Returns:
         A MobileNetV2 from images (N, 3, H, W) to logits (N, num_classes).
@@ -178,7 +178,7 @@ def set_fused(model: nn.Module, fused: bool) -> int:
 def _resolved(
     attention: str, kernel_sizes: str | Sequence[int] | None, authors: str
 ) -> str | Sequence[int] | None:
-    """The kernel sizes that "authors" stands for; others as they are."""
+    """The kernel sizes that "authors" stands for; any other value unchanged."""
     if kernel_sizes != "authors":
         return kernel_sizes
     return authors if methods.method(attention).sized else None

@@ -1,12 +1,12 @@
-"""Faster R-CNN, Mask R-CNN and RetinaNet on our ResNets, made of torchvision's parts.
+"""Faster R-CNN, Mask R-CNN and RetinaNet on our ResNets, built from torchvision's parts.
 
 This module alone needs torchvision, so eca_fused.models does not import it:
 
 >>> from eca_fused.models.detection import faster_rcnn  # doctest: +SKIP
 >>> model = faster_rcnn(50, "eca")  # doctest: +SKIP
 
-What torchvision leaves open is as in MMDetection (Chen et al., 2019), in which the authors of
-ECA-Net trained theirs. State dicts are named as torchvision's, with the attention in the blocks.
+Choices that torchvision leaves open follow MMDetection (Chen et al., 2019), which the authors of
+ECA-Net used. State dicts have torchvision's names, with the attention in the blocks.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ try:
     from torchvision.models.detection.backbone_utils import BackboneWithFPN
     from torchvision.models.detection.transform import GeneralizedRCNNTransform
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7
-except Exception as error:  # one that does not fit torch fails with a RuntimeError
+except Exception as error:  # a torchvision that does not fit torch raises a RuntimeError
     raise ImportError(
         "the detectors need torchvision, in the release that belongs to torch "
         f"{torch.__version__}: pip install 'eca-fused[detection]'"
@@ -44,7 +44,7 @@ __all__ = [
 
 COCO = 80  # classes
 STAGES = ("layer1", "layer2", "layer3", "layer4")
-# Kernel sizes of the authors' detectors, where they are not those of the ImageNet network.
+# Kernel sizes of the authors' detectors that differ from those of the ImageNet network.
 AUTHORS = {("faster_rcnn", 50): "5555", ("mask_rcnn", 50): "3377"}
 
 
@@ -54,8 +54,8 @@ class Detector:
 
     Args:
         build: torchvision's class.
-        stages: of the ResNet that the pyramid starts from.
-        first_label: of the classes in targets and detections; what is below is the background.
+        stages: of the ResNet, from which the pyramid starts.
+        first_label: of the classes in targets and detections; a lower label is the background.
     """
 
     build: Any
@@ -74,15 +74,15 @@ class Pyramid(BackboneWithFPN):  # type: ignore[misc]
     """torchvision's feature pyramid over a ResNet, whose batch norms may keep their statistics.
 
     Args:
-        norm_eval: batch norms of the ResNet stay in evaluation mode while it trains; those whose
-            parameters are frozen always do.
+        norm_eval: keep the batch norms of the ResNet in evaluation mode while it trains. Those with
+            frozen parameters always stay in it.
         arguments: of BackboneWithFPN.
     """
 
     def __init__(self, *arguments: Any, norm_eval: bool) -> None:
         super().__init__(*arguments)
         self.norm_eval = norm_eval
-        self.train()  # what a new module is, so its batch norms too are as they shall be
+        self.train()  # a new module is in training mode; this also sets its batch norms
 
     def train(self, mode: bool = True) -> "Pyramid":
         super().train(mode)
@@ -112,24 +112,25 @@ def detector(
     """A detector with random weights, on a ResNet with any channel attention.
 
     Faster R-CNN (Ren et al., 2015), Mask R-CNN (He et al., 2017) and RetinaNet (Lin et al., 2017),
-    on a feature pyramid (Lin et al., 2017). Weights of a ResNet trained on ImageNet load by
-    `model.backbone.body.load_state_dict(weights, strict=False)`, which leaves only fc.* unused.
+    on a feature pyramid (Lin et al., 2017). To load a ResNet trained on ImageNet, call
+    `model.backbone.body.load_state_dict(weights, strict=False)`; only fc.* stays unused.
 
     Args:
         name: "faster_rcnn", "mask_rcnn" or "retinanet".
         depth: of the ResNet: 18, 34, 50, 101 or 152.
         attention: the method, a key of attention.METHODS; "none" for none.
-        kernel_sizes: "authors" for those of the authors' detector, or, where they published none,
-            of their ImageNet network of this depth; or as ResNet takes them.
+        kernel_sizes: "authors" for those of the authors' detector or, if they published none, of
+            their ImageNet network of this depth; or as for ResNet.
         num_classes: of objects, without the background.
         channels: of the pyramid's maps.
-        trainable_layers: how many parts of the ResNet train, counted from the last: 3 leaves its
-            stem and its first stage as they are, 5 trains all, 0 none.
-        norm_eval: batch norms of the ResNet use their running statistics in training too, for the
-            small batches of detectors; their weights and biases train.
+        trainable_layers: how many parts of the ResNet train, counted from the last: 3 freezes its
+            stem and its first stage, 5 trains all, 0 none.
+        norm_eval: use the running statistics of the ResNet's batch norms in training too, because
+            batches of detectors are small; their weights and biases still train.
         body: other options of resnet(): options, fused, backend.
         device, dtype: of the parameters.
-        options: others of torchvision's class, such as min_size, max_size and box_score_thresh.
+        options: other options of torchvision's class, such as min_size, max_size and
+            box_score_thresh.
 
     Returns:
         torchvision's FasterRCNN, MaskRCNN or RetinaNet: in training from lists of images (3, H, W)
@@ -199,17 +200,17 @@ def retinanet(
 
 
 class FixedRegions(nn.Module):
-    """A detector's convolutions and fully connected layers, on a number of regions that is given.
+    """A detector's convolutions and fully connected layers, on a given number of regions.
 
-    How many regions a detector looks at depends on the image, so FLOPs are counted on this instead,
-    with as many regions as MMDetection counts with. It selects nothing, so it runs without memory.
+    The number of regions a detector looks at depends on the image. So FLOPs are counted on this
+    module, with as many regions as in MMDetection. It selects nothing, so it runs without memory.
 
     Args:
-        model: of detector().
-        regions, masks: for the boxes and for the masks of an R-CNN.
+        model: from detector().
+        regions, masks: numbers of regions for the boxes and for the masks of an R-CNN.
 
     Shape:
-        (N, 3, H, W) to the pyramid's maps (N, channels, h, w), from the largest on.
+        (N, 3, H, W) to the pyramid's maps (N, channels, h, w), the largest first.
     """
 
     def __init__(self, model: nn.Module, regions: int = 1000, masks: int = 100) -> None:
@@ -233,13 +234,13 @@ class FixedRegions(nn.Module):
 
     @staticmethod
     def _pooled(pool: Any, like: Tensor, regions: int) -> Tensor:
-        """What the regions' maps are like: (regions, channels, side, side)."""
+        """Maps of zeros in place of the regions' maps: (regions, channels, side, side)."""
         return like.new_zeros(regions, like.shape[1], *pool.output_size)
 
 
 def _check_options(kind: Any, options: Mapping[str, Any]) -> None:
-    """Raise TypeError for options that torchvision's classes would take and forget."""
-    # What the detector does not know itself it hands to its transform, and that to nobody.
+    """Raise TypeError for options that torchvision's classes would accept and ignore."""
+    # A detector passes unknown options on to its transform, which ignores those it does not know.
     known = {
         name
         for part in (kind, GeneralizedRCNNTransform)
@@ -248,12 +249,12 @@ def _check_options(kind: Any, options: Mapping[str, Any]) -> None:
     if unknown := sorted(set(options) - known):
         raise TypeError(
             f"expected options of {kind.__name__}, got {', '.join(unknown)}; "
-            "those of the ResNet, such as fused and backend, go into body="
+            "pass those of the ResNet, such as fused and backend, in body="
         )
 
 
 def _freeze(network: nn.Module, trainable_layers: int) -> None:
-    """Leave all but so many parts of a ResNet, counted from the last, as they are."""
+    """Freeze all but the given number of parts of a ResNet, counted from the last."""
     if trainable_layers not in range(len(STAGES) + 2):
         raise ValueError(f"expected trainable_layers from 0 to 5, got {trainable_layers!r}")
     if trainable_layers > len(STAGES):

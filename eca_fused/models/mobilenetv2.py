@@ -1,7 +1,7 @@
 """MobileNetV2 of Sandler et al. (2018) with channel attention in its blocks.
 
-Parameters are named as torchvision's; attention comes last in the `conv` of each block, where the
-authors of ECA-Net have it, so that checkpoints of both load.
+Parameters have torchvision's names. Attention comes last in the `conv` of each block, as in the
+code of ECA-Net, so checkpoints of both load.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,14 +28,14 @@ FIRST, LAST = 32, 1280  # channels before the first block and after the last
 
 
 class InvertedResidual(nn.Module):
-    """A 1x1 expansion, a 3x3 depthwise and a 1x1 convolution, then attention; added to the input.
+    """A 1x1 expansion, a 3x3 depthwise convolution, a 1x1 convolution, then attention.
 
-    The input is added where the shapes are the same.
+    If the shapes are the same, the input is added.
 
     Args:
         inplanes, planes: channels of input and output.
         stride: of the depthwise convolution.
-        expansion: of the channels in between; at 1 the first convolution is left out.
+        expansion: of the hidden channels; 1 leaves the first convolution out.
         attention: a module from map to map, applied after the last batch norm.
         device, dtype: of the parameters.
 
@@ -77,7 +77,7 @@ class MobileNetV2(nn.Module):
     """MobileNetV2 (Sandler et al., CVPR 2018), of width 1, with channel attention in every block.
 
     Attention comes after a block's last batch norm and before the residual addition, as in the code
-    of ECA-Net (Wang et al., CVPR 2020). Weights start as torchvision's do.
+    of ECA-Net (Wang et al., CVPR 2020). Weights are initialised as in torchvision.
 
     Args:
         kernel_sizes: k of the ECA layers: a string of seven odd digits, one for each stage
@@ -87,7 +87,7 @@ class MobileNetV2(nn.Module):
         attention: the method, a key of attention.METHODS; "none" is torchvision's network.
         options: of the method, such as {"reduction": 8}.
         dropout: probability before the classifier.
-        fused, backend: of the methods that run on the fused kernels, see ECALayer.
+        fused, backend: for methods that run on the fused kernels, see ECALayer.
         device, dtype: of the parameters.
 
     Shape:

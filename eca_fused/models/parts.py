@@ -1,4 +1,4 @@
-"""What the networks share: convolutions, the attention of a block, its kernel size."""
+"""Parts that the networks share: convolutions, a block's attention, its kernel size."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ __all__ = ["BlockAttention", "block_kernel_sizes", "conv"]
 
 @dataclass(frozen=True)
 class BlockAttention:
-    """The attention of a network's blocks: which method, and with which options.
+    """The attention of a network's blocks: a method and its options.
 
     Args:
         name: of the method, a key of attention.METHODS.
-        fused, backend: for the methods that run on the fused kernels.
-        options: others of the method's, such as reduction.
+        fused, backend: for methods that run on the fused kernels.
+        options: other options of the method, such as reduction.
         device, dtype: of the parameters.
 
     Raises:
@@ -44,7 +44,7 @@ class BlockAttention:
         return attention.METHODS[self.name].key
 
     def make(self, channels: int, k: int) -> nn.Module:
-        """The module for a block of so many channels, with k taps if the method has taps."""
+        """The module for a block with this many channels, with k taps if the method has taps."""
         method = attention.METHODS[self.name]
         given: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         if method.sized:
@@ -91,7 +91,7 @@ def block_kernel_sizes(
         kernel_sizes: a string of odd digits or odd ints, one for each stage or one for each block;
             None for the adaptive rule, and for methods without a kernel size.
         channels: of each stage's output.
-        blocks: of each stage.
+        blocks: their number in each stage.
         example: for messages, a string of kernel sizes.
 
     Raises:

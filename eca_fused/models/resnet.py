@@ -1,6 +1,6 @@
 """The residual networks of He et al. (2016) with channel attention in their blocks.
 
-Parameters are named as torchvision's, and the taps of each block `eca.conv.weight`, so that the
+Parameters have torchvision's names, and the taps of each block are `eca.conv.weight`, so the
 authors' checkpoints load.
 """
 
@@ -19,7 +19,7 @@ POSITIONS = ("all", "last")
 
 
 class _Block(nn.Module):
-    """Has its attention under the name `key`, as a checkpoint of that method has it."""
+    """A block with its attention under the name `key`, as in checkpoints of that method."""
 
     key: str
 
@@ -41,7 +41,7 @@ class BasicBlock(_Block):
         planes: channels of the convolutions; the output has planes * expansion channels.
         stride: of the first 3x3 convolution.
         attention: a module from map to map, applied after the last batch norm.
-        downsample: brings the input to the shape of the output; None where it has it already.
+        downsample: brings the input to the shape of the output; None if it already has that shape.
         key: the name of the attention in the block, and so in state dicts.
         device, dtype: of the parameters.
 
@@ -86,7 +86,7 @@ class Bottleneck(_Block):
 
     The stride is on the 3x3 convolution, as in torchvision and in the authors' code.
 
-    Args, shape: as of BasicBlock, with the stride on the second convolution.
+    Args, shape: as for BasicBlock, with the stride on the second convolution.
     """
 
     expansion = 4
@@ -128,22 +128,22 @@ class ResNet(nn.Module):
     """ResNet (He et al., "Deep Residual Learning", CVPR 2016) with channel attention in its blocks.
 
     Attention comes after a block's last batch norm and before the residual addition, as in the code
-    of ECA-Net (Wang et al., CVPR 2020). Weights start as torchvision's do: convolutions from
-    Kaiming's normal distribution (fan-out), batch norms at 1 and 0.
+    of ECA-Net (Wang et al., CVPR 2020). Weights are initialised as in torchvision: convolutions
+    from Kaiming's normal distribution (fan-out), batch norms at 1 and 0.
 
     Args:
         block: BasicBlock or Bottleneck.
         layers: number of blocks of each of the four stages, such as (3, 4, 6, 3).
         kernel_sizes: k of the ECA layers: a string of four odd digits, one for each stage, as in
             the names of the authors' checkpoints ("3557"); four odd ints, or one for each block; or
-            None for the adaptive rule on each block's output channels (eca_fused.kernel_size()).
+            None for the adaptive rule on each block's output channels, adaptive_kernel_size().
             None for methods without a kernel size.
         num_classes: number of logits, from 1 up.
         attention: the method, a key of attention.METHODS; "none" is torchvision's network.
         options: of the method, such as {"reduction": 8}.
         positions: "all" blocks have attention, or the "last" of each stage.
         last_stride: of the fourth stage, 2 or, as in GSoP-Net1, 1.
-        fused, backend: of the methods that run on the fused kernels, see ECALayer.
+        fused, backend: for methods that run on the fused kernels, see ECALayer.
         device, dtype: of the parameters.
 
     Shape:

@@ -1,1 +1,1 @@
-"""Who computes: the backends with their kernels, and what all of them share."""
+"""The backends, their kernels, and what all backends share."""

@@ -1,4 +1,4 @@
-"""The backends by name: which there are, which works here, and which one a call gets."""
+"""Names of the backends, which of them work here, and which one a call gets."""
 
 import functools
 import os
@@ -21,11 +21,11 @@ NAMES = ("auto", "native", "triton", "reference")
 
 @dataclass(frozen=True)
 class Backend:
-    """Whether a backend can be used here; true in a condition if so.
+    """Whether a backend can be used here. It is truthy if so.
 
     Attributes:
-        usable: It can be used, at least on one kind of device.
-        detail: What it runs on, or the reason why it cannot be used.
+        usable: It can be used on at least one type of device.
+        detail: What it runs on, or why it cannot be used.
         devices: The types of device it runs on; None for any.
     """
 
@@ -41,7 +41,7 @@ class Backend:
 
 
 def backends() -> dict[str, Backend]:
-    """The backends by name, each with its `usable` and a `detail` that gives the reason if not."""
+    """Every backend by name. Each has `usable` and a `detail`, which gives the reason if not."""
     found = {
         "native": Backend(
             native.missing is None, native.missing or native.description, native.devices
@@ -56,7 +56,7 @@ def backends() -> dict[str, Backend]:
 
 
 def check_backend(name: str, what: str = "backend") -> str:
-    """Return name, or raise ValueError where it names no backend."""
+    """Return name, or raise ValueError if it is not the name of a backend."""
     if name not in NAMES:
         raise ValueError(f"expected {what} as one of {', '.join(NAMES)}, got {name!r}")
     return name
@@ -64,7 +64,7 @@ def check_backend(name: str, what: str = "backend") -> str:
 
 @functools.cache
 def _triton_missing() -> str | None:
-    """Why there is no Triton that can run, or None. The first call imports it."""
+    """Why Triton cannot run here, or None. The first call imports Triton."""
     try:
         import triton
     except Exception as error:  # a broken installation may fail in any way
@@ -76,7 +76,7 @@ def _triton_missing() -> str | None:
         if not triton.knobs.runtime.interpret:
             triton.runtime.driver.active.get_current_target()
     except Exception as error:
-        return f"Triton finds no driver of a GPU ({type(error).__name__}: {error})"
+        return f"Triton finds no GPU driver ({type(error).__name__}: {error})"
     try:
         _triton()
     except Exception as error:
@@ -94,17 +94,17 @@ def _triton_unsupported(kind: str) -> str | None:
     if reason is None and kind not in _triton().devices | {"meta"}:
         reason = f"the Triton kernels do not run on {kind}"
         if kind == "cpu":
-            reason += ", but for tests in Triton's interpreter: set TRITON_INTERPRET=1"
+            reason += "; for tests, set TRITON_INTERPRET=1, which runs them in Triton's interpreter"
     return reason
 
 
-# Process-wide, like torch.backends' flags. Read here, as torch.compile would compile again after a
-# first call that sets it; checked when it is used, as an import must not fail.
-_default = os.environ.get("ECA_FUSED_BACKEND") or "auto"  # empty is as if it were not set
+# Process-wide, like the flags of torch.backends. Read at import: if the first call set it,
+# torch.compile would compile again. Checked when used, because an import must not fail.
+_default = os.environ.get("ECA_FUSED_BACKEND") or "auto"  # an empty variable counts as not set
 
 
 def named(backend: str) -> str:
-    """The backend that a name stands for: what use_backend() chose, for "auto"."""
+    """The name itself; for "auto", the backend that use_backend() chose."""
     return _default if backend == "auto" else backend
 
 
@@ -112,8 +112,8 @@ def named(backend: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Make `name` what backend="auto" means inside a with block, in all threads.
 
-    What torch.jit.trace() or torch.export() makes keeps what "auto" meant in the meantime; of this,
-    torch.jit.script() sees nothing.
+    A graph from torch.jit.trace() or torch.export() keeps what "auto" meant during the trace.
+    torch.jit.script() does not see this setting.
 
     Args:
         name: "auto", "native", "triton" or "reference".
@@ -134,7 +134,7 @@ _warned: set[str] = set()
 
 @folded  # torch.compile cannot trace a warning
 def warn_once(message: str) -> None:
-    """Warn, the first time this process has this message, of the line that called eca_fused."""
+    """Warn once per process and message, at the line that called eca_fused."""
     if message in _warned:
         return
     _warned.add(message)
@@ -150,8 +150,8 @@ def warn_once(message: str) -> None:
 def select(x: Tensor, backend: str) -> Kernels | None:
     """The kernels for x, or None for plain PyTorch.
 
-    "auto" takes the best that works, and warns once where that is not the native one. It never
-    takes Triton on the CPU, where only the interpreter runs it.
+    "auto" takes the best backend that works, and warns once if that is not the native one. It
+    never takes Triton on the CPU, where only Triton's interpreter runs.
 
     Raises:
         ValueError: unknown backend.
@@ -187,7 +187,7 @@ def select(x: Tensor, backend: str) -> Kernels | None:
         return None
     raise RuntimeError(
         f"backend {backend!r}, which {source} asked for, cannot be used: {reason}; "
-        "let it be 'auto', which takes the best that works"
+        "use 'auto', which takes the best backend that works"
     )
 
 

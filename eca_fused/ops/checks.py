@@ -1,7 +1,7 @@
 """What the operations accept, in one place, with messages that say what to do.
 
-torch.jit.script compiles check(), check_map() and what they call, and reads only a part of Python:
-no constants of a module, no types of tensors and no names of dtypes.
+torch.jit.script compiles check(), check_map() and what they call. It understands only a part of
+Python: no module constants, no tensor types and no names of dtypes.
 """
 
 import torch
@@ -48,7 +48,7 @@ def check_kernel_size(k: int) -> None:
 
 
 def check_wraps_once(channels: int, k: int, circular: bool) -> None:
-    """Raise ValueError where circular padding would reach a channel twice."""
+    """Raise ValueError if circular padding would wrap around more than once."""
     if circular and k // 2 > channels:
         raise ValueError(
             f"circular padding would wrap around more than once: k = {k} needs {k // 2} channels "
@@ -94,8 +94,8 @@ def check_x(x: Tensor) -> None:
     """Check the argument of pool().
 
     Raises:
-        TypeError: x is no tensor, or has an unsupported dtype.
-        ValueError: it has no shape of a map.
+        TypeError: x is not a tensor, or has an unsupported dtype.
+        ValueError: x is not of shape (N, C, *spatial).
     """
     check_tensor("x", x)
     if x.dim() < 2 or x.dim() > 5:
@@ -107,12 +107,12 @@ def check_x(x: Tensor) -> None:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether a convolution of x may have weights of another dtype."""
+    """Whether autocast is on for x: then a convolution takes weights of another dtype."""
     return torch.is_autocast_enabled(x.device.type)
 
 
 def wrong_taps_dtype(x: Tensor, weight: Tensor) -> str:
-    """What is wrong with taps that have neither float32 nor the dtype of x."""
+    """The error message for taps that are neither float32 nor of the dtype of x."""
     own = "" if x.dtype == torch.float32 else f" or {_dtype(x)}, the dtype of x"
     return (
         f"expected taps of dtype torch.float32{own}, got {_dtype(weight)}; "
@@ -124,7 +124,7 @@ def check(x: Tensor, weight: Tensor, circular: bool) -> None:
     """Check the arguments of eca().
 
     Raises:
-        TypeError: x or weight is no tensor, or has an unsupported dtype.
+        TypeError: x or weight is not a tensor, or has an unsupported dtype.
         ValueError: a shape or the device of the taps does not fit.
     """
     check_tensor("x", x)
@@ -156,7 +156,7 @@ def check_gate(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> None:
     """Check the arguments of rescale().
 
     Raises:
-        TypeError: x, gate or shift is no tensor, or has an unsupported dtype.
+        TypeError: x, gate or shift is not a tensor, or has an unsupported dtype.
         ValueError: a shape or the device of the gate or the shift does not fit.
     """
     check_x(x)
@@ -178,13 +178,13 @@ def check_gate(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> None:
 
 
 def check_map(x: Tensor, channels: int, spatial: int | None = None) -> None:
-    """Raise TypeError or ValueError unless x is a map of so many channels and spatial dimensions.
+    """Raise TypeError or ValueError unless x has these numbers of channels and spatial dimensions.
 
-    For gates of so many channels, whose network would give an error of its own, or broadcast. 0 is
-    any number of channels, None any number of spatial dimensions from 0 to 3.
+    For gates built for a number of channels: their network would raise an unrelated error, or
+    broadcast. channels=0 accepts any number, spatial=None accepts 0 to 3 dimensions.
     """
     if not is_scripting():
-        if is_tracing():  # by torch.jit.trace, which would record none of this, and warns of it
+        if is_tracing():  # torch.jit.trace would record none of this, and warn about it
             return
         if not isinstance(x, Tensor):
             if has_torch_function((x,)):  # a proxy of torch.fx, which has no shape yet
@@ -203,11 +203,11 @@ def check_map(x: Tensor, channels: int, spatial: int | None = None) -> None:
 
 
 def check_out(x: Tensor, out: Tensor) -> None:
-    """Check the memory for a result that is like x.
+    """Check the preallocated output for a result like x.
 
     Raises:
-        TypeError: out is no tensor, or has not the dtype of x.
-        ValueError: it has not the shape of x, or is on another device.
+        TypeError: out is not a tensor, or does not have the dtype of x.
+        ValueError: out does not have the shape of x, or is on another device.
     """
     check_tensor("out", out)
     if out.shape != x.shape or out.device != x.device:
@@ -237,7 +237,7 @@ def check_dy(x: Tensor, dy: Tensor) -> None:
 
 
 def check_saved(x: Tensor, mean: Tensor, gate: Tensor) -> None:
-    """Raise ValueError unless mean and gate are what a forward pass of x saves: (N, C)."""
+    """Raise ValueError unless mean and gate are (N, C) as a forward pass of x saves them."""
     _check_same("mean", mean, x, 2, sums_dtype(x))
     _check_same("gate", gate, x, 2, sums_dtype(x))
 
@@ -246,7 +246,7 @@ def check_saved(x: Tensor, mean: Tensor, gate: Tensor) -> None:
 
 
 def check_writable(name: str, t: Tensor) -> None:
-    """Raise RuntimeError where t was made in inference mode, and this is outside of it."""
+    """Raise RuntimeError if t was made in inference mode and the call is outside of it."""
     if t.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             f"{name} was made in inference mode and cannot be written in place outside of it; "
@@ -255,12 +255,12 @@ def check_writable(name: str, t: Tensor) -> None:
 
 
 def needs_grad(x: Tensor, other: Tensor) -> bool:
-    """Whether autograd records what is made of these."""
+    """Whether autograd records an operation on these tensors."""
     return torch.is_grad_enabled() and (x.requires_grad or other.requires_grad)
 
 
 def check_overwrites(x: Tensor, weight: Tensor) -> None:
-    """Raise RuntimeError where a gradient would need the x that eca_() writes over."""
+    """Raise RuntimeError if a gradient would need the x that eca_() overwrites."""
     if needs_grad(x, weight):
         which = "x" if x.requires_grad else "the taps"
         raise RuntimeError(
@@ -270,7 +270,7 @@ def check_overwrites(x: Tensor, weight: Tensor) -> None:
 
 
 def check_no_gradient(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Raise RuntimeError where a gradient of what is written into out would be needed."""
+    """Raise RuntimeError if the result written into out would need a gradient."""
     if needs_grad(x, weight) or (torch.is_grad_enabled() and out.requires_grad):
         raise RuntimeError(
             "what eca() writes into out= has no gradient; leave out= away, or call this in "

@@ -1,4 +1,4 @@
-"""plan(): how the CUDA kernels would run a call, and what that moves. Needs no GPU."""
+"""plan(): how the CUDA kernels would run a call, and the bytes they would move. Needs no GPU."""
 
 import math
 import re
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "gpu_limits", "plan"]
 
-# The planner counts in 64 bits; no GPU holds as much as this.
+# Keeps the planner's 64-bit counts from overflowing. No GPU holds this much.
 MOST_BYTES = 2**42
 
 
@@ -31,53 +31,54 @@ MOST_BYTES = 2**42
 class Plan:
     """How the CUDA kernels run one call on one GPU; made by plan().
 
-    The strategies, by what a block keeps on chip between the sums and the rescaling. In registers:
+    Strategies differ in what a block keeps on chip between summing and rescaling. In registers:
 
-    - "rows": whole planes (contiguous) of a tile of channels and of its halo, a team of threads
-      each.
-    - "runs": the run of a tile's planes, where they do not begin at multiples of 16 bytes.
-    - "columns": columns of 16 bytes of channels by all pixels (channels_last), and one more on each
-      side.
-    - "kept": a part of a sample's pixels (channels_last), in shared memory too; the blocks of a
+    - "rows": whole planes (contiguous) of a tile of channels and its halo; one team of threads
+      per plane.
+    - "runs": the planes of a tile and its halo (contiguous) as one run of elements; the planes
+      need not begin at multiples of 16 bytes.
+    - "columns": columns (channels_last), each 16 bytes of channels at every pixel; one more column
+      on each side is the halo.
+    - "kept": a part of a sample's pixels (channels_last), partly in shared memory; the blocks of a
       sample add up their sums.
 
-    In shared memory, for what those cannot hold:
+    In shared memory, for what registers cannot hold:
 
-    - "tile": whole planes of a tile of channels and of its halo, one block each.
+    - "tile": whole planes of a tile of channels and its halo; one block per tile.
     - "split_tile": the same, split over a group of blocks that exchange their sums.
-    - "split_pixels": the pixels of a tile of channels, split over a group likewise.
+    - "split_pixels": the pixels of a tile of channels (channels_last), split over such a group.
 
     Nothing:
 
-    - "stream": pixels; blocks that sum and blocks that rescale in one launch, the second out of L2.
-    - "two_pass": two passes over a few samples at a time, the second out of the L2 cache if they
-      fit into half of it.
+    - "stream": (channels_last) some blocks sum and others rescale out of L2, in one launch.
+    - "two_pass": two passes over a few samples at a time; the second reads from the L2 cache if
+      the samples fit into half of it.
 
     Attributes:
-        strategy: one of these.
-        exchange: How the blocks of a group tell each other their sums: "none" (groups of one),
-            "cluster" (distributed shared memory) or "global" (memory).
-        vectors: Rows begin at multiples of 16 bytes and are read by vectors of 16 bytes.
-        tile: Channels that a group of blocks stores; of "two_pass", only a number in the model.
-        halo: Channels held on either side of a tile for the taps that reach there; 0 where a tile
-            is all channels.
+        strategy: One of these.
+        exchange: How the blocks of a group exchange their sums: "none" (groups of one),
+            "cluster" (distributed shared memory) or "global" (global memory).
+        vectors: Whether rows begin at multiples of 16 bytes and are read in 16-byte vectors.
+        tile: Channels that a group of blocks stores; for "two_pass", only a number in the model.
+        halo: Channels held on each side of a tile for the taps that reach there; 0 if a tile has
+            all channels.
         tiles: Tiles in a sample.
-        group: Blocks that share a tile. Those that share a sample of "kept" or "stream" are parts.
+        group: Blocks that share a tile. Blocks that share a sample ("kept", "stream") are parts.
         chunk: Samples in a pair of passes of "two_pass", or in a group of "stream"; else the batch.
         parts: Parts of a plane (contiguous) or of a sample's pixels (channels_last) that different
             warps or blocks sum, for "two_pass", "kept" and "stream"; 1 for the others.
         threads: Threads in a block.
-        depth: Vectors of 16 bytes in a thread's registers; 0 where none are kept there.
+        depth: 16-byte vectors in a thread's registers; 0 if the strategy keeps none there.
         spare: More such vectors, in shared memory, for "kept"; 0 for the others.
         blocks: Blocks in a launch.
-        launches: Kernel launches in the call. All but those in shared memory make dweight in one of
-            its own.
+        launches: Kernel launches in the call. The strategies in shared memory compute dweight in
+            the same launch; the others use one more.
         shared_bytes: Shared memory of a block, in bytes.
         occupancy: Blocks that fit on a multiprocessor at a time.
         workspace_bytes: Bytes of temporary GPU memory.
-        map_bytes: Bytes of the feature maps, each once: x and y, or dy, x and dx.
+        map_bytes: Bytes of the feature maps, each counted once: x and y, or dy, x and dx.
         dram_bytes: Modelled: bytes read from and written to DRAM.
-        l2_bytes: Modelled: bytes asked of the L2 cache, with halos and second passes.
+        l2_bytes: Modelled: bytes requested from the L2 cache, with halos and second passes.
     """
 
     strategy: str
@@ -103,19 +104,19 @@ class Plan:
 
     @property
     def dram_ratio(self) -> float:
-        """Modelled DRAM bytes by those of the feature maps: 1 at best; NaN for empty maps."""
+        """Modelled DRAM bytes over map_bytes: 1 is the least; NaN for empty maps."""
         return self.dram_bytes / self.map_bytes if self.map_bytes else math.nan
 
     @property
     def l2_ratio(self) -> float:
-        """Modelled L2 bytes by those of the feature maps: 1 at best; NaN for empty maps."""
+        """Modelled L2 bytes over map_bytes: 1 is the least; NaN for empty maps."""
         return self.l2_bytes / self.map_bytes if self.map_bytes else math.nan
 
     def seconds(self, bandwidth: float) -> float:
-        """Modelled time in seconds: the DRAM bytes by a bandwidth.
+        """Modelled time in seconds: dram_bytes / bandwidth.
 
-        A floor by bytes, not a measurement: launches, barriers and multiprocessors that have
-        nothing to do come on top, and only maps that lie in the L2 cache already can be faster.
+        This is a lower bound, not a measurement. Launches, barriers and idle multiprocessors add
+        to it. Only maps that are already in the L2 cache can be faster.
 
         Args:
             bandwidth: of DRAM, in bytes per second.
@@ -142,10 +143,10 @@ def plan(
     own_taps: bool = False,
     padding_mode: str = "zeros",
 ) -> Plan:
-    """How the CUDA kernels would run eca() on a GPU, and what that moves through its memory.
+    """How the CUDA kernels would run eca() on a GPU, and the bytes they would move.
 
-    For maps as PyTorch allocates them: dense, and the result in memory of its own. A slice, or a
-    result written over x, may get another plan. Nothing is run, and no GPU is needed.
+    The plan is for maps as PyTorch allocates them: dense, with the result in a new tensor. A slice,
+    or a result written over x, may get another plan. Nothing is run, and no GPU is needed.
 
     >>> import torch, eca_fused
     >>> found = eca_fused.plan((32, 256, 56, 56), torch.bfloat16, backward=True, device="sm_90:132")
@@ -156,13 +157,13 @@ def plan(
         shape: of x, (N, C, *spatial) with 0 to 3 spatial dimensions.
         dtype: of x and of the taps: float32, float64, float16 or bfloat16.
         memory_format: torch.contiguous_format, or torch.channels_last (channels_last_3d) for
-            channels innermost, whatever the number of spatial dimensions.
+            channels innermost, with any number of spatial dimensions.
         device: a GPU by compute capability and number of multiprocessors as "sm_90:132", or
             "sm_90" for the usual number; or a CUDA device of this machine, as "cuda", "cuda:1" or
             a torch.device.
         backward: plan the backward pass instead of the forward pass.
         kernel_size: k, odd, from 1 up; None is ECALayer's rule for C channels.
-        own_taps: taps of each channel's own, (C, 1, k), instead of shared ones.
+        own_taps: separate taps for each channel, (C, 1, k), instead of shared taps.
         padding_mode: "zeros" or "circular".
 
     Returns:
@@ -224,7 +225,7 @@ def gpu_limits(device: str | torch.device) -> "Gpu":
     if not isinstance(device, str | torch.device):
         raise TypeError(f"expected device as a str or torch.device, got {device!r}")
     if native.missing is not None:
-        raise RuntimeError(f"plans are made by the compiled extension: {native.missing}")
+        raise RuntimeError(f"plan() needs the compiled extension: {native.missing}")
     from eca_fused import _C
 
     name = str(device)
@@ -238,7 +239,7 @@ def gpu_limits(device: str | torch.device) -> "Gpu":
         )
     if "cuda" not in native.devices:
         raise RuntimeError(
-            f"the limits of {name!r} are asked for by the CUDA kernels, which this build of the "
+            f"the limits of {name!r} can only be read by the CUDA kernels, which this build of the "
             "extension lacks; name the GPU instead, as 'sm_90:132'"
         )
     count = torch.cuda.device_count()
@@ -280,6 +281,6 @@ def _channels_inside(memory_format: torch.memory_format) -> bool:
     if memory_format == torch.preserve_format:
         raise ValueError(
             "expected memory_format as torch.contiguous_format or torch.channels_last, "
-            "got torch.preserve_format, and there is no tensor whose format it could be"
+            "got torch.preserve_format, but there is no tensor whose format could be preserved"
         )
     return memory_format != torch.contiguous_format

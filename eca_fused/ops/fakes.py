@@ -1,4 +1,4 @@
-"""What the operators of every backend return for tensors without memory, strides included."""
+"""Fake (meta) implementations of every backend's operators: shapes, dtypes and strides."""
 
 from torch import Tensor
 

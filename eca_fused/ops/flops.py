@@ -1,10 +1,10 @@
-"""What torch.utils.flop_counter counts for the operators: the floating point operations of ECA.
+"""Formulas for torch.utils.flop_counter: the floating point operations of the operators.
 
-Its convention: convolutions and products of matrices count, 2 for each multiplication with its
-addition, and nothing else does. Of ECA that is the convolution over channels, 2 N C k forward and
-as many again for the gradient of its input and for that of the taps: the numbers of the definition
-in plain PyTorch. Sums, sigmoids and products with the gates, 2 per element of x forward, do not
-count, so that pool() and rescale() have none.
+By the counter's convention only convolutions and matrix products count, 2 for each multiplication
+with its addition. In ECA that is the convolution over channels: 2 N C k forward, and as many again
+for each of the two gradients, of its input and of the taps. Plain PyTorch counts the same. Sums,
+sigmoids and products with the gates (2 per element of x forward) do not count, so pool() and
+rescale() have no formula.
 """
 
 import gc
@@ -53,13 +53,13 @@ FORMULAS = {
 
 
 def register(prefix: str) -> None:
-    """Give the operators torch.ops.eca_fused.<prefix>* their formulas, once the counter is there.
+    """Register the formulas of torch.ops.eca_fused.<prefix>* as soon as the counter is imported.
 
-    Importing the counter imports Triton, which takes 0.24 s, five times as long as eca_fused after
-    torch: so this waits until somebody else imports it.
+    Importing the counter imports Triton. That takes 0.24 s, five times as long as importing
+    eca_fused after torch, so this waits until other code imports the counter.
     """
     formulas = {prefix + name: formula for name, formula in FORMULAS.items()}
-    # Those that the writing operators call: see writing.py.
+    # The operators that those in writing.py call.
     formulas |= {f"_{prefix}{name}": FORMULAS[name] for name in ("inference_", "inference_into")}
     operators = {getattr(torch.ops.eca_fused, name): f for name, f in formulas.items()}
     if MODULE in sys.modules:
@@ -71,14 +71,14 @@ def register(prefix: str) -> None:
 def _add(flop_counter: ModuleType, formulas: dict[Any, Any]) -> None:
     for operator, formula in formulas.items():
         flop_counter.register_flop_formula(operator)(formula)
-    # A counter copies the formulas as it is made; those that are there already get them too.
+    # A counter copies the formulas when it is created, so update those that already exist.
     for counter in gc.get_referrers(flop_counter.FlopCounterMode):
         if isinstance(counter, flop_counter.FlopCounterMode):
             counter.flop_registry.update({o: flop_counter.flop_registry[o] for o in formulas})
 
 
 class _WhenImported(MetaPathFinder):
-    """Adds formulas to the counter's module as soon as somebody imports it."""
+    """Adds formulas to the counter's module as soon as it is imported."""
 
     def __init__(self, formulas: dict[Any, Any]) -> None:
         self.formulas = formulas

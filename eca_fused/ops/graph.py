@@ -1,10 +1,10 @@
-"""The operators in plain PyTorch operations, for what makes a graph of them.
+"""The operators as plain PyTorch operations, for compilers and exporters that build a graph.
 
 torch.compile fuses these with their neighbours, TorchScript differentiates them, and ONNX knows no
-others. Like the kernels, they sum and gate in float32 (float64 for float64) and round once, unlike
-reference.py. The taps are shifted sums: a convolution would be a barrier to fusion.
+others. Like the kernels and unlike reference.py, they sum and gate in float32 (float64 for float64)
+and round once. The taps are shifted sums, because a convolution would be a barrier to fusion.
 
-torch.jit.script compiles this file too, and reads only a part of Python.
+torch.jit.script compiles this file too, and understands only a part of Python.
 """
 
 import torch
@@ -14,7 +14,7 @@ __all__ = ["eca", "padded", "pool", "rescale", "spread", "widened"]
 
 
 def padded(values: Tensor, r: int, circular: bool) -> Tensor:
-    """Rows of channels with r more at both ends: (N, C) to (N, C + 2r)."""
+    """Rows of channels padded by r at both ends: (N, C) to (N, C + 2r)."""
     if r == 0:
         return values
     if not circular:
@@ -32,7 +32,7 @@ def spread(values: Tensor, like: Tensor) -> Tensor:
 
 
 def widened(x: Tensor) -> Tensor:
-    """x in the dtype of the sums, once for all its uses: its gradient is rounded once, too."""
+    """x in the dtype of the sums, once for all uses, so that its gradient is rounded once too."""
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
@@ -43,18 +43,18 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def pool(x: Tensor) -> Tensor:
-    """The operator pool(), but differentiable: (N, C, *spatial) to (N, C)."""
+    """The operator pool(), but differentiable by autograd: (N, C, *spatial) to (N, C)."""
     return _mean(widened(x)).to(x.dtype)
 
 
 def rescale(x: Tensor, gate: Tensor) -> Tensor:
-    """The operator rescale(), likewise, for a gate (N, C)."""
+    """The operator rescale(), but differentiable by autograd, for a gate (N, C)."""
     wide = widened(x)
     return (wide * spread(gate.to(wide.dtype), x)).to(x.dtype)
 
 
 def _gate(x: Tensor, weight: Tensor, circular: bool) -> Tensor:
-    """(N, C), in the dtype of x."""
+    """The gates (N, C), in the dtype of x."""
     channels, k = x.shape[1], weight.shape[2]
     rows = padded(_mean(x), k // 2, circular)
     taps = weight.to(x.dtype)
@@ -65,7 +65,7 @@ def _gate(x: Tensor, weight: Tensor, circular: bool) -> Tensor:
 
 
 def eca(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
-    """The operator inference(), but differentiable, and in the memory format of plain PyTorch.
+    """The operator inference(), but differentiable, with the memory format of plain PyTorch.
 
     Args:
         x: (N, C, *spatial).

@@ -1,4 +1,4 @@
-"""The face of a backend: the operators that its kernels compute."""
+"""The interface of a backend: the operators that its kernels compute."""
 
 from typing import Protocol
 
@@ -8,11 +8,11 @@ __all__ = ["Kernels"]
 
 
 class Kernels(Protocol):
-    """A backend's operators; the modules native.py and triton/ are such.
+    """A backend's operators, implemented by the modules native.py and triton/.
 
-    Each checks its arguments and raises as eca(), pool() or rescale() do. None has a gradient:
-    autograd/ gives them theirs. Maps are (N, C, *spatial), taps (1 or C, 1, k), means and gates
-    (N, C).
+    Each operator checks its arguments and raises the errors of eca(), pool() or rescale(). None has
+    a gradient; autograd/ adds the gradients. Maps are (N, C, *spatial), taps (1 or C, 1, k), means
+    and gates (N, C).
     """
 
     name: str  # as users give it to eca(backend=)
@@ -22,7 +22,7 @@ class Kernels(Protocol):
     def forward(
         self, x: Tensor, weight: Tensor, circular: bool, /
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y like x, and the mean and the gate that backward() takes, in the dtype of the sums."""
+        """y like x, and the mean and gate for backward(), in the dtype of the sums."""
 
     def backward(
         self,
@@ -36,16 +36,16 @@ class Kernels(Protocol):
         need_dweight: bool,
         /,
     ) -> tuple[Tensor, Tensor]:
-        """dx and dweight; an empty tensor for what is not needed."""
+        """dx and dweight; an empty tensor for one that is not needed."""
 
     def inference(self, x: Tensor, weight: Tensor, circular: bool, /) -> Tensor:
         """y alone."""
 
     def inference_(self, x: Tensor, weight: Tensor, circular: bool, /) -> None:
-        """y written over x, without a check of gradients and without counting the write."""
+        """Write y over x; neither checks for gradients nor bumps the version counter."""
 
     def inference_into(self, x: Tensor, weight: Tensor, out: Tensor, circular: bool, /) -> None:
-        """y written into out, likewise."""
+        """Write y into out, likewise."""
 
     def pool(self, x: Tensor, /) -> Tensor:
         """Means (N, C), in the dtype of x."""

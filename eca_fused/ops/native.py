@@ -1,6 +1,6 @@
-"""The compiled extension: loads it, or says why it is missing, and describes its operators.
+"""The native backend: loads the compiled extension, or says why it is missing.
 
-The module is this backend's Kernels, see kernels.py.
+This module implements the interface Kernels, see kernels.py.
 """
 
 import functools
@@ -43,7 +43,7 @@ try:
     forward = torch.ops.eca_fused.forward.default
     backward = torch.ops.eca_fused.backward.default
     inference = torch.ops.eca_fused.inference.default
-    # The operators without "_" check gradients and count the write: see writing.py.
+    # The operators without the leading "_" also check gradients and count writes: see writing.py.
     inference_ = torch.ops.eca_fused._inference_.default
     inference_into = torch.ops.eca_fused._inference_into.default
     pool = torch.ops.eca_fused.pool.default
@@ -51,7 +51,7 @@ try:
     rescale_backward = torch.ops.eca_fused.rescale_backward.default
 except Exception as error:  # a broken build may fail in any way, and must not break the import
     devices = frozenset()
-    if "ECA_FUSED_" in str(error):  # a setting's value, which no build would mend
+    if "ECA_FUSED_" in str(error):  # a bad value of a setting: building again would not help
         missing = f"the compiled extension does not start: {error}; unset it, or use one of these"
     else:
         missing = (
@@ -69,13 +69,13 @@ if missing is None:
 def runs_on(capability: tuple[int, int], compiled: str) -> bool:
     """Whether code for these architectures runs on a GPU of this compute capability.
 
-    Code for a GPU runs on later ones of the same major version, and PTX is compiled for any later
-    one. A letter, as in 9.0a, ties it to that very GPU.
+    Binary code runs on later GPUs of the same major version. PTX is compiled for any later GPU.
+    Code for an architecture with a letter, as 9.0a, runs on that architecture alone.
 
     Args:
         capability: major and minor version.
-        compiled: as in TORCH_CUDA_ARCH_LIST, for example "7.5;8.0;12.0+PTX" or "8.0 9.0". Of a name
-            such as "Hopper" the best is assumed.
+        compiled: as in TORCH_CUDA_ARCH_LIST, for example "7.5;8.0;12.0+PTX" or "8.0 9.0". A name
+            such as "Hopper" is assumed to run.
     """
     for architecture in re.split(r"[; ]+", compiled.strip()):
         number, _, ptx = architecture.partition("+")
@@ -101,7 +101,7 @@ def _gpu_unsupported(index: int) -> str | None:
     )
 
 
-@folded  # what a GPU is does not change
+@folded  # the answer never changes, so torch.compile may fold it
 def unsupported(device: torch.device) -> str | None:
     """Why the extension cannot run on this device, or None."""
     if missing is not None:

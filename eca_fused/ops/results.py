@@ -1,4 +1,4 @@
-"""Layout and dtypes of results: the rules of csrc/ops.cpp, for tensors without memory."""
+"""Layout and dtypes of results, by the rules of csrc/ops.cpp, also for fake tensors."""
 
 import math
 
@@ -28,16 +28,16 @@ def dense_strides(shape: tuple[int, ...], channels_inside: bool) -> tuple[int, .
 
 
 def output_strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of eca(x), for x of shape (N, C, *spatial): those of x where x is dense.
+    """Strides of eca(x), for x of shape (N, C, *spatial): those of x if x is dense.
 
-    A slice of the batch or of the channels gives a dense result of the same memory format;
-    anything else is read through a contiguous (channels_last, if the channels are innermost) copy.
+    A slice of the batch or of the channels gives a dense result of the same memory format. Any
+    other x is read through a copy: channels_last if the channels are innermost, else contiguous.
     """
     shape, strides = tuple(x.shape), x.stride()
     n, c = shape[:2]
     pixels = math.prod(shape[2:])
     pixel_stride, run = None, 0
-    even = True  # the pixels lie at equal distances, in their order
+    even = True  # the pixels lie in order, at equal distances
     for size, stride in zip(reversed(shape[2:]), reversed(strides[2:]), strict=True):
         if size == 1:
             continue

@@ -1,4 +1,4 @@
-"""How many taps ECA has: the rule of its authors."""
+"""The number of taps of ECA, by the authors' rule."""
 
 import math
 
@@ -10,8 +10,8 @@ __all__ = ["adaptive_kernel_size"]
 def adaptive_kernel_size(channels: int, gamma: float = 2, beta: float = 1) -> int:
     """Adaptive kernel size, k = |log2(C) / gamma + beta / gamma| to the nearest odd, at least 3.
 
-    Wang et al., "ECA-Net" (CVPR 2020), equation 12, with the rounding of the authors' code:
-    the value is truncated, and made odd by adding one.
+    Wang et al., "ECA-Net" (CVPR 2020), equation 12, rounded as in the authors' code: the value is
+    truncated, and an even value gets one added.
 
     Args:
         channels: number of channels C, from 1 up.

@@ -1,9 +1,9 @@
-"""What the operators that write over a tensor are, called directly, for autograd.
+"""Autograd behaviour of the operators that write into a tensor, for direct calls of them.
 
-Autograd takes an operator that it does not know for one without a gradient: it would let a leaf be
-written that requires one, would keep a tangent, and would not count the write, so that a backward
-pass took what is there now for what was there before. eca_() and eca(out=) do all of it by
-themselves, in less time.
+Autograd treats an unknown operator as one without a gradient. It would let a leaf that requires
+grad be overwritten, keep a stale tangent, and leave the version counter alone, so that a backward
+pass would use overwritten values unnoticed. eca_() and eca(out=) handle all of this themselves, in
+less time.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from eca_fused.torch_state import has_tangent
 __all__ = ["define", "register"]
 
 Operator = Callable[..., None]
-_libraries: list[torch.library.Library] = []  # what is registered lasts as long as its library
+_libraries: list[torch.library.Library] = []  # a registration lasts as long as its library
 
 
 def _check(name: str, target: Tensor, tensors: dict[str, Tensor]) -> None:
@@ -27,8 +27,8 @@ def _check(name: str, target: Tensor, tensors: dict[str, Tensor]) -> None:
         check_tensor(argument, t)
     if target.is_neg():
         raise RuntimeError(
-            f"{name} shall be written, and is a negated view, which no operator can write; "
-            f"write {name}.resolve_neg()"
+            f"expected {name} to be writable, got a negated view, which no operator can write; "
+            f"pass {name}.resolve_neg()"
         )
     check_writable(name, target)
     if any(map(has_tangent, tensors.values())):
@@ -37,8 +37,8 @@ def _check(name: str, target: Tensor, tensors: dict[str, Tensor]) -> None:
         )
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors.values()):
         raise RuntimeError(
-            "this operator has no gradient, and one is needed for x, the taps or what is written; "
-            "call it in torch.no_grad(), or eca_fused.eca()"
+            "this operator has no gradient, and one is needed for x, the taps or the output; "
+            "call it in torch.no_grad(), or call eca_fused.eca()"
         )
 
 
@@ -48,11 +48,11 @@ def _written(target: Tensor) -> None:
 
 
 def register(prefix: str, over: Operator, into: Operator) -> None:
-    """Make torch.ops.eca_fused.<prefix>inference_ and <prefix>inference_into what ATen's are.
+    """Make torch.ops.eca_fused.<prefix>inference_ and <prefix>inference_into behave like ATen's.
 
     Args:
-        prefix: of the operators, which exist.
-        over, into: those that they call, which check and count nothing.
+        prefix: of the operators, which must exist.
+        over, into: the operators they call; these do not check or count writes.
     """
 
     def inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
@@ -66,7 +66,7 @@ def register(prefix: str, over: Operator, into: Operator) -> None:
         _written(out)
 
     library: Any = torch.library.Library("eca_fused", "FRAGMENT")  # type: ignore[no-untyped-call]
-    # Autograd is not asked in inference mode, nor for tensors that were made in one.
+    # Inference mode and inference tensors skip the Autograd key.
     for key in ("Autograd", "ADInplaceOrView", "Negative"):
         library.impl(prefix + "inference_", inference_, key)
         library.impl(prefix + "inference_into", inference_into, key)
@@ -74,7 +74,7 @@ def register(prefix: str, over: Operator, into: Operator) -> None:
 
 
 def define(prefix: str, over: Operator, into: Operator) -> None:
-    """register() of operators that do not exist yet. Args as for register()."""
+    """Define the operators, then register() them. Args as for register()."""
     library: Any = torch.library.Library("eca_fused", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(f"{prefix}inference_(Tensor(a!) x, Tensor weight, bool circular=False) -> ()")
     into_schema = "(Tensor x, Tensor weight, Tensor(a!) out, bool circular=False) -> ()"

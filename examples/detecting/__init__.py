@@ -1,1 +1,1 @@
-"""What detect.py is made of beside its loop: scenes, what was found in them, pictures."""
+"""The parts of detect.py besides its loop: scenes, matching of detections, pictures."""

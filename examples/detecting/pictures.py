@@ -1,4 +1,4 @@
-"""The picture of a run of detect.py: scenes with what is there and what was found, and the loss."""
+"""The picture of a run of detect.py: scenes with true and found boxes, and the loss."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,14 +29,14 @@ def draw_run(
     title: str,
     note: str,
 ) -> None:
-    """Scenes with their shapes' boxes and those found, and the loss of each step.
+    """Draw scenes with the boxes of their shapes and the boxes found, and the loss of each step.
 
     Args:
         path: the PNG file to write.
         scenes: four of them.
-        found: in each scene: boxes (d, 4), classes (d,), scores (d,) and, if there are, masks
+        found: for each scene, boxes (d, 4), classes (d,), scores (d,) and, if there are any, masks
             (d, 1, size, size).
-        losses: of one step at least.
+        losses: of at least one step.
         title, note: above and below.
     """
     with matplotlib.rc_context(STYLE):
@@ -62,7 +62,7 @@ def draw_scene(axes: Axes, scene: Scene, found: dict[str, Tensor]) -> None:
     for mask in found.get("masks", ()):
         axes.contour(mask[0].numpy(), levels=[0.5], colors=FOUND, linewidths=1.2)
     for box in scene.boxes.tolist():
-        # Dashes over a dark line are seen on any ground.
+        # Dashes over a dark line show on any background.
         draw_box(axes, box, "black", linewidth=1.6)
         draw_box(axes, box, THERE, linewidth=1.6, linestyle=(0, (3, 3)))
     size = scene.image.shape[1]

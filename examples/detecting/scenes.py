@@ -1,4 +1,4 @@
-"""Scenes to detect in: discs and rectangles painted over photographs, at places that are known."""
+"""Scenes for detection: discs and rectangles painted over photographs, at known places."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from eca_fused.cli.common.photographs import Photograph, crop
 __all__ = ["CLASSES", "SMALLEST", "Scene", "make_scene", "matched"]
 
 CLASSES = ("disc", "rectangle")
-# Okabe and Ito's. A class has colours of its own: a few steps learn colour, not shape.
+# Okabe and Ito's. Each class has its own colours, because a few steps learn colour, not shape.
 COLOURS = (((0.90, 0.62, 0.0), (0.94, 0.89, 0.26)), ((0.0, 0.62, 0.45), (0.0, 0.45, 0.70)))
 SHAPES = 3  # in a scene at most
-COVER = 0.85  # of what is below a shape; the rest shines through
-TRIES = 20  # to find a place for a shape that touches no other
+COVER = 0.85  # opacity of a shape
+TRIES = 20  # to place shapes that touch no other
 SMALLEST = 64  # side of a scene in pixels
 
 
@@ -24,7 +24,7 @@ class Scene:
     """An image and the shapes in it.
 
     Attributes:
-        image: (3, size, size), float32 in 0 to 1.
+        image: (3, size, size), float32 from 0 to 1.
         boxes: (n, 4), float32, n from 1 up: left, top, right and bottom in pixels.
         classes: (n,), int64, into CLASSES.
         masks: (n, size, size), uint8, 1 where the shape is.
@@ -36,7 +36,7 @@ class Scene:
     masks: Tensor
 
     def target(self, first_label: int, device: torch.device) -> dict[str, Tensor]:
-        """What torchvision's detectors train on; the label of the first class is given."""
+        """The target for torchvision's detectors; first_label is the label of the first class."""
         found = {"boxes": self.boxes, "labels": self.classes + first_label, "masks": self.masks}
         return {name: value.to(device) for name, value in found.items()}
 
@@ -47,7 +47,7 @@ def make_scene(photographs: Sequence[Photograph], size: int, generator: torch.Ge
     Args:
         photographs: one or more.
         size: side of the image in pixels, from SMALLEST up.
-        generator: what all of it is drawn from.
+        generator: the source of all randomness.
     """
 
     def draw(low: int, high: int) -> int:
@@ -92,7 +92,7 @@ def touch(a: Sequence[int], b: Sequence[int]) -> bool:
 
 
 def painted(kind: str, box: Sequence[int], size: int) -> Tensor:
-    """Where a shape is that fills its box, (size, size), bool."""
+    """The mask (size, size), bool, of a shape that fills its box."""
     left, top, right, bottom = box
     centres = torch.arange(size) + 0.5
     x, y = centres, centres.view(-1, 1)
@@ -103,16 +103,16 @@ def painted(kind: str, box: Sequence[int], size: int) -> Tensor:
 
 
 def matched(scene: Scene, boxes: Tensor, classes: Tensor, overlap: float = 0.5) -> int:
-    """How many shapes of a scene are among what was found, each box standing for one shape.
+    """How many shapes of a scene were found; each box counts for one shape at most.
 
     Args:
         scene: the shapes.
-        boxes, classes: (d, 4) and (d,), what was found, the surest first.
-        overlap: intersection over union from which on a box is that of a shape.
+        boxes, classes: (d, 4) and (d,), the detections, the surest first.
+        overlap: the least intersection over union of a box and its shape.
     """
     left = set(range(len(scene.boxes)))
     for box, kind in zip(boxes, classes, strict=True):
-        # Each is for the shape that it overlaps most, of those that are left.
+        # Each box belongs to the remaining shape that it overlaps most.
         best = max(left, key=lambda i: intersection_over_union(box, scene.boxes[i]), default=None)
         if best is None:
             break
@@ -123,7 +123,7 @@ def matched(scene: Scene, boxes: Tensor, classes: Tensor, overlap: float = 0.5) 
 
 
 def intersection_over_union(a: Tensor, b: Tensor) -> float:
-    """Of two boxes (4,)."""
+    """Intersection over union of two boxes (4,)."""
     sides = (torch.minimum(a[2:], b[2:]) - torch.maximum(a[:2], b[:2])).clamp(min=0)
     both = float(sides.prod())
     either = float((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod()) - both

@@ -1,1 +1,1 @@
-"""What train.py is made of: options, data, processes, checkpoints, the loop, the results."""
+"""The parts of train.py: options, data, processes, checkpoints, the loop, the results."""

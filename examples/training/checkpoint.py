@@ -1,8 +1,8 @@
-"""Checkpoints that are there as a whole or not at all, whenever the run is killed.
+"""Checkpoints that exist completely or not at all, whenever the run is killed.
 
-A checkpoint is a folder step-N with the weights and the state of the optimiser, written by all
-processes through torch.distributed.checkpoint, and state.json with everything else. It is written
-under another name and renamed last. The same checkpoint serves DDP, FSDP and a single process.
+A checkpoint is a folder step-N. All processes write the weights and the optimiser's state into it
+through torch.distributed.checkpoint; state.json has everything else. The folder is written under
+another name and renamed last. The same checkpoint fits DDP, FSDP and a single process.
 """
 
 import json
@@ -27,7 +27,7 @@ UNDER_WAY, OUTDATED = ".writing-", ".removing-"
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint of the latest step, or None where there is none."""
+    """The checkpoint of the latest step, or None without checkpoints."""
     found = [path for path in folder.glob("step-*") if path.is_dir()]
     return max(found, key=lambda path: path.name, default=None)
 
@@ -35,18 +35,18 @@ def newest(folder: Path) -> Path | None:
 def save(
     folder: Path, model: nn.Module, optimizer: Optimizer, state: dict[str, Any], at: Processes
 ) -> None:
-    """Write a checkpoint, and then remove those before it.
+    """Write a checkpoint, then remove the earlier ones.
 
     Args:
         folder: of the checkpoints; all processes must see it.
         model, optimizer: in all processes.
-        state: the rest, for JSON; state["step"] names the checkpoint.
+        state: everything else, for JSON; state["step"] names the checkpoint.
         at: this process among the others.
     """
     name = f"step-{state['step']:08}"
     if at.first:
         folder.mkdir(parents=True, exist_ok=True)
-        # What a killed run left.
+        # A killed run may have left these.
         for pattern in (UNDER_WAY, OUTDATED):
             for path in folder.glob(f"{pattern}*"):
                 shutil.rmtree(path)
@@ -55,7 +55,7 @@ def save(
     model_state, optimizer_state = get_state_dict(model, optimizer)
     tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant to be
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # on purpose
         state_dict_saver.save(tensors, checkpoint_id=writing, no_dist=not dist.is_initialized())
     if at.first:
         earlier = [path for path in folder.glob("step-*") if path.name != name]
@@ -67,7 +67,7 @@ def save(
         os.rename(writing, folder / name)
         sync_folder(folder)
         for path in earlier:
-            # A folder that is half removed must not look like a checkpoint either.
+            # A partly removed folder must not look like a checkpoint either.
             outdated = folder / f"{OUTDATED}{path.name}"
             os.rename(path, outdated)
             shutil.rmtree(outdated)
@@ -75,7 +75,7 @@ def save(
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk, so that they outlive a power cut too."""
+    """Write the names in a folder to disk, so that they also survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -84,7 +84,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What save() was given as state.
+    """The state that was passed to save().
 
     Raises:
         UsageError: there is no state, or it is not JSON.
@@ -93,8 +93,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"{checkpoint} is no checkpoint of this script ({error}); remove it, or choose another "
-            "folder with --checkpoint"
+            f"{checkpoint} is not a checkpoint of this script ({error}); remove it, or choose "
+            "another folder with --checkpoint"
         ) from error
     return found
 
@@ -110,7 +110,7 @@ def check_options(checkpoint: Path, theirs: dict[str, Any], ours: dict[str, Any]
 
 
 def shown(options: dict[str, Any], names: list[str]) -> str:
-    """Options as they stand on the command line."""
+    """Options as on the command line."""
     texts = []
     for name in names:
         option, value = f"--{name.replace('_', '-')}", options.get(name)
@@ -124,7 +124,7 @@ def shown(options: dict[str, Any], names: list[str]) -> str:
 
 
 def load_tensors(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Give the network and the optimiser the weights and the state of a checkpoint."""
+    """Load the weights and the optimiser's state from a checkpoint."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     tensors: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     with warnings.catch_warnings():

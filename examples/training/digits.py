@@ -15,7 +15,7 @@ __all__ = ["CLASSES", "Digits", "load_digits", "portions", "shifted", "training_
 CLASSES = 10
 HELD_OUT = 360  # of 1797 images
 SIZE = 32  # of the images, enlarged from 8x8 for the five strides of a ResNet
-SHIFT = 2  # pixels by which a training image moves at most
+SHIFT = 2  # the most pixels by which a training image moves
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Digits:
 
 
 def load_digits(samples: int | None = None) -> tuple[Digits, Digits]:
-    """The training images, or the first few of them, and the images held out.
+    """The training images, or the first `samples` of them, and the held-out images.
 
-    Which are held out is the same for every seed and every number of samples.
+    The held-out images are the same for every seed and every number of samples.
 
     Raises:
-        UsageError: more samples are asked for than there are.
+        UsageError: more samples were requested than there are.
         ImportError: scikit-learn is not installed.
     """
     found = importlib.import_module("sklearn.datasets").load_digits()
@@ -53,10 +53,10 @@ def load_digits(samples: int | None = None) -> tuple[Digits, Digits]:
 
 
 def training_batch(samples: int, batch: int, seed: int, epoch: int, number: int) -> Tensor:
-    """Which images the batch of a number within an epoch holds: (batch,) indices.
+    """The images of batch `number` of an epoch: (batch,) indices.
 
-    They follow from the arguments alone, so a run that goes on from a checkpoint sees what it
-    would have seen. Each epoch has an order of its own; what does not fill a batch is left out.
+    They depend only on the arguments, so a resumed run sees the same images as an unbroken one.
+    Each epoch has its own order. Images that do not fill a batch are left out.
     """
     generator = torch.Generator().manual_seed(mixed(seed, epoch))
     order = torch.randperm(samples, generator=generator)
@@ -64,7 +64,7 @@ def training_batch(samples: int, batch: int, seed: int, epoch: int, number: int)
 
 
 def mixed(*numbers: int) -> int:
-    """A seed made of several numbers, different for different ones."""
+    """A seed from several numbers, different for different numbers."""
     value = 0
     for number in numbers:
         # The multiplier of Knuth's 64-bit generator; neighbouring seeds must not share streams.
@@ -73,27 +73,27 @@ def mixed(*numbers: int) -> int:
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Images (N, 3, H, W), each moved by up to SHIFT pixels at random; its edge is repeated."""
+    """Images (N, 3, H, W), each moved at random by up to SHIFT pixels; edge pixels repeat."""
     height, width = images.shape[2:]
     dy, dx = torch.randint(-SHIFT, SHIFT + 1, (2, len(images), 1))
     rows = (torch.arange(height) + dy).clamp(0, height - 1)  # (N, H)
     columns = (torch.arange(width) + dx).clamp(0, width - 1)  # (N, W)
     number = torch.arange(len(images))
-    # Indices on both sides of the slice bring the channels last.
+    # Indexing on both sides of the slice moves the channels last.
     return images[number[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(3, 1)
 
 
 def portions(count: int, batch: int, rank: int, world: int) -> Iterator[tuple[Tensor, bool]]:
-    """The indices below count that a process evaluates, every index in just one process.
+    """The indices below count that a process evaluates; each index is in exactly one process.
 
     Args:
         count: number of images.
-        batch: images of all processes together in a step.
-        rank, world: of the process, and how many processes there are.
+        batch: images per step, over all processes.
+        rank, world: of the process, and the number of processes.
 
     Yields:
-        (n,) indices, n from 1 up, and whether they count. A process whose share of the last batch
-        is empty gets one image that does not, since under FSDP all must run the network as often.
+        (n,) indices, n from 1 up, and whether they count. If a process's share of the last batch is
+        empty, it gets one image that does not: under FSDP all must run the network equally often.
     """
     for begin in range(0, count, batch):
         whole = torch.arange(begin, min(begin + batch, count))

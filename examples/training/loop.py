@@ -1,4 +1,4 @@
-"""Training: the network, the steps, the evaluation, and where a run goes on from."""
+"""Training: the network, the steps, the evaluation, and resuming."""
 
 import logging
 from collections.abc import Callable
@@ -21,13 +21,13 @@ __all__ = ["History", "Run", "check"]
 
 @dataclass
 class History:
-    """What came of the steps so far.
+    """The results of the steps so far.
 
     Attributes:
         losses: of each step, the mean over the images of all processes.
-        correct: after each epoch, how many of the images held out were recognised.
-        held_out: how many those are.
-        steps_per_epoch: how many steps an epoch has.
+        correct: after each epoch, how many of the held-out images were recognised.
+        held_out: the number of held-out images.
+        steps_per_epoch: the number of steps in an epoch.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -36,12 +36,12 @@ class History:
     steps_per_epoch: int = 0
 
     def accuracy(self) -> float:
-        """Of the last epoch, in 0 to 1."""
+        """The accuracy after the last epoch, from 0 to 1."""
         return self.correct[-1] / self.held_out
 
 
 def check(options: Options, world: int, samples: int) -> None:
-    """Raise UsageError unless the options go together, with so many processes and images."""
+    """Raise UsageError unless the options fit each other and the processes and images."""
     if options.parallel == "fsdp" and not launched():
         raise UsageError(
             "--parallel fsdp: expected several processes; start them with "
@@ -54,8 +54,8 @@ def check(options: Options, world: int, samples: int) -> None:
         )
     if options.batch_size % world:
         raise UsageError(
-            f"--batch-size {options.batch_size}: expected a multiple of {world}, as each of "
-            f"{world} processes takes as many images; use {world * -(-options.batch_size // world)}"
+            f"--batch-size {options.batch_size}: expected a multiple of {world}, as {world} "
+            f"processes share it equally; use {world * -(-options.batch_size // world)}"
         )
     if options.compile and options.compile not in torch.compiler.list_backends(()):
         known = ", ".join(sorted(torch.compiler.list_backends(())))
@@ -63,14 +63,14 @@ def check(options: Options, world: int, samples: int) -> None:
 
 
 class Run:
-    """A training run, from its beginning or from a checkpoint.
+    """A training run, from the start or from a checkpoint.
 
     Args:
         options: what to train and how.
         at: this process among the others.
 
     Raises:
-        UsageError: the options do not go together, or there is a checkpoint that does not fit.
+        UsageError: the options contradict each other, or a checkpoint does not fit.
     """
 
     def __init__(self, options: Options, at: Processes) -> None:
@@ -96,7 +96,7 @@ class Run:
         self.resume()
 
     def network(self) -> nn.Module:
-        """The same one in every process."""
+        """The network, the same in every process."""
         torch.manual_seed(self.options.seed)
         model = ResNet(BasicBlock, self.options.layers, None, CLASSES).to(self.at.device)
         set_fused(model, not self.options.plain)
@@ -104,9 +104,9 @@ class Run:
         if self.options.parallel == "ddp":
             model.to(memory_format=self.layout)
         if self.options.compile:
-            # Under FSDP each block is compiled by itself: one piece of code in many forms.
+            # Under FSDP each block is compiled separately, so the same code has many versions.
             torch.compiler.config.recompile_limit = 64
-            # torch.compile warns on every machine without a GPU that it found none.
+            # torch.compile warns on every machine without a GPU.
             logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
             model.compile(backend=self.options.compile, dynamic=False)
         return model
@@ -119,7 +119,7 @@ class Run:
             return
         if not options.resume:
             raise UsageError(
-                f"{found} is there from an earlier run; go on from it with --resume, or choose "
+                f"{found} exists from an earlier run; continue it with --resume, or choose "
                 "another folder with --output"
             )
         state = checkpoint.read_state(found)
@@ -131,7 +131,7 @@ class Run:
         self.step = state["step"]
 
     def train(self, report: Callable[[], None]) -> History:
-        """All steps that are left, with a call of report after each."""
+        """Run the remaining steps, and call report after each."""
         while self.step < self.steps:
             self.pending.append(self.one_step())
             self.step += 1
@@ -145,12 +145,12 @@ class Run:
         return self.history
 
     def one_step(self) -> Tensor:
-        """Train on this process's part of the next batch; its mean loss, on the device."""
+        """Train on this process's part of the next batch; return its mean loss, on the device."""
         options, at = self.options, self.at
         epoch, number = divmod(self.step, self.steps_per_epoch)
         batch = training_batch(len(self.training), options.batch_size, options.seed, epoch, number)
         mine = batch[at.rank :: at.world]
-        # The random numbers of a step follow from its number, whatever was drawn before.
+        # A step's random numbers depend on its number alone, so a resumed run draws the same.
         torch.manual_seed(mixed(options.seed, self.step, at.rank))
         images = self.prepared(shifted(self.training.images[mine]))
         labels = self.training.labels[mine].to(at.device)
@@ -168,14 +168,14 @@ class Run:
         return images.contiguous(memory_format=self.layout).to(self.at.device)
 
     def autocast(self) -> torch.autocast:
-        # FSDP's own MixedPrecisionPolicy would round taps and batch norms too. Autocast leaves them
-        # in float32, under DDP and FSDP alike, and ECA takes float32 taps with x of any dtype.
+        # FSDP's own MixedPrecisionPolicy would also round taps and batch norms. Autocast leaves
+        # them in float32, under DDP and FSDP. ECA takes float32 taps with x of any dtype.
         dtype = getattr(torch, self.options.precision)
         enabled = dtype != torch.float32
         return torch.autocast(self.at.device.type, dtype if enabled else None, enabled=enabled)
 
     def meet(self) -> None:
-        """Bring together what each process has of the losses and of the statistics."""
+        """Combine the losses and the batch norm statistics of all processes."""
         losses = self.at.sum(torch.stack(self.pending).double()) / self.at.world
         self.history.losses += losses.tolist()
         self.pending.clear()
@@ -183,7 +183,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> int:
-        """How many of the images held out the network recognises; each counts once."""
+        """How many of the held-out images the network recognises; each counts once."""
         self.model.eval()
         correct = torch.zeros((), dtype=torch.int64, device=self.at.device)
         batch = max(self.options.batch_size, self.at.world)

@@ -1,4 +1,4 @@
-"""The options of a training run, and which of them a checkpoint must have been made with."""
+"""The options of a training run, and which of them must match those of a checkpoint."""
 
 import argparse
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 __all__ = ["DETERMINING", "Options", "UsageError", "parse"]
 
-# What the numbers of a run follow from. A run goes on only from a checkpoint with the same.
+# Options that determine the numbers of a run. It resumes only from a checkpoint with the same ones.
 DETERMINING = (
     "epochs",
     "batch_size",
@@ -48,20 +48,20 @@ class Options:
     resume: bool
 
     def determining(self) -> dict[str, Any]:
-        """The options in DETERMINING, as JSON gives them back."""
+        """The options in DETERMINING, as JSON returns them."""
         found = {name: getattr(self, name) for name in DETERMINING}
         return found | {"layers": list(self.layers)}
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UsageError, so that of many processes only one prints the message."""
+    """Raises UsageError, so that only one of many processes prints the message."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """The options that the arguments ask for.
+    """The options from the arguments.
 
     Raises:
         UsageError: an argument is unknown or has a value that does not fit.
@@ -146,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--resume",
         action="store_true",
-        help="go on from the checkpoint if there is one, else begin",
+        help="continue from the checkpoint if there is one, else start",
     )
     return made
 

@@ -1,4 +1,4 @@
-"""The processes of a run, alone or under torchrun, and how the network is spread over them."""
+"""The processes of a run, one or many under torchrun, and spreading the network over them."""
 
 import inspect
 import os
@@ -25,8 +25,8 @@ class Processes:
     """This process among those of the run.
 
     Attributes:
-        rank, world: its number, and how many there are.
-        device: of the network and of its input.
+        rank, world: its number, and the number of processes.
+        device: of the network and its input.
     """
 
     rank: int
@@ -39,31 +39,31 @@ class Processes:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """values, in place, as the sum over all processes."""
+        """Sum values over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def agree(self, value: Any) -> Any:
-        """The value of the first process, in all of them."""
+        """The first process's value, in all processes."""
         values = [value]
         if self.world > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.world > 1:
             dist.barrier()
 
 
 def launched() -> bool:
-    """Whether torchrun, or what sets the same variables, started this process."""
+    """Whether torchrun, or a launcher that sets the same variables, started this process."""
     return "WORLD_SIZE" in os.environ
 
 
 def start() -> Processes:
-    """Meet the other processes: NCCL where each has a GPU, gloo on CPUs.
+    """Join the other processes, by NCCL if each has a GPU, by gloo on CPUs.
 
     Raises:
         UsageError: there are GPUs, but fewer than processes on this machine.
@@ -96,8 +96,8 @@ def stop() -> None:
 def leave(status: int) -> NoReturn:
     """End this process, with this exit status."""
     if launched():
-        # Under FSDP2 the threads of gloo outlive the process group. One that lets go of the tensor
-        # of a last collective needs the interpreter, and aborts the process where that has ended.
+        # Under FSDP2 gloo's threads outlive the process group. A thread that releases the tensor of
+        # a last collective needs the interpreter, and aborts the process if that has ended.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -105,24 +105,24 @@ def leave(status: int) -> NoReturn:
 
 
 def spread(model: nn.Module, kind: str, processes: Processes) -> nn.Module:
-    """The network over all processes; the same one where there is just this.
+    """The network spread over all processes; unchanged if there is only one process.
 
     Args:
         model: with the same weights in every process, on its device.
         kind: "ddp" or "fsdp".
-        processes: this one among the others.
+        processes: this process among the others.
     """
     if not dist.is_initialized():
         return model
     if kind == "ddp":
-        # The statistics of the batch norms are averaged where they are used: average_statistics().
-        # The argument has a new name in torch 2.15, which warns of the old one.
+        # average_statistics() averages the batch norms' statistics when they are used. torch 2.15
+        # renamed the argument and warns about the old name.
         names = inspect.signature(DistributedDataParallel).parameters
         new, old = "forward_sync_buffers", "broadcast_buffers"
         off: dict[str, Any] = {new if new in names else old: False}
         return DistributedDataParallel(model, gradient_as_bucket_view=True, **off)
     mesh = init_device_mesh(processes.device.type, (processes.world,))
-    # A block is gathered while it runs, and its taps with it: far too small to be worth a
+    # A block is gathered while it runs, together with its taps, which are far too small for a
     # collective of their own.
     for module in model.modules():
         if isinstance(module, BasicBlock):
@@ -134,8 +134,8 @@ def spread(model: nn.Module, kind: str, processes: Processes) -> nn.Module:
 def average_statistics(model: nn.Module, processes: Processes) -> None:
     """Give the batch norms of all processes the mean of their running statistics.
 
-    Each sees its own part of the batch. The mean is the same whether they meet after every step or
-    only where the statistics are used or saved, as these are linear in what was seen.
+    Each process sees its own part of the batch. Running statistics are linear in the batches'
+    statistics, so averaging when they are used or saved gives the same as after every step.
     """
     if processes.world == 1:
         return

@@ -1,4 +1,4 @@
-"""What a run leaves: its history as JSON, CSV and a picture, and the weights."""
+"""Writes the results of a run: its history as JSON, CSV and a picture, and the weights."""
 
 import csv
 import importlib
@@ -21,9 +21,9 @@ __all__ = ["write_results"]
 
 
 def write_results(model: nn.Module, history: History, options: Options, at: Processes) -> None:
-    """weights.pt, history.json, history.csv and curve.png in the folder of the output.
+    """Write weights.pt, history.json, history.csv and curve.png into the output folder.
 
-    weights.pt holds a state dict that models.ResNet loads, however the run was spread.
+    weights.pt holds a state dict for models.ResNet, however the network was spread.
     """
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(model, options=whole)
@@ -43,7 +43,7 @@ def write_results(model: nn.Module, history: History, options: Options, at: Proc
 
 
 def write_csv(path: Path, history: History) -> None:
-    """A row for each step; the accuracy stands in the last row of its epoch."""
+    """A row for each step; the accuracy is in the last row of its epoch."""
     with open(path, "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["step", "epoch", "training_loss", "held_out_accuracy"])
@@ -81,7 +81,7 @@ def draw_curve(path: Path, history: History, title: str, note: str) -> None:
 
     Args:
         path: the PNG file to write.
-        history: of one epoch at least.
+        history: of at least one epoch.
         title, note: above and below.
     """
     matplotlib: Any = importlib.import_module("matplotlib")

@@ -288,8 +288,8 @@ def test_checkpoints_that_cannot_be_used(folder: Path, capsys: pytest.CaptureFix
         arguments = [str(folder / "sharks"), "--checkpoint", str(folder / name)]
         assert message in refused(arguments, capsys)
     for name, message in (
-        ("none.pt", "none.pt as weights of a network with attention, it has none"),
-        ("se.pt", "if it is of another attention than ECA, give --model and --attention"),
+        ("none.pt", "none.pt as weights of a network with attention, got none"),
+        ("se.pt", "if its attention is not ECA, give --model and --attention"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["gates", str(folder / "sharks"), "--checkpoint", str(folder / name)])

@@ -239,7 +239,7 @@ def test_safetensors(state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     safetensors.save_file({n: t.contiguous() for n, t in state.items()}, path)
     assert_holds(load_checkpoint(path), state)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="is no file of safetensors"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
         load_checkpoint(path)
     monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
     with pytest.raises(ImportError, match=r"needs safetensors: pip install safetensors"):
@@ -289,7 +289,9 @@ def test_a_whole_module_and_torchscript_are_refused(tmp_path: Path) -> None:
 def test_broken_files(tmp_path: Path, contents: bytes) -> None:
     path = tmp_path / "broken.pth"
     path.write_bytes(contents)
-    with pytest.raises(CheckpointError, match=r"broken.pth is no whole file .*; download it again"):
+    with pytest.raises(
+        CheckpointError, match=r"broken.pth is not a complete file .*; download it again"
+    ):
         load_checkpoint(path)
     with pytest.raises(FileNotFoundError):
         load_checkpoint(tmp_path / "nowhere.pth")
@@ -369,7 +371,7 @@ UNFIT: dict[str, tuple[Callable[[State], State], tuple[int, int, int], str]] = {
         kind: (
             as_other_kind(change),
             (0, 0, 1),
-            rf"no plain floating-point numbers: fc.weight \({kind}",
+            rf"not plain floating-point numbers: fc.weight \({kind}",
         )
         for kind, change in {
             "torch.int8": lambda t: t.to(torch.int8),

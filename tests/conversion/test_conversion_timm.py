@@ -101,8 +101,8 @@ def test_modules(module: Any, padding_mode: str) -> None:
 @pytest.mark.parametrize(
     ("module", "reason"),
     [
-        (EcaModule(64, gate_layer="hard_sigmoid"), r"something else .*\(its gate is Hard"),
-        (CecaModule(64, gate_layer="hard_sigmoid"), r"something else .*\(its gate is Hard"),
+        (EcaModule(64, gate_layer="hard_sigmoid"), r"something other .*\(its gate is Hard"),
+        (CecaModule(64, gate_layer="hard_sigmoid"), r"something other .*\(its gate is Hard"),
         (EcaModule(64, use_mlp=True), "has conv.bias, conv2.weight, conv2.bias besides its taps"),
         (CecaModule(64, act_layer=nn.ReLU), "has conv.bias besides its taps"),
         (type("Mine", (EcaModule,), {"forward": lambda m, x: x})(64), "its class has forward"),

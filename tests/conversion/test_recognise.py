@@ -171,13 +171,13 @@ def with_a_scale(self: Any) -> None:
 
 
 LEFT = {
-    "residual": (lambda: parts(lambda m, x: x + plain(m, x)), "computes something else than sig"),
+    "residual": (lambda: parts(lambda m, x: x + plain(m, x)), "computes something other than sig"),
     "other gate": (
         lambda: changed(lambda m: setattr(m, "act", nn.Hardsigmoid()), parts(plain)),
-        r"computes something else .*\(its gate is Hardsigmoid\)",
+        r"computes something other .*\(its gate is Hardsigmoid\)",
     ),
-    "other gradient": (lambda: parts(without_gradient), "computes something else"),
-    "dropout": (lambda: parts(dropping), "computes something else"),
+    "other gradient": (lambda: parts(without_gradient), "computes something other"),
+    "dropout": (lambda: parts(dropping), "computes something other"),
     "stores": (lambda: parts(storing), "its forward stores last, which"),
     "appends": (
         lambda: changed(lambda m: setattr(m, "seen", []), parts(appending)),
@@ -185,7 +185,7 @@ LEFT = {
     ),
     "functional maximum": (
         lambda: Functional(pooled_to_the_largest),
-        "computes something else than sigmoid",
+        "computes something other than sigmoid",
     ),
     "appends to a deque": (
         lambda: changed(lambda m: setattr(m, "seen", collections.deque()), parts(appending)),
@@ -214,7 +214,7 @@ LEFT = {
     "over rows": (lambda: OverRows(False), "has no Conv1d of one channel among its direct"),
     "by a function": (lambda: OverRows(True), "has no Conv1d of one channel among its direct"),
     "in a Sequential": (InSequence, "has no Conv1d of one channel among its direct children"),
-    "many taps": (lambda: parts(plain, k=5001), "has 5001 taps, more than the 4095 of a trial"),
+    "many taps": (lambda: parts(plain, k=5001), "has 5001 taps; a trial takes at most 4095"),
     "records in a child": (
         lambda: changed(lambda m: setattr(m, "record", Recorder()), parts(recorded)),
         r"has record \(Recorder\), which the fused layer would not call",

@@ -453,7 +453,7 @@ def test_bad_arguments(
 
 def test_more_processes_than_images_in_a_step() -> None:
     chosen = options.parse(["--batch-size", "4"])
-    with pytest.raises(options.UsageError, match=r"a multiple of 6, as each of 6 .*; use 6"):
+    with pytest.raises(options.UsageError, match=r"a multiple of 6, as 6 processes .*; use 6"):
         loop.check(chosen, 6, 1437)
     loop.check(chosen, 4, 1437)
 
@@ -466,7 +466,7 @@ def test_output_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_checkpoint_that_does_not_fit(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = ["--output", str(alone)]
-    assert "go on from it with --resume" in refused([*TINY, *output], capsys)
+    assert "continue it with --resume" in refused([*TINY, *output], capsys)
     message = refused([*TINY, *output, "--resume", "--lr", "0.1", "--plain"], capsys)
     assert "was made with --lr 0.05, no --plain, this run has --lr 0.1, --plain" in message
     assert [path.name for path in (alone / "checkpoints").iterdir()] == ["step-00000008"]
@@ -475,4 +475,4 @@ def test_a_checkpoint_that_does_not_fit(alone: Path, capsys: pytest.CaptureFixtu
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
     message = refused([*TINY, "--output", str(tmp_path), "--resume"], capsys)
-    assert "step-00000004 is no checkpoint of this script" in message
+    assert "step-00000004 is not a checkpoint of this script" in message

@@ -202,7 +202,7 @@ def test_the_default_is_blamed_where_it_is_to_blame():
 @no_triton
 def test_triton_says_why_it_cannot_be_used():
     with pytest.raises(
-        RuntimeError, match=r"'triton', which the argument asked for, cannot be used: .*let it"
+        RuntimeError, match=r"'triton', which the argument asked for, cannot be used: .*use 'auto'"
     ):
         eca_fused.eca(x(), taps(), backend="triton")
 

@@ -432,7 +432,7 @@ def test_without_the_extension(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(native, "missing", "it was not built; build it")
-    with pytest.raises(RuntimeError, match="by the compiled extension: it was not built; build it"):
+    with pytest.raises(RuntimeError, match="the compiled extension: it was not built; build it"):
         eca_fused.plan((2, 8))
     assert main(["plan"]) == plan_command.EXTENSION_MISSING
     assert "need the compiled extension: it was not built" in capsys.readouterr().err
@@ -576,7 +576,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         main(["plan", "--help"])
     assert ended.value.code == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "All of it is modelled" in out
+    assert "Everything is modelled" in out
     options = ("device", "batch", "dtype", "layout", "pass", "model", "shape", "bandwidth", "json")
     assert all(f"--{option}" in out for option in options)
 

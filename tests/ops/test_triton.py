@@ -59,7 +59,7 @@ except RuntimeError as refused:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
 def test_a_missing_driver_is_reported():
     done = fresh("import eca_fused; print(eca_fused.backends()['triton'])")
-    assert done.stdout.startswith("not usable: Triton finds no driver of a GPU ("), done.stderr
+    assert done.stdout.startswith("not usable: Triton finds no GPU driver ("), done.stderr
 
 
 def test_the_interpreter_makes_it_usable_on_the_cpu():

@@ -1,8 +1,8 @@
-"""What commands, examples and benchmarks share.
+"""Code that commands, examples and benchmarks share.
 
 accuracy.py      what rounding alone makes of a result
 console.py       progress and tables
-environment.py   what numbers depend on: machine, versions, settings
+environment.py   machine, versions and settings that numbers depend on
 measure.py       interleaved times and their statistics
 packages.py      packages that not everybody has installed
 photographs.py   the pictures that networks see

@@ -27,7 +27,7 @@ class Progress:
             self.bar = tqdm(total=steps, leave=False, bar_format="{bar:24} {n}/{total}{desc}")
 
     def step(self, what: str) -> None:
-        """Say what comes next; the step before is done."""
+        """Show the next step; the previous one is done."""
         if self.bar is not None:
             self.bar.n = self.done
             self.bar.set_description_str(f" {what}")
@@ -50,19 +50,19 @@ class Progress:
 
 
 def styled(stream: TextIO) -> bool:
-    """Whether a stream shows bold type and lines."""
+    """Whether a stream can show bold type and lines."""
     return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
 
 def bold(text: str, stream: TextIO) -> str:
-    """The text, in bold type where the stream shows it."""
+    """The text, in bold type if the stream can show it."""
     return f"\x1b[1m{text}\x1b[0m" if styled(stream) else text
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO) -> str:
-    """Rows in columns under a head: the first column to the left, the others to the right.
+    """Rows in columns under a head, the first column aligned left, the others right.
 
-    Plain spaces and dashes for a pipe; lines and a bold head on a terminal.
+    A pipe gets plain spaces and dashes; a terminal gets lines and a bold head.
     """
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 

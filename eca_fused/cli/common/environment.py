@@ -1,4 +1,4 @@
-"""What the numbers of a run depend on: machine, versions, settings."""
+"""The machine, versions and settings that the numbers of a run depend on."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ __all__ = ["describe", "fused_kernels", "summary"]
 
 
 def cpu_model() -> str:
-    """The processor's name, as the system gives it."""
+    """The processor's name as the system reports it."""
     try:
         names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
@@ -39,7 +39,7 @@ def commit() -> str | None:
 
 
 def malloc() -> str:
-    """How the C library's malloc is set, on which the time of large fresh outputs depends."""
+    """The settings of the C library's malloc, which the time of large new outputs depends on."""
     names = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
     settings = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     if "malloc" in os.environ.get("LD_PRELOAD", ""):
@@ -48,7 +48,7 @@ def malloc() -> str:
 
 
 def fused_kernels(device: torch.device, dtype: torch.dtype) -> str:
-    """What the fused ECA runs on."""
+    """The kernels that the fused ECA runs on, or why it runs in plain PyTorch."""
     kernels = select(torch.empty(1, 1, device=device, dtype=dtype), "auto")
     if kernels is None:
         chosen = os.environ.get("ECA_FUSED_BACKEND", "auto")

@@ -40,9 +40,9 @@ class Contender:
 
     Attributes:
         name: such as "plain".
-        call: runs it once; None where it cannot run here.
-        missing: the reason why it cannot.
-        seconds: of one call, a sample for each round.
+        call: runs it once; None if it cannot run here.
+        missing: why it cannot run.
+        seconds: of one call, one sample per round.
     """
 
     name: str
@@ -56,14 +56,14 @@ class Contender:
 
 
 def ratio(slower: Contender, faster: Contender) -> Spread | None:
-    """How many times as fast one contender is as another, round by round."""
+    """How many times as fast `faster` is as `slower`, round by round; None without times."""
     if not slower.seconds or not faster.seconds:
         return None
     return Spread.of([a / b for a, b in zip(slower.seconds, faster.seconds, strict=True)])
 
 
 def timed(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds of one call, from `calls` of them: by events on a GPU, by the clock on the CPU."""
+    """Seconds per call, over `calls` calls: by events on a GPU, by the clock on the CPU."""
     if device.type == "cuda":
         event: Any = torch.cuda.Event
         start, end = event(enable_timing=True), event(enable_timing=True)
@@ -136,7 +136,7 @@ def interleave(
 
     Returns:
         The share of the machine's processors, 0 to 1, that other programs took during the rounds;
-        None where the system does not tell.
+        None if the system does not report it.
     """
     longest = 0.0
     for contender in contenders:
@@ -171,7 +171,7 @@ def interleave(
 
 
 def processors_taken() -> float | None:
-    """Processor seconds that other programs, and other virtual machines, have taken since boot."""
+    """Processor seconds that other programs and other virtual machines have used since boot."""
     try:
         ticks = [int(n) for n in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     except OSError:
@@ -181,9 +181,9 @@ def processors_taken() -> float | None:
 
 
 def reason(error: Exception) -> str:
-    """The type of an error and what it says, in one line."""
+    """The type and message of an error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # torch.compile says which backend failed first, and why on the line after.
+    # torch.compile names the backend that failed first, and the reason on the next line.
     if len(lines) > 1 and lines[0].endswith("raised:"):
         return lines[1][:200]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200].rstrip(": ")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["Photograph", "crop", "fill_batch", "load_photographs", "preprocess", "read_photograph"]
 
-# Mean and standard deviation of ImageNet's red, green and blue, as every ImageNet model uses them.
+# The usual mean and standard deviation of ImageNet's red, green and blue.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -44,11 +44,11 @@ def load_photographs() -> list[Photograph]:
 
 
 def read_photograph(file: Path) -> Photograph:
-    """A photograph from a file that Pillow reads, upright as the camera was held.
+    """A photograph from a file that Pillow reads, rotated upright by its EXIF data.
 
     Raises:
         ImportError: Pillow is not installed.
-        ValueError: the file is no image, or a part of one.
+        ValueError: the file is not an image, or is incomplete.
     """
     pillow, turn = importlib.import_module("PIL.Image"), importlib.import_module("PIL.ImageOps")
     try:
@@ -64,7 +64,7 @@ def read_photograph(file: Path) -> Photograph:
 
 
 def _eight_bits(image: Any) -> Any:
-    """Pillow's convert() clips grey levels beyond 255: levels of 16 bits are scaled before it."""
+    """Scale 16-bit grey levels to 8 bits, because Pillow's convert() clips levels above 255."""
     if image.mode == "F":
         raise ValueError("its grey levels are floating-point numbers; save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
@@ -104,7 +104,7 @@ def crop(pixels: Tensor, size: int = 224) -> Tensor:
 
 
 def preprocess(photographs: Sequence[Photograph], size: int = 224) -> Tensor:
-    """The photographs as ImageNet networks take them, (P, 3, size, size), float32."""
+    """The photographs as input of ImageNet networks, (P, 3, size, size), float32."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     return torch.stack([(crop(p.pixels, size) - mean) / std for p in photographs])
 

@@ -1,11 +1,11 @@
-"""Does the fused network compute what the plain one does? The answer, with its tolerances.
+"""Checks that the fused network computes what the plain one does, and sets the tolerances.
 
-Both are compared with float64, with the same weights and input. What is allowed is the error that
-plain PyTorch makes itself in the same dtype, plus a floor for rounding that no implementation can
-avoid. Layer by layer, each fed the same map, the floor follows from the number formats. Through the
-whole network rounding grows from block to block, so there the floor is measured: what moving every
-gate of the plain network by one unit in the last place, up or down at random, changes; twice that,
-as plain and fused may each be one unit off.
+Both are compared with float64, with the same weights and input. The allowed error is that of plain
+PyTorch in the same dtype, plus a floor for rounding that no implementation can avoid. For single
+layers, each fed the same map, the floor follows from the number formats. Through the whole network
+rounding grows from block to block, so there the floor is measured: move every gate of the plain
+network by one unit in the last place, up or down at random, and take twice the change, because
+plain and fused may each be one unit off.
 """
 
 import copy
@@ -61,7 +61,7 @@ def compare_layer(place: str, plain: ECALayer, fused: ECALayer, x: Tensor) -> li
 
 
 def check_layers(plain: ResNet, fused: ResNet, x: Tensor) -> list[Comparison]:
-    """Every ECA layer, on the map that it gets in the plain network; of each stage, the worst.
+    """Every ECA layer, on its map in the plain network; returns the worst of each stage.
 
     Args:
         plain, fused: the network with its ECA in either form.
@@ -123,7 +123,7 @@ def check_network(
 
 
 def top_five(name: str, plain: Tensor, fused: Tensor, near: float) -> TopFive:
-    """The best classes by two vectors of logits (classes,); `near` is what makes a near-tie."""
+    """The best classes by two vectors of logits (classes,); logits within `near` are a near-tie."""
     usual, ours = (logits.double().topk(min(5, len(logits))).indices for logits in (plain, fused))
     gap = float((plain.double()[usual] - plain.double()[ours]).abs().max())
     return TopFive(name, usual.tolist(), ours.tolist(), gap, near)

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32")
     made.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
+        "--device", choices=("cpu", "cuda"), help="default: cuda if there is one, else cpu"
     )
     made.add_argument("--channels-last", action="store_true", help="memory format channels_last")
     made.add_argument(
@@ -74,12 +74,12 @@ def default_batch(device: str, dtype: torch.dtype, quick: bool) -> int:
     """A batch that keeps the run short."""
     if device == "cuda":
         return 8 if quick else 32
-    # Few processors convolve in float16, and elsewhere it takes ten times as long.
+    # Few processors have float16 convolutions; on others they take ten times as long.
     return 2 if quick or dtype == torch.float16 else 8
 
 
 def settings(argv: Sequence[str]) -> tuple[Settings, bool]:
-    """The settings that the arguments ask for, and whether JSON is wanted; exits with 2 if bad."""
+    """The settings from the arguments, and whether JSON is wanted; exits with 2 if bad."""
     options = parser()
     args = options.parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -114,10 +114,10 @@ def main(argv: Sequence[str]) -> int:
     if missing := missing_packages():
         print(need(missing), file=sys.stderr)
         return PACKAGES_MISSING
-    # torch.compile warns on every machine without a GPU that it found none.
+    # torch.compile warns on every machine without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     out = io.StringIO() if as_json else sys.stdout
-    # What other packages print must not get between the parts of the document.
+    # Output of other packages must not get into the JSON document.
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         result = run(made, out)
     if as_json:

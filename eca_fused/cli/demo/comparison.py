@@ -1,4 +1,4 @@
-"""What the check compares, what it allows, and how it says so."""
+"""The results of the check: errors, tolerances and messages."""
 
 import math
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Comparison:
         quantity: "y", "dx" and "dw" of an ECA layer, or "output" of the network up to this place.
         scale: the largest absolute value in float64.
         plain, fused: largest absolute error, divided by scale.
-        floor: what is allowed beyond plain PyTorch's own error, divided by scale.
+        floor: error allowed beyond plain PyTorch's own error, divided by scale.
     """
 
     place: str
@@ -35,7 +35,7 @@ class Comparison:
 
     @property
     def used(self) -> float:
-        """The share of the tolerance that the fused error takes, above 1 where it fails."""
+        """The share of the tolerance that the fused error takes; above 1 if it fails."""
         if self.fused == 0:
             return 0.0
         share = self.fused / self.tolerance if self.tolerance else math.inf
@@ -57,9 +57,9 @@ class TopFive:
     Attributes:
         photograph: its name.
         plain, fused: class indices, best first.
-        gap: by how much the plain logits of two classes in the same rank differ, at most.
-        allowed: the gap that rounding can close, twice the floor of the logits: below it, two
-            classes are a near-tie, and their order says nothing.
+        gap: the largest difference of the plain logits of the two classes of any rank.
+        allowed: the gap that rounding can close, twice the floor of the logits. Classes closer than
+            this are a near-tie, and their order means nothing.
     """
 
     photograph: str

@@ -24,7 +24,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run does.
+    """The settings of a run.
 
     Attributes:
         batch: images in the batch, in which the photographs alternate.
@@ -45,13 +45,13 @@ class Settings:
 
     @property
     def input(self) -> str:
-        """Shape, dtype and memory format of the input, as in a title."""
+        """Shape, dtype and memory format of the input, for a title."""
         layout = "channels_last" if self.channels_last else "contiguous"
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.batch}x3x{self.size}x{self.size}, {dtype}, {layout}"
 
     def place(self, thing: Any) -> Any:
-        """A network or a tensor (N, C, H, W), with this device, dtype and memory format."""
+        """A network or tensor (N, C, H, W) with the device, dtype and memory format of the run."""
         form = torch.channels_last if self.channels_last else torch.contiguous_format
         return thing.to(device=self.device, dtype=self.dtype, memory_format=form)
 
@@ -75,7 +75,7 @@ class Scene:
 
 
 def prepare(settings: Settings) -> Scene:
-    """Photographs, a network whose batch norms know them, and the batch."""
+    """The photographs, a network with batch norms adapted to them, and the batch."""
     samples = photographs.load_photographs()
     images = photographs.preprocess(samples, settings.size)
     plain = settings.place(network.build(images, SEED))
@@ -87,7 +87,7 @@ def run(settings: Settings, out: TextIO) -> dict[str, Any]:
     """Check, then time and draw if the check has passed; the report goes to `out`.
 
     Returns:
-        Everything that was found, ready for JSON.
+        All results, ready for JSON.
     """
     found = environment.describe(settings.device, settings.dtype)
     print(introduction(settings, found), file=out, flush=True)
@@ -116,7 +116,7 @@ def run(settings: Settings, out: TextIO) -> dict[str, Any]:
 
 
 def introduction(settings: Settings, found: dict[str, Any]) -> str:
-    """What runs, and where."""
+    """The lines that say what runs, and where."""
     lines = [
         f"ECA-ResNet-50 (kernel sizes {network.KERNEL_SIZES}) with random weights, seed {SEED}",
         f"Input: two photographs, alternating, {settings.input}",
@@ -124,7 +124,7 @@ def introduction(settings: Settings, found: dict[str, Any]) -> str:
         f"Fused ECA: {found['fused']}",
     ]
     if found["fused"].startswith("plain PyTorch"):
-        lines.append("So below, fused is plain PyTorch too: nothing of this package's kernels runs")
+        lines.append("None of this package's kernels runs: below, fused is plain PyTorch too")
     if found["device"] == "cuda" and settings.dtype == torch.float32:
         used = "with" if found["tf32_convolutions"] else "without"
         lines.append(f"Convolutions {used} TF32, in the plain and in the fused network alike")
@@ -132,16 +132,16 @@ def introduction(settings: Settings, found: dict[str, Any]) -> str:
 
 
 def malloc_text(found: dict[str, Any]) -> str:
-    """How the times were taken, with what they depend on."""
+    """How the times were taken, and the settings they depend on."""
     if found["device"] == "cuda":
-        return "By CUDA events around eager calls; maps rotate, so that L2 is cold for the layers."
-    text = f"By the clock, in turn round by round, {found['threads']} threads, every result in "
-    text += f"fresh memory, malloc: {found['malloc']}."
+        return "Timed by CUDA events around eager calls; maps rotate, so the layers find a cold L2."
+    text = f"Timed by the clock in interleaved rounds, {found['threads']} threads, every result in "
+    text += f"new memory, malloc: {found['malloc']}."
     if found["malloc"] == "default":
         text += (
-            " With it, results of tens of MB and more cost page faults, in every column alike; "
-            "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776 in the environment recycles "
-            "the heap instead."
+            " With this malloc, results of tens of MB and more cost page faults, equally in every "
+            "column; MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776 in the environment "
+            "recycles the heap instead."
         )
     return text
 
@@ -167,8 +167,8 @@ def draw(settings: Settings, scene: Scene, cases: list[Case], where: str) -> dic
             paths["times"],
             cases,
             f"ECA-ResNet-50: times ({device}, {settings.input})",
-            "Bars: medians of interleaved rounds, with p20 and p80. Numbers: times as fast as "
-            f"plain PyTorch, median over rounds.\n{where}.",
+            "Bars: medians of interleaved rounds, with p20 and p80. Numbers: how many times as "
+            f"fast as plain PyTorch, median over rounds.\n{where}.",
         )
     return {name: str(path) for name, path in paths.items()}
 

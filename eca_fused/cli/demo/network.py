@@ -1,4 +1,4 @@
-"""The network of the main job, and what is observed inside it while it runs."""
+"""The network of the main job, and hooks that observe it while it runs."""
 
 import copy
 from collections.abc import Iterator
@@ -29,11 +29,11 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 def build(images: Tensor, seed: int) -> ResNet:
     """An ECA-ResNet-50 with random weights, in evaluation mode, with its ECA in plain PyTorch.
 
-    Two things are not as at the start of training. Random weights alone let activations grow from
-    block to block, past the range of float16, so the batch norms take their statistics from the
-    images. And untrained batch norms shift nothing, so that all means would be near zero and all
-    gates near a half: the one before each ECA gets random shifts. All of it happens in float32 on
-    the CPU, so the weights do not depend on where and in what precision they are used.
+    Two things differ from the start of training. With random weights alone, activations grow from
+    block to block past the range of float16, so the batch norms take their statistics from the
+    images. Untrained batch norms do not shift, so all means would be near zero and all gates near a
+    half; the batch norm before each ECA gets random shifts. All of this happens in float32 on the
+    CPU, so the weights do not depend on the device and dtype of the run.
 
     Args:
         images: (P, 3, H, W), float32, at least two.
@@ -50,7 +50,7 @@ def build(images: Tensor, seed: int) -> ResNet:
 
 
 def adapt(network: nn.Module, images: Tensor) -> None:
-    """Give the batch norms of a network the statistics of images (P, 3, H, W); evaluation mode."""
+    """Give the batch norms the statistics of images (P, 3, H, W); sets evaluation mode."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -111,7 +111,7 @@ def outputs(network: ResNet, x: Tensor) -> list[Tensor]:
 
 
 def layer_inputs(network: ResNet, x: Tensor) -> list[Tensor]:
-    """What the last ECA layer of each stage reads: four maps (N, C, H, W)."""
+    """The inputs of the last ECA layer of each stage: four maps (N, C, H, W)."""
     maps: list[Tensor] = []
     hook = hooked(last_eca_layers(network), lambda index, m, inputs, output: maps.append(inputs[0]))
     with hook, torch.no_grad():
@@ -122,8 +122,8 @@ def layer_inputs(network: ResNet, x: Tensor) -> list[Tensor]:
 def gates(network: ResNet, x: Tensor) -> list[Tensor]:
     """The gates that the last ECA layer of each stage applied: four matrices (N, C), float64.
 
-    They are measured, not computed again: the factor that takes the layer's input to its output,
-    by least squares over the pixels. So they are right about whatever computes the layer.
+    They are measured: the factor between the layer's input and output, by least squares over the
+    pixels. So they are right for any backend that computes the layer.
     """
     found: list[Tensor] = []
 

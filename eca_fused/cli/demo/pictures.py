@@ -27,10 +27,10 @@ CONTENDERS = {  # the name in a Case, with its colour and its name in the legend
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture, of the kind that the file's ending names.
+    """Write a picture in the format that the file's ending names.
 
     Raises:
-        OSError: it cannot be written. Matplotlib's own writers raise other things for a full disk.
+        OSError: it cannot be written. Matplotlib's own writers raise other errors on a full disk.
     """
     made = io.BytesIO()
     figure.savefig(made, format=path.suffix[1:].lower())
@@ -50,7 +50,7 @@ def draw_gates(
     Args:
         path: the PNG file to write.
         photographs: two of them.
-        gates: (2, C) for each of the four stages, in 0 to 1.
+        gates: (2, C) for each of the four stages, from 0 to 1.
         size: side of the network's input, in pixels.
         title, note: above and below.
     """
@@ -122,8 +122,8 @@ def draw_class_gates(
         path: the file to write.
         stages: title and gates (classes, C) of each.
         names: of the classes, for the legend; up to 14.
-        by_gate: dots, with the channels in the order of their mean gate over the classes, instead
-            of lines, with the channels in their own order.
+        by_gate: draw dots, with channels sorted by their mean gate over the classes; otherwise
+            lines, with channels in their own order.
         title: above the panels.
     """
     columns = 2 if by_gate else 1  # lines through thousands of channels need the whole width
@@ -181,11 +181,11 @@ def handle(i: int, dots: bool) -> Any:
 
 
 def draw_times(path: Path, cases: Sequence[Case], title: str, note: str) -> None:
-    """Bars of the medians with their spread, and how many times as fast as plain PyTorch each is.
+    """Bars of the medians with their spread, labelled with the speed relative to plain PyTorch.
 
     Args:
         path: the PNG file to write.
-        cases: what was timed.
+        cases: the timed cases.
         title, note: above and below.
     """
     panels = [
@@ -205,7 +205,7 @@ def draw_times(path: Path, cases: Sequence[Case], title: str, note: str) -> None
 
 
 def handles(cases: Sequence[Case]) -> list[Any]:
-    """The legend: of the contenders that were timed."""
+    """The legend, with the contenders that were timed."""
     from matplotlib.patches import Patch
 
     timed = {n for case in cases for n, c in case.contenders.items() if c.seconds}

@@ -14,11 +14,12 @@ from eca_fused.cli.demo.timing import Case
 __all__ = ["check_document", "check_text", "finite", "timing_document", "timing_text"]
 
 RULE = (
-    "Largest error against float64, relative to the largest value. Allowed: what plain is off by,\n"
-    "plus a floor. For the ECA layers, each on the same map in both forms: half a unit in the\n"
-    "last place of the dtype for the result, eight units of the sums' dtype for what is inside,\n"
-    "and for dw the random walk of a running sum, half a unit times the root of its length.\n"
-    "For the network: twice what one unit in the last place of every gate changes in plain."
+    "Largest error against float64, relative to the largest value. Allowed: the error of plain,\n"
+    "plus a floor. For an ECA layer, on the same map in both forms, the floor is half a unit in\n"
+    "the last place of the dtype for the result, eight units of the sums' dtype for the steps\n"
+    "inside, and for dw the random walk of a running sum, half a unit times the root of its\n"
+    "length. For the network it is twice the change in plain if every gate moves by one unit in\n"
+    "the last place."
 )
 
 
@@ -58,7 +59,7 @@ def milliseconds(contender: Contender | None) -> str:
 
 
 def times(contenders: dict[str, Contender], slower: str, faster: str = "fused") -> str:
-    """How many times as fast, or "-" where one of them did not run."""
+    """How many times as fast, or "-" if one of them did not run."""
     if slower not in contenders or faster not in contenders:
         return ""
     spread = ratio(contenders[slower], contenders[faster])
@@ -68,7 +69,7 @@ def times(contenders: dict[str, Contender], slower: str, faster: str = "fused") 
 
 
 def timing_text(cases: Sequence[Case], where: str, stream: TextIO) -> str:
-    """The tables of the times, and what is missing in them and why."""
+    """The tables of the times, with the missing entries and why they are missing."""
     layers = [case for case in cases if case.ideal_bytes is not None]
     rows = [
         [
@@ -98,23 +99,23 @@ def timing_text(cases: Sequence[Case], where: str, stream: TextIO) -> str:
     head = ["ECA-ResNet-50, ms", "plain", "compiled", "fused", "both", "vs plain", "vs comp."]
     lines += [table([*head, "both vs comp."], rows, stream), ""]
     lines += [
-        "Medians; ratios are medians of the ratios round by round: above 1, fused is faster;",
-        "with a ?, the rounds do not agree on which is faster.",
-        "plain: PyTorch as it is. compiled: torch.compile of plain. both: torch.compile of fused.",
-        "GB/s: what fused must move at least, by its time: x and y, for the backward dy, x and dx.",
+        "Times are medians. Ratios are medians over the rounds; above 1, fused is faster, and with",
+        "a ? the rounds disagree on which is faster.",
+        "plain: eager PyTorch. compiled: torch.compile of plain. both: torch.compile of fused.",
+        "GB/s: the least that fused must move (x and y; backward dy, x and dx) over its time.",
         *disturbance(cases),
     ]
     return "\n".join([*lines, *missing_text(cases)])
 
 
 def disturbance(cases: Sequence[Case]) -> list[str]:
-    """A warning where the times are not those of a quiet machine."""
+    """A warning if the machine was not quiet during the rounds."""
     others = max((case.others or 0.0 for case in cases), default=0.0)
     if others < NOTICEABLE:
         return []
     return [
         f"Other programs took up to {100 * others:.0f} % of the processors during the rounds:",
-        "neither times nor ratios can be relied on.",
+        "neither times nor ratios are reliable.",
     ]
 
 
@@ -124,7 +125,7 @@ def gigabytes(case: Case) -> str:
 
 
 def missing_text(cases: Sequence[Case]) -> list[str]:
-    """What could not be timed: a line for each reason, with all that it concerns."""
+    """What could not be timed: a line for each reason, with all cases that it concerns."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for case in cases:
         for name, contender in case.contenders.items():
@@ -178,7 +179,7 @@ def timing_document(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def finite(value: Any) -> Any:
-    """The document with NaN and infinity, which JSON does not have, as strings."""
+    """The document with NaN and infinity as strings, because JSON lacks them."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

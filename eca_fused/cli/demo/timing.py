@@ -1,4 +1,4 @@
-"""What is timed: the ECA layer of each stage on the maps it gets, and the whole network."""
+"""Times the ECA layer of each stage on its own maps, and the whole network."""
 
 import copy
 import itertools
@@ -24,8 +24,8 @@ INFERENCE, TRAINING = "inference", "training step"
 CASES = 10  # four layers in two directions, and the network in two
 
 LEFT_OUT = "left out by --quick"
-TOO_LONG = "left out, as compiling it takes longer than all the rest"
-NETWORK_SHARE = 3  # of the time for rounds, that of the network to that of a layer
+TOO_LONG = "left out, because compiling it takes longer than everything else"
+NETWORK_SHARE = 3  # the network's time for rounds, as a multiple of a layer's
 
 Step = Callable[[str], None]  # told what comes next
 
@@ -49,14 +49,14 @@ class Effort:
 
 @dataclass(frozen=True)
 class Case:
-    """What was timed, and how fast each contender did it.
+    """A timed case, with its contenders' times.
 
     Attributes:
         place: "stage 1" to "stage 4", or "network".
         pass_: forward, forward + backward, inference or training step.
         shape: of the input.
-        ideal_bytes: what an ECA layer must move at least: x read and y written once; dy and x read
-            and dx written once. None for the network.
+        ideal_bytes: the least that an ECA layer must move: x read and y written once, and for the
+            backward pass dy and x read and dx written once. None for the network.
         contenders: by name.
         others: share of the processors that other programs took meanwhile, see interleave().
     """
@@ -70,7 +70,7 @@ class Case:
 
 
 def attempt(name: str, module: nn.Module, use: Callable[[nn.Module], object]) -> Contender:
-    """A contender with a compiled module, which runs once here, as compiling may fail."""
+    """A contender with a compiled module. It runs once here, because compiling may fail."""
     try:
         fast: Any = torch.compile(copy.deepcopy(module), dynamic=False, fullgraph=True)
         use(fast)
@@ -82,7 +82,7 @@ def attempt(name: str, module: nn.Module, use: Callable[[nn.Module], object]) ->
 def rotation(x: Tensor) -> int:
     """How many copies of a map to use in turn, so that none is still in the cache of a GPU.
 
-    On a CPU it is one: in a network, too, the layer before has just written the map.
+    On a CPU it is one, because in a network the previous layer has just written the map.
     """
     if x.device.type != "cuda":
         return 1
@@ -93,11 +93,11 @@ def rotation(x: Tensor) -> int:
 def layer_cases(
     plain: ResNet, fused: ResNet, x: Tensor, effort: Effort, say: Step
 ) -> Iterator[Case]:
-    """The last ECA layer of each stage, forward and then forward and backward.
+    """The last ECA layer of each stage, first forward, then forward and backward.
 
     Args:
         plain, fused: the network with its ECA in either form.
-        x: (N, 3, H, W); the layers are timed on the maps that it gives.
+        x: (N, 3, H, W); the layers are timed on the maps of this input.
         effort: how long to measure.
         say: told what comes next.
     """
@@ -155,7 +155,7 @@ def network_cases(
 ) -> Iterator[Case]:
     """The whole network: inference, and a training step without the optimiser.
 
-    Args as of layer_cases().
+    Args as for layer_cases().
     """
     say("network, inference" + (", compiling twice" if effort.compile_network else ""))
 
@@ -192,7 +192,7 @@ def network_cases(
 
 
 def network_case(pass_: str, contenders: list[Contender], x: Tensor, effort: Effort) -> Case:
-    # A call of the network takes as long as hundreds of a layer.
+    # A call of the network takes as long as hundreds of calls of a layer.
     budget_s = NETWORK_SHARE * effort.budget_s
     others = interleave(contenders, x.device, budget_s=budget_s, rounds=effort.rounds)
     return Case("network", pass_, tuple(x.shape), None, {c.name: c for c in contenders}, others)

@@ -47,7 +47,7 @@ class Stage:
 
     @property
     def difference(self) -> float | None:
-        """The largest less the least gate of any class, mean over channels; None for one class."""
+        """The largest minus the least gate of any class, mean over channels; None for one class."""
         if len(self.gates) == 1:
             return None
         return (self.gates.amax(0) - self.gates.amin(0)).mean().item()
@@ -60,8 +60,8 @@ def find_classes(arguments: Sequence[str]) -> dict[str, list[Path]]:
     """The images of each class.
 
     Args:
-        arguments: files or folders, or CLASS=file and CLASS=folder. Without CLASS it is the name
-            of the file or folder. A class may come several times.
+        arguments: files or folders, or CLASS=file and CLASS=folder. Without CLASS, the class is
+            the name of the file or folder. A class may be given several times.
 
     Raises:
         ValueError: a path does not exist, a folder has no images, or there are too many classes.
@@ -87,7 +87,7 @@ def find_classes(arguments: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder; a name can be too long for one."""
+    """Whether there is such a file or folder; exists() raises for too long a name."""
     try:
         return path.exists()
     except OSError:
@@ -95,12 +95,12 @@ def exists(path: Path) -> bool:
 
 
 def printable(name: str) -> str:
-    """A name as Unicode has it: of bytes that are no UTF-8, Python makes what cannot be drawn."""
+    """A name in Unicode. Bytes that are not UTF-8 are escaped, because they cannot be drawn."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The images of a folder, by name, without those of the folders in it."""
+    """The images of a folder, sorted by name, without those in subfolders."""
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not found:
         raise ValueError(
@@ -111,7 +111,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def batches(images: Sequence[Image], side: int) -> Iterator[Tensor]:
-    """The images as the network takes them: (N, 3, side, side), N up to BATCH."""
+    """The images as input of the network: (N, 3, side, side), N up to BATCH."""
     for start in range(0, len(images), BATCH):
         part = images[start : start + BATCH]
         yield preprocess(
@@ -123,9 +123,9 @@ def batches(images: Sequence[Image], side: int) -> Iterator[Tensor]:
 
 
 def randomise(model: nn.Module, classes: Classes, side: int) -> None:
-    """Random shifts for the batch norms of a model, and statistics of an image of each class.
+    """Give a model's batch norms random shifts, and the statistics of an image of each class.
 
-    Without them, all gates are near a half: network.py says why.
+    Without these, all gates are near a half; demo/network.py says why.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -140,7 +140,7 @@ def last_layers(model: ResNet | MobileNetV2) -> dict[str, nn.Module]:
         ends: list[Any] = [model.layer1[-1], model.layer2[-1], model.layer3[-1], model.layer4[-1]]
         layers = [block.get_submodule(block.key) for block in ends]
     else:
-        # The blocks of a stage, and no others, have its number of channels.
+        # Each stage has a number of channels of its own.
         blocks: list[Any] = [m for m in model.features if isinstance(m, InvertedResidual)]
         layers = list({block.conv[-2].num_features: block.conv[-1] for block in blocks}.values())
     names = {module: name for name, module in model.named_modules()}
@@ -149,17 +149,17 @@ def last_layers(model: ResNet | MobileNetV2) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def gates_of(layer: nn.Module, x: Tensor) -> Tensor:
-    """The gates that a layer of eca_fused.attention gives the channels of x.
+    """The gates that a layer of eca_fused.attention computes for the channels of x.
 
-    The fused operation keeps no gates, so those of ECA are computed again, by the definition. Of
-    CBAM they are those of the channels alone, without those of the pixels.
+    The fused operation does not return its gates, so those of ECA are computed again, by the
+    definition. CBAM gives its channel gates alone, without its pixel gates.
 
     Args:
         layer: of any method but "none".
         x: (N, C, *spatial), the input of the layer.
 
     Returns:
-        (N, C), each in 0 to 1.
+        (N, C), each from 0 to 1.
 
     Raises:
         TypeError: the layer has no gates.

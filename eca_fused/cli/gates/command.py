@@ -1,7 +1,7 @@
 """`python -m eca_fused gates`: the gate of each channel for images of different classes.
 
-As the figures of channel weights in the appendix of Wang et al., "ECA-Net" (CVPR 2020): a panel for
-the last block of each stage, and in it a colour for each class, the mean over its images.
+Like the figures of channel weights in the appendix of Wang et al., "ECA-Net" (CVPR 2020): a panel
+for the last block of each stage, with a colour for each class, the mean over its images.
 """
 
 import argparse
@@ -37,14 +37,14 @@ GATED = tuple(name for name in attention.METHODS if name != "none")
 ENDINGS = (".pdf", ".png", ".svg")
 ORDERS = ("gate", "channel")
 SEED = 0
-LEAST_SIDE = 64  # below, the last stage is one pixel, of which batch norms have no statistics
+LEAST_SIDE = 64  # below it the last stage has one pixel, too few for batch norm statistics
 MOST_SIDE = 2**20
 RANDOM = "random weights: the gates say nothing about the classes"
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was run, and what came of it."""
+    """The network, the classes and their gates."""
 
     network: str
     classes: Classes
@@ -83,20 +83,20 @@ def parser() -> argparse.ArgumentParser:
         "images",
         nargs="*",
         metavar="IMAGE",
-        help="an image or a folder of images, whose name is the class, or CLASS=path; default: the "
+        help="an image or a folder of images, whose name is the class; or CLASS=path; default: the "
         "two photographs of the main job",
     )
     made.add_argument(
         "--checkpoint",
         type=Path,
         metavar="FILE",
-        help="weights for eca_fused.load_checkpoint(); without, they are random, and the gates "
+        help="weights for eca_fused.load_checkpoint(); by default they are random, and the gates "
         "mean nothing",
     )
     made.add_argument(
         "--model",
         choices=MODELS,
-        help="default: that of the checkpoint, which must have ECA then; without one, resnet50",
+        help="default: that of the checkpoint, which must then have ECA; without one, resnet50",
     )
     made.add_argument("--attention", choices=GATED, help="default: eca")
     made.add_argument(
@@ -106,8 +106,8 @@ def parser() -> argparse.ArgumentParser:
         "--order",
         choices=ORDERS,
         default="gate",
-        help="of the channels in a panel: that of their mean gate (default), or their own, as in "
-        "the paper",
+        help="of the channels in a panel: by their mean gate (default), or their own, as in the "
+        "paper",
     )
     made.add_argument(
         "--output",
@@ -133,11 +133,11 @@ def build(args: argparse.Namespace) -> ResNet | MobileNetV2:
         try:
             model = load_checkpoint(args.checkpoint)
         except CheckpointError as error:
-            hint = "if it is of another attention than ECA, give --model and --attention"
+            hint = "if its attention is not ECA, give --model and --attention"
             raise ValueError(f"{error}\n  {hint}") from error
         if not any(isinstance(module, attention.ECALayer) for module in model.modules()):
             raise ValueError(
-                f"expected {args.checkpoint} as weights of a network with attention, it has none"
+                f"expected {args.checkpoint} as weights of a network with attention, got none"
             )
         return model.float()  # type: ignore[no-any-return]
     name, method = args.model or "resnet50", args.attention or "eca"
@@ -154,7 +154,7 @@ def find_gates(args: argparse.Namespace) -> Found:
     """The classes that the arguments name, and their gates.
 
     Raises:
-        ValueError, OSError, ImportError: an image or the checkpoint cannot be read, does not fit.
+        ValueError, OSError, ImportError: an image or the checkpoint cannot be read or used.
     """
     classes: Classes = (
         find_classes(args.images) if args.images else {p.name: [p] for p in load_photographs()}
@@ -169,7 +169,7 @@ def find_gates(args: argparse.Namespace) -> Found:
 
 
 def title(model: ResNet | MobileNetV2) -> str:
-    """The name of a network as the papers have it."""
+    """The name of a network as in the papers."""
     if isinstance(model, MobileNetV2):
         return "MobileNetV2"
     stages = (model.layer1, model.layer2, model.layer3, model.layer4)
@@ -178,12 +178,12 @@ def title(model: ResNet | MobileNetV2) -> str:
 
 
 def source(args: argparse.Namespace) -> str:
-    """Of the weights."""
+    """Where the weights come from."""
     return f"weights of {printable(args.checkpoint.name)}" if args.checkpoint else RANDOM
 
 
 def text(args: argparse.Namespace, found: Found, out: TextIO) -> str:
-    """What was run, and a table with a row for each stage."""
+    """The network and its classes, and a table with a row for each stage."""
     rows = []
     for stage in found.stages:
         values = stage.gates.mean(), stage.gates.min(), stage.gates.max()
@@ -198,7 +198,7 @@ def text(args: argparse.Namespace, found: Found, out: TextIO) -> str:
         "",
         table(head, rows, out),
         "",
-        "Classes differ by the largest less the least gate of any class, mean over channels.",
+        "Classes differ by: the largest minus the least gate of any class, mean over channels.",
         str(args.output),
     ]
     return "\n".join(lines)

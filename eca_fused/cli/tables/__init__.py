@@ -1,1 +1,1 @@
-"""`python -m eca_fused tables`: parameters and FLOPs beside those that the poster reports."""
+"""`python -m eca_fused tables`: parameters and FLOPs beside the poster's figures."""

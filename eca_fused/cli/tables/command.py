@@ -1,4 +1,4 @@
-"""`python -m eca_fused tables`: parameters and FLOPs beside those that ECA-Net's poster reports."""
+"""`python -m eca_fused tables`: parameters and FLOPs beside the figures of ECA-Net's poster."""
 
 import argparse
 import json
@@ -29,7 +29,7 @@ __all__ = ["main"]
 FORMATS = ("text", "markdown", "json")
 WIDTHS = (256, 512, 1024, 2048)  # C of ResNet-50's four stages
 DETECTOR_INPUT = (1, 3, 800, 1280)
-MILLION, BILLION = 10**6, 10**9  # what M and G are for detectors
+MILLION, BILLION = 10**6, 10**9  # M and G for detectors
 OUTSIDE = 1
 CHECKED = {True: "yes", False: "NO", None: "not held"}
 
@@ -65,7 +65,7 @@ DETECTOR_UNITS = (
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A method and what one module of it has."""
+    """A method, and the parameters of one module of it."""
 
     published: Method
     counted: dict[int, int]  # parameters by C
@@ -73,18 +73,18 @@ class MethodRow:
 
     @property
     def difference(self) -> int:
-        """The largest of any width."""
+        """The largest difference at any width."""
         return max((n - self.published.parameters(c) for c, n in self.counted.items()), key=abs)
 
 
 @dataclass(frozen=True)
 class BackboneRow:
-    """A network and what was counted in it."""
+    """A network and its counted parameters and FLOPs."""
 
     published: Backbone
     parameters: int
     flops: int
-    agrees: bool | None  # None where the row is not held to a tolerance
+    agrees: bool | None  # None if the row is not held to a tolerance
 
     @property
     def parameters_difference(self) -> float:
@@ -99,7 +99,7 @@ class BackboneRow:
 
 @dataclass(frozen=True)
 class DetectorRow:
-    """A detector and what was counted in it, or why nothing was."""
+    """A detector and its counted parameters and FLOPs, or why they were not counted."""
 
     published: Detector
     parameters: int = 0  # trainable ones
@@ -165,7 +165,7 @@ def _digits(printed: str) -> int:
 
 
 def _signed(value: float, digits: int) -> str:
-    """With a sign, but for what rounds to zero."""
+    """The number with a sign, but without one if it rounds to zero."""
     return f"{value:+.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
 
 
@@ -186,7 +186,7 @@ def method_cells(row: MethodRow) -> list[str]:
 
 
 def backbone_cells(row: BackboneRow, mark: str = "") -> list[str]:
-    """A row under BACKBONE_HEAD, its method with a mark of its note."""
+    """A row under BACKBONE_HEAD, its method with the mark of its note."""
     p = row.published
     unit = "M" if p.depth is None else "G"
     parameter_digits, flop_digits = _digits(p.parameters), _digits(p.flops)
@@ -206,7 +206,7 @@ def backbone_cells(row: BackboneRow, mark: str = "") -> list[str]:
 
 
 def detector_cells(row: DetectorRow, mark: str = "") -> list[str]:
-    """A row under DETECTOR_HEAD, its method with a mark of its note."""
+    """A row under DETECTOR_HEAD, its method with the mark of its note."""
     p = row.published
     digits, flop_digits = _digits(p.parameters), _digits(p.flops)
     parameters = [

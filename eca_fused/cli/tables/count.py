@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a network, FLOPs as thop or as MMDetection counts them."""
+"""Parameters and FLOPs of a network. FLOPs are counted by the rules of thop or of MMDetection."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,21 +18,21 @@ Rule = Callable[[Any, Tensor, Tensor], int]  # of a module, its first input and 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a counter of FLOPs counts.
+    """The rules of a counter of FLOPs.
 
     Args:
         name: of the counter.
-        rules: kinds of modules with their rule; the first that fits holds.
+        rules: classes of modules with their rule; the first match applies.
     """
 
     name: str
     rules: Sequence[tuple[Any, Rule]]
 
     def of(self, module: nn.Module) -> Rule | None:
-        """The rule of a module; None for what counts nothing.
+        """The rule for a module; None if it counts nothing.
 
         Raises:
-            ValueError: the module has parameters, and no rule.
+            ValueError: the module has parameters but no rule.
         """
         for kinds, rule in self.rules:
             if isinstance(module, kinds):
@@ -46,7 +46,7 @@ class Rules:
 
 
 def count_parameters(model: nn.Module, trainable: bool = False) -> int:
-    """The number of elements of all parameters or of the trainable ones, shared ones once."""
+    """The number of elements of all or of the trainable parameters; shared ones count once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
@@ -97,8 +97,8 @@ def _with_bias(module: Convolution, x: Tensor, y: Tensor) -> int:
     return _convolution(module, x, y) + (0 if module.bias is None else y.numel())
 
 
-# What a method of attention has in modules that it calls, such as the layers of SE, is counted
-# there; the taps of a band are in a module that is never called.
+# Modules that an attention method calls, such as the layers of SE, are counted by their own rules.
+# The taps of a band are in a module that is not called, so the method's rule counts them.
 THOP = Rules(
     "thop",
     (
@@ -132,18 +132,18 @@ def count_flops(
 ) -> int:
     """Multiply-adds of one call in evaluation mode.
 
-    THOP has the rules of thop 0.1.1: convolutions and fully connected layers count one for each
-    product, without biases; a batch norm four for each element, two without affine parameters; an
-    average pool one for each element that it reads and each that it writes; activations, maximum
-    pools and products of tensors nothing.
+    THOP has the rules of thop 0.1.1. Convolutions and fully connected layers count one for each
+    product, without biases. A batch norm counts four for each element, two without affine
+    parameters. An average pool counts one for each element that it reads and each that it writes.
+    Activations, maximum pools and products of tensors count nothing.
 
-    MMDETECTION has those of MMDetection 1 (mmdet/utils/flops_counter.py): as above, but one for
-    each bias that a convolution adds; a batch norm two for each element, one without affine
-    parameters; pools of both kinds one for each element that they read, and ReLU too, where it is
-    a module. Both count a transposed convolution on the map that it writes.
+    MMDETECTION has the rules of MMDetection 1 (mmdet/utils/flops_counter.py). They differ so: a
+    convolution also counts one for each addition of a bias. A batch norm counts two for each
+    element, one without affine parameters. Pools of both kinds, and ReLU modules, count one for
+    each element that they read. Both count a transposed convolution on the map that it writes.
 
-    Attention counts its average pool and its taps like that, whether or not a fused kernel computes
-    them, and what else is made of modules as these.
+    Attention counts its average pool and its taps by these rules, even if a fused kernel computes
+    them. Its other modules count like any modules.
 
     Args:
         model: any module of one tensor; on the meta device nothing is computed.
@@ -151,7 +151,7 @@ def count_flops(
         rules: THOP or MMDETECTION.
 
     Raises:
-        ValueError: the model has a layer with parameters that there is no rule for.
+        ValueError: the model has a layer with parameters but without a rule.
     """
     total = 0
 
@@ -162,7 +162,7 @@ def count_flops(
 
         return hook
 
-    # A layer's own rule has its taps, whether or not their convolution is called.
+    # A layer's own rule counts its taps, even if their convolution is called.
     inner = {id(part) for m in model.modules() if _has_taps(m) for part in m.children()}
     found = [(module, rules.of(module)) for module in model.modules() if id(module) not in inner]
     handles = [

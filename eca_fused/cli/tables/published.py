@@ -1,6 +1,6 @@
-"""The tables of the ECA-Net poster (Wang et al., CVPR 2020), and how to build what they count.
+"""The tables of the ECA-Net poster (Wang et al., CVPR 2020), and builders of the networks in them.
 
-Accuracy is Top-1 and Top-5 on ImageNet-1K and AP on MS-COCO as reported there: nothing of it was
+Accuracy is Top-1 and Top-5 on ImageNet-1K and AP on MS-COCO as reported there. None of it was
 measured here.
 """
 
@@ -14,9 +14,9 @@ from eca_fused.models import mobilenetv2, resnet
 
 __all__ = ["BACKBONES", "DETECTORS", "METHODS", "TITLES", "Backbone", "Detector", "Method"]
 
-MEGA, GIGA = 2**20, 2**30  # what the poster's M and G are: 25,557,032 parameters are 24.37 M
+MEGA, GIGA = 2**20, 2**30  # the poster's M and G: 25,557,032 parameters are 24.37 M
 RESNET_TOLERANCE, MOBILENET_TOLERANCE = 0.005, 0.025  # of FLOPs; thop's rules have changed since
-DETECTOR_TOLERANCE = 0.0002  # its counter, MMDetection's, has rules of its own, which are known
+DETECTOR_TOLERANCE = 0.0002  # small, because the rules of MMDetection's counter are known
 DETECTOR_DEPTH = 101
 TITLES = {"faster_rcnn": "Faster R-CNN", "mask_rcnn": "Mask R-CNN", "retinanet": "RetinaNet"}
 
@@ -53,7 +53,7 @@ class Backbone:
         flops: as printed: in 2**30 for a ResNet, in 2**20 for MobileNetV2.
         top1, top5: as reported.
         options: of the attention.
-        note: what a reader must know.
+        note: a remark for the reader.
         held: whether a difference is an error.
     """
 
@@ -78,7 +78,7 @@ class Backbone:
 
     @property
     def tolerance(self) -> float:
-        """The relative difference of FLOPs that is allowed."""
+        """The allowed relative difference of FLOPs."""
         return MOBILENET_TOLERANCE if self.depth is None else RESNET_TOLERANCE
 
     def build(self) -> nn.Module:
@@ -100,7 +100,7 @@ class Detector:
         parameters: trainable ones, in 10**6, as printed.
         flops: in 10**9, as printed.
         ap: average precision, as reported.
-        note: what a reader must know.
+        note: a remark for the reader.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Detector:
         return TITLES[self.name]
 
     def build(self) -> tuple[nn.Module, nn.Module]:
-        """The detector, and the part of it that FLOPs are counted on, both without memory.
+        """The detector, and the module that FLOPs are counted on, both on the meta device.
 
         Raises:
             ImportError: torchvision is missing.
@@ -149,8 +149,8 @@ NO_BIAS_NOTE = (
     "the printed parameters are those of CBAM without biases in its MLP, unlike ResNet-34's"
 )
 GSOP_NOTE = (
-    "GSoP-Net1 as its authors' code has it, 28.29 * 10^6 parameters; the printed row fits that in "
-    "neither unit, how it was counted is not known, and so it is not held to a tolerance"
+    "GSoP-Net1 as in its authors' code has 28.29 * 10^6 parameters; the printed row fits that in "
+    "neither unit, and how it was counted is not known, so it is not held to a tolerance"
 )
 SE_MOBILE_NOTE = "the printed parameters are those of SE with reduction 8, on each block's output"
 
@@ -179,8 +179,8 @@ BACKBONES = (
 )
 
 RELU_NOTE = (
-    "counted higher by 0.02 G: torchvision has the ReLU of the region proposals as a module, which "
-    "counts, and those of the box head as functions, which do not; MMDetection the other way round"
+    "counted higher by 0.02 G: in torchvision the ReLU of the region proposals is a module, which "
+    "counts, and those of the box head are functions, which do not; in MMDetection it is reversed"
 )
 
 DETECTORS = (

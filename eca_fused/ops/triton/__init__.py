@@ -1,7 +1,7 @@
-"""The Triton backend: this module is its Kernels, see ops/kernels.py.
+"""The Triton backend. This module implements the interface Kernels, see ops/kernels.py.
 
-For GPUs that the extension was not compiled for, and for torch.compile, which traces through these
-operators down to the kernels. Importing this imports Triton; backend.py does so when asked to.
+It serves GPUs that the extension was not compiled for, and torch.compile, which traces through
+these operators down to the kernels. Importing it imports Triton, so backend.py does so on demand.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ _operator: Any = torch.library.custom_op if INTERPRETED else torch.library.trito
 
 
 def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes x's device the current one, where Triton launches."""
+    """Make the device of x the current one, because Triton launches there."""
     if x.is_cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # it is not while tracing without a GPU
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
@@ -71,7 +71,7 @@ def _inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
 
 
 def _write(x: Tensor, weight: Tensor, circular: bool, out: Tensor, name: str) -> None:
-    """y written into out, which may be x; `name` is what the caller calls it."""
+    """Write y into out, which may be x; `name` is the caller's name for out."""
     check(x, weight, circular)
     check_out(x, out)
     if x.numel() == 0:
@@ -98,7 +98,7 @@ def _write(x: Tensor, weight: Tensor, circular: bool, out: Tensor, name: str) ->
         out.copy_(y)
 
 
-# The operators without "_" check gradients too: see writing.py.
+# The operators without the leading "_" also check gradients and count writes: see writing.py.
 @_operator("eca_fused::_triton_inference_", mutates_args=("x",))
 def _inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
     _write(x, weight, circular, x, "x")
@@ -171,7 +171,7 @@ def _rescale_backward(
     return x.new_empty(0) if dx is None else dx, dgate
 
 
-# Torch would trace the operators' bodies for the strides of their results; these state them.
+# Without these, torch would trace the operators' bodies to find the strides of their results.
 for _body, _fake in (
     (_forward, fakes.forward),
     (_inference, fakes.inference),

@@ -1,12 +1,12 @@
 """What the Triton kernels share: numbers, positions in a map, the convolution over channels.
 
-A function that Triton compiles may return one type only, hence one return in each.
+A Triton function may return only one type, so each has a single return.
 
-Names: i, c, s are vectors of places in a tile, channels and pixels; q is the neighbour of c that a
-tap reads. Names in capitals are known when a kernel is compiled:
+Names: i, c and s are vectors of positions in a tile, channels and pixels; q is the neighbour of c
+that a tap reads. Names in capitals are compile-time constants:
     PLANES    a map's rows are planes (contiguous), else pixels (channels_last)
-    ALIGN     1 to 16, a power of two that divides every stride, and the length of the rows
-    WIDE      there are 2^31 channels or pixels, or more
+    ALIGN     1 to 16, a power of two that divides every stride and the length of the rows
+    WIDE      indices of channels or pixels may overflow int32: there are 2^30 or more
     HALO      places for the 2r neighbours outside a tile, a power of two; 0 if there are none
     BLOCK_C, BLOCK_S   channels and pixels of a tile
 """
@@ -14,8 +14,8 @@ tap reads. Names in capitals are known when a kernel is compiled:
 import triton
 import triton.language as tl
 
-# The interpreter truncates where it converts to bfloat16, and is wrong for subnormal numbers, so
-# there both conversions are made of integer operations.
+# Triton's interpreter truncates conversions to bfloat16 and is wrong for subnormal numbers, so
+# there both conversions use integer operations.
 BY_HAND = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -47,13 +47,13 @@ def narrow(values, dtype: tl.constexpr):
 
 @triton.jit
 def divide(a, b):
-    """a / b, correctly rounded: Triton's operator is not, in float32."""
+    """a / b, correctly rounded; Triton's operator is not, in float32."""
     return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit
 def exponential_in_float32(a):
-    """exponential() in float32, where tl.exp is 2 ** (a * log2(e)), whose error grows with a."""
+    """exponential() in float32. tl.exp is 2 ** (a * log2(e)) there; its error grows with |a|."""
     a = tl.where(a < -150.0, -150.0, a)  # keeps NaN
     n = tl.floor(a * 1.4426950408889634 + 0.5)
     # ln 2 in two parts: the first has so few digits that its product with n is exact.
@@ -94,7 +94,7 @@ def wide(index, WIDE: tl.constexpr):
 def offsets(n, c, s, sample_stride, row_stride, PLANES: tl.constexpr, ALIGN: tl.constexpr):
     """Offsets of the elements of a tile (channels, pixels) of sample n, an int64.
 
-    Dividing and multiplying by ALIGN tells the compiler what it may load at once.
+    Dividing and multiplying by ALIGN tells the compiler how much it may load at once.
     """
     row = row_stride // ALIGN * ALIGN
     start = n * (sample_stride // ALIGN * ALIGN)
@@ -126,7 +126,7 @@ def wrapped(q, channels, CIRCULAR: tl.constexpr):
 
 @triton.jit
 def halo(first, length, channels, R: tl.constexpr, HALO: tl.constexpr, CIRCULAR: tl.constexpr):
-    """The channels beside a tile: R before the first, R after `length`; which of them exist."""
+    """The channels beside a tile, R before its first and R after its last; which of them exist."""
     h = tl.arange(0, HALO)
     q, exists = wrapped(tl.where(h < R, first - R + h, first + length - R + h), channels, CIRCULAR)
     return q, exists & (h < 2 * R)
@@ -134,7 +134,7 @@ def halo(first, length, channels, R: tl.constexpr, HALO: tl.constexpr, CIRCULAR:
 
 @triton.jit
 def neighbour(own, outer, p, length, R: tl.constexpr, HALO: tl.constexpr):
-    """The values at places p of a tile, from -R to length + R: its own, and those beside it."""
+    """The values at positions p of a tile, from -R to length + R: its own and those beside it."""
     here = (p >= 0) & (p < length)
     values = tl.where(here, tl.gather(own, tl.where(here, p, 0), 0), 0.0)
     if HALO > 0:

@@ -1,7 +1,7 @@
 """Which kernels a forward and a backward pass launch, and with what.
 
-Each launch is written out, with wrap_triton around the kernel's name: torch finds the kernels of an
-operator by reading these functions, for the keys of its caches of compiled graphs.
+Each launch is written out, with wrap_triton around the kernel's name: torch reads these functions
+to find an operator's kernels, for the keys of its caches of compiled graphs.
 """
 
 import math
@@ -26,23 +26,23 @@ def as_it_is(kernel: Any) -> Any:
     return kernel
 
 
-# The interpreter's kernels are no JITFunctions, and torch 2.11 and 2.12 refuse to wrap them.
+# The interpreter's kernels are not JITFunctions, and torch 2.11 and 2.12 refuse to wrap them.
 interpreted: bool = triton.knobs.runtime.interpret
 wrap_triton: Callable[[Any], Any] = as_it_is if interpreted else torch.library.wrap_triton
 
-# Of the kernels over (N, C): channels of a program, and samples that a part of dweight adds up.
+# For the kernels over (N, C): channels per program, samples per part of dweight, and samples that
+# a program loads at once.
 CHANNELS = 64
 ROWS = 128
 ROWS_AT_ONCE = 16
 
-
-# Half of what int32 holds, because indices of the last tile go beyond the end.
+# Half of the int32 range, because indices in the last tile go beyond the end.
 WIDE_FROM = 2**30
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes, and what kernels are compiled for; see common.py."""
+    """Sizes, and the compile-time constants of the kernels; see common.py."""
 
     shape: Shape
     own_taps: bool
@@ -57,12 +57,12 @@ class Problem:
         return {"K": self.shape.k, "OWN_TAPS": self.own_taps, "CIRCULAR": self.circular}
 
     def halo(self, channels: int) -> int:
-        """Places beside a tile of so many channels, none where one program has them all."""
+        """Halo places for a tile of this many channels; 0 if one program has all channels."""
         one = self.shape.channels <= channels and not self.circular
         return 0 if one else plan.halo_rows(self.shape.k)
 
     def tiles(self, channels: int) -> int:
-        """How many tiles of so many channels the samples have together."""
+        """The number of tiles of this many channels in all samples."""
         return self.shape.samples * ceil_div(self.shape.channels, channels)
 
 
@@ -94,12 +94,12 @@ def _strides(x: Tensor, planes: bool) -> tuple[int, int]:
 
 
 def _channels(x: Tensor) -> Tensor:
-    """A new (N, C) in the dtype of sums."""
+    """A new tensor (N, C) in the dtype of sums."""
     return x.new_empty(x.shape[:2], dtype=sums_dtype(x))
 
 
 def _channels_with(parts: int) -> int:
-    """Channels of a program that adds up so many parts of each; more would spill registers."""
+    """Channels per program that adds up this many parts of each; more would spill registers."""
     return max(1, min(CHANNELS, 2048 // parts))
 
 
@@ -112,7 +112,7 @@ def forward(
         x: (N, C, *spatial).
         weight: (1 or C, 1, k).
         circular: wrap around at the first and last channel.
-        y: like x, written; may be x itself where its rows share no memory.
+        y: like x, written; may be x itself if its rows share no memory.
         keep: return mean and gate.
 
     Returns:
@@ -368,7 +368,7 @@ def _tap_gradients(p: Problem, dz: Tensor, mean: Tensor, dweight: Tensor) -> Non
         wrap_triton(tap_totals)[(s.k,)](partial, dweight, parts, BLOCK=256)
 
 
-# ---- pooling and rescaling apart ----
+# ---- separate pooling and rescaling ----
 
 
 def pool(x: Tensor, mean: Tensor) -> None:

@@ -13,16 +13,16 @@ from eca_fused.torch_state import is_fake
 
 
 def in_planes(x: Tensor) -> bool:
-    """Whether eca(x) is made of planes; either reading fits where there is one pixel or channel."""
+    """Whether the rows of eca(x) are planes. With one pixel or one channel, either view fits."""
     if math.prod(x.shape[2:]) == 1:
         return bool(x.stride(1) != 1)
     return bool(x.shape[1] == 1 or output_strides(x)[1] != 1)
 
 
 def rows(x: Tensor, planes: bool) -> tuple[int, int] | None:
-    """Strides of a sample and of a row of x, or None where x cannot be read in place this way."""
+    """Strides of a sample and of a row of x, or None if x cannot be read in place this way."""
     channels, pixels = x.shape[1], math.prod(x.shape[2:])
-    step, run = 0, None  # between pixels; what the next dimension's stride must be
+    step, run = 0, None  # the stride between pixels; the stride that the next dimension must have
     for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
         if size == 1:
             continue
@@ -42,7 +42,7 @@ def rows(x: Tensor, planes: bool) -> tuple[int, int] | None:
 
 
 def apart(x: Tensor, planes: bool) -> bool:
-    """Whether x can be written in place: its rows can be read so, and share no memory."""
+    """Whether x can be written in place: it has such rows, and they share no memory."""
     strides = rows(x, planes)
     if strides is None:
         return False
@@ -55,10 +55,10 @@ def apart(x: Tensor, planes: bool) -> bool:
 
 
 def overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the memory from the first to the last element of one reaches into the other's.
+    """Whether the memory ranges of a and b overlap, each from its first to its last element.
 
-    By address, as two storages can be the same memory (DLPack). Tensors in traces have none: there,
-    all views of one storage count as such.
+    Addresses decide, as two storages can be the same memory (DLPack). Fake tensors have none: for
+    them, all views of one storage count as overlapping.
     """
     if is_fake(a) or is_fake(b):
         return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)

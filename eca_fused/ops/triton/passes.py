@@ -1,4 +1,4 @@
-"""Two passes over a map, for planes too large to keep, and in place: sum, gates, scale.
+"""Two passes over a map: sums, gates, scale. For planes too large to keep on chip, and in place.
 
 A program of a pass has BLOCKS tiles of BLOCK_C channels and BLOCK_S pixels, one after the other.
 The second pass goes backwards, so that it finds the end of the map in the L2 cache.
@@ -140,8 +140,8 @@ def gate_gradients(
     partial,  # (N, C, splits)
     weight,  # (1 or C, K)
     gate,  # (N, C)
-    dz,  # (N, C), written if DZ: the gradient of what the sigmoid takes
-    shift,  # (N, C), written if DX: what every pixel's gradient gets through the mean
+    dz,  # (N, C), written if DZ: the gradient of the sigmoid's input
+    shift,  # (N, C), written if DX: the part of every pixel's gradient that comes through the mean
     channels,
     pixels,
     splits,
@@ -170,7 +170,7 @@ def gate_gradients(
             a = tl.load(gate + n * channels + q, mask=exists, other=0.0)
             near = total(partial, n, q, exists, channels, splits, SPLITS) * a * (1.0 - a)
             term = tap(weight, q, j, exists, K, OWN_TAPS) * near
-            # An infinite tap times the nothing beside the first channel is no term at all.
+            # Outside the channels there is no term: an infinite tap times zero would be NaN.
             dm += tl.where(exists, term, 0.0)
         tl.store(shift + n * channels + c, divide(dm, tl.cast(pixels, dm.dtype)), mask=here)
 

@@ -1,34 +1,34 @@
 """How a map is split over programs: a rule that needs no tuning run. Pure Python, without Triton.
 
-Sizes may be symbolic while torch.compile traces, so they are only compared and divided. Another
-batch size compiles nothing anew, but for the small ones that would leave processors idle.
+Sizes may be symbolic while torch.compile traces, so they are only compared and divided. A new batch
+size compiles nothing again, except a small one that would leave processors idle.
 """
 
 import os
 from dataclasses import dataclass
 
-# Elements of a tile that a program keeps, and how far it grows where there would be too few
-# channels beside the halo. Compiled for sm_80, sm_90 and sm_100, nothing spills; at twice the
-# size, registers do.
+# Elements of a tile that a program keeps, and the most to which it grows if it would have too few
+# channels for its halo. Compiled for sm_80, sm_90 and sm_100, no registers spill; at twice the
+# size they do.
 TILE = 8192
 TILE_MOST = 16384
 CHANNELS_FEW = 8
 
-# Programs that keep a large GPU busy; with fewer, smaller tiles are better than idle processors.
-# The interpreter takes tens of milliseconds for each.
+# Programs that keep a large GPU busy. With fewer, smaller tiles are better than idle processors.
+# The interpreter takes tens of milliseconds per program.
 PROGRAMS = 8 if os.environ.get("TRITON_INTERPRET") == "1" else 128
 
 # A row of a channels_last tile is at least a cache line long.
 LINE_BYTES = 128
 
-# Elements that a thread of a pass has in flight, and that a program of a pass adds up at most.
+# For a pass: elements of a tile, the usual limit of tiles per program, and the most parts of a sum.
 STREAM = 4096
 STREAM_BLOCKS = 8
 SPLITS_MOST = 256
 
 
 def power_of_two(at_least: int) -> int:
-    """The smallest power of two that is not less; 1 for less than 1."""
+    """The smallest power of two that is at least this; 1 for less than 1."""
     size = 1
     while size < at_least:
         size *= 2
@@ -45,7 +45,7 @@ def halo_rows(k: int) -> int:
 
 
 def warps(elements: int, channels: int, most: int = 16) -> int:
-    """Warps for a tile: 32 of its elements and 4 of its channels for each thread, or less."""
+    """Warps for a tile: 32 elements and 4 channels per thread or fewer, up to `most` warps."""
     return max(1, min(power_of_two(max(elements // (32 * 32), channels // (32 * 4))), most))
 
 
@@ -71,7 +71,7 @@ class Tile:
 
 
 def resident(shape: Shape, maps: int) -> Tile | None:
-    """The tile of a program that keeps whole planes in registers, or None where they do not fit.
+    """The tile of a program that keeps whole planes in registers, or None if they do not fit.
 
     Args:
         shape: of the map.
@@ -79,7 +79,7 @@ def resident(shape: Shape, maps: int) -> Tile | None:
     """
     pixels = power_of_two(shape.pixels)
     most = TILE_MOST // (2 if shape.itemsize == 8 else 1)
-    # Not less than the halo, and whole lines where channels are innermost.
+    # At least the halo, and whole cache lines if the channels are innermost.
     least = max(halo_rows(shape.k), 4 if shape.planes else LINE_BYTES // shape.itemsize)
     tile = min(power_of_two(shape.channels), max(TILE // pixels, 1))
     while tile < max(CHANNELS_FEW, least) and tile < shape.channels and 2 * tile * pixels <= most:
@@ -88,14 +88,13 @@ def resident(shape: Shape, maps: int) -> Tile | None:
         return None
     while tile > least and shape.samples * ceil_div(shape.channels, tile) < PROGRAMS:
         tile //= 2
-    # Forward, fewer threads with more loads each leave room for two programs on a processor.
+    # In the forward pass, fewer threads with more loads each let two programs share a processor.
     return Tile(tile, pixels, warps(tile * pixels, tile, most=8 * maps))
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass over a map: its tile, how many of them a program has, and into how many parts that
-    cuts the pixels."""
+    """A pass over a map: its tile, tiles per program, and parts into which the pixels are split."""
 
     tile: Tile
     blocks: int
@@ -107,7 +106,7 @@ def two_passes(shape: Shape, tile: Tile | None = None) -> Pass:
 
     Args:
         shape: of the map.
-        tile: the tile of the kernel in one pass, to sum in the same order as it does.
+        tile: the tile of the one-pass kernel, to sum in the same order as that kernel.
     """
     if tile is not None:
         return Pass(tile, 1, 1)

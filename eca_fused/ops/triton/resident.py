@@ -1,10 +1,10 @@
-"""One kernel for a pass: each program keeps a tile of channels, with whole planes, in registers.
+"""One-pass kernels: each program keeps a tile of channels, with whole planes, in registers.
 
-A tile's gates need the means of r channels on both sides too, so a program also sums these planes;
-its neighbours read them at about the same time, so they are in the L2 cache.
+A tile's gates also need the means of r channels on each side, so a program sums these planes too.
+Its neighbours read them at about the same time, so they are in the L2 cache.
 
 Bytes, for maps of B bytes (modelled): forward reads and writes B, backward reads 2 B and writes B.
-From the cache come 2r / BLOCK_C of what is read again.
+The halos read 2r / BLOCK_C as much again, from the cache.
 """
 
 import triton
@@ -28,7 +28,7 @@ from eca_fused.ops.triton.common import (
 @triton.jit
 def forward_resident(
     x,  # (N, C, S)
-    y,  # (N, C, S), written; may be x, where one tile has all channels
+    y,  # (N, C, S), written; may be x if one tile has all channels
     weight,  # (1 or C, K)
     mean,  # (N, C), written if KEEP
     gate,  # (N, C), written if KEEP
@@ -99,7 +99,7 @@ def backward_resident(
     dx,  # (N, C, S), written if DX
     weight,  # (1 or C, K)
     gate,  # (N, C)
-    dz,  # (N, C), written if DZ: the gradient of what the sigmoid takes
+    dz,  # (N, C), written if DZ: the gradient of the sigmoid's input
     channels,
     pixels,
     dy_sample,
@@ -158,7 +158,7 @@ def backward_resident(
             term = tap(weight, q, j, exists, K, OWN_TAPS) * neighbour(
                 own, outer, p, length, R, HALO
             )
-            # An infinite tap times the nothing beside the first channel is no term at all.
+            # Outside the channels there is no term: an infinite tap times zero would be NaN.
             dm += tl.where(exists, term, 0.0)
         shift = divide(dm, tl.cast(pixels, dm.dtype))
         tl.store(

@@ -1,7 +1,7 @@
-"""Gradients of the taps, from the (N, C) arrays that the other kernels leave; no atomics.
+"""Gradients of the taps, from the (N, C) arrays that the other kernels write; no atomics.
 
-dw[c, j] = sum over n of dz[n, c] * mean[n, c + j - r]; shared taps are summed over c too, in parts
-of ROWS samples and BLOCK_C channels that a second kernel adds in their order.
+dw[c, j] = sum over n of dz[n, c] * mean[n, c + j - r]. Shared taps are summed over c too: in parts
+of ROWS samples and BLOCK_C channels, which a second kernel adds in a fixed order.
 """
 
 import triton

@@ -1,8 +1,8 @@
 """Tuning on request: ECA_FUSED_TRITON_AUTOTUNE=1 times a few configurations of a kernel.
 
-Without it, plan.py's rule decides, and kernels run for their results alone. Tuning is keyed by what
-the rows of a map look like, not by how many samples there are: a new batch size tunes nothing. What
-is written in place is not tuned, because a kernel can run only once on it.
+Without it, the rule of plan.py decides, and no kernel is timed. Tuning is keyed by the rows of a
+map, not by the number of samples, so a new batch size tunes nothing. Calls that write in place are
+not tuned, because a kernel can run only once on them.
 """
 
 import functools
@@ -18,9 +18,9 @@ enabled = os.environ.get("ECA_FUSED_TRITON_AUTOTUNE", "") not in ("", "0")
 
 KEY = ["channels", "pixels", "PLANES", "ALIGN"]
 
-# Elements and warps of a resident tile. Around the rule's: smaller ones, so that more programs
-# share a processor and hide each other's waits; more and fewer loads in flight for each thread; and
-# a larger one, whose halo is smaller beside it, although it spills for some shapes.
+# Elements and warps of a resident tile, around those of the rule. Smaller tiles let more programs
+# share a processor and hide each other's latency. Other numbers of warps change the loads in flight
+# per thread. A larger tile has a relatively smaller halo, although it spills for some shapes.
 RESIDENT = ((TILE // 2, 4), (TILE, 8), (TILE_MOST, 8), (TILE_MOST, 16), (2 * TILE_MOST, 16))
 
 # Tiles and warps of a program of the second pass: many short programs or few long ones.
@@ -35,8 +35,8 @@ def resident(
     Args:
         kernel: one that keeps planes.
         shape: of the map.
-        tile: the rule's.
-        halo: places beside a tile of so many channels.
+        tile: from the rule.
+        halo: halo places for a tile of a given number of channels.
         tuned: whether it may be tuned.
     """
     rule = {"BLOCK_C": tile.channels, "HALO": halo(tile.channels), "num_warps": tile.warps}
