@@ -3,10 +3,10 @@
     python benchmarks/calls.py
     python benchmarks/calls.py --output calls.json
 
-Fused, plain PyTorch, timm's EcaModule eager and compiled, one sigmoid for comparison, and, on a
-GPU, the replay of a CUDA graph of each one's forward pass (a replay costs the host the same
-whatever it holds). Modules are called, as networks call them. On a GPU the
-time is what the host takes to submit a call, the queue being empty before.
+Compares fused ECA, plain PyTorch, timm's EcaModule eager and compiled, and one sigmoid. On a GPU
+it also replays a CUDA graph of each layer's forward pass, which costs the host the same whatever it
+holds. Modules are called, as networks call them. On a GPU the time is what the host takes to submit
+a call to an empty queue.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from lib.script import INTERRUPTED, add_options, chosen_options, prepare, until_
 from lib.timing import summarise
 
 SHAPES = [(1, 64, 7, 7), (1, 256, 14, 14)]
-CALLS = {"cpu": 300, "cuda": 20}  # in a sample; so few that the kernels fit into a GPU's queue
+CALLS = {"cpu": 300, "cuda": 20}  # per sample; few enough for a GPU's queue
 Step = Callable[[], object]
 
 
@@ -92,7 +92,7 @@ def graphed(step: Step, device: Device) -> Step:
 
 
 def able(steps: dict[str, Step], failed: list[str]) -> dict[str, Step]:
-    """Those that run, after having run them."""
+    """The steps that run; each runs a few times to see."""
     found = {}
     for name, step in steps.items():
         try:

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Does on a GPU what only a GPU can: is it right, how fast, and why. GPU.md says how to use it.
+"""Runs the checks and measurements that need a GPU. GPU.md says how to use it.
 
     python benchmarks/gpu_check.py OUT first        # 2.5 minutes: correctness, and our own times
     python benchmarks/gpu_check.py OUT second       # 6 minutes: counters, forced plans, rivals
     python benchmarks/gpu_check.py OUT memcheck bench           # single parts
     python benchmarks/gpu_check.py OUT first --device dry-run   # a rehearsal without a GPU
 
-OUT gets log.txt, where every line of output is written as it comes, summary.json with a verdict for
-each part, and the results that the parts make, at most eight files. A part's verdict is "running"
-until it ends, so that a run that is killed shows how far it came. A part that fails does not keep
-the next from running. The exit status is 0 if no part failed.
+OUT gets log.txt with every line of output as it comes, summary.json with a verdict for each part,
+and the results of the parts: at most eight files. A part's verdict is "running" until it ends, so a
+run that is killed shows how far it came. A part that fails does not stop the next. The exit status
+is 0 if no part failed.
 
-The extension is taken from build/gpu (tools/gpu_bundle.sh makes it); where none is there that
-loads, it is built here. Settings of the card are read and never changed.
+The extension comes from build/gpu (tools/gpu_bundle.sh makes it); if none there loads, it is built
+here. Settings of the card are read and never changed.
 """
 
 import argparse
@@ -49,7 +49,7 @@ Verdict = Callable[[int, list[str]], str]  # of an exit status and the lines of 
 
 @dataclass
 class Part:
-    """A command, what to make of its end, and the seconds after which it is stopped."""
+    """A command, how to judge its end, and the seconds after which it is stopped."""
 
     limit: float
     command: list[str]
@@ -105,10 +105,10 @@ def probe(*arguments: str) -> list[str]:
 
 
 def tests(workers: int, *arguments: str) -> list[str]:
-    # -v: each test's end is in the log as it comes.
+    # -v logs each test as it ends.
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short"]
     if importlib.util.find_spec("xdist"):
-        # A worker that breaks its CUDA context dies, and another one goes on.
+        # A worker that breaks its CUDA context dies, and another one replaces it.
         command += ["-n", str(workers), "--max-worker-restart=30"]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout=100", "--timeout-method=thread"]
@@ -116,13 +116,13 @@ def tests(workers: int, *arguments: str) -> list[str]:
 
 
 def tool(name: str, *elsewhere: Path) -> str:
-    """A tool's path; its bare name where it is not found, so that the part fails and says so."""
+    """A tool's path. If it is not found, its bare name: the part then fails and says so."""
     places = [CUDA / name, *elsewhere]
     return shutil.which(name) or next((str(p) for p in places if p.is_file()), name)
 
 
 def sanitizer_options(program: str) -> list[str]:
-    """What keeps a sanitizer to our kernels, under the name that its version has for it."""
+    """Options that limit a sanitizer to our kernels, by the names that its version knows."""
     if not Path(program).is_file():
         return []
     text = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
@@ -134,7 +134,7 @@ def sanitizer_options(program: str) -> list[str]:
 def sanitizer(which: str) -> Part:
     small = probe("small")
     watch = [tool("compute-sanitizer"), "--tool", which, "--error-exitcode", "9"]
-    # PyTorch's own kernels are not our matter, and take long. The name of ours has "eca" in it.
+    # PyTorch's own kernels take long and are not checked. The names of ours contain "eca".
     watch += sanitizer_options(watch[0])
     say = "print('========= ERROR SUMMARY: a rehearsal has none')"
     rehearsal = [sys.executable, "-c", say]
@@ -161,7 +161,7 @@ def profile(out: Path) -> dict[str, Part]:
     again = [*layers, "--device", "cpu"]
     return {
         "counters": Part(110, ncu(list(COUNTERS.values())), again, last_line, output=rows),
-        # Should a counter of the above be unknown to this version, which then reads none.
+        # A version of ncu that does not know one of the counters reads none of them.
         "few counters": Part(60, ncu(few), again, last_line, output=rows),
         "counted": Part(20, read, read, last_line),
     }
@@ -214,7 +214,7 @@ def all_parts(out: Path) -> dict[str, Part]:
         "bench": bench(
             "bench", 75, *RESNET50, "--batch", "256", "32", "1", "--contender", "native"
         ),
-        # The layers of gpu_cases(), the first few also compiled, as far as the time goes.
+        # The layers of gpu_cases() while time is left; the first few are also compiled.
         "rivals": bench("rivals", 110, "--compile-seconds", "60"),
         **profile(out),
         "tune": Part(
@@ -243,8 +243,8 @@ def all_parts(out: Path) -> dict[str, Part]:
     }  # fmt: skip
 
 
-# Parts in one list run side by side: they wait for the host more than for the GPU. Times are taken
-# alone.
+# Parts in one list run side by side: they wait for the host more than for the GPU. A part that
+# measures times runs alone.
 PLANS: dict[str, list[list[str]]] = {
     "first": [
         ["facts"],
@@ -319,7 +319,7 @@ class Run:
             command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL, text=True, errors="replace", start_new_session=True,
         )  # fmt: skip
-        # The whole group, as a sanitizer's or pytest's own children would go on.
+        # Kill the whole group: the children of a sanitizer or of pytest would go on.
         stop = threading.Timer(limit, lambda: os.killpg(child.pid, signal.SIGKILL))
         stop.start()
         lines: list[str] = []
@@ -367,7 +367,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("what", nargs="+", help="a plan, or parts in their order")
     parser.add_argument("--device", choices=["cuda", "dry-run"], default="cuda")
     parser.add_argument(
-        "--seconds", type=float, default=560, help="no part runs longer (default 560)"
+        "--seconds", type=float, default=560, help="stop all parts after this time (default 560)"
     )
     args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
@@ -401,7 +401,7 @@ def needs_few_counters(run: Run) -> bool:
 
 
 def show(run: Run) -> int:
-    """The verdicts, which are read first; what failed in tests comes before them."""
+    """Print the failed tests, and last the verdicts, which are read first. The exit status."""
     text = (run.out / "log.txt").read_text(errors="replace")
     faults = re.findall(r"(?:FAILED|ERROR) (tests/.*)|(WRONG .*)", text)
     for fault in list(dict.fromkeys(a.split(" - ")[0] or b for a, b in faults))[:40]:

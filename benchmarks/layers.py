@@ -6,13 +6,13 @@
     python benchmarks/layers.py --full --again 5 --output r.json       # everything: hours
     python benchmarks/report.py r.json                             # tables from a result
 
-Every contender's outputs are checked against float64 before it is timed, on the same inputs; a
-wrong one is reported, not timed, and makes the exit status 1. GB/s counts the ideal bytes: x and y
-forward, dy, x and dx backward, both for the two together, whatever a contender really moves; the
-copy moves as many. Forward is without autograd, as in inference. devices.py says how a time is
-taken. Layers are measured in the order of what matters most; what the time did not suffice for is
-in the result as left out. With --again, a row on which a rival wins is measured once more, in a
-process of its own, and counts as lost if it is lost there too.
+Every contender's outputs are checked against float64 on the same inputs before it is timed. A wrong
+one is reported, not timed, and makes the exit status 1. GB/s counts the ideal bytes, whatever a
+contender really moves: x and y forward, dy, x and dx backward, all five for both. The copy moves as
+many. Forward runs without autograd, as in inference. devices.py says how a time is taken. The most
+important layers come first; the result lists those left out for lack of time. With --again, a row
+on which a rival wins is measured again in a new process, and counts as lost if it is lost there
+too.
 """
 
 import argparse
@@ -71,11 +71,11 @@ from lib.script import (
 )
 from lib.timing import call_times, summarise
 
-DEFAULT_SECONDS = 85  # no layer is started after; one takes up to half a minute
+DEFAULT_SECONDS = 85  # no layer starts later; one takes up to half a minute
 
 
 class Clock:
-    """Seconds left, of all and of those for torch.compile."""
+    """The time left, in all and for torch.compile."""
 
     def __init__(self, seconds: float, compile_seconds: float) -> None:
         self.end, self.compile_left = time.monotonic() + seconds, compile_seconds
@@ -231,15 +231,15 @@ def chosen(args: argparse.Namespace) -> bool:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        epilog="Without options: ResNet-50's layers, batch 32, float32, contiguous on a CPU; on a "
-        "GPU the layers of known networks in bfloat16, as far as the time goes.",
+        epilog="Without options, on a CPU: ResNet-50's layers, batch 32, float32, contiguous. On a "
+        "GPU: the layers of known networks, most in bfloat16, while time is left.",
     )
     add_options(parser, rounds=25)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--full", action="store_true", help="every layer, dtype, layout and batch")
-    which.add_argument("--layers", choices=NETWORKS, nargs="+", help="of these networks")
+    which.add_argument("--layers", choices=NETWORKS, nargs="+", help="layers of these networks")
     which.add_argument("--shape", type=positive, nargs=4, metavar=("N", "C", "H", "W"))
-    parser.add_argument("--taps", type=positive, help="of --shape, odd (default 3)")
+    parser.add_argument("--taps", type=positive, help="taps of --shape, odd (default 3)")
     parser.add_argument("--batch", type=positive, nargs="+", help="samples")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+")
     parser.add_argument("--layout", choices=LAYOUTS, nargs="+")
@@ -248,17 +248,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--contender", choices=CHOICES, nargs="+",
-        help="beside the copy (default: all that run here); existing memory: x, or an output that "
-        "is there (on a CPU)",
+        help="beside the copy (default: all that run here); existing memory: in place, and into a "
+        "preallocated output (on a CPU)",
     )  # fmt: skip
     parser.add_argument("--compile-mode", choices=MODES, nargs="+", default=list(MODES[:1]))
     parser.add_argument(
         "--again", action="store_true", help="measure rows on which a rival wins in a new process"
     )
-    parser.add_argument("--seconds", type=amount, help="no layer is started after")
-    parser.add_argument("--compile-seconds", type=amount, help="no form is compiled after")
+    parser.add_argument("--seconds", type=amount, help="start no layer after this time")
+    parser.add_argument("--compile-seconds", type=amount, help="time for torch.compile")
     parser.add_argument(
-        "--largest-map", type=amount, help="of --full on a CPU, in MB (default 256)"
+        "--largest-map", type=amount, help="largest map of --full on a CPU, in MB (default 256)"
     )
     args = parser.parse_args(argv)
     for option, goes_with in (("taps", "shape"), ("largest_map", "full")):
@@ -312,7 +312,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def announce(case: Case, row: dict[str, Any]) -> None:
-    """Say what was measured where no progress bar does, and what failed."""
+    """Print what failed and, where there is no progress bar, what was measured."""
     for fault in row["failed"]:
         print(f"FAILED {case} {row['direction']}: {fault}", file=sys.stderr, flush=True)
     if not sys.stderr.isatty():
@@ -320,7 +320,7 @@ def announce(case: Case, row: dict[str, Any]) -> None:
 
 
 def run(args: argparse.Namespace, device: Device, cases: list[Case], result: dict[str, Any]) -> int:
-    """Measure all layers, and write the result after each. 0, or why some are missing: 1, 130."""
+    """Measure all layers, and write the result after each. 0; 1 after an error; 130 if stopped."""
     clock, status = Clock(args.seconds, args.compile_seconds), 0
     for i, case in enumerate(progress(cases, len(cases))):
         if clock.over:
@@ -360,7 +360,7 @@ def main(argv: list[str]) -> int:
     if args.full and device.kind == "cpu":
         large = (case for case in all_cases() if too_large(case, args))
         result["left_out"] += [f"{case}: larger than {args.largest_map:.0f} MB" for case in large]
-    if args.contender != list(CHOICES):  # nobody asked for those that are not here
+    if args.contender != list(CHOICES):  # the default asks for none by name
         result["left_out"] += missing(args.contender, torch.device(device.tensors).type)
     status = run(args, device, selected(args, device), result)
     if device.kind == "cuda" and not result["machine"]["dry_run"]:

@@ -3,12 +3,12 @@
     python benchmarks/networks.py                        # ResNet-50 and MobileNetV2, eager
     python benchmarks/networks.py --mode eager compiled --output networks.json --plot networks.png
 
-Inference, and a training step without the optimiser, in both memory layouts. Compiled, fused ECA is
-what backend="auto" chooses, and native ECA are the kernels in any case. All weights are the same;
-the outputs of the fused network are checked against the plain one's before anything is timed
-(layers.py checks gradients). Convolutions run as PyTorch sets them, on a GPU in TF32;
---precision bfloat16 is autocast. Memory is what a step allocates at most at a time, beside the
-weights and the images.
+Times inference, and a training step without the optimiser, in both memory layouts. Compiled, fused
+ECA is what backend="auto" chooses, and native ECA always runs the kernels. All weights are the
+same. The fused network's outputs are checked against the plain one's before anything is timed;
+layers.py checks gradients. Convolutions run as PyTorch sets them, on a GPU in TF32. --precision
+bfloat16 is autocast. Memory is the most that a step allocates at a time, beside the weights and the
+images.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from lib.timing import statistics_of
 PASSES = ("inference", "training step")
 MODES = ("eager", "compiled")
 KINDS = ("none", "plain ECA", "fused ECA")
-# Compiled: the kernels by name, where "auto" may leave layers to the compiler.
+# In compiled networks, where "auto" may leave layers to the compiler: the kernels by name.
 NATIVE = "native ECA"
 Step = Callable[[], object]
 
@@ -112,7 +112,7 @@ def difference(networks: dict[str, nn.Module], images: Tensor) -> float:
 
 
 def seconds(step: Step, device: Device) -> float:
-    """Of one step, with all that the host and the GPU do."""
+    """Seconds of one step, until the GPU is done."""
     device.synchronize()
     start = device.host_seconds()
     step()
@@ -121,7 +121,7 @@ def seconds(step: Step, device: Device) -> float:
 
 
 def peak_bytes(step: Step, device: Device) -> int | None:
-    """Bytes that a step allocates at most at a time, beside weights and images; None if unknown."""
+    """The most bytes a step allocates at a time, beside weights and images; None if unknown."""
     if device.kind == "cuda" and device.tensors == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -154,7 +154,7 @@ def measure(
     row |= {"contenders": {}, "failed": []}
     networks = built(name, device, layout, mode)
     row["difference"] = difference(networks, images)
-    # Fifty layers apart, roundings have grown; a wrong layer gives differences near one.
+    # Rounding errors grow over fifty layers; a wrong layer gives differences near one.
     if not row["difference"] < 1e-3:
         row["failed"].append(f"fused differs from plain by {row['difference']:.2g}")
     steps: dict[str, Step] = {}
@@ -195,7 +195,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--layout", choices=LAYOUTS, nargs="+", default=list(LAYOUTS))
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch", type=positive, help="images (default: 128 on a GPU, 4 on a CPU)")
-    parser.add_argument("--size", type=positive, default=224, help="of the images (default 224)")
+    parser.add_argument("--size", type=positive, default=224, help="pixels a side (default 224)")
     args = parser.parse_args(argv)
     prepare(args)
     device = device_named(args.device)

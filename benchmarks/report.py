@@ -1,4 +1,4 @@
-"""Makes tables and pictures from result files, the figures of texts, and compares two results.
+"""Makes tables, pictures and the figures of texts from result files, and compares results.
 
     python benchmarks/report.py benchmarks/results/cpu.json       # Markdown
     python benchmarks/report.py r.json --plot r.png
@@ -7,9 +7,9 @@
     python benchmarks/report.py --readme                          # renew the texts' figures
 
 A comparison lists the rows whose time changed by more than the spread, p20 to p80, of both results.
-Two processes of the same code differ too: a third result, a rerun of the new code, leaves out what
-changed once alone. lib/changes.py has the rule. The exit status is 0 if nothing became slower or is
-missing, else 1. It is 2 if nothing is in both, and for what is no result or cannot be done.
+Two processes of the same code differ too. A third result, a rerun of the new code, removes changes
+that it does not show again. lib/changes.py has the rule. The exit status is 0 if nothing became
+slower or is missing, else 1. It is 2 if no row is in both, or a file or an option does not fit.
 """
 
 import argparse
@@ -96,7 +96,7 @@ SCRIPTS = ("layers", "sizes", *TABLES)
 
 
 def markdown(result: Result, rows: bool = True) -> str:
-    """All that is to be said of a result, with or without a line for each row."""
+    """Everything about a result, with or without a line for each row."""
     if result["script"] == "layers":
         groups = tables.GROUPS if rows else ("network", "dtype", "direction")
         parts = [tables.goals(result), tables.summary(result, groups)]
@@ -119,7 +119,7 @@ def failures(result: Result) -> list[str]:
 
 
 def show(result: Result, picture: Path | None) -> int:
-    """What a script says at its end. The exit status: 1 if something failed."""
+    """Print a result at the end of its script. The exit status: 1 if something failed."""
     if result["script"] == "layers":
         print(tables.for_terminal(result))
     else:
@@ -166,7 +166,7 @@ def committed() -> list[Path]:
 
 
 def layer_figures(result: Result) -> list[str]:
-    """The tables in short of a result of layers.py."""
+    """The short tables of a result of layers.py."""
     both = [
         row
         for row in result["rows"]
@@ -250,7 +250,7 @@ def draw_speed(path: Path) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path, nargs="*", help="JSON files of the scripts here")
-    parser.add_argument("--plot", type=Path, help="picture to write, of one result")
+    parser.add_argument("--plot", type=Path, help="picture of one result to write")
     parser.add_argument(
         "--compare", action="store_true", help="results before, after, and of a rerun of after"
     )
@@ -279,7 +279,7 @@ def compare_files(paths: list[Path]) -> int:
     """Print what changed from the first result to the second. The exit status.
 
     Args:
-        paths: of the old result, of the new one, and of a rerun of the new code or not.
+        paths: the old result, the new one, and optionally a rerun of the new code.
 
     Raises:
         RefusedError: they are no results, or of different scripts.

@@ -1,12 +1,12 @@
-"""Times ECA as samples, channels or pixels grow, from one pixel to the memory at hand.
+"""Times ECA as samples, channels or pixels grow, from one pixel to what memory allows.
 
     python benchmarks/sizes.py                            # up to 8 GB, as far as memory goes
     python benchmarks/sizes.py --most-bytes 256e6 --output sizes.json --plot sizes.png
 
-Memory bounds these times, so the time per element must be flat. lib/steps.py says what counts as a
+ECA is bound by memory, so the time per element must be flat. lib/steps.py says what counts as a
 cliff. A step is measured again, with the two sizes side by side in newly allocated maps. Sizes
-between the powers of two are measured as well, because cliffs hide there: rows that are no multiple
-of a vector, and tiles that just fit or just do not.
+between the powers of two are measured too, because cliffs hide there: rows that are no multiple of
+a vector, and tiles that just fit or just do not.
 """
 
 import argparse
@@ -71,9 +71,9 @@ def sizes(axis: str, dtype: str, layout: str, most_bytes: float) -> list[Case]:
 
 
 def memory_at_hand(device: Device) -> float:
-    """Bytes of the largest map, which a contender, the copy and the check need a dozen times.
+    """Bytes of the largest map; a contender, the copy and the check need about twelve of them.
 
-    On a CPU the recycled heap keeps what the smaller sizes left, in pieces: three times as much.
+    A CPU needs three times as much: the recycled heap keeps the pieces that smaller sizes left.
     """
     if device.tensors != device.kind:
         return 1 << 14  # a dry run
@@ -85,7 +85,7 @@ def memory_at_hand(device: Device) -> float:
 
 
 def together(case: Case, running: dict[str, Contender]) -> list[dict[str, Contender]]:
-    """Who is measured side by side: all, unless what each keeps for itself fills the memory."""
+    """All contenders side by side; for large maps each alone, as all would fill the memory."""
     if case.map_bytes < ALONE:
         return [running]
     return [{name: one} for name, one in running.items()]
@@ -125,7 +125,7 @@ def measure(
 def side_by_side(
     names: list[str], direction: str, pair: list[Inputs], device: Device, rounds: int
 ) -> dict[str, dict[str, float]]:
-    """Of each, the time per element of the second size in units of the first's, round by round."""
+    """Each one's time per element at the second size, divided by that at the first, by round."""
     recordings = {}
     for name, (which, inputs) in product(names, enumerate(pair)):
         recordings[f"{name} {which}"] = (
@@ -147,10 +147,10 @@ def side_by_side(
 
 
 def measure_again(step: steps.Step, device: Device, rounds: int) -> None:
-    """Add to the row after the step, as "again", its step and the copy's, both sizes in each round.
+    """Measure both sizes in each round, and add our step and the copy's to the row as "again".
 
-    Not in other processes, as rows that are lost are: those have one size each, and what differs
-    between processes would be taken for a step.
+    Lost rows are measured again in a new process. Steps are not: a difference between processes
+    would look like a step.
     """
     pair = [
         make_inputs(Case(tuple(row["shape"]), row["k"], row["dtype"], row["layout"]), device)
@@ -201,7 +201,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--again-seconds", type=amount, default=120, metavar="SECONDS",
-        help="no step is measured again after (default 120; 0: none is)",
+        help="measure no step again after this time (default 120; 0: none)",
     )  # fmt: skip
     args = parser.parse_args(argv)
     if args.most_bytes is not None:

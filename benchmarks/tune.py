@@ -4,9 +4,9 @@
     python benchmarks/tune.py --shape 32 256 56 56 --taps 3 --layout channels_last
     python benchmarks/tune.py --list --gpu sm_90:132              # the plans alone; needs no GPU
 
-Every plan that the CUDA kernels can run for a layer, of a grid of tiles, groups and threads, is
-forced on them, checked against float64 and timed as in layers.py. The table of a layer is
-sorted by time; `*` marks the planner's choice. TUNING.md says what the numbers are for.
+Forces every plan that the CUDA kernels can run for a layer, from a grid of tiles, groups and
+threads. Each is checked against float64 and timed as in layers.py. The table of a layer is sorted
+by time; `*` marks the planner's choice. TUNING.md says what the numbers are for.
 """
 
 import argparse
@@ -42,7 +42,7 @@ LAYERS = [
 ]
 GROUPS = (1, 2, 4, 8)
 THREADS = (128, 256)
-MOST_HALO = 1.6  # asked of the L2 cache, in units of the maps: beyond it, halos cost too much
+MOST_HALO = 1.6  # L2 bytes over the maps' bytes; beyond this, halos cost too much
 SHOWN = 12  # rows of a table
 
 
@@ -65,12 +65,12 @@ class Forced(NamedTuple):
 
 
 def tiles_of(case: Case) -> list[int]:
-    """Powers of two, and one and a half times as much, that are less than all channels; and all."""
+    """Powers of two and 1.5 times those, below the number of channels; and all channels."""
     channels = case.shape[1]
     steps = [size for power in range(12) for size in (2**power, 3 * 2**power // 2)]
     unit = 1
     if case.layout == "channels_last":
-        unit = 32 // DTYPES[case.dtype].itemsize  # what DRAM moves at least
+        unit = 32 // DTYPES[case.dtype].itemsize  # the least that DRAM moves
     return sorted({s for s in steps if s < channels and s % unit == 0} | {channels})
 
 
@@ -91,7 +91,7 @@ def candidates(case: Case, backward: bool, limits: Any) -> dict[Forced, dict[str
         plan = plan_of(case, backward, forced._asdict(), limits)
         if isinstance(plan, str) or plan["occupancy"] < 1:
             continue
-        # Blocks that wait for each other must all have room.
+        # Blocks that wait for each other must all be resident.
         room = plan["occupancy"] * limits["multiprocessors"]
         if plan["exchange"] == "global" and forced.group > room:
             continue
@@ -112,7 +112,7 @@ def force(forced: Forced | None) -> None:
 def record(
     inputs: Inputs, saved: list[tuple[Tensor, Tensor]], backward: bool, device: Device
 ) -> Any:
-    """The operators themselves: autograd has no part in this."""
+    """Calls of the operators themselves, without autograd."""
     ops: Any = torch.ops.eca_fused
 
     def forward(x: Tensor) -> tuple[Tensor]:
@@ -143,7 +143,7 @@ def tune(
     judge = Judge(inputs)
     recordings = {"copy": record_copy(direction, case, device)}
     failed = []
-    # The planner's choice first, by itself: what forces a plan may not describe it.
+    # The planner's choice comes first, unforced: a Forced may not describe it.
     for forced in [None, *plans]:
         name = "planner" if forced is None else str(forced)
         try:
@@ -157,7 +157,7 @@ def tune(
             force(None)
         if wrong:
             failed.append(f"{name}: {', '.join(wrong)}")
-            device.synchronize()  # raises where the GPU does not answer any more
+            device.synchronize()  # raises if the GPU no longer answers
         else:
             recordings[name] = recording
     samples = call_times(device, recordings, rounds, budget_ms=4000)
@@ -176,7 +176,7 @@ def tune(
 
 
 def table(case: Case, direction: str, found: dict[str, Any], most: int = SHOWN) -> str:
-    """Text: the fastest plans, and wherever they stand the copy and the planner's choice."""
+    """Text: the fastest plans; the copy and the planner's choice, whatever their place."""
     lines = [f"{case} {direction}, {found['ideal_bytes'] / 1e6:.0f} MB, {len(found['plans'])} rows"]
     lines.append(f"  {'':36} {'us':>8} {'p20':>8} {'p80':>8} {'GB/s':>6} {'of copy':>7}  resident")
     for place, row in enumerate(found["plans"]):
@@ -209,14 +209,14 @@ def listing(case: Case, limits: Any) -> str:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", type=int, nargs=4, metavar=("N", "C", "H", "W"))
-    parser.add_argument("--taps", type=int, default=3, help="of --shape (default 3)")
+    parser.add_argument("--taps", type=int, default=3, help="taps of --shape (default 3)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of --shape")
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of --shape")
-    parser.add_argument("--layers", type=int, default=len(LAYERS), help="the first so many alone")
+    parser.add_argument("--layers", type=int, default=len(LAYERS), help="only the first of them")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each plan (default 15)")
-    parser.add_argument("--seconds", type=float, default=120, help="no layer is started after")
+    parser.add_argument("--seconds", type=float, default=120, help="start no layer after this")
     parser.add_argument("--list", action="store_true", help="print the plans, and time none")
-    parser.add_argument("--gpu", help="for --list: a GPU as sm_90:132 instead of the one here")
+    parser.add_argument("--gpu", help="for --list: another GPU, such as sm_90:132")
     parser.add_argument("--device", choices=["cuda", "dry-run"], default="cuda")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args(argv)

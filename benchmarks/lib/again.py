@@ -54,7 +54,7 @@ def run_layers(arguments: list[str]) -> Row:
 def measure_again(
     result: Result, args: argparse.Namespace, run: Callable[[list[str]], Row] = run_layers
 ) -> Iterator[Row]:
-    """Add to each such row, as "again", the rivals' times in units of ours in a new process.
+    """Measure each such row in a new process; add the rivals' times over ours to it as "again".
 
     Yields:
         Each row, when that is done.

@@ -78,10 +78,10 @@ def cpu_cases() -> list[Case]:
 
 
 def gpu_cases() -> list[Case]:
-    """In the order of what matters most: a GPU is often lent for minutes."""
+    """The most important first: a GPU is often lent for minutes."""
     resnet50, resnet18 = NETWORKS["resnet50"], NETWORKS["resnet18"]
     large, one_pixel = [(64, 224, 224, 3), (256, 200, 334, 3)], [(2048, 1, 1, 7)]
-    # First those that there is time to compile for, too.
+    # These come first: there is time to compile for them too.
     first = [*grid(resnet50[:1], [256]), *grid(resnet50[2:3], [32])]
     rest = [
         *grid(resnet50, [256, 32, 1]),
@@ -98,7 +98,7 @@ def gpu_cases() -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every network in every dtype, layout and batch; what a paper's reader asks for first."""
+    """Every network in every dtype, layout and batch; first what a paper's reader asks for."""
     first, rest = ["resnet50", "mobilenetv2"], ["detection", "resnet18", "sweep"]
     found = []
     for names, dtypes, batches in (

@@ -1,9 +1,9 @@
 """Compares two results of the same script: which of our times changed by more than their spread.
 
-Our time is taken in units of each reference's in the same rounds: the copy, eager, timm and the
-forms of torch.compile. A row changed if its spread, p20 to p80, lies beyond the old one beside
-every reference. Two processes of the same code differ too, as memory lies elsewhere and other
-programs run. So a change counts once a rerun of the new code shows it again.
+Our time is divided by each reference's in the same rounds: the copy, eager, timm and the forms of
+torch.compile. A row changed if, by every reference, its new spread, p20 to p80, lies outside the
+old one. Two processes of the same code differ too, as memory lies elsewhere and other programs run.
+So a change counts if a rerun of the new code shows it again.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ REFERENCES = ("copy", "eager", "timm", "sigmoid")
 
 @dataclass(frozen=True)
 class Time:
-    """Of ours, in units of a reference's: the median of the rounds, and p20 and p80."""
+    """Our time divided by a reference's: the median of the rounds, and p20 and p80."""
 
     median: float
     low: float
@@ -41,7 +41,7 @@ def is_reference(name: str) -> bool:
 
 
 def times_of(name: str, contenders: dict[str, Any]) -> Times:
-    """One of ours beside each reference of its row."""
+    """The time of one of ours by each reference of its row."""
     own = contenders[name]
     if "times_none" in own:
         share = own["times_none"]
@@ -109,7 +109,7 @@ def changes(before: Result, after: Result) -> Changes:
 
 
 def other_conditions(before: Result, after: Result) -> list[str]:
-    """What of the machines differs."""
+    """What differs between the machines."""
     pairs = (
         (what, before["machine"].get(what), after["machine"].get(what))
         for what in ("device", "gpu", "cpu", "threads", "malloc", "torch")

@@ -1,4 +1,4 @@
-"""Whether what a contender computes is right: against float64, before it is timed."""
+"""Checks a contender's results against float64 before it is timed."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lib.cases import DTYPES
 from lib.contenders import Inputs, plain
 from lib.devices import Recording
 
-CHUNK = 1 << 24  # elements that are computed in float64 at a time
+CHUNK = 1 << 24  # elements computed in float64 at a time
 RETURNS = {
     "forward": ("y",),
     "backward": ("dx", "dweight"),
@@ -29,21 +29,21 @@ def results(layer: Any, x: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, 
 
 
 def chunks(n: int, elements: int) -> list[slice]:
-    """Runs of samples, of n with so many elements each."""
+    """Slices of n samples: each has one sample or at most CHUNK elements."""
     step = max(1, CHUNK // max(1, elements))
     return [slice(begin, begin + step) for begin in range(0, n, step)]
 
 
 @dataclass
 class Exact:
-    """y, dx and dweight in float64, and what the rounding of the sums in each is relative to."""
+    """y, dx and dweight in float64, and the scales of the rounding errors of their sums."""
 
     values: dict[str, Tensor]
     magnitudes: dict[str, float]
 
 
 def exact(x: Tensor, weight: Tensor, dy: Tensor) -> Exact:
-    """In parts, on the device of x: the maps of a layer would take seconds to cross the bus."""
+    """Computed in parts, on the device of x: maps would take seconds to cross the bus."""
     y, dx = (torch.empty(x.shape, dtype=torch.float64, device=x.device) for _ in range(2))
     w = weight.double()
     dweight = torch.zeros_like(w)
@@ -71,10 +71,10 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 class Judge:
-    """Knows the results for the first and the last of the inputs, and what error they may have.
+    """Knows the exact results for the first and the last input, and the allowed errors.
 
-    A contender may be four times as far off as plain PyTorch in this dtype, plus the floor of
-    accuracy.py. Another order of sums and roundings is no fault; a wrong formula is farther off.
+    A contender's error may be four times that of plain PyTorch in this dtype, plus the floor of
+    accuracy.py. This allows another order of sums and roundings; a wrong formula is farther off.
     """
 
     def __init__(self, inputs: Inputs) -> None:
@@ -95,7 +95,7 @@ class Judge:
         return 4 * self.usual[name] + floor(self.dtype, wanted.magnitudes[name], scale)
 
     def faults(self, recording: Recording, direction: str) -> list[str]:
-        """What the calls get wrong, with outputs that were full of NaN before."""
+        """What the calls get wrong; their outputs are filled with NaN first."""
         recording.poison()
         recording.replay()
         wrong = []

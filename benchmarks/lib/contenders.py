@@ -14,7 +14,7 @@ from eca_fused.torch_state import keep_saved_tensors
 from lib.cases import Case
 from lib.devices import Device, Recording
 
-# A backward pass is run again and again, on what one forward pass saved.
+# A backward pass runs many times on what one forward pass saved.
 keep_saved_tensors()
 
 Layer = Callable[[Tensor, Tensor], Tensor]
@@ -40,14 +40,14 @@ def plain(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def plain_given(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Plain PyTorch into memory that is there."""
+    """Plain PyTorch into a preallocated output."""
     gate = eca_fused.reference.gate(x, weight)
     return torch.mul(x, gate[:, :, None, None], out=out)
 
 
 @dataclass
 class Contender:
-    """An ECA layer with its taps, which its gradient is for."""
+    """An ECA layer, and the taps that get a gradient."""
 
     call: Callable[[Tensor], Tensor]  # (N, C, H, W) to the same
     weight: Tensor  # (1, 1, k)
@@ -68,7 +68,7 @@ def timm_module(taps: Tensor) -> Any:
         eca = importlib.import_module("timm.layers.eca")
     except Exception:  # not there, or a torchvision that does not fit torch
         return None
-    # Told the channels, it would choose the kernel size itself.
+    # Given the channels, it would choose the kernel size itself.
     module = eca.EcaModule(kernel_size=taps.shape[-1]).to(taps.device, taps.dtype)
     with torch.no_grad():
         module.conv.weight.copy_(taps)
@@ -177,7 +177,7 @@ def record_copy(direction: str, case: Case, device: Device) -> Recording:
 
 
 def record_existing_memory(inputs: Inputs, device: Device) -> dict[str, Recording]:
-    """Forward passes over x, and into an output that is there, by name."""
+    """Forward passes in place, and into a preallocated output, by name."""
     x, taps = inputs.xs[0], inputs.taps
     with torch.no_grad():
         own, out = x.clone(), torch.empty_like(x)

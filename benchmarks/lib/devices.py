@@ -1,8 +1,8 @@
-"""Where contenders run and how their time is taken: on a CPU, on a GPU, or in a dry run of that.
+"""Where contenders run and how they are timed: on a CPU, on a GPU, or in a dry run of a GPU.
 
-Neither triton.testing.do_bench nor torch.utils.benchmark takes the times: they measure one
-contender after the other, on one input, and machines drift; do_bench empties the L2 cache by a
-memset between calls, which a CUDA graph over rotating maps does not need.
+triton.testing.do_bench and torch.utils.benchmark do not fit: they measure one contender after the
+other, on one input, and machines drift. do_bench also empties the L2 cache by a memset between
+calls; a CUDA graph over rotating maps needs none.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ class Direct:
         self.replay()
 
     def replay(self) -> None:
-        self.outputs = ()  # so that the calls find this memory again, with what is in it
+        self.outputs = ()  # freed first: the calls get this memory again, with its content
         self.outputs = [self.once(function)[0] for function in self.functions]
 
     def once(self, function: Call) -> tuple[Any, float]:
@@ -71,10 +71,10 @@ class Direct:
     def sample(self, replays: int) -> float:
         """Milliseconds of a replay.
 
-        Calls that are short enough to be repeated may fit the caches: one that is not timed first
-        replaces what another contender left there. What a call returns is kept until the next one
-        has returned, as in a network. Else a heap with several holes of this size would decide what
-        the caches hold: it gave one contender the same place each time, and another two in turn.
+        Calls short enough to be repeated may fit the caches, so an untimed replay first replaces
+        what another contender left there. A call's result is kept until the next call returns, as
+        in a network. Otherwise a heap with several holes of this size decides what the caches hold:
+        it gave one contender the same place each time, and another contender two in turn.
         """
         if replays > 1:
             self.replay()
@@ -90,11 +90,11 @@ class Direct:
 
 
 class Cpu:
-    """Calls are made one after the other, on one input, which is written anew before each.
+    """Runs calls one after the other, on one input, which is rewritten before each.
 
-    In a network the layer before has just written this map, and the cache holds what fits of it. A
-    map that nothing writes is another matter: where it barely fits, with the output, a cache keeps
-    what is read twice in each call and gives up what is read once, call after call.
+    In a network the previous layer has just written this map, and the cache holds what fits of it.
+    A map that is not rewritten differs: if it and the output barely fit, the cache keeps what each
+    call reads twice and drops what it reads once, call after call.
     """
 
     kind, tensors = "cpu", "cpu"
@@ -105,18 +105,18 @@ class Cpu:
         pass
 
     def full_precision(self) -> None:
-        """Switch TF32 off: a tiny convolution in it is a bad measure of what is right."""
+        """Switch TF32 off: plain PyTorch's convolution in it is too inexact to judge errors by."""
 
     def distinct(self, call_bytes: int) -> int:
         return 1
 
     def writer(self, map_: torch.Tensor) -> Callable[[], object] | None:
-        """What writes a map anew, with the same values; None where calls rotate among many."""
+        """What rewrites a map with the same values; None where calls rotate among many."""
         own = map_.detach()
         return lambda: own.mul_(1)
 
     def cold(self, calls: int, call_bytes: int) -> bool:
-        """Whether so many calls' maps are too large together for a call to find its own in L2."""
+        """Whether the maps of all calls together are too large for a call to find its own in L2."""
         return False
 
     def streaming(self) -> AbstractContextManager[object]:
@@ -215,7 +215,7 @@ class Rerun(Direct):
 
 
 class DryRun(Gpu):
-    """The way of a GPU with tensors on the CPU and a clock that is made up: for tests."""
+    """Measures as on a GPU, with tensors on the CPU and a made-up clock: for tests."""
 
     tensors = "cpu"
     recording = Rerun

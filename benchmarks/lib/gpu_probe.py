@@ -6,8 +6,8 @@
     ncu ... python -m lib.gpu_probe layers calls.json   # one call of each layer of interest
     python -m lib.gpu_probe read calls.json ncu.csv     # what those calls did
 
-PYTHONPATH has the repository and benchmarks/. With --device cpu each runs without a GPU, as far as
-that is possible: a rehearsal.
+PYTHONPATH must have the repository and benchmarks/. --device cpu rehearses each program without a
+GPU, as far as that is possible.
 """
 
 import argparse
@@ -34,8 +34,8 @@ def forced(strategy: str, **sizes: int) -> Forced:
     return {"strategy": strategy, **sizes}
 
 
-# Every strategy and exchange on maps so small that an instrumented kernel takes seconds, with a
-# halo and with a last tile that is smaller where there can be.
+# Every strategy and exchange, on maps so small that an instrumented kernel takes seconds. Where
+# possible there is a halo, and a smaller last tile.
 SMALL: list[tuple[tuple[int, ...], str, Forced | None]] = [
     ((2, 24, 8, 8), "contiguous", forced("tile", tile=24, threads=128)),
     ((2, 20, 8, 8), "contiguous", forced("tile", tile=8, threads=64)),
@@ -61,7 +61,7 @@ SMALL: list[tuple[tuple[int, ...], str, Forced | None]] = [
     ((2, 7, 5, 3), "channels_last", None),
 ]
 
-# What a counter says of a kernel, by the name that the table gives it.
+# The counters of a kernel, by their names in the table.
 COUNTERS = {
     "us": "gpu__time_duration.sum",
     "read": "dram__bytes_read.sum",
@@ -75,7 +75,7 @@ COUNTERS = {
     "stall barrier": "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",
     "stall mio": "smsp__average_warps_issue_stalled_mio_throttle_per_issue_active.ratio",
 }
-FEWEST_COUNTERS = ("us", "read", "written", "instructions")  # that every Nsight Compute has
+FEWEST_COUNTERS = ("us", "read", "written", "instructions")  # every Nsight Compute has these
 OUR_KERNELS = "regex:forward_|backward_|sum_|make_|rescale_|add_parts"
 
 
@@ -88,7 +88,7 @@ def force(plan: Forced | None) -> None:
 
 
 def clusters() -> list[dict[str, int]]:
-    """For clusters of 2, 4 and 8 blocks of 256 threads: how many have room at the same time."""
+    """How many clusters of 2, 4 and 8 blocks of 256 threads can be resident at the same time."""
     count = native_module().active_clusters
     device = torch.cuda.current_device()
     return [
@@ -122,7 +122,7 @@ def facts(device: str) -> int:
 
 
 def small(device: str, backend: str) -> int:
-    """Run the small calls; they are checked against the CPU kernels, whose inputs are the same."""
+    """Run the small calls, and check them against the CPU kernels on the same inputs."""
     torch.manual_seed(0)
     wrong = 0
     cpu: Any = torch.ops.eca_fused
@@ -161,7 +161,7 @@ def small(device: str, backend: str) -> int:
 
 
 def layers() -> list[Case]:
-    """Where instructions may be the limit rather than bytes; the largest layer, both layouts."""
+    """Layers that instructions may limit rather than bytes, and the largest in both layouts."""
     large = [
         Case((256, 256, 56, 56), 3, "bfloat16", layout)
         for layout in ("contiguous", "channels_last")

@@ -1,9 +1,8 @@
 """GPU time of calls that find nothing in the L2 cache: CUDA graphs over rotating maps.
 
-A contender's calls, one for each of several distinct inputs, are captured into one CUDA graph, in
-which each has an output of its own. Together the maps are several times as large as the L2 cache,
-so a call finds nothing there of what an earlier one left. Replays are timed by events. What the
-host does takes no part in these times.
+One CUDA graph captures a contender's calls: one for each of several distinct inputs, each with its
+own output. Together the maps are several times as large as the L2 cache, so a call finds nothing
+there that an earlier one left. Events time the replays; the host's work does not count.
 """
 
 import gc
@@ -21,7 +20,7 @@ LONGEST_ROTATION = 768  # calls in a graph; capturing one takes the host some 50
 
 
 def rotation(call_bytes: int, l2: int, times_l2: float = 3) -> int:
-    """How many distinct calls make the maps of all together `times_l2` times the L2 cache."""
+    """How many distinct calls have maps that together are `times_l2` times the L2 cache."""
     return min(max(2, math.ceil(times_l2 * l2 / max(call_bytes, 1))), LONGEST_ROTATION)
 
 
@@ -43,8 +42,8 @@ class Recording:
         calls: what to capture; each returns the tensors that it made.
         stream: where to capture. Autograd runs a backward pass on the stream of the forward pass,
             so a graph of backward passes must be captured on the stream of its forward passes.
-        warm_up: runs before, on that stream: compilation, loading of kernels and the first
-            allocations are not possible during a capture. The first of the calls if none is given.
+        warm_up: runs on that stream before the capture, which allows no compilation, loading of
+            kernels or first allocations. By default the first call.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class Recording:
 
 
 def fill_with_nan(outputs: Sequence[tuple[Tensor, ...]]) -> None:
-    """So that whatever a call does not write is found."""
+    """Fill the outputs, so that whatever a call does not write is found."""
     with torch.no_grad():
         for tensors in outputs:
             for tensor in tensors:
@@ -94,10 +93,10 @@ def fill_with_nan(outputs: Sequence[tuple[Tensor, ...]]) -> None:
 
 
 def sample(recording: Recording, replays: int) -> float:
-    """Milliseconds of a replay, from several.
+    """Milliseconds of a replay, the mean of several.
 
-    One goes before that does not count: while it runs, the host submits the others, so the GPU
-    never waits for the host between the two events.
+    A first replay does not count: while it runs, the host submits the others, so the GPU never
+    waits for the host between the two events.
     """
     event: Any = torch.cuda.Event
     start, end = event(enable_timing=True), event(enable_timing=True)
@@ -133,7 +132,7 @@ def profiled_us(recording: Recording, replays: int = 3) -> float | None:
 
 
 def spin_up(seconds: float = 0.3) -> None:
-    """Work until the clocks are up: an idle GPU runs at a fraction of them."""
+    """Keep the GPU busy until its clocks are up: an idle GPU runs at a fraction of them."""
     a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     event: Any = torch.cuda.Event
     start, end = event(enable_timing=True), event(enable_timing=True)

@@ -1,4 +1,4 @@
-"""Results as they are committed: without what can be derived, four digits, a row on each line."""
+"""Results as they are committed: no derived values, four digits, a row on each line."""
 
 import json
 from collections.abc import Callable
@@ -14,9 +14,9 @@ DIGITS = 4
 def pack(result: Result) -> str:
     """The text of a result's file; report.load() reads it like any other.
 
-    Spreads become lists, in the order of SPREAD. What is derived is left out, and is made again:
-    the speed from the bytes and the time, the share of the copy from the medians. Only that of our
-    own contender is as exact as before, as it is the copy's time by ours.
+    Spreads become lists, in the order of SPREAD. Derived values are left out and computed again:
+    the speed from the bytes and the time, the share of the copy from the medians. Only our own
+    contender's share keeps its spread: it is the copy's times_ours.
     """
     head = {name: rounded(value) for name, value in result.items() if name != "rows"}
     tight: dict[str, Any] = {"separators": (",", ":")}

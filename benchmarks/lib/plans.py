@@ -13,7 +13,7 @@ def native_module() -> Any:
 
 
 def gpu_limits() -> Any:
-    """Of the current GPU; of an H200 where there is none."""
+    """Limits of the current GPU, or of an H200 if there is none."""
     if torch.cuda.is_available():
         return native_module().gpu_of_device(torch.cuda.current_device())
     return native_module().gpu_by_name("sm_90:132")

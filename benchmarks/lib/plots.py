@@ -45,19 +45,19 @@ def pyplot() -> Any:
 
 
 def readable(axis: Any) -> None:
-    """Few labels on a logarithmic axis of few decades, where those in between would overlap."""
+    """Few labels on a logarithmic axis of few decades, where minor ones would overlap."""
     from matplotlib import ticker
 
     low, high = axis.get_view_interval()
     if high / low < FEW_DECADES:
-        few = high / low < 10  # and 1, 2 and 5 may all lie outside
+        few = high / low < 10  # 1, 2 and 5 may all lie outside
         axis.set_major_locator(ticker.MaxNLocator(3) if few else ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
 def save(figure: Any, path: Path, dpi: int) -> None:
-    """A PNG file of 64 colours, a third as large as one of all."""
+    """A PNG file of 64 colours, which make it a third as large."""
     from PIL import Image
 
     made = io.BytesIO()
@@ -170,7 +170,7 @@ def sizes(result: Result, path: Path) -> None:
 
 
 def networks(result: Result, path: Path) -> None:
-    """Time of every network in units of that without attention."""
+    """Time of every network divided by that without attention."""
     plt = pyplot()
     if not result["rows"]:
         return
@@ -202,7 +202,7 @@ def networks(result: Result, path: Path) -> None:
 
 
 def speed(layers: Result, networks: dict[str, Result], path: Path) -> None:
-    """Two panels: layers of ResNet-50 by our time, and its training step by that without attention.
+    """Two panels of ResNet-50: layers relative to ours, training steps to those without attention.
 
     Args:
         layers: of layers.py with rivals, on a GPU.

@@ -1,4 +1,4 @@
-"""What the scripts share: options, which are checked before anything is measured; result files."""
+"""What the scripts share: options, checked before anything is measured, and result files."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 INTERRUPTED = 130  # exit status
 
-# glibc gives a fresh large output new pages each time, whose faults cost more than the arithmetic.
+# By default glibc gives each large output new pages, whose faults cost more than the arithmetic.
 # With these settings it recycles its heap instead, as a training run with steady shapes would want.
 RECYCLED_HEAP = {
     "MALLOC_MMAP_MAX_": "0",
@@ -60,12 +60,12 @@ def amount(text: str) -> float:
 
 
 def add_options(parser: argparse.ArgumentParser, rounds: int, *, plot: bool = True) -> None:
-    """The options that all scripts have; with `plot`, those that draw a picture."""
+    """The options that all scripts have; with `plot`, also --plot."""
     parser.add_argument("--device", choices=DEVICES, help="default: the GPU, if there is one")
     parser.add_argument("--threads", type=positive, help="of the CPU (default: as PyTorch chooses)")
     parser.add_argument(
         "--malloc", choices=["recycled", "default"], default="recycled",
-        help="of glibc, on a CPU: default takes new pages for every large output",
+        help="heap of glibc, on a CPU; default takes new pages for every large output",
     )  # fmt: skip
     parser.add_argument(
         "--rounds", type=positive, default=rounds, help=f"samples (default {rounds})"
@@ -76,10 +76,10 @@ def add_options(parser: argparse.ArgumentParser, rounds: int, *, plot: bool = Tr
 
 
 def check_files(output: Path | None, plot: Path | None) -> None:
-    """See now, not after the measuring, that what shall be written can be.
+    """Check before measuring that the output and the picture can be written.
 
     Raises:
-        SystemExit: it cannot be.
+        SystemExit: they cannot.
     """
     for name, path in (("--output", output), ("--plot", plot)):
         if path is None:
@@ -119,7 +119,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def chosen_options(args: argparse.Namespace) -> dict[str, Any]:
-    """All options with what they stand for here, for the result file; without its own place."""
+    """All options with their values here, for the result file; without the paths to write."""
     return {
         name: "unlimited" if value == math.inf else value
         for name, value in vars(args).items()
@@ -151,7 +151,7 @@ def progress(items: Iterable[T], total: int) -> Iterator[T]:
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:
-    """Write a result, by way of another file: whoever reads it finds a whole one."""
+    """Write a result through another file, so that a reader always finds a whole one."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")

@@ -1,8 +1,8 @@
-"""Cliffs: sizes from which the time per element grows, although the copy's does not.
+"""Cliffs: sizes at which the time per element grows, although the copy's does not.
 
-A step to the next size counts if it is larger than 15 %, larger than the spreads of both sizes, and
-larger by 15 % than the copy's step: the copy has one too where a cache ends. sizes.py measures both
-sizes again, side by side. A step that is not there again was noise.
+A step to the next size is a cliff if it exceeds 15 %, the spreads of both sizes, and the copy's
+step by 15 %. The copy has a step too where a cache ends. sizes.py measures both sizes again, side
+by side. A step that is not there again was noise.
 """
 
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ class Step:
 
 
 def growth(before: Row, after: Row, name: str, low: str = "median", high: str = "median") -> float:
-    """Time per element after, in units of that before, by these two statistics."""
+    """Time per element after, divided by that before, from these two statistics."""
     first, second = (
         one["contenders"][name]["us"][which] / one["ideal_bytes"]
         for one, which in ((before, low), (after, high))

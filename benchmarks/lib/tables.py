@@ -111,7 +111,7 @@ LETTERS = {
 def plan_text(plan: Any) -> str:
     if not isinstance(plan, dict):
         return "-"
-    # Letters are of results that were made before the strategies had names.
+    # Older results have letters: the strategies had no names.
     strategy = LETTERS.get(plan["strategy"], plan["strategy"])
     if strategy == "two_pass":
         return f"two_pass, chunk {plan['chunk']}, parts {plan['parts']}"

@@ -20,9 +20,9 @@ def call_times(
 ) -> dict[str, list[float]]:
     """Microseconds of a call of each recording, interleaved.
 
-    A sample lasts device.shortest_ms or longer. Rounds that would together take longer than
-    budget_ms (device.budget_ms if it is not given) are left out, down to the fewest. A call that is
-    repeated finds its maps in the caches, so if one contender's is, then all are.
+    A sample lasts device.shortest_ms or longer. Rounds beyond budget_ms (by default
+    device.budget_ms) are left out, but device.fewest_rounds stay. A repeated call finds its maps in
+    the caches, so either all contenders' calls are repeated or none.
     """
     ms = {name: device.sample(recording, 1) for name, recording in recordings.items()}
     least = 2 if min(ms.values()) < device.shortest_ms else 1
