@@ -1,4 +1,4 @@
-"""benchmarks/calls.py and networks.py, on a GPU that is pretended."""
+"""benchmarks/calls.py and networks.py, on a pretended GPU."""
 
 import json
 

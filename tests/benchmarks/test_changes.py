@@ -16,7 +16,7 @@ def compared(folder, capsys, *results):
 
 
 def slower(of, factor, *places):
-    """A result in which our own contender takes so much longer on these rows, round by round."""
+    """A copy of a result in which our contender takes `factor` times as long on these rows."""
     of = copy.deepcopy(of)
     for place in places:
         own = of["rows"][place]["contenders"]
@@ -70,7 +70,7 @@ def test_a_row_has_changed_if_it_did_beside_all_that_it_was_measured_with(tmp_pa
 
 
 def test_what_is_gone_is_missing(tmp_path, capsys):
-    """A contender that is gone is worse than a slow one, and nothing in common is no comparison."""
+    """A missing contender is worse than a slow one; without a common row nothing is compared."""
     status, text = compared(tmp_path, capsys, BEFORE, result(row(copy=0.9), device="cuda"))
     assert status == 1
     assert "MISSING 1x2x3x4 3 bfloat16 contiguous forward native" in text

@@ -40,7 +40,7 @@ def test_a_wrong_contender_is_reported_and_not_timed(device, monkeypatch):
 
 
 def test_a_graph_keeps_what_its_replays_read(monkeypatch):
-    # What a backward pass saved is memory that only the captured calls refer to.
+    # Only the captured calls refer to the memory that a backward pass saved.
     class Stub:
         capture_begin = capture_end = replay = lambda self: None
 

@@ -1,4 +1,4 @@
-"""The scripts for a GPU, without one: the tuner, what a profiler saw, and gpu_check.py."""
+"""The GPU scripts without a GPU: the tuner, the output of a profiler, and gpu_check.py."""
 
 import json
 import re
@@ -95,7 +95,7 @@ def test_counters_of_each_call_from_the_output_of_ncu(tmp_path, capsys):
 # ---- gpu_check.py ----
 
 CHECK = ROOT / "benchmarks" / "gpu_check.py"
-MOST_FILES = 8  # that come back from a lent machine
+MOST_FILES = 8  # that a run leaves in its folder
 
 
 def say(text: str, status: int = 0) -> list[str]:
@@ -157,7 +157,7 @@ def test_a_part_that_takes_too_long_is_stopped_with_its_children(tmp_path):
 
 
 def test_what_has_been_seen_is_on_disk_while_a_part_runs(tmp_path):
-    """A machine that is taken back kills everything: the log and the verdicts must be there."""
+    """A run may be killed at any time: the log and the verdicts must be there."""
     code = "import time; print('half', flush=True); time.sleep(60)"
     command = [
         sys.executable, "-c",

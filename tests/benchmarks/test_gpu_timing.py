@@ -1,4 +1,4 @@
-"""What the benchmarks ask of a GPU, of one that is pretended: events, profiler, nvidia-smi."""
+"""What the benchmarks ask of a GPU, on a pretended one: events, profiler, nvidia-smi."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""benchmarks/layers.py, and the options of every script, on a GPU that is pretended."""
+"""benchmarks/layers.py, and the options of every script, on a pretended GPU."""
 
 import json
 
@@ -211,7 +211,7 @@ def test_a_form_that_does_not_compile_has_failed(monkeypatch, capsys):
     assert layers.main([*arguments, "--contender", "eager", "compile"]) == 1
     printed = capsys.readouterr()
     assert "compile conv, default: RuntimeError: no compiler for conv" in printed.err
-    # What was not asked for has not failed.
+    # A contender that was not asked for has not failed.
     row = next(line for line in printed.out.splitlines() if line.startswith("2x4x2x2 k=3"))
     assert "failed" not in row
 

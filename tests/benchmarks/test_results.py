@@ -236,7 +236,7 @@ def test_what_was_left_out_is_named_or_counted():
 
 
 def refused(arguments, capsys):
-    """What is said of it: a line, or the usage and a line."""
+    """What the report prints: a line, or the usage and a line."""
     with pytest.raises(SystemExit) as error:
         report.main(arguments)
     assert error.value.code == 2

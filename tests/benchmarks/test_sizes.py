@@ -137,7 +137,7 @@ def with_a_step(monkeypatch):
 def test_a_step_is_measured_again(with_a_step, monkeypatch, tmp_path, capsys):
     path = tmp_path / "sizes.json"
     arguments = [*SIZES, "--output", str(path)]
-    # The fourfold pixels in the same time: the copy is four times as fast, ours almost as fast.
+    # Four times the pixels: the copy takes the same time, ours three times as long.
     monkeypatch.setattr(steps, "STEP", 0.5)
     assert sizes.main(arguments) == 0
     found = json.loads(path.read_text())
