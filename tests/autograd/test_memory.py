@@ -1,4 +1,4 @@
-"""What is kept for the backward pass, for how long, and the ways of PyTorch to keep less of it."""
+"""What is kept for the backward pass, for how long, and PyTorch's ways to keep less of it."""
 
 import gc
 import weakref
@@ -89,7 +89,7 @@ def test_x_taps_means_and_gates_are_all_that_is_kept(backend, dtype, layout, vie
     assert kept.unpacked == 0
     y.sum().backward()
     assert kept.unpacked == 4
-    assert len(kept.packed) == 4  # of a backward pass without create_graph, nothing
+    assert len(kept.packed) == 4  # a backward pass without create_graph keeps nothing
 
 
 def test_nothing_is_kept_where_no_gradient_is_needed(backend):
@@ -157,7 +157,7 @@ def test_what_is_kept_may_move_to_the_host(backend, layout):
     # PyTorch makes the host's copies on the default device, which the tests set to the GPU.
     with torch.device("cpu"), torch.autograd.graph.save_on_cpu(pin_memory=DEVICE == "cuda"):
         ours = run(fused(backend), case)
-    # What was in pinned memory comes back contiguous, for which other kernels run on a GPU.
+    # Maps come back from pinned memory contiguous, and a GPU runs other kernels for those.
     for a, b in zip(ours, want, strict=True):
         assert_same_sums(a, b)
 

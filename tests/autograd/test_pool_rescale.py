@@ -61,8 +61,8 @@ def make_gate(case: Case, dtype: torch.dtype | None = None) -> Tensor:
 def check(case: Case, gate: Tensor, backend: str) -> None:
     """Both functions and their gradients, each as close to float64 as its dtype allows.
 
-    The roundings: of a sum about 8 in all, relative to its terms, as in assert_as_accurate(); one
-    of the result; and one more of dmean / S, which is made in the dtype of x.
+    A sum has about 8 roundings, relative to its terms, as in assert_as_accurate(). The result has
+    one, and dmean / S one more, as it is computed in the dtype of x.
     """
     x, dy = case.x.detach().requires_grad_(), case.dy
     gate = gate.detach().requires_grad_()
@@ -83,7 +83,7 @@ def check(case: Case, gate: Tensor, backend: str) -> None:
     assert_near("dgate", dgate, total(g * v), total((g * v).abs()), gate.dtype, **near)
     given = gate.detach().to(mean.dtype).double() / pixels
     want = spread(given, v).expand_as(v)
-    # A GPU divides by the number of pixels as plain PyTorch does there: by its rounded reciprocal.
+    # On a GPU, as in plain PyTorch, the rounded reciprocal of the number of pixels is a factor.
     usual = eca_fused.reference.pool(x)
     (usual_from_mean,) = torch.autograd.grad(usual, x, gate.detach().to(usual.dtype))
     near["more"] = float((usual_from_mean.double() - want).abs().max()) if v.numel() else 0.0
@@ -148,7 +148,7 @@ def test_any_number_of_threads(shape, dtype, layout, backend, threads):
     ids=name_of,
 )
 def test_map_larger_than_the_caches(dtype, layout, backend):
-    # Than the usual ones: from 16 MB on outputs are streamed then. Rows that are not whole lines.
+    # With the usual caches, outputs are streamed from 16 MB on. Rows are not whole lines.
     case = make_case((5, 96, 99, 101), dtype=dtype, layout=layout)
     check(case, make_gate(case), backend)
 
@@ -281,7 +281,7 @@ def test_transforms_around_a_backward_pass_alone(layer, backend):
     torch.testing.assert_close(got.primal, dx(case.dy))
     torch.testing.assert_close(got.tangent, dx(tangent))  # linear in dy
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # such as that a batch runs one by one
+        warnings.simplefilter("error")  # such as of a batch that runs one by one
         batch = torch.func.vmap(dx)(torch.stack([case.dy, tangent]))
     torch.testing.assert_close(batch, torch.stack([dx(case.dy), dx(tangent)]))
 

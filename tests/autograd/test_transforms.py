@@ -1,7 +1,7 @@
-"""torch.func's transforms and forward-mode AD, alone and nested: the numbers, and who makes them.
+"""torch.func's transforms and forward-mode AD, alone and nested: results, and who computes them.
 
 Everything is compared with the definition in float64 under the same transform, for which PyTorch
-has the rules. A derivative that lacks a part shows in the ones nested one deeper.
+has the rules. A missing part of a derivative shows in the transforms nested one deeper.
 """
 
 import warnings
@@ -33,8 +33,8 @@ from helpers.cases import (
 pytestmark = [
     pytest.mark.any_device,
     pytest.mark.parametrize("backend", BACKENDS),
-    # Of plain PyTorch, which has no rule for the second derivatives of unfold(), and of its
-    # forward mode, which compiles decompositions with TorchScript.
+    # Warnings of plain PyTorch: it has no rule for second derivatives of unfold(), and its forward
+    # mode compiles decompositions with TorchScript.
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node"),  # linearize()
@@ -48,7 +48,7 @@ def fused(case, backend):
 
 
 def batch_of_cases(padding_mode="zeros", own_taps=False, dtype=torch.float64, layout="contiguous"):
-    """A case with the arguments of one call, and with BATCH of each, stacked, in its `many`."""
+    """A case with the arguments of one call; its `many` has BATCH of each, stacked."""
     args = {"padding_mode": padding_mode, "own_taps": own_taps, "dtype": dtype, "layout": layout}
     cases = [make_case((2, 4, 3, 2), seed=seed, **args) for seed in range(BATCH)]
     case = cases[0]
@@ -63,8 +63,7 @@ def loss_of(function):
 
 BOTH = (0, 1)
 
-# What each computes of a function of x and the taps. `c` are the arguments of one call, `many` of
-# several.
+# Each takes a function of x and the taps. `c` has the arguments of one call, `c.many` of several.
 TRANSFORMS = {
     "grad": lambda f, c: func.grad(loss_of(f), BOTH)(c.x, c.weight),
     "grad for x": lambda f, c: func.grad(loss_of(f), 0)(c.x, c.weight),
@@ -149,7 +148,7 @@ TRANSFORMS = {
     ),
 }
 
-ON_PLAIN_PYTORCH = {  # and says so, but for functionalize(), where a compiler comes after
+ON_PLAIN_PYTORCH = {  # and warns, but for functionalize(), which a compiler follows
     "vmap over taps": True,
     "vmap over both": True,
     "vmap of grad over both": True,
@@ -207,7 +206,7 @@ def test_plain_pytorch_runs_where_it_says_so_only(backend, name, calls, monkeypa
         assert calls.forward > 0
 
 
-# Calls forward and backward. Gradients of the taps for each example take one more pass.
+# Calls of forward and backward. Gradients of the taps for each example take one more pass.
 CALLS = {
     "grad": (1, 1),
     "vjp": (1, 1),
@@ -298,7 +297,7 @@ def test_shapes_of_one_example(backend, shape):
     torch.testing.assert_close(results(fused(case, backend)), results(plain(case)))
 
 
-# Plain PyTorch is no measure here: its convolution knows no batch of none.
+# Plain PyTorch is no reference here: its convolution takes no empty batch.
 EMPTY = [
     name
     for name in TRANSFORMS
@@ -330,7 +329,7 @@ def test_gradients_of_a_batch_of_none_are_zero(backend):
 def test_compiled_transforms_are_right_and_in_plain_pytorch(backend, name, calls):
     torch._dynamo.reset()
     case = batch_of_cases("circular", dtype=torch.float32)
-    # A function as arguments have it: the compiler takes no case apart.
+    # A function of tensors: the compiler cannot take a Case apart.
     names = ("x", "weight", "dy")
 
     def computed(*tensors):
@@ -439,7 +438,7 @@ def test_dual_numbers(backend, dual, create_graph):
     torch.testing.assert_close(ours, want)
 
 
-# What is done with the gradients of a y that was computed before, outside of any transform.
+# Transforms of the gradients of a y that was computed before, outside of any transform.
 OF_GRADIENTS = {
     "vmap": lambda f, c: func.vmap(f)(c.many.dy),
     "jvp": lambda f, c: func.jvp(f, (c.dy,), (c.many.dy[1],)),
@@ -468,7 +467,7 @@ def test_transforms_of_a_backward_pass_alone(backend, name, create_graph, calls)
         return found
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # as of a batch that runs one by one
+        warnings.simplefilter("error", UserWarning)  # such as of a batch that runs one by one
         warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated")
         ours = results(fused(case, backend))
     assert calls.backward > 0

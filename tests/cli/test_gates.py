@@ -117,7 +117,7 @@ def test_the_last_layers_of_the_stages() -> None:
             *("layer1.1.gsop", "layer2.1.gsop", "layer3.1.gsop", "layer4.1.gsop")
         ]
         found = class_gates.last_layers(mobilenetv2("se"))
-    places = (1, 3, 6, 10, 13, 16, 17)  # of the last of 1, 2, 3, 4, 3, 3 and 1 blocks
+    places = (1, 3, 6, 10, 13, 16, 17)  # of the last blocks of stages of 1, 2, 3, 4, 3, 3 and 1
     assert [name.split(".")[1] for name in found] == [str(place) for place in places]
     assert all(type(layer) is attention.SE for layer in found.values())
 
@@ -125,7 +125,7 @@ def test_the_last_layers_of_the_stages() -> None:
 def test_gates_of_a_class_are_the_mean_over_its_images(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(class_gates, "BATCH", 2)  # and the third image in a batch of its own
+    monkeypatch.setattr(class_gates, "BATCH", 2)  # the third image has its own batch
     model = resnet(18, num_classes=2, dtype=torch.float64).eval()
     photographs_ = [photographs.read_photograph(path) for path in sorted(folder.glob("*/*"))]
     x = photographs.preprocess([*photographs_, photographs_[0]], 64).double()
@@ -188,7 +188,7 @@ def test_lines_are_the_gates(
             gates = torch.tensor(list(stage["gates"].values()), dtype=torch.float64)
             assert list(stage["gates"]) == ["sharks", "ambulance"]
             assert 0 < gates.min() < gates.max() < 1
-            # Random weights, but gates that can be told apart.
+            # The weights are random, but the gates can be told apart.
             assert gates.std() > 0.01
             spread = (gates[0] - gates[1]).abs().mean().item()
             assert stage["difference"] == pytest.approx(spread)

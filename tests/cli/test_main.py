@@ -124,7 +124,7 @@ def test_gates_are_those_of_the_reference() -> None:
     for gate, layer, map_ in zip(found, layers, network.layer_inputs(plain, x), strict=True):
         expected = eca_fused.reference.gate(map_, layer.conv.weight)
         torch.testing.assert_close(gate, expected, rtol=1e-9, atol=1e-9)
-        assert gate.std() > 0.01  # gates that say something
+        assert gate.std() > 0.01  # the gates differ
 
 
 # ---- the check ----
@@ -304,7 +304,7 @@ def test_contenders_take_turns_and_one_that_fails_drops_out() -> None:
     assert contenders[1].missing == "NoCompiler: none found"
     changes = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
     assert {*order} == {"a", "c"}
-    assert len(changes) >= 4  # both had a turn before the first one had its last
+    assert len(changes) >= 4  # the two take turns
 
 
 def test_run_with_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

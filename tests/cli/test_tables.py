@@ -42,7 +42,7 @@ def two_rows(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_the_reported_figures_add_up_to_the_posters() -> None:
-    """Control totals of the poster's columns, which no typing error in one figure leaves alone."""
+    """Control totals of the poster's columns: a typing error in one figure changes one."""
 
     def totals(rows: Any, *columns: str) -> list[str]:
         return [str(sum(Decimal(getattr(row, column)) for row in rows)) for column in columns]
@@ -169,7 +169,7 @@ def test_detectors_agree_in_every_digit(capsys: pytest.CaptureFixture[str], two_
     [("faster_rcnn", "41.53", "207.18"), ("mask_rcnn", "44.18", "275.69")],
 )
 def test_the_authors_detectors_on_resnet50(name: str, parameters: str, flops: str) -> None:
-    """The table of the authors' checkpoints, with the kernel sizes that these have."""
+    """The table of the authors' checkpoints, with their kernel sizes."""
     from eca_fused.models.detection import FixedRegions, detector
 
     model = detector(name, 50, device="meta", body={"fused": False})

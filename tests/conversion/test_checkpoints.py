@@ -57,7 +57,7 @@ def copied(model: nn.Module) -> State:
 
 
 def inferred(model: nn.Module) -> nn.Module:
-    """The network that the state dict of a model without memory describes."""
+    """The network that a model's state dict describes, on the meta device."""
     found = architectures.infer(model.state_dict())
     assert found is not None
     return found.build(device="meta")
@@ -213,7 +213,7 @@ def test_threads_share_what_is_marked_as_safe(
 
 
 def test_old_files(state: State, tmp_path: Path) -> None:
-    """Of PyTorch before 1.6, and without the counts that batch norms have since 0.4.1."""
+    """Files of PyTorch before 1.6, and without the batch norms' counts, which are new in 0.4.1."""
     path = str(tmp_path / "old.pth.tar")
     old = {n: t for n, t in state.items() if not n.endswith("num_batches_tracked")}
     torch.save({"state_dict": old}, path, _use_new_zipfile_serialization=False)
@@ -419,7 +419,7 @@ def test_a_model_whose_hook_fails_is_as_before(state: State) -> None:
 
 
 def claimed(state: State, name: str, shape: tuple[int, ...]) -> State:
-    """A tensor of any shape, that repeats one number."""
+    """The state with a tensor of any shape, which repeats one number."""
     return state | {name: torch.zeros((), dtype=state[name].dtype).expand(shape)}
 
 
@@ -454,7 +454,7 @@ def test_tensors_that_share_their_memory_in_a_file(state: State, tmp_path: Path)
     torch.save(shared, tmp_path / "shared.pth")
     with pytest.raises(CheckpointError, match=r"no more than its \d+ bytes, got \d+ bytes"):
         load_checkpoint(tmp_path / "shared.pth")
-    assert_holds(load_checkpoint(shared, small()), shared)  # one's own state dict may
+    assert_holds(load_checkpoint(shared, small()), shared)  # a state dict in memory may
 
 
 def test_more_blocks_than_any_network(state: State) -> None:
@@ -577,8 +577,8 @@ def test_timms_own_networks(name: str) -> None:
 
 def test_what_is_nearly_a_network_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     timm: Any = pytest.importorskip("timm", reason="needs timm: make test installs it")
-    # As somebody registers one: it has no configuration, and should not be built. Registering it
-    # here would leave it to the tests that follow in this process.
+    # A user's registered network: it has no configuration, and should not be built. A real
+    # registration would remain for later tests in this process.
     names = [*timm.list_models("*eca*"), "eca_of_somebody_else"]
     monkeypatch.setattr(timm, "list_models", lambda pattern: names)
     state = timm.create_model("ecaresnet26t", num_classes=7).state_dict()

@@ -12,9 +12,9 @@ timm: Any = pytest.importorskip("timm", reason="needs timm: make test installs i
 
 from timm.layers import CecaModule, EcaModule  # noqa: E402
 
-# All have it in their names: timm's sources name the layer in no other network.
+# All networks of timm that use the layer have "eca" in their names.
 NAMES = timm.list_models("*eca*", exclude_filters="fused_*")
-# The largest, as deep as they are and narrower, for time. The others are as timm has them.
+# The largest networks, at full depth but narrower, to save time. The others are unchanged.
 QUARTER = (16, 32, 64, 128)
 NFNET = {"channels": (64, 128, 256, 256), "group_size": 16, "num_features": 256}
 NARROW: dict[str, dict[str, Any]] = {
@@ -26,7 +26,7 @@ NARROW: dict[str, dict[str, Any]] = {
     "eca_nfnet_l2": NFNET,
     "eca_nfnet_l3": NFNET,
 }
-# Sizes that their other attention asks for.
+# Sizes that the networks' other attention needs.
 FIXED: dict[str, dict[str, Any]] = {"eca_botnext26ts_256": {"img_size": 64}}
 SHAPES = {"eca_halonext26ts": (1, 3, 256, 256)}
 

@@ -36,7 +36,7 @@ class WithMethods(eca_layer):
 
 
 class Parts(nn.Module):
-    """The parts of ECA; a class that derives from it makes something of them."""
+    """The parts of ECA, for derived classes to use."""
 
     def __init__(self, k: int = 3, bias: bool = False) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Parts(nn.Module):
 
 
 def parts(forward: Any, **arguments: Any) -> nn.Module:
-    """A module of the parts of ECA, in a class that has a forward alone."""
+    """A module with the parts of ECA and this forward."""
     return type("Other", (Parts,), {"forward": forward})(**arguments)  # type: ignore[no-any-return]
 
 
@@ -398,7 +398,7 @@ def test_report() -> None:
 
 
 class Named(nn.Module):
-    """ECA as copies of the authors' code have it, its convolution under another name."""
+    """ECA as in copies of the authors' code, with its convolution under another name."""
 
     def __init__(self, name: str, functional: bool = False) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ class Unused(nn.Module):
 
 
 def network() -> nn.Module:
-    """Two blocks, with batch norms by their statistics: in training, half a batch has others."""
+    """Two blocks in evaluation mode: in training, half a batch has other statistics."""
     down = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
     return nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
@@ -59,7 +59,7 @@ def check(
     spread: Callable[[nn.Module], nn.Module],
     layout: torch.memory_format = torch.contiguous_format,
 ) -> None:
-    """The gradients of a network over two processes are those of one with the whole batch."""
+    """A network's gradients over two processes are those of one process with the whole batch."""
     torch.manual_seed(0)
     alone = make().double()
     together = spread(copy.deepcopy(alone))
@@ -84,7 +84,7 @@ def ddp(**options: Any) -> Callable[[nn.Module], nn.Module]:
 
 
 def fsdp(model: nn.Module) -> nn.Module:
-    """A shard for each block, and one for each ECA layer of its own: one row of taps for two."""
+    """Shard each block, and each ECA layer by itself: one row of taps for two processes."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for module in model.modules():
         if isinstance(module, ECALayer):

@@ -1,7 +1,7 @@
 """examples/train.py, killed with SIGKILL at a chosen place, once: `killed_train.py PLACE ARGS`.
 
 PLACE is RANK:WHERE:STEP. WHERE is "step", before the step after STEP begins, or "write", with the
-checkpoint of STEP written but not yet in place. A process that torchrun starts again lives.
+checkpoint of STEP written but not yet in place. A process that torchrun starts again is not killed.
 """
 
 import os

@@ -28,9 +28,9 @@ from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler, accuracy
 
 import timm_train
 
-# One block in each stage, and a quarter of the channels.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+# One block in each stage, and a quarter of the channels.
 SMALL = {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128)}
 MODEL = "ecaresnet26t"
 
@@ -72,7 +72,7 @@ def test_fused_model_is_timms() -> None:
 
 
 def test_a_seed_gives_a_fused_model_what_it_gives_timms() -> None:
-    """The weights, and the random state after them, from which the order of the images follows."""
+    """The same weights, and then the same random state, which decides the order of the images."""
     made = []
     for name in (MODEL, f"fused_{MODEL}"):
         torch.manual_seed(0)

@@ -27,7 +27,7 @@ TINY = [*SMALL, "--epochs", "2", "--save-every", "3"]
 CHILD = os.environ | {
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
-    # A store shared with torchrun still has the addresses of the processes before a restart.
+    # After a restart, a store shared with torchrun still has the old processes' addresses.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
 }
@@ -59,7 +59,7 @@ def child(*arguments: str, env: Mapping[str, str] = CHILD) -> subprocess.Complet
 def two_processes(
     *arguments: str, restarts: int = 0, env: Mapping[str, str] = CHILD
 ) -> subprocess.CompletedProcess[str]:
-    """torchrun at a free port, on the CPU but for another environment."""
+    """torchrun at a free port; on the CPU, unless `env` says otherwise."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return child(*launcher, "--max-restarts", str(restarts), *arguments, env=env)
 
@@ -111,7 +111,7 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_image_held_out_counts_once() -> None:
     for world in (1, 2, 3, 7):
         shares = [list(digits.portions(33, 16, rank, world)) for rank in range(world)]
-        assert {len(share) for share in shares} == {3}  # under FSDP all must take part as often
+        assert {len(share) for share in shares} == {3}  # FSDP needs all equally often
         counted = [mine for share in shares for mine, counts in share if counts]
         assert torch.cat(counted).sort().values.tolist() == list(range(33))
 
@@ -186,7 +186,7 @@ def test_killed_and_resumed_alone(alone: Path, tmp_path: Path, place: str) -> No
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_one_of_two_processes_killed(ddp: Path, tmp_path: Path, parallel: str) -> None:
-    """FSDP has the bits of DDP, as there is just one order in which to add two gradients."""
+    """FSDP gives the bits of DDP: there is only one order in which to add two gradients."""
     arguments = [*TINY, "--output", str(tmp_path), "--parallel", parallel, "--resume"]
     script = str(ROOT / "tests" / "examples" / "killed_train.py")
     done = two_processes(script, "1:step:5", *arguments, restarts=1)
@@ -194,7 +194,7 @@ def test_one_of_two_processes_killed(ddp: Path, tmp_path: Path, parallel: str) -
     assert "Going on after step 4 of 8" in done.stderr
     assert_same_bits(tmp_path, ddp)
     assert history(tmp_path)["processes"] == 2
-    # One process can go on from what two have saved; here there is nothing left to train.
+    # One process can go on from what two have saved; here nothing is left to train.
     shutil.copytree(tmp_path / "checkpoints", tmp_path / "copy" / "checkpoints")
     here(tmp_path / "copy", "--resume")
     assert_same_bits(tmp_path / "copy", ddp)
@@ -202,7 +202,7 @@ def test_one_of_two_processes_killed(ddp: Path, tmp_path: Path, parallel: str) -
 
 @pytest.mark.parametrize("launched", [True, False])
 def test_among_others_a_process_leaves_at_once(launched: bool) -> None:
-    """A thread of gloo that lets go of a tensor in an interpreter that ends aborts the process."""
+    """If a thread of gloo frees a tensor while the interpreter ends, the process aborts."""
     code = (
         "import atexit, sys; sys.path.insert(0, sys.argv[1]); from training import processes\n"
         "atexit.register(print, 'interpreter ends')\n"
@@ -231,7 +231,7 @@ def test_everything_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     first.train(lambda: None)
     path = tmp_path / "checkpoints" / "step-00000002" / "state.json"
     state = json.loads(path.read_text())
-    state["scaler"]["scale"] = 1024.0  # another than what a run begins with
+    state["scaler"]["scale"] = 1024.0  # not what a run begins with
     path.write_text(json.dumps(state))
     second = loop.Run(options.parse([*chosen, "--resume"]), processes.start())
     assert (second.step, second.history) == (2, first.history)
@@ -250,10 +250,10 @@ def test_everything_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_fsdp_in_bfloat16_and_channels_last(ddp: Path, tmp_path: Path) -> None:
-    """It begins near what DDP does in float32, as the weights of the first step are the same.
+    """The first loss is near that of DDP in float32, as it comes from the same weights.
 
     The convolutions of 8 layers and of 3 shortcuts, and the classifier, round to bfloat16: 12 times
-    half a unit, times 2 for what the batch norms make of it.
+    half a unit, times 2 for the batch norms.
     """
     chosen = ["--precision", "bfloat16", "--channels-last", "--parallel", "fsdp", "--epochs", "1"]
     script = str(ROOT / "examples" / "train.py")
@@ -272,10 +272,10 @@ def test_fsdp_in_bfloat16_and_channels_last(ddp: Path, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_gpus_begin_as_two_cpus(ddp: Path, tmp_path: Path, parallel: str) -> None:
-    """With NCCL in between, and the loss of the first step, of the same weights, as on the CPU.
+    """NCCL is used, and the first loss, which comes from the same weights, is that of the CPU.
 
-    A sum of up to 4608 products rounds at random about 68 times; there are 8 convolutions and 3
-    shortcuts, in both, and 16 for what the batch norms and the classifier make of it.
+    A sum of up to 4608 products has an error of about 68 random roundings. Both runs have 8
+    convolutions and 3 shortcuts; a factor of 16 is for the batch norms and the classifier.
     """
     env = {name: value for name, value in CHILD.items() if name != "CUDA_VISIBLE_DEVICES"}
     env |= {"NCCL_DEBUG": "VERSION", "NVIDIA_TF32_OVERRIDE": "0"}
@@ -331,18 +331,18 @@ def float64_losses(fused: bool) -> torch.Tensor:
 
 
 def test_fused_and_plain_train_alike() -> None:
-    """Both are right to rounding, so in float64 nothing but rounding can part them."""
+    """Both are right to rounding, so in float64 only rounding separates them."""
     fused, plain = float64_losses(True), float64_losses(False)
     torch.testing.assert_close(fused, plain)
     assert (fused[1:] - fused[:-1]).abs().min() > 1e-3  # the weights do change
 
 
 def test_fused_and_plain_reach_the_same_accuracy(tmp_path: Path) -> None:
-    """In float32 rounding grows from step to step, so only beginning and end can be compared.
+    """Rounding errors in float32 grow with each step, so only beginning and end are compared.
 
-    The first loss is a function of the same weights: each of 4 layers rounds about 8 times in
-    either form, and 16 for what batch norms and the classifier make of it. The accuracies, near
-    97 % of 360 images, each have a standard error of 0.9 percentage points: 3 apart is chance.
+    The first losses come from the same weights: each of 4 layers rounds about 8 times in either
+    form, and a factor of 16 is for the batch norms and the classifier. The accuracies, near 97 % of
+    360 images, each have a standard error of 0.9 percentage points: a difference of 3 is chance.
     """
     longer = ["--samples", "704", "--batch-size", "32", "--epochs", "3", "--save-every", "1000"]
     fused = here(tmp_path / "fused", *longer)
@@ -367,13 +367,13 @@ def double_precision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("double_precision")
 def test_compiled_and_eager_train_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float64 nothing but rounding can part them, far below the last place of the losses.
+    """In float64 only rounding separates them, far below the last place of the losses.
 
-    Those are in float32: subtraction of the maximum, exponential, sum, logarithm and mean round
-    about once each, and the networks' difference may tip each over: 16 units are twice as many.
+    The losses are in float32: subtraction of the maximum, exponential, sum, logarithm and mean
+    round about once each, and the networks' difference may tip each. 16 units are twice as many.
     """
     monkeypatch.setattr(digits, "HELD_OUT", 20)
-    # With the channels innermost it is the kernels that train, compiled or not.
+    # With the channels innermost the kernels train, compiled or not.
     eager = here(tmp_path / "eager", "--epochs", "1", "--channels-last")
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -411,7 +411,7 @@ def test_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: list[s
     monkeypatch.setattr(ECALayer, "forward", watched)
     found = here(tmp_path, "--epochs", "1", "--samples", "16", "--batch-size", "8", *chosen)
     assert len(found["losses"]) == 2
-    # At the outset all ten classes are about as likely: log(10), and the weights are random.
+    # Random weights make all ten classes about as likely: the loss is about log(10).
     assert 1.5 < found["losses"][0] < 4
     dtype = getattr(torch, chosen[1]) if chosen[0] == "--precision" else torch.float32
     assert {s[:4] for s in seen} == {("--plain" not in chosen, dtype, dtype, torch.float32)}
