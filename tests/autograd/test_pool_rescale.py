@@ -83,7 +83,7 @@ def check(case: Case, gate: Tensor, backend: str) -> None:
     assert_near("dgate", dgate, total(g * v), total((g * v).abs()), gate.dtype, **near)
     given = gate.detach().to(mean.dtype).double() / pixels
     want = spread(given, v).expand_as(v)
-    # On a GPU, as in plain PyTorch, the rounded reciprocal of the number of pixels is a factor.
+    # A GPU multiplies by the rounded reciprocal of the pixels, as plain PyTorch does there.
     usual = eca_fused.reference.pool(x)
     (usual_from_mean,) = torch.autograd.grad(usual, x, gate.detach().to(usual.dtype))
     near["more"] = float((usual_from_mean.double() - want).abs().max()) if v.numel() else 0.0

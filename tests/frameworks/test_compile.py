@@ -30,7 +30,7 @@ from helpers.processes import python
 pytestmark = pytest.mark.any_device
 
 
-# What the compiler is given by "auto" is not always the kernels.
+# "auto" does not always give the compiler the kernels.
 COMPILED = ["auto", *(["native"] if native.missing is None else [])]
 
 
@@ -47,7 +47,7 @@ def eca_of(case, **arguments):
 
 def assert_as_eager(function, case):
     """A compiled function of x and weight is as accurate as eager mode, and has its strides."""
-    # In copies, as the next call of a CUDA graph writes over its results.
+    # Cloned, as the next call of a CUDA graph writes over its results.
     got = tuple(t.clone() for t in run(function, case))
     assert_as_accurate(got, case)
     for name, ours, eager in zip(("y", "dx", "dweight"), got, run(eca_of(case), case), strict=True):
@@ -59,7 +59,7 @@ def assert_as_eager(function, case):
 
 
 def targets(counter):
-    """What the graphs that were captured call."""
+    """What the captured graphs call."""
     return {node.target for graph in counter.graphs for node in graph.graph.nodes}
 
 
@@ -238,7 +238,7 @@ def test_leaving_use_backend_compiles_again():
             function(x)
         function(x)
     assert counter.frame_count == 2
-    assert torch.conv1d in targets(counter)  # of the reference alone
+    assert torch.conv1d in targets(counter)  # only the reference calls it
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"] + ["native"] * (native.missing is None))

@@ -1,7 +1,7 @@
 """torch.export, AOTInductor, TorchScript and ONNX: what leaves Python computes the same.
 
-A program that holds the compiled operator is loaded where `import eca_fused` has come before; one
-made with fused=False is loaded without.
+A program with the compiled operators needs `import eca_fused` before it is loaded; one made with
+fused=False does not.
 """
 
 import sys
@@ -136,7 +136,7 @@ def test_torchscript(shape, dtype, padding_mode, how):
     with torch.no_grad():
         y, want = scripted(case.x), layer(case.x)
     assert torch.equal(y, want)
-    # What was traced runs on another batch.
+    # The program also runs on another batch.
     other = torch.cat([case.x, case.x])
     torch.testing.assert_close(scripted(other), layer(other))
 
@@ -394,7 +394,7 @@ def test_onnx_of_a_network(layout):
 )
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:UserWarning")
 def test_onnx_by_a_trace(form, tmp_path):
-    """The older exporter, torch.onnx.export(dynamo=False), traces: standard operators alone."""
+    """The older exporter, torch.onnx.export(dynamo=False), traces to standard operators."""
     torch.manual_seed(0)
     modules = {
         "layer": ECALayer(8), "in place": ECALayer(8, inplace=True), "SE": SE(8, 2),
@@ -419,7 +419,7 @@ def test_onnx_by_a_trace(form, tmp_path):
 
 
 class Written(nn.Module):
-    """What is written is used after the call, and not what the call returns."""
+    """Uses what the call has written, not what it returns."""
 
     def __init__(self, write):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What PyTorch's instruments say of the operators: the counter of FLOPs, the profiler."""
+"""What PyTorch's instruments say of the operators: the FLOP counter, the profiler."""
 
 import importlib
 
@@ -44,7 +44,7 @@ def test_the_convolution_counts_as_in_plain_pytorch(backend, needs, padding_mode
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_taps_of_each_channels_own_count_as_shared_ones(backend):
-    # In plain PyTorch they are no convolution, and so not counted.
+    # Plain PyTorch uses no convolution for them, so it counts none.
     case = make_case(SHAPE, k=K, own_taps=True)
     assert counted(lambda: eca_fused.eca(case.x, case.weight, backend=backend)) == CONVOLUTION
 

@@ -54,7 +54,7 @@ def test_autocast_keeps_the_dtype_of_x(backend, dtype, fused):
 @pytest.mark.parametrize("taps_dtype", HALVES, ids=name_of)
 @pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
 def test_taps_in_half_precision_under_autocast(backend, taps_dtype, x_dtype, own_taps):
-    """As a half precision model has them where something before ECA works in float32."""
+    """As in a half precision model where something before ECA works in float32."""
     case = make_case((2, 16, 5, 5), dtype=x_dtype, taps_dtype=torch.float32, own_taps=own_taps)
     case.weight = case.weight.to(taps_dtype)
     want = run(fused(backend), Case(case.x, case.weight.to(x_dtype), case.dy))
@@ -130,7 +130,7 @@ def test_a_network_of_convolutions_under_autocast(backend, dtype):
     (2**10 * out.float().pow(2).mean()).backward()  # no gradient too small for float16
     assert net.kept["dx"].dtype == net.kept["dy"].dtype == dtype
     assert net.eca.conv.weight.grad.dtype == torch.float32
-    # The layer itself is as accurate on what came in as without autocast.
+    # On its own inputs the layer is as accurate as without autocast.
     case = make_case((1, 1))
     case.x, case.dy, case.weight = (
         net.kept["x"].detach(),

@@ -123,9 +123,9 @@ def test_every_kernel_is_there(resources):
             assert len(kernels(resources, name, dtype)) == wanted, (name, dtype)
 
 
-# Bytes of a thread, stored and loaded once each in the L1 cache, of kernels whose threads load 224
-# and 416 from their maps: the alternative is a block less on each multiprocessor. With fewer chains
-# of sums, or with the checks of bounds written otherwise, other kernels have some.
+# Spilled bytes of a thread, stored and loaded once each in the L1 cache; a thread loads 224 to 416
+# bytes from its maps. The alternative is a block less on each multiprocessor. With fewer chains of
+# sums, or with the checks of bounds written otherwise, other kernels spill.
 SPILLED = {
     ("sm_80", "backward_rows", "float16", 7): 8,
     ("sm_80", "forward_kept", "float16", 20): 24,
@@ -185,7 +185,7 @@ def test_tiles_in_registers_are_asked_for_at_once(instructions, name, dtype):
         loads = sum(n for i, n in counts.items() if i.startswith("LDG") and ".128" in i)
         stores = sum(n for i, n in counts.items() if i.startswith("STG") and ".128" in i)
         assert loads >= maps * depth, (name, depth)
-        if name.endswith("kept"):  # and those of what is in shared memory
+        if name.endswith("kept"):  # also stores what is in shared memory
             assert stores > depth, (name, depth)
         else:
             assert stores == depth, (name, depth)

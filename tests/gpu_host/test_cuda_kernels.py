@@ -44,8 +44,8 @@ pytestmark = [
 TINY = H200 | {"multiprocessors": 4, "shared_per_block": 9 << 10, "l2": 8 << 10}
 TINY |= {"shared_per_multiprocessor": 20 << 10}
 TINY_A100 = TINY | {"capability": 80, "largest_cluster": 1}
-# Strategy A or D with and without halos; B or D over 2 and 4 blocks; a tile of one channel or
-# sector; C.
+# Tiles with and without halos, split over 2 and 4 blocks, and of one channel or sector; two passes;
+# and the strategies in registers.
 WAYS = {
     "planned": (None, H200),
     "tiny": (None, TINY),
@@ -57,7 +57,7 @@ WAYS = {
     "groups of 2": (Forced("tile", tile=16, group=2, threads=64), A100),
     "all channels over 4 without clusters": (Forced("tile", tile=0, group=4, threads=128), A100),
     "two passes": (Forced("two_pass"), H200),
-    # Whole, and with a halo; as deep as can be, and with threads that are left over.
+    # Whole and with a halo; at the largest depth; with threads that are left over.
     "rows": (Forced("rows", threads=128, depth=7), H200),
     "rows of tiles": (Forced("rows", tile=4, threads=128, depth=13), H200),
     "runs": (Forced("runs", threads=32, depth=4), H200),
@@ -127,7 +127,7 @@ def test_kernels(gpu, dtype, layout, mode, own_taps, name, shape, k):
     if forced is not None and forced.strategy == "tile" and not forced.tile:
         forced = replace(forced, tile=shape[1])
     done = run(gpu, case, layout, forced, of, seed=shape[1] + k)
-    if done is None:  # a forced that this shape cannot have: the planner's choice, then
+    if done is None:  # this shape cannot have the forced plan: the planner's choice
         done = run(gpu, case, layout, None, of, seed=shape[1] + k)
         assert done is not None
     assert_as_accurate(done[0], case)
@@ -138,8 +138,8 @@ def test_kernels(gpu, dtype, layout, mode, own_taps, name, shape, k):
 @pytest.mark.parametrize("shape", [(1, 6, 5000), (2, 16, 4900), (1, 3, 5001)], ids=name_of)
 @pytest.mark.parametrize("of", [H200, TINY], ids=["h200", "tiny"])
 def test_two_passes_over_parts_and_chunks(gpu, dtype, layout, shape, of):
-    """A plane, or a sample's pixels, summed in parts; the batch a sample at a time where L2 is
-    small."""
+    """A plane, or a sample's pixels, is summed in parts. If L2 is small, a call works on
+    one sample at a time."""
     case = make_case(shape, 3, dtype, layout)
     done = run(gpu, case, layout, Forced("two_pass"), of)
     assert done is not None
@@ -153,8 +153,8 @@ def test_two_passes_over_parts_and_chunks(gpu, dtype, layout, shape, of):
 @pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("vectors", [0, 23, 9, 2])
 def test_kept_in_registers_and_in_shared_memory(gpu, dtype, padding_mode, own_taps, vectors):
-    """More vectors of a thread than its registers have room for, in one part or in several, of
-    which the last one ends early; and threads that have no column."""
+    """A thread has more vectors than its registers hold, in one part or in several, the last of
+    which ends early. Some threads have no column."""
     shape = (2, 96, 16 // dtype.itemsize * 85)
     case = make_case(shape, 5, dtype, "channels_last", padding_mode, own_taps)
     done = run(gpu, case, "channels_last", Forced("kept", depth=vectors))
@@ -171,7 +171,7 @@ def test_kept_in_registers_and_in_shared_memory(gpu, dtype, padding_mode, own_ta
 @pytest.mark.parametrize("padding_mode", MODES)
 @pytest.mark.parametrize("name", WAYS)
 def test_taps_that_are_not_finite(gpu, name, padding_mode, own_taps, layout):
-    """Forward they are multiplied by the zeros around; backward there is nothing around."""
+    """Forward they are multiplied by the zeros of the padding; backward there is no padding."""
     forced, of = WAYS[name]
     if forced is not None and forced.strategy == "tile" and not forced.tile:
         forced = replace(forced, tile=32)
@@ -226,7 +226,7 @@ def test_any_schedule_gives_the_same_bits(gpu, layout, name):
             assert torch.equal(a, b), f"seed {seed}"
 
 
-# Of the batch; of the channels, aligned and not; of the pixels' neighbours, so that rows have gaps.
+# Slices of the batch, and of the channels: aligned, not aligned, and with gaps between rows.
 SLICES = {
     "batch": lambda t: t[1:3],
     "channels": lambda t: t[:, 16:48],
@@ -260,7 +260,7 @@ def test_slices_are_read_in_place(gpu, dtype, layout, name, pixels, of):
 @pytest.mark.parametrize("name", ["batch", "channels", "odd channels"])
 @pytest.mark.parametrize("forced", [None, Forced("two_pass")], ids=str)
 def test_slices_are_written_in_place(gpu, dtype, layout, name, forced):
-    """y is a part of a larger map, x is none, and nothing beside y is written."""
+    """y is a part of a larger map, x is not; nothing beside y is written."""
     into = SLICES[name](make_case((4, 64, 25), dtype=dtype, layout=layout).x)
     case = make_case(tuple(into.shape), 3, dtype, layout)
     common = {"channels_last": layout != "contiguous", "forced": forced}
@@ -274,7 +274,7 @@ def test_slices_are_written_in_place(gpu, dtype, layout, name, forced):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pixels", [16, 25])
 def test_maps_at_different_places_of_their_lines(gpu, dtype, layout, pixels):
-    """dy lies otherwise within 16 bytes than x, and both otherwise than dx."""
+    """x, dy and dx begin at different places within 16 bytes."""
     case = make_case((2, 24, pixels), 3, dtype, layout)
 
     def shifted(t, by):
@@ -294,7 +294,7 @@ def test_maps_at_different_places_of_their_lines(gpu, dtype, layout, pixels):
 @pytest.mark.parametrize("of", [H200, TINY, TINY_A100], ids=["h200", "tiny", "tiny_a100"])
 @pytest.mark.parametrize("shape", [(3, 32, 16), (2, 64, 49)], ids=name_of)
 def test_in_place(gpu, layout, of, shape):
-    """A block never reads, as its halo, what another has already overwritten."""
+    """A block's halo is never read after another block has overwritten it."""
     case = make_case(shape, 5, torch.float32, layout)
     common = {"channels_last": layout != "contiguous", "gpu": of}
     y, _, _ = gpu.forward(case.x, case.weight, **common).tensors
@@ -326,7 +326,7 @@ def test_what_is_not_wanted_is_not_written(gpu, forced):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 @pytest.mark.parametrize("forced", [None, Forced("two_pass")], ids=str)
 def test_gates_near_zero_keep_their_digits(gpu, dtype, forced):
-    """exp(90) overflows float32, and exp(-90) is a small number that it has."""
+    """exp(90) overflows float32, but exp(-90) is one of its small numbers."""
     x = torch.ones(1, 16, 16, dtype=dtype)
     weight = torch.full((1, 1, 1), -90.0, dtype=dtype)
     _, _, gate = gpu.forward(x, weight, forced=forced).tensors
@@ -344,7 +344,7 @@ def test_numbers_of_threads_that_cannot_be_divided_into_teams_are_refused(gpu, t
 
 
 def test_no_pixels(gpu):
-    """As in plain PyTorch, the mean of nothing is no number."""
+    """As in plain PyTorch, the mean of nothing is NaN."""
     case = make_case((2, 6, 0), 3)
     y, mean, _ = gpu.forward(case.x, case.weight).tensors
     assert y.shape == (2, 6, 0)
@@ -364,7 +364,7 @@ def test_values_that_are_no_numbers_stay_where_they_are(gpu):
 
 
 def test_groups_need_room_for_one_of_them(gpu):
-    """Blocks that wait for each other: with room for the group nothing is stuck, without it is."""
+    """The blocks of a group wait for each other: without room for all of them, they are stuck."""
     case = make_case((2, 16, 16), 3)
     with pytest.raises(Fault, match="deadlock"):
         gpu.forward(
@@ -397,9 +397,9 @@ def counted_bytes(outcome, buffers) -> int:
 
 
 def assert_modelled(outcome) -> None:
-    """The sectors of each launch together are the planner's bytes, within 2 %.
+    """The sectors of all launches together are the planner's bytes, within 2 %.
 
-    Within one launch of S the sectors that are read twice count once.
+    Sectors that one launch of "stream" reads twice count once.
     """
     assert outcome.plan["launches"] <= 2
     names = {name for launch in outcome.traffic for name in launch["buffers"]}
@@ -436,7 +436,7 @@ def test_traffic_of_resnet50(gpu, shape, k, layout, dtype):
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_traffic_is_what_the_planner_models(gpu, forced, of, layout):
-    """For other plans, GPUs and batches: the sums that groups exchange are not worth modelling."""
+    """Other plans, GPUs and batches: the sums that groups exchange are not worth modelling."""
     case = make_case((3, 64, 2304), 5, torch.bfloat16, layout)
     if forced is not None and forced.strategy == "tile" and not forced.tile:
         forced = replace(forced, tile=64)
@@ -448,7 +448,7 @@ def test_traffic_is_what_the_planner_models(gpu, forced, of, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_traffic_of_two_passes(gpu, layout):
-    """Every launch for itself: what the second pass reads again is what the model gives L2."""
+    """Each launch counts by itself: what the second pass reads again is in the model's L2 bytes."""
     case = make_case((3, 64, 2304), 5, torch.bfloat16, layout)
     done = run(gpu, case, layout, Forced("two_pass"), count=True)
     assert done is not None
@@ -470,8 +470,8 @@ STREAMS = [
 @pytest.mark.parametrize(("layout", "shape", "forced"), STREAMS, ids=lambda v: name_of(v) or str(v))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 def test_streaming_accesses_are_coalesced(gpu, layout, shape, forced, dtype):
-    """Of the bytes in the 32-byte sectors that a warp asks for, it uses at least 95 %, at every
-    line of source that moves at least half of the map."""
+    """A warp uses at least 95 % of the bytes in the 32-byte sectors that it asks for, at every line
+    of source that moves at least half of the map."""
     case = make_case((1, *shape), 5, dtype, layout)
     bytes_of_x = case.x.numel() * case.x.element_size()
     done = run(gpu, case, layout, forced, count=True)

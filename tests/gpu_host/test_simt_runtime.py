@@ -1,4 +1,4 @@
-"""The host runtime of the CUDA kernels: that it finds each fault, and finds none where none is."""
+"""The host runtime of the CUDA kernels finds each fault, and none where none is."""
 
 import os
 import re

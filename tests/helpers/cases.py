@@ -20,7 +20,7 @@ needs_extension = pytest.mark.skipif(
 # Where the cases are. conftest.py makes "cuda" torch's default device too, for all other tensors.
 DEVICE = os.environ.get("ECA_FUSED_TEST_DEVICE", "cpu")
 
-# Those that run there. One that ECA_FUSED_BACKEND asks for is the only one.
+# The backends that run there; only the one that ECA_FUSED_BACKEND asks for, if it is set.
 BACKENDS = [
     name
     for name, status in eca_fused.backends().items()
@@ -143,7 +143,7 @@ def plain(case: Case) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def shifted(t: Tensor, offset: int) -> Tensor:
-    """t, with its strides, `offset` bytes behind where it would lie."""
+    """A copy of t with its strides, `offset` bytes past a multiple of 64 bytes."""
     elements = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
     memory = bytearray(elements * t.element_size() + 64)
     begin = torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 64
@@ -162,7 +162,7 @@ def assert_same_sums(ours: Tensor, theirs: Tensor) -> None:
 
 
 def magnitudes(case: Case) -> Results:
-    """The results with every term of every sum by its absolute value: what errors are relative to.
+    """The results with the absolute value of every term of every sum: the scale of the errors.
 
     A sum that cancels keeps the rounding errors of its terms, however small the sum is.
     """
@@ -186,7 +186,7 @@ def assert_near(
     accumulator: torch.dtype,
     more: float = 0,
 ) -> None:
-    """A result of a dtype is no farther from that in float64 than the floor, and `more`.
+    """A result is no farther from the one in float64 than the floor plus `more`.
 
     The floor is what no implementation can avoid: half a unit in the last place of the result for
     its one rounding to dtype, and 8 units of the accumulator relative to the magnitude of the terms
@@ -205,8 +205,8 @@ def assert_near(
 def assert_as_accurate(results: Results, case: Case) -> None:
     """Results are no farther from float64 than plain PyTorch's in the same dtype, plus a floor.
 
-    In half precision the floor of assert_near() is all that is allowed: plain PyTorch rounds means
-    and gates to half precision too, which would hide faults, and the kernels do not.
+    In half precision only the floor of assert_near() is allowed. Plain PyTorch rounds means and
+    gates to half precision too, and its error would hide faults of the kernels, which do not.
     """
     exact = run(plain(case), case, torch.float64)
     usual = run(plain(case), case)

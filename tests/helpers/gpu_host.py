@@ -24,7 +24,7 @@ SANITIZED = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
 FAST = "-O2"
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # as in csrc/eca.h
 
-# As in csrc/plan.h; a test makes a GPU of its own to have a plan that needs one.
+# As in csrc/plan.h. A test makes another GPU for a plan that needs one.
 H200 = {
     "capability": 90,
     "multiprocessors": 132,
@@ -86,7 +86,7 @@ class View:
 
 
 def view(x: Tensor, channels_last: bool) -> View:
-    """x (N, C, S) where it lies in its storage, of which nothing after x counts."""
+    """x (N, C, S) in place in its storage, up to the last element of x."""
     row = x.stride(2) if channels_last else x.stride(1)
     end = (
         x.storage_offset() + 1 + sum((d - 1) * t for d, t in zip(x.shape, x.stride(), strict=True))
@@ -153,7 +153,7 @@ class HostGpu:
         subprocess.run([COMPILER, *common, *map(str, objects), "-o", self.program], check=True)
 
     def absent(self) -> Path:
-        """A source with the functions of the dtypes that are left out, which are never called."""
+        """A source with the functions of the left-out dtypes, which are never called."""
         names = ("float", "double", "half", "bfloat16")  # of DTYPES
         lines = [
             f'#include "{self.sources}/csrc/cuda/cuda.h"',
@@ -273,7 +273,7 @@ class HostGpu:
     ) -> Outcome:
         """y (N, C, S), mean and gate (N, C) of x (N, C, S) and weight (1 or C, 1, k).
 
-        y lies in its memory as `into` does, all of which is NaN before.
+        y lies in its memory as `into` does. The memory is NaN before.
         """
         v, out, none = view(x, channels_last), like(x, channels_last), View(x[:0], 0, 0, 0)
         if in_place:

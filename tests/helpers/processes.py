@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 def python(
     code: str, *arguments: object, without: tuple[str, ...] = (), **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh process, with this process's environment but for what is given.
+    """Run code in a fresh process, with this process's environment and these changes.
 
     Args:
         code: the code.

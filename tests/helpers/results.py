@@ -1,4 +1,4 @@
-"""Rows and results of the benchmarks, made up; and contenders that are wrong."""
+"""Made-up rows and results of the benchmarks, and wrong contenders."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from lib import contenders
 
 
 def times(**ratios: float) -> dict[str, Any]:
-    """Contenders whose time in units of ours is given, with a spread of five percent."""
+    """Contenders with these times relative to ours, and a spread of five percent."""
 
     def spread(value):
         return {"median": value, "p20": 0.95 * value, "p80": 1.05 * value}
@@ -34,7 +34,7 @@ def row(
     ideal: int = 10**6,
     **ratios: float,
 ) -> dict[str, Any]:
-    """A row of layers.py, with the times of contenders in units of ours."""
+    """A row of layers.py, with these times relative to ours."""
     return {
         "shape": list(shape), "k": k, "dtype": "bfloat16", "layout": "contiguous",
         "direction": direction, "ideal_bytes": ideal, "failed": [],
@@ -56,7 +56,7 @@ def written(folder: Path, **results: Any) -> list[str]:
 
 
 def wrong_contenders(taps: Tensor) -> dict[str, contenders.Contender]:
-    """Contenders that are wrong in all ways: forward, backward, or not at all."""
+    """Contenders that are wrong in all ways: forward, backward, or by an exception."""
 
     def broken(x, w):
         raise RuntimeError("nothing works")

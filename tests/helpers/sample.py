@@ -1,4 +1,4 @@
-"""A plugin of pytest for Triton's interpreter: a sample of the tests, without what it does badly.
+"""A pytest plugin for Triton's interpreter: a sample of the tests that suit it.
 
 ECA_FUSED_TEST_SAMPLE=N keeps about one in N of the cases of each test.
 """
@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-# Up to minutes each: what the CPU's caches or threads would notice, what repeats a call for every
-# element, what runs often on one case or on a large map, the compiler, and the CPU kernels of other
-# processors. The interpreter copies every argument itself, so copies are not counted either
+# These take up to minutes each: tests of the CPU's caches and threads, of a call for every element,
+# of many runs on one case or on a large map, of the compiler, and of other processors' kernels. The
+# interpreter copies every argument itself, so copies are not counted either
 # (test_views_are_read_in_place stands in for that). Imports are the same for every backend.
 LEFT_OUT = [
     "larger_than_the_caches",

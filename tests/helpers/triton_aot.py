@@ -63,7 +63,7 @@ def compiled(launched: Launch, architecture: int) -> Any:
         zip(launched.kernel.arg_names, launched.kernel.params, strict=True)
     ):
         value = launched.arguments[name]
-        # What Triton specializes on: constants, None, 1, and what 16 divides.
+        # Triton specializes on constants, None, 1, and multiples of 16.
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue

@@ -35,7 +35,7 @@ NAMES = list(detection.DETECTORS)
 
 
 def noise() -> list[Photograph]:
-    """What stands for photographs, without scikit-learn."""
+    """A stand-in for photographs that needs no scikit-learn."""
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (120, 150, 3), generator=generator, dtype=torch.uint8)
     return [Photograph("noise", pixels)]
@@ -214,7 +214,7 @@ def test_it_learns_a_batch(name: str) -> None:
         losses.append({part: float(value.detach()) for part, value in parts.items()})
     assert ("loss_mask" in losses[0]) == (name == "mask_rcnn")
     assert all(torch.tensor([*parts.values()]).isfinite().all() for parts in losses)
-    # The box head's regression counts the regions that match a shape, and at first none does.
+    # The box regression loss counts regions that match a shape; at first none does.
     totals = [sum(value for key, value in p.items() if key != "loss_box_reg") for p in losses]
     assert sum(totals[-2:]) < 0.8 * sum(totals[:2])
     for key, parameter in model.named_parameters():
@@ -301,7 +301,7 @@ class Called(TorchDispatchMode):
 @needs_extension
 def test_fused_finds_what_plain_finds_at_800x1333() -> None:
     torch.set_num_threads(2)
-    # In float64: in float32, rounding decides which of two boxes that are as sure comes first.
+    # In float32, rounding would decide the order of two boxes with equal scores.
     plain = detection.faster_rcnn(
         18,
         num_classes=2,
@@ -417,7 +417,7 @@ def test_scenes() -> None:
             assert box.tolist() == [int(side) for side in around]
             area = float((box[2:] - box[:2]).prod())
             share = {"disc": torch.pi / 4, "rectangle": 1.0}[scenes.CLASSES[kind]]
-            # A pixel more or less along a disc's edge.
+            # A disc's edge may be off by a pixel.
             assert float(mask.sum()) / area == pytest.approx(share, abs=0.05)
 
 

@@ -48,7 +48,7 @@ def test_with_open_gates_it_is_torchvisions_network() -> None:
     assert unexpected == []
     for module in ours.modules():
         if isinstance(module, ECALayer):
-            # Taps of zero make every gate a half, which the batch norm before it makes up for.
+            # Taps of zero make every gate a half; doubling the batch norm before makes up for it.
             torch.nn.init.zeros_(module.conv.weight)
     for block in ours.modules():
         if isinstance(block, Bottleneck):

@@ -259,7 +259,7 @@ def test_shape_and_dtype_are_kept_under_autocast(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["se", "se_var3", "eca_ns", "se_var2", "cbam"])
 def test_widths_come_from_the_weights(name: str) -> None:
-    """As pruning by hand leaves them: new weights, and the sizes that layers were built with."""
+    """Pruning by hand leaves new weights, and layers with their old sizes."""
     module, kept = make(name, 32, dtype=torch.float32), slice(0, 24)
     part = {"se": "fc", "cbam": "mlp", "se_var3": "fc"}.get(name, "conv")
     layer = module.get_submodule(part)
@@ -283,7 +283,7 @@ def test_gates_without_a_width_take_any_number_of_channels(make_any: type[nn.Mod
     assert make_any(16)(torch.randn(2, 12, 4, 4)).shape == (2, 12, 4, 4)
 
 
-ANY_CHANNELS = ("none", "eca", "se_var1")  # whose gates have no weights for a number of channels
+ANY_CHANNELS = ("none", "eca", "se_var1")  # their gates fit any number of channels
 
 
 @pytest.mark.parametrize("name", [n for n in attention.METHODS if n not in ANY_CHANNELS])
@@ -442,7 +442,7 @@ PRUNED = {
 @pytest.mark.parametrize("name", PRUNED)
 @pytest.mark.parametrize("fused", [True, False])
 def test_pruned_widths_count(name, fused):
-    """The numbers of channels are those of the parameters, not those it was built for."""
+    """The parameters decide the numbers of channels, not what the layer was built for."""
     make, prune = PRUNED[name]
     layer = make().eval()
     layer.fused = fused

@@ -96,7 +96,7 @@ WAYS: dict[str, Callable[[nn.Module], object]] = {
 
 
 def patch(layer: nn.Module, name: str) -> None:
-    """Another method on the instance alone."""
+    """Replace a method on the instance alone."""
     original = getattr(layer.conv, name)
     setattr(layer.conv, name, lambda *args: 2 * original(*args))
 
@@ -120,7 +120,7 @@ WAYS |= {
     "another _call_impl": lambda m: patch(m, "_call_impl"),
     "a weight of a class of its own": double,
 }
-# What torch makes by a parametrization is what the weight says.
+# A parametrization of torch computes the weight itself.
 STILL_TAPS = {"spectral_norm, new", "weight_norm, new"}
 
 
@@ -144,7 +144,7 @@ def made(name: str, **options: object) -> eca_fused.ECALayer:
 def gradients(function: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor) -> list[Tensor]:
     x = x.clone().requires_grad_()
     y = function(x)
-    # Those of the weights where they lie; an offloaded one has none.
+    # An offloaded weight has no gradient.
     leaves = [p for p in layer.parameters() if p.requires_grad]
     return [y, *torch.autograd.grad(y.square().sum(), [x, *leaves])]
 
@@ -154,10 +154,10 @@ def gradients(function: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor)
 @pytest.mark.parametrize("fused", [True, False])
 def test_what_the_convolution_does_counts(name: str, padding_mode: str, fused: bool) -> None:
     layer = made(name, padding_mode=padding_mode, fused=fused)
-    # Each call of a spectral norm in training goes on with its iteration.
+    # In training, each call of a spectral norm continues its iteration.
     twin = copy.deepcopy(layer) if "spectral" in name else layer
     x = torch.randn(2, C, 5, 4)
-    for _ in range(2):  # prune fails at the second backward pass with a weight that is kept
+    for _ in range(2):  # with a kept weight, prune fails at the second backward pass
         ours = gradients(layer, layer, x)
         theirs = gradients(lambda x: by_hand(twin, x), twin, x)
         assert len(ours) == len(theirs)

@@ -109,7 +109,7 @@ def test_fused_and_plain_layers_agree(padding_mode, backend):
     plain.load_state_dict(fused.state_dict())
     x = torch.randn(2, 48, 9, 9)
     torch.testing.assert_close(fused(x), plain(x))
-    # Swapping is an attribute of the layer, too.
+    # An attribute of the layer swaps the form, too.
     plain.fused = True
     assert torch.equal(fused(x), plain(x))
 
@@ -197,7 +197,7 @@ def test_doctest_of_the_package():
     assert doctest.testmod(eca_fused).failed == 0
 
 
-# What frameworks set on every module that has such an attribute, for its activations.
+# Frameworks set these on every module that has them; they mean activations.
 SET_BY_FRAMEWORKS = ("inplace",)
 
 

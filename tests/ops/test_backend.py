@@ -1,4 +1,4 @@
-"""Choice of the backend, and what is said where it is not the expected one."""
+"""The choice of the backend, and what is said if it is not the expected one."""
 
 import warnings
 

@@ -1,6 +1,6 @@
 """The CUDA kernels on a GPU: streams, graphs, devices, forced plans, sizes that only a GPU reaches.
 
-What the kernels compute is the common tests' matter: ECA_FUSED_TEST_DEVICE=cuda runs those here.
+The common tests check what the kernels compute: ECA_FUSED_TEST_DEVICE=cuda runs them here.
 """
 
 import itertools
@@ -48,9 +48,8 @@ def forced(strategy: str, **sizes: int) -> dict[str, Any]:
     return {"strategy": strategy, **sizes}
 
 
-# A forced plan, shape, layout: every strategy, every way to exchange
-# sums, tiles with and without a halo, a last tile that is smaller, more blocks than there is room
-# for.
+# A forced plan, shape, layout: every strategy, every way to exchange sums, tiles with and without a
+# halo, a smaller last tile, more blocks than the GPU has room for.
 FORCED = {
     "tile, one tile": (forced("tile", tile=24, threads=256), (3, 24, 8, 8), "contiguous"),
     "tile, halo": (forced("tile", tile=8, threads=64), (3, 44, 8, 8), "contiguous"),
@@ -152,7 +151,7 @@ def on_gpu(case: Case, device: str = "cuda") -> Case:
 
 
 def forced_case(name: str, dtype: torch.dtype = torch.float32, k: int = 5) -> Case:
-    """The case of a forced plan, which every later call gets."""
+    """The case of a forced plan; every later call gets the plan."""
     plan, shape, layout = FORCED[name]
     extension().force_plan(**plan)
     return on_gpu(make_case(shape, k=k, dtype=dtype, layout=layout))
@@ -309,7 +308,7 @@ def test_misaligned_storage(name, layout, offset):
         buffer = torch.empty(dense.numel() + offset, dtype=dense.dtype, device="cuda")
         view = buffer[offset:].as_strided(dense.shape, dense.stride(), offset).copy_(dense)
         setattr(case, what, view)
-    # x is at another place within a line than dy.
+    # x and dy lie at different places within a line.
     case.dy = in_layout(case.dy.float(), layout).to(case.dy.dtype) if offset % 2 else case.dy
     assert_as_accurate(ours(case), case)
 
@@ -344,7 +343,7 @@ def test_work_is_submitted_to_the_current_stream(name):
     late = Case(torch.full_like(case.x, 7), case.weight, torch.full_like(case.dy, 7))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        ours(late)  # memory and kernels are there before
+        ours(late)  # takes the memory and loads the kernels
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         busy()
@@ -368,7 +367,7 @@ def test_no_call_waits_for_the_gpu(name):
     for _ in range(3):  # later calls need no more memory of the driver
         kept = step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")  # finds what PyTorch would wait for,
+    torch.cuda.set_sync_debug_mode("error")  # finds waits of PyTorch
     try:
         busy(0.4)
         start = time.perf_counter()
@@ -379,7 +378,7 @@ def test_no_call_waits_for_the_gpu(name):
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     assert kept[0].shape == x.shape
-    assert still_busy, f"the GPU was done after {elapsed:.3f} s"  # and this, what we would
+    assert still_busy, f"the GPU was done after {elapsed:.3f} s"  # this finds ours
 
 
 def test_threads_with_streams_of_their_own():
@@ -472,7 +471,7 @@ def test_two_graphs_and_eager_calls_at_a_time(name):
         for stream, graph in zip(streams, graphs, strict=True):
             with torch.cuda.stream(stream):
                 if round_ == 0:
-                    busy(0.02)  # so that both have work waiting, and run it side by side
+                    busy(0.02)  # so that both have work waiting to run side by side
                 graph.graph.replay()
         eager.append(ours(inputs[2]))
     torch.cuda.synchronize()

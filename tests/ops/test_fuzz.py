@@ -45,7 +45,7 @@ def test_random_views(start, backend):
         assert results[0].stride() == results[1].stride() == output_strides(case.x), what
         mode = case.padding_mode
         with torch.no_grad():
-            if torch._debug_has_internal_overlap(case.dy) == 0:  # memory for a result
+            if torch._debug_has_internal_overlap(case.dy) == 0:  # it can take a result
                 check_writing(
                     lambda out, x=case.x, w=case.weight, mode=mode: eca_fused.eca(
                         x, w, padding_mode=mode, backend=backend, out=out
@@ -68,8 +68,8 @@ def test_random_views(start, backend):
 @pytest.mark.skipif(DEVICE != "cpu", reason="the CPU's: run it without ECA_FUSED_TEST_DEVICE")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_random_views_stored_around_the_caches(backend):
-    """As maps are that are larger than the caches, here however small: one pointer that is not
-    aligned, and a store of a whole vector ends the process."""
+    """Small maps are stored like maps larger than the caches: a store of a whole vector through a
+    pointer that is not aligned ends the process."""
     if backend != "native" or "ECA_FUSED_CPU_CACHE_BYTES" in os.environ:
         pytest.skip("the compiled kernels do so: run it without ECA_FUSED_CPU_CACHE_BYTES")
     files = ("tests/ops/test_fuzz.py", "tests/ops/test_kernels.py")

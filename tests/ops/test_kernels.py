@@ -108,7 +108,7 @@ def test_small_planes_larger_than_the_caches(backend, dtype, layout):
 
 
 def test_accuracy_of_a_long_sum(backend):
-    # Four million pixels with a mean far from zero: float32 sums without care lose digits here.
+    # Four million pixels with a mean far from zero: naive float32 sums lose digits here.
     case = make_case((1, 1, 2048, 2048), k=1)
     case.x += 10
     check(backend, case)

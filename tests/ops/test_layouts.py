@@ -195,12 +195,12 @@ def test_any_alignment(backend, dtype, offset):
 @pytest.mark.parametrize("far", ["samples", "rows"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_offsets_beyond_2_to_the_31(backend, layout, far, tmp_path):
-    """Samples, channels or pixels so far apart that an offset in 32 bits would be another's."""
+    """Samples, channels or pixels are so far apart that an offset in 32 bits would be wrong."""
     case = make_case((2, 3, 1, 2), dtype=torch.bfloat16, layout=layout)
     sample, row = (2**31 + 16, 8) if far == "samples" else (8, 2**31 + 16)
     strides = (sample, row, 2, 1) if layout == "contiguous" else (sample, 1, 2 * row, row)
     last = sum((n - 1) * stride for n, stride in zip(case.x.shape, strides, strict=True))
-    if DEVICE == "cpu":  # of a file with holes, only the pages that are touched take room
+    if DEVICE == "cpu":  # a sparse file: only touched pages take room
         memory = torch.from_file(str(tmp_path / "far"), True, last + 1, dtype=torch.bfloat16)
     else:
         memory = torch.empty(last + 1, dtype=torch.bfloat16)

@@ -149,7 +149,7 @@ def written(op, x, weight, target):
 
 @pytest.mark.parametrize("op", ["inference_", "inference_into"])
 def test_a_write_is_counted(op):
-    """Autograd finds out that what it has kept is gone."""
+    """Autograd notices that a tensor that it has kept was overwritten."""
     case = make_case((2, 8, 4, 4))
     target, factor = case.x.clone(), torch.randn_like(case.x).requires_grad_()
     product = (factor * target).sum()

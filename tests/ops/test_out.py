@@ -1,4 +1,4 @@
-"""eca(out=): y in memory that is there already."""
+"""eca(out=): y in preallocated memory."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def larger(dim, by=3):
 
 
 def assert_is_y(found, x, weight, backend):
-    """Not the bits of another call: where rows are no neighbours, sums have another order."""
+    """Not the bits of another call: rows that are not adjacent are summed in another order."""
     if backend == "reference":
         assert torch.equal(found, eca_fused.eca(x, weight, backend=backend))
         return
@@ -46,7 +46,7 @@ def assert_is_y(found, x, weight, backend):
     assert_near("out", found, exact, x.double().abs(), x.dtype, torch.float32)
 
 
-# Of a buffer (its shape and the part of it that is written), for a result of SHAPE.
+# The shape of a buffer, and the part of it that a result of SHAPE is written to.
 PARTS = {
     "whole": (SHAPE, lambda t: t),
     "samples": (larger(0), lambda t: t[2:-1]),
@@ -115,7 +115,7 @@ def test_over_x_itself(backend, channels, again):
     assert torch.equal(case.x, wanted)
 
 
-# In one buffer: x and out, samples or channels apart.
+# x and out in one buffer, samples, channels or rows apart.
 OVERLAPS = {
     "a sample later": lambda t: (t[:-1, :8], t[1:, :8]),
     "a sample earlier": lambda t: (t[1:, :8], t[:-1, :8]),
@@ -144,7 +144,7 @@ def test_memory_that_x_has_a_part_of(backend, layout, overlap):
 @pytest.mark.parametrize("backend", NAMES)
 def test_memory_of_two_storages(backend, part):
     case = make_case((4, 16, 6, 6))
-    again = torch.from_dlpack(case.x)  # the same memory, which torch does not know
+    again = torch.from_dlpack(case.x)  # the same memory, but torch does not know it
     x, out = part(case.x)[0], part(again)[1]
     wanted = eca_fused.eca(x, case.weight, backend="reference")
     eca_fused.eca(x, case.weight, backend=backend, out=out)

@@ -76,7 +76,7 @@ def broken_limits(p: dict[str, Any], found: dict[str, Any], gpu: dict[str, Any])
     in_registers = found["strategy"] in IN_REGISTERS  # these leave dweight to a second launch
     all_channels = found["tile"] == p["channels"]
     resident = found["occupancy"] * gpu["multiprocessors"]
-    waiting = found["exchange"] == "global"  # blocks that must all have room at a time
+    waiting = found["exchange"] == "global"  # blocks that must all be resident at a time
     rules = {
         "a known strategy": found["strategy"] in STRATEGIES,
         "planes, or pixels": not on_chip or (found["strategy"] in OF_PIXELS) == p["channels_last"],
@@ -201,7 +201,7 @@ def test_small_problems_are_one_launch(shape: tuple[int, ...], gpu: str) -> None
                 found = eca_fused.plan(
                     (1, *shape), dtype, FORMATS[layout], device=gpu, backward=backward
                 )
-                # What fits into a block of any GPU; all of it in half precision, on large GPUs.
+                # What fits into a block of any GPU; on large GPUs, all layers in half precision.
                 large = gpu in ("sm_90", "sm_100") and dtype.itemsize == 2
                 if large or math.prod(shape) * dtype.itemsize <= 64 << 10:
                     assert found.launches <= 1 + backward

@@ -74,8 +74,8 @@ def test_without_a_fault_it_passes():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_second_rounding_to_half_precision_is_caught(dtype):
-    # A gate rounded to half precision, as plain PyTorch does, would be a loss that the plain form's
-    # own error hides; so here the comparison has the floor alone.
+    # Plain PyTorch rounds its gate to half precision. Its error would hide the same loss in the
+    # kernels, so here the comparison has the floor alone.
     c = make_case((3, 20, 6, 6), dtype=dtype)
     y, _mean, gate = native.forward(c.x, c.weight, False)
     want = (gate[:, :, None, None] * c.x.float()).to(dtype)

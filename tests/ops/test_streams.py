@@ -48,7 +48,7 @@ def busy() -> None:
 
 
 def litter(*like: Tensor) -> list[Tensor]:
-    """Memory of these sizes, taken from what the current stream has free, and overwritten."""
+    """Memory of these sizes from what the current stream has free, filled with NaN."""
     return [torch.full_like(t, torch.nan) for t in like for _ in range(4)]
 
 
@@ -118,7 +118,7 @@ def network(backend: str) -> nn.Sequential:
 
 
 def captured(step) -> torch.cuda.CUDAGraph:
-    """A graph of a step, after the calls on a side stream that take what memory it needs."""
+    """A graph of a step; calls on a side stream take the memory that it needs before."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

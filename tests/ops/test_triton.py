@@ -24,7 +24,7 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles noth
 GPU = types.SimpleNamespace(device=torch.device("cuda", 0), is_cpu=False)
 
 
-# The settings of the run that this is are not those of the processes.
+# The processes do not get the settings of this run.
 fresh = functools.partial(python, without=("ECA_FUSED_BACKEND", "TRITON_INTERPRET"))
 
 # ---- choice ----

@@ -22,11 +22,10 @@ pytestmark = [pytest.mark.any_device, pytest.mark.parametrize("backend", BACKEND
 
 
 def both(case, backend):
-    """Each of y, dx, dweight, and the same by plain PyTorch in float64.
+    """Each of y, dx, dweight, and the same by plain PyTorch in float64 on the CPU.
 
-    In float64, because PyTorch's bfloat16 convolution on the CPU multiplies in pairs, which carries
-    NaN one channel farther than the convolution reaches; and on the CPU, because a library's
-    convolution on a GPU may carry it anywhere.
+    PyTorch's bfloat16 convolution on the CPU multiplies in pairs, which carries NaN one channel
+    farther than the convolution reaches. A library's convolution on a GPU may carry it anywhere.
     """
     on_cpu = Case(case.x.cpu(), case.weight.cpu(), case.dy.cpu(), case.padding_mode)
     theirs = (t.to(case.x.device) for t in run(plain(case), on_cpu, torch.float64))

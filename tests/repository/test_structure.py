@@ -38,7 +38,7 @@ def imports(package: Path) -> dict[str, set[str]]:
                 found[name] |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
                 for alias in node.names:
-                    if alias.name == "_C":  # compiled, and no part of the house
+                    if alias.name == "_C":  # compiled: in no layer
                         continue
                     inner = f"{node.module}.{alias.name}"
                     found[name].add(inner if inner in files else node.module)
@@ -109,7 +109,7 @@ def test_no_import_goes_in_a_circle():
 
 @needs_checkout
 def test_what_is_imported_is_seen():
-    """A reading that finds no imports would pass for any package."""
+    """A check that finds no imports would pass for any package."""
     found = imports(PACKAGE)
     assert "eca_fused.ops.checks" in found["eca_fused.functional.ways"]
     assert "eca_fused.ops.triton" in found["eca_fused.ops.backend"]  # inside a function

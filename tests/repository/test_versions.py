@@ -100,7 +100,7 @@ def test_what_counts_as_a_private_name(line):
 
 
 def test_no_graph_break_in_the_layer():
-    """Without fullgraph a break is silent, and what is called compiled is slow."""
+    """Without fullgraph a break is silent: the layer is only slow."""
     code = """
 import torch, eca_fused
 from torch._dynamo import explain
