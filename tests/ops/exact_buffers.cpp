@@ -1,7 +1,7 @@
-// Runs the CPU kernels, in every build that this processor has, on buffers of exactly the size
-// that they may touch, for AddressSanitizer and UndefinedBehaviorSanitizer to watch. Outputs start as
-// NaN and lie between guard values, so an element never written, or one too many, is found too.
-// Values are checked in Python; here the maps are ones, whose gate follows from the taps' sum.
+// Runs the CPU kernels, in every build that this processor can run, on buffers of exactly the size
+// that they may touch. AddressSanitizer and UndefinedBehaviorSanitizer watch. Outputs start as NaN
+// and lie between guard values, so an element never written, or one too many, is found too. Python
+// tests check values; here the maps are ones, whose gate follows from the taps' sum.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,7 +12,7 @@
 
 using namespace eca;
 
-// Instead of dispatch.cpp's: with the small sizes, these maps are larger than the caches.
+// These replace dispatch.cpp's: with the small sizes, the maps are larger than the caches.
 static bool small_caches = false;
 int64_t eca::cpu::core_cache_bytes() { return small_caches ? 16 << 10 : 1 << 20; }
 int64_t eca::cpu::last_level_cache_bytes() { return small_caches ? 1 : 32 << 20; }
@@ -176,7 +176,7 @@ int main() {
                 for (int flags = 0; flags < 4; ++flags) {
                   const bool circular = flags & 1, own = flags & 2;
                   if (circular && k / 2 > s[1]) continue;
-                  // Taps know channels alone: what they are need not be tried on large maps too.
+                  // Taps concern channels alone, so large maps need not try them all.
                   const bool large = s[0] * s[1] * s[2] > 50000;
                   if (large && (k != 3 || circular != own)) continue;
                   const Problem p{dtype,           layout, s[0], s[1],    s[2],

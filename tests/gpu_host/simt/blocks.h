@@ -34,7 +34,7 @@ struct Thread : Coordinates {
   int waits_for_copies;
 };
 
-// What is known of a byte of shared memory. Threads are numbered in the cluster, from 1 on.
+// The history of a byte of shared memory. Threads are numbered in the cluster, from 1 on.
 struct Cell {
   uint16_t writer, write_epoch, write_arrivals;
   uint16_t reader, read_epoch, read_arrivals;  // of its own block
@@ -144,7 +144,7 @@ struct Random {
 
 inline Random random_source;
 
-// One text may be in memory several times.
+// The same file name may be in memory several times.
 inline bool same(Place a, Place b) {
   return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
 }

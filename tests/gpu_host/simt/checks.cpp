@@ -58,7 +58,7 @@ __global__ void misaligned(const float* x, float*) { load<1>(x + 1 + thread_inde
 
 __global__ void same_element(const float* x, float*) { load<1>(x); }
 
-// The lanes make 1, 2 or 3 passes: what counts is what they ask for in the same one.
+// The lanes make 1, 2 or 3 passes: an access is what they ask for in the same one.
 __global__ void passes(const half* x, float*) {
   const auto* from = reinterpret_cast<const half*>(x);
   for (int i = 0; i < thread_index() % 32 / 11 + 1; ++i)

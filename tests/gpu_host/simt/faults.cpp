@@ -118,7 +118,7 @@ void run_shared_size() {
   launch({1, kThreads, 1, 8 * kThreads + (kFault ? 0 : 8), nullptr}, shared_size<kFault>);
 }
 
-// Beyond what the runtime sees.
+// The runtime does not see this access.
 template <bool kFault>
 __global__ void shared_pointer(float* y) {
   const auto a = shared_array<float>(0, 3);
@@ -444,7 +444,7 @@ void run_wait_for_others() {
   for (int i = 0; i < y.count; ++i) expect(y.get()[i] == i, "written by all blocks");
 }
 
-// The data after the flag that says it is there.
+// With the fault, the data comes after the flag that says it is there.
 template <bool kFault>
 __global__ void published_too_early(uint32_t* ticket, uint32_t* flag, float* data, float* y) {
   if (thread_index() != 0) return;
@@ -582,7 +582,7 @@ void run_copy_bounds() {
   launch({1, kThreads, 1, 16 + 160, nullptr}, copy_bounds<kFault>, x.get(), 73);
 }
 
-// x is the result of another thread's work in this launch, while it may still be read.
+// With the fault, threads write x while the copy may still read it.
 template <bool kFault>
 __global__ void copy_source_changed(float* x, float* y) {
   const auto a = shared_array<float>(16, kThreads);

@@ -1,4 +1,4 @@
-// Fibers with stacks that are used again, for one host thread. Part of runtime.cpp.
+// Fibers with reused stacks, for one host thread. Part of runtime.cpp.
 #pragma once
 
 #include <sys/mman.h>
@@ -49,13 +49,13 @@ inline void arrive(Fiber& to, Fiber* first_from) {
 #endif
 }
 
-// Apart from its __builtin_setjmp, as the compiler demands.
+// In another function than its __builtin_setjmp, as the compiler demands.
 [[gnu::noinline, gnu::no_sanitize_address, noreturn]] inline void resume(Fiber& to) {
   __builtin_longjmp(to.registers, 1);
 }
 
 // Only a fiber's first switch goes through the C library, whose switches cost system calls.
-// Without AddressSanitizer, which would take the jump for one out of the functions on the stack.
+// Not instrumented: AddressSanitizer would take the jump for one out of the functions on the stack.
 [[gnu::noinline, gnu::no_sanitize_address]] void switch_to(Fiber& to) {
   Fiber& from = *running;
   running = &to;

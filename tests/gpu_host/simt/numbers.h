@@ -48,8 +48,7 @@ inline half to_half(float x) {
   const uint32_t sign = bits >> 16 & 0x8000;
   if (size > kInfinity) return {kNan};
   if (size >= as_bits(65520.0f)) return {uint16_t(sign | 0x7c00)};
-  // The last bit of a float of 0.5 to 1 is worth as much as that of a subnormal half, 2^-24: the
-  // sum is rounded there.
+  // A float of 0.5 to 1 has the last bit of a subnormal half, 2^-24: adding 0.5 rounds there.
   if (size < as_bits(0x1p-14f))
     return {uint16_t(sign | (as_bits(as_float(size) + 0.5f) - as_bits(0.5f)))};
   return {uint16_t(sign | (drop_bits(size, 13) - ((127 - 15) << 10)))};

@@ -1,6 +1,6 @@
-// Runs the CUDA kernels on the host, one call after the other, for tests/helpers/gpu_host.py: a request on
-// stdin, the results on stdout. Every buffer has exactly the size that the kernels may touch, and
-// what they write starts as NaN.
+// Runs the CUDA kernels on the host, one call after the other, for tests/helpers/gpu_host.py. It
+// reads requests from stdin and writes results to stdout. Every buffer has exactly the size that
+// the kernels may touch. What they write starts as NaN.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -20,7 +20,7 @@ using namespace eca;
 
 namespace {
 
-// A map of the request: `elements` of memory, of which the first `offset` are not the map's.
+// A map of the request: `elements` of memory; the first `offset` lie before the map.
 struct MapRequest {
   int64_t elements, offset, sample_stride, row_stride;
 };
@@ -190,7 +190,7 @@ bool answer_one() {
   const auto run = [&](const auto& call, const Plan& plan, auto kernels,
                        std::vector<Buffer*> guarded) {
     plan_text = describe(plan);
-    // Unless asked for otherwise: just the room that blocks that wait for each other need.
+    // By default there is just enough room for the blocks that wait for each other.
     const int needed = plan.tiling.exchange == Exchange::kGlobal ? plan.tiling.group
                        : plan.strategy == 'K'                    ? plan.tiling.parts
                                                                  : 2;

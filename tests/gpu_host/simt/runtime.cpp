@@ -59,14 +59,14 @@ Block** ready;  // those with runnable threads
 int ready_count;
 Block* favourite;
 int loyalty;  // of 64 turns, how many stay with the block of the turn before
-// Since any thread did something else than wait, and since one of them changed what others may wait
-// for: blocks can wait in loops with barriers, too.
+// Turns since any thread did more than wait, and since one changed what others may wait for: blocks
+// can wait in loops with barriers, too.
 int64_t idle_turns, idle_turns_in_all;
 std::vector<Thread*> asleep;  // they could run, but are left behind for a while
 int asleep_count;
 fibers::Pool pool;
 
-// Every switch passes through these, so they do without what sanitizers and vectors cost.
+// Every switch passes through these, so they avoid the cost of sanitizers and vectors.
 [[gnu::no_sanitize_address, gnu::no_sanitize_undefined]] void make_runnable(Thread& t) {
   Block& b = *t.in;
   t.at = At::kRunnable;
@@ -84,7 +84,7 @@ void wake_one() {
   --asleep_count;
 }
 
-// Takes a thread that can run out of those that can; null if there is none.
+// Takes out a thread that can run; null if there is none.
 [[gnu::no_sanitize_address, gnu::no_sanitize_undefined]] Thread* pick(bool elsewhere) {
   if (asleep_count > 0 && (ready_count == 0 || random_source.below(256) == 0)) wake_one();
   if (ready_count == 0) return nullptr;
@@ -256,7 +256,7 @@ void end_thread(Thread& t) {
   if (++c.ended == kernel.cluster) end_cluster(&c);
 }
 
-// Of every fiber. A thread that has not started yet runs in the fiber of the one that has ended.
+// The function of every fiber. A new thread runs in the fiber of one that has ended.
 void thread_main() {
   fibers::arrive(*fibers::running, fibers::host.stack ? nullptr : &fibers::host);
   Fiber* fiber = fibers::running;
@@ -278,7 +278,7 @@ void thread_main() {
 
 // ---- barriers ----
 
-// What one thread has waited for, all have.
+// After a barrier, all threads have waited for what one has waited for.
 [[gnu::no_sanitize_address, gnu::no_sanitize_undefined]] void release(Block& b) {
   Thread* const threads = b.first_thread;
   uint16_t waits = 0;

@@ -1,6 +1,6 @@
-// A GPU of one host thread: runs the threads of a kernel's blocks as fibers, in random order, and
-// ends the program with exit status 3 and one line on stderr at what a GPU would not forgive.
-// Settings and counters are for the driver of a test; the rest serves simt.h.
+// A GPU of one host thread: it runs the threads of a kernel's blocks as fibers, in random order.
+// What a GPU would not forgive ends the program with exit status 3 and one line on stderr. Settings
+// and counters are for the driver of a test; the rest serves simt.h.
 #pragma once
 
 #include <cstddef>
@@ -39,12 +39,12 @@ struct Place {
 void register_buffer(const std::string& name, const void* address, size_t bytes);
 void forget_buffers();
 
-// A copy into shared memory is kBulk, or kLoad where source and target lie differently within 16
-// bytes, which only single elements can copy.
+// A copy into shared memory is kBulk. It is kLoad if source and target lie differently within 16
+// bytes: then only single elements can be copied.
 enum class Direction { kLoad, kStore, kBulk };
 
-// What warps asked of the memory from one line of source: an access is what the lanes of a warp
-// ask for in the same pass. Bytes count once, however many lanes ask for them.
+// What warps asked of the memory from one line of source. An access is what the lanes of a warp ask
+// for in the same pass. Bytes count once, however many lanes ask for them.
 struct SiteTraffic {
   const char* file;
   int line;
@@ -92,7 +92,7 @@ struct Kernel {
   int64_t shared_bytes;
   bool in_order;  // blocks start in the order of their numbers
   Place place;
-  void (*call)(const void*);  // with the next one, by each thread
+  void (*call)(const void*);  // each thread calls it with the next one
   const void* arguments;
 };
 
@@ -121,7 +121,7 @@ struct Rows {
   int64_t pitch, stride, rows, bytes;
 };
 
-// A copy to where this thread alone reads it, after finish_fetches().
+// A copy that this thread alone reads, after finish_fetches().
 void fetch(void* to, const void* from, int bytes, Place place);
 void finish_fetches(Place place);
 

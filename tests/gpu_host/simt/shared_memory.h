@@ -1,9 +1,9 @@
 // Shared memory, byte by byte: what orders two accesses, and copies on their way. Part of
 // runtime.cpp.
 //
-// An access comes before another one of the same block if a block barrier lies in between, which
-// the block's epoch tells, or a cluster barrier, and before one of another block if a cluster
-// barrier does: the first thread had arrived at fewer than the second one has waited for.
+// Two accesses of one block are in order if a block barrier lies in between, which changes the
+// block's epoch, or a cluster barrier. Those of two blocks are in order if a cluster barrier lies
+// in between: the first thread had arrived at fewer than the second one has waited for.
 #pragma once
 
 #include <algorithm>
@@ -73,7 +73,7 @@ std::string thread_called(const Block& b, uint16_t number) {
   return writer == kInFlight || writer == kReserved;
 }
 
-// Those that another thread of the block can only have made before the last barrier, if at all.
+// Whether a barrier lies between another thread's recorded access, if there is one, and now.
 [[gnu::always_inline]] inline bool write_is_past(const Cell& c, const Block& b, const Thread& t) {
   return c.writer == kNobody || c.write_epoch != b.epoch || c.write_arrivals < t.waits;
 }
@@ -109,7 +109,7 @@ std::string thread_called(const Block& b, uint16_t number) {
   }
 }
 
-// `writer` is a thread's number, or kInFlight for a copy, to which everyone is another.
+// `writer` is a thread's number, or kInFlight for a copy, which equals no thread's.
 [[gnu::no_sanitize_address, gnu::no_sanitize_undefined]] void check_write(
     Block& b, const Thread& t, int64_t first, int64_t bytes, uint16_t writer, Place place) {
   Cell* const cells = b.first_cell;
@@ -137,7 +137,7 @@ int64_t place_in(const Block& b, const void* address, int64_t bytes, Place place
 
 void next_epoch(Block& b) {
   if (++b.epoch != 0 || b.shared_bytes == 0) return;
-  // All epochs are used up: everything so far becomes as old as the first one.
+  // All epochs are used up: everything so far is now as old as the first one.
   b.epoch = 2;
   if (!settings.check_shared) return;
   for (int64_t i = 0; i < b.shared_bytes; ++i)
@@ -265,7 +265,7 @@ const void* shared_of_rank(const void* address, int bytes, int rank, Place place
   return b.shared + first;
 }
 
-// It lands when the thread waits for it; until then nobody may touch its target.
+// The copy lands when the thread waits for it; until then nobody may touch its target.
 void fetch(void* to, const void* from, int bytes, Place place) {
   Block& b = *self->in;
   const int64_t first = place_in(b, to, bytes, place);

@@ -1,6 +1,6 @@
-// What csrc/cuda/device.h offers to kernels, for the host: kernels compile against this one with
-// -DECA_HOST_SIMT and run on the fibers of runtime.h. The names and their meaning are those of
-// device.h. A trailing `Place` is filled in by its default, with the kernel's line.
+// The host's form of csrc/cuda/device.h, with the same names and meanings. Kernels compile against
+// it with -DECA_HOST_SIMT and run on the fibers of runtime.h. A trailing `Place` is the kernel's
+// line by default.
 #pragma once
 
 #include <cmath>
@@ -117,7 +117,7 @@ inline A load_from_other_block(const A* from, Place place = Place::here()) {
   return *from;
 }
 
-// Others run before it and after it, so that what a kernel does too late or too early is seen.
+// Others run before and after it, which shows what a kernel does too late or too early.
 inline uint32_t fetch_add(uint32_t* counter, uint32_t value, Place place = Place::here()) {
   check_aligned(counter, sizeof *counter, place);
   if (simt::counting) {
@@ -289,7 +289,7 @@ struct Launch {
   int cluster;
   int64_t shared_bytes;
   Stream stream;
-  bool in_order = false;  // of the start of blocks, as on all GPUs; else in any
+  bool in_order = false;  // blocks start in order, as on all GPUs; else in any
   bool wants_l1 = false;
   Place place = Place::here();
 };

@@ -36,7 +36,7 @@ struct KnownSite {
 std::vector<KnownSite> known_sites;
 
 int site_of(Place place, Direction direction) {
-  // The address of the file's name tells it most of the time, and faster.
+  // Comparing the address of the file's name is faster, and mostly enough.
   for (const KnownSite& k : known_sites)
     if (k.place.file == place.file && k.place.line == place.line && k.direction == direction)
       return k.number;
@@ -71,7 +71,7 @@ void close_access(SiteTraffic& traffic, WarpAccess& access) {
     traffic.bytes += __builtin_popcount(access.parts[i].bytes);
 }
 
-// From here on, passes through a line are counted anew: the warp's lanes are all at one place.
+// The warp's lanes are all at one place: passes through a line are counted anew.
 void warp_passed(Block& b, int warp) {
   Warp& w = b.warps[size_t(warp)];
   for (size_t site = 0; site < w.accesses.size(); ++site) {
