@@ -372,15 +372,16 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    run = Run(args.out.resolve(), args.device == "dry-run", args.seconds)
-    provide_extension(run)
-    parts = all_parts(run.out)
+    out = args.out.resolve()
+    parts = all_parts(out)
     stages: list[list[str]] = []
     for name in args.what:
         stages += PLANS.get(name, [[name]])
     unknown = [name for stage in stages for name in stage if name not in parts]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join((*PLANS, *parts))}")
+    run = Run(out, args.device == "dry-run", args.seconds)
+    provide_extension(run)
     for stage in stages:
         if stage == ["few counters"] and not needs_few_counters(run):
             continue

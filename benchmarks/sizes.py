@@ -70,18 +70,20 @@ def sizes(axis: str, dtype: str, layout: str, most_bytes: float) -> list[Case]:
     return found
 
 
-def memory_at_hand(device: Device) -> float:
-    """Bytes of the largest map; a contender, the copy and the check need about twelve of them.
+def memory_at_hand(device: Device, dtype: str) -> float:
+    """Bytes of the largest map.
 
-    A CPU needs three times as much: the recycled heap keeps the pieces that smaller sizes left.
+    The inputs of two calls, a contender's outputs and the copy's need a dozen maps. The exact y and
+    dx of both calls, in float64, need 32 bytes for each element of x. A CPU needs three times as
+    much in all: the recycled heap keeps the pieces that smaller sizes left.
     """
+    maps = 12 + 32 / DTYPES[dtype].itemsize
     if device.tensors != device.kind:
         return 1 << 14  # a dry run
-    host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 16
     if device.kind == "cuda":
-        # The exact results, in float64, are in the host's memory.
-        return min(LARGEST, float(torch.cuda.mem_get_info()[0]) / 12, host)
-    return min(LARGEST, host / 3)
+        return min(LARGEST, float(torch.cuda.mem_get_info()[0]) / maps)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(LARGEST, free / (3 * maps))
 
 
 def together(case: Case, running: dict[str, Contender]) -> list[dict[str, Contender]]:
@@ -217,7 +219,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, device: Device, result: dict[str, Any]) -> None:
     """Measure all sizes, and write the result after each."""
-    most = memory_at_hand(device) if args.most_bytes is None else args.most_bytes
+    most = memory_at_hand(device, args.dtype) if args.most_bytes is None else args.most_bytes
     for layout, axis in product(args.layout, args.axis):
         cases = sizes(axis, args.dtype, layout, most)
         for case in progress(cases, len(cases)):
