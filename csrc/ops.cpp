@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <functional>
+#include <map>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -71,13 +72,47 @@ const int32_t kFloat32Code = aoti_torch_dtype_float32(), kFloat64Code = aoti_tor
               kFloat16Code = aoti_torch_dtype_float16(),
               kBFloat16Code = aoti_torch_dtype_bfloat16();
 
+// Prints a dtype or a device as Python does, where a message needs it.
+struct dtype {
+  int32_t code;
+};
+
+std::ostream& operator<<(std::ostream& out, dtype d) {
+  static const std::map<int32_t, const char*> names = {
+      {aoti_torch_dtype_uint8(), "uint8"},
+      {aoti_torch_dtype_int8(), "int8"},
+      {aoti_torch_dtype_int16(), "int16"},
+      {aoti_torch_dtype_int32(), "int32"},
+      {aoti_torch_dtype_int64(), "int64"},
+      {aoti_torch_dtype_bool(), "bool"},
+      {aoti_torch_dtype_complex64(), "complex64"},
+      {aoti_torch_dtype_complex128(), "complex128"},
+      {aoti_torch_dtype_float8_e5m2(), "float8_e5m2"},
+      {aoti_torch_dtype_float8_e4m3fn(), "float8_e4m3fn"},
+      {kFloat16Code, "float16"},
+      {kBFloat16Code, "bfloat16"},
+      {kFloat32Code, "float32"},
+      {kFloat64Code, "float64"}};
+  const auto found = names.find(d.code);
+  if (found == names.end()) return out << "dtype number " << d.code;
+  return out << "torch." << found->second;
+}
+
+std::ostream& operator<<(std::ostream& out, Device d) {
+  if (d.type == kCudaType) return out << "cuda:" << d.index;
+  if (d.type == aoti_torch_device_type_cpu()) return out << "cpu";
+  return out << "device type " << d.type;
+}
+
+// The messages below are those of ops/checks.py, for callers that skip eca().
 Dtype dtype_of(const Tensor& t, const char* name) {
   const int32_t code = dtype_code(t);
   if (code == kFloat32Code) return Dtype::kFloat32;
   if (code == kFloat64Code) return Dtype::kFloat64;
   if (code == kFloat16Code) return Dtype::kFloat16;
   check(code == kBFloat16Code, "expected ", name,
-        " of dtype float32, float64, float16 or bfloat16; convert it with .to()");
+        " of dtype float32, float64, float16 or bfloat16, got ", dtype{code},
+        "; convert it, for example with ", name, ".float()");
   return Dtype::kBFloat16;
 }
 
@@ -109,39 +144,85 @@ Problem problem_of(const Tensor& x, const Tensor& weight, bool circular) {
   const int64_t C = p.channels;
   check(weight.dim() == 3 && weight.size(1) == 1 && (weight.size(0) == 1 || weight.size(0) == C),
         "expected taps of shape (1, 1, k), or (C, 1, k) = (", C,
-        ", 1, k) for taps of each channel's own, got ", shape{weight},
+        ", 1, k) for separate taps per channel, got ", shape{weight},
         "; bring them to one of these with reshape()");
   const int64_t k = weight.size(2);
   check(k % 2 == 1, "expected an odd number of taps k, got ", k, " in a weight of shape ",
         shape{weight}, ": the kernel is centred on its channel; use ", k + 1);
+  const int32_t x_code = dtype_code(x), code = dtype_code(weight);
+  if (code != kFloat32Code && code != x_code) {
+    std::ostringstream own;
+    if (x_code != kFloat32Code) own << " or " << dtype{x_code} << ", the dtype of x";
+    check(false, "expected taps of dtype torch.float32", own.str(), ", got ", dtype{code},
+          "; convert them, for example with layer.to(x.dtype)");
+  }
+  if (!(device_of(weight) == device_of(x)))
+    check(false, "expected the taps on the device of x, ", device_of(x), ", got ",
+          device_of(weight), "; move them, for example with layer.to(x.device)");
   check(!circular || k / 2 <= C, "circular padding would wrap around more than once: k = ", k,
         " needs ", k / 2, " channels or more, x has ", C,
         "; use fewer taps or padding_mode='zeros'");
-  check(device_of(weight) == device_of(x),
-        "expected the taps on the device of x; move them with .to()");
   p.taps_dtype = dtype_of(weight, "taps");
-  check(p.taps_dtype == p.dtype || p.taps_dtype == Dtype::kFloat32,
-        "expected taps of dtype float32 or of the dtype of x; convert them with .to()");
   p.kernel_size = k;
   p.taps_per_channel = weight.size(0) != 1;
   p.circular = circular;
   return p;
 }
 
-// Expects the first sizes of x, and its device.
-void check_beside(const Tensor& t, const char* name, const Tensor& x, int64_t dims) {
-  bool same = t.dim() == dims;
-  for (int64_t i = 0; same && i < dims; ++i) same = t.size(i) == x.size(i);
-  check(same, "expected ", name, " with the first ", dims, " sizes of x ", shape{x}, ", got ",
-        shape{t});
-  check(device_of(t) == device_of(x), "expected ", name, " on the device of x; move it with .to()");
+// The first `dims` sizes of x.
+struct first_sizes {
+  const Tensor& x;
+  int64_t dims;
+};
+
+std::ostream& operator<<(std::ostream& out, first_sizes s) {
+  out << "(";
+  for (int64_t i = 0; i < s.dims; ++i) out << (i ? ", " : "") << s.x.size(i);
+  return out << ")";
 }
 
-void check_same(const Tensor& t, const char* name, const Tensor& x, int64_t dims, int32_t dtype) {
-  check_beside(t, name, x, dims);
-  check(dtype_code(t) == dtype, "expected ", name,
-        dims == 2 ? " of dtype float32, or float64 for float64 x" : " of the dtype of x",
-        "; convert it with .to()");
+bool has_first_sizes(const Tensor& t, const Tensor& x, int64_t dims) {
+  bool same = t.dim() == dims;
+  for (int64_t i = 0; same && i < dims; ++i) same = t.size(i) == x.size(i);
+  return same;
+}
+
+// A gradient of y, or what the forward operator returned for x: (N, C) or the shape of x.
+void check_same(const Tensor& t, const char* name, const Tensor& x, int64_t dims, int32_t code,
+                const char* advice) {
+  const bool same = has_first_sizes(t, x, dims) && dtype_code(t) == code;
+  if (same && device_of(t) == device_of(x)) return;
+  check(false, "expected ", name, " of shape ", first_sizes{x, dims}, ", ", dtype{code}, ", on ",
+        device_of(x), ", got ", shape{t}, ", ", dtype{dtype_code(t)}, ", on ", device_of(t), "; ",
+        advice);
+}
+
+void check_dy(const Tensor& dy, const Tensor& x) {
+  check_same(dy, "dy", x, x.dim(), dtype_code(x), "the gradient of a result is like the result");
+}
+
+void check_saved(const Tensor& t, const char* name, const Tensor& x) {
+  check_same(t, name, x, 2, accumulator_code(x), "take what the forward operator returned for x");
+}
+
+void check_out(const Tensor& out, const char* name, const Tensor& x) {
+  if (!has_first_sizes(out, x, x.dim()) || !(device_of(out) == device_of(x)))
+    check(false, "expected ", name, " of the shape and on the device of x, ", shape{x}, " on ",
+          device_of(x), ", got ", shape{out}, " on ", device_of(out),
+          "; make it with torch.empty_like(x)");
+  if (dtype_code(out) != dtype_code(x))
+    check(false, "expected ", name, " of ", dtype{dtype_code(x)}, ", the dtype of x, got ",
+          dtype{dtype_code(out)}, "; make it with torch.empty_like(x)");
+}
+
+// gate or shift (N, C)
+void check_gate(const Tensor& t, const char* name, const Tensor& x) {
+  check(has_first_sizes(t, x, 2), "expected a ", name, " of shape (N, C) = ", first_sizes{x, 2},
+        " for x ", shape{x}, ", got ", shape{t}, "; bring it to that with flatten(1) or expand()");
+  dtype_of(t, name);
+  if (!(device_of(t) == device_of(x)))
+    check(false, "expected the ", name, " on the device of x, ", device_of(x), ", got ",
+          device_of(t), "; move it with ", name, ".to(x.device)");
 }
 
 // ---- layouts; ops/results.py has the same rules, for the strides that fake tensors report ----
@@ -400,7 +481,7 @@ bool overlap(const Tensor& a, const Tensor& b) {
 void write_inference(const Tensor& x, const Tensor& weight, const Tensor& out, bool circular,
                      const char* name) {
   const Problem p = problem_of(x, weight, circular);
-  check_same(out, name, x, x.dim(), dtype_code(x));
+  check_out(out, name, x);
   if (p.samples * p.channels * p.pixels == 0) return;
   const View view = view_of(x, p), target = view_of(out, p);
   const Tensor source = readable(x, view, view.layout);
@@ -431,9 +512,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Ten
                                     const Tensor& mean, const Tensor& gate, bool circular,
                                     bool need_dx, bool need_dweight) {
   Problem p = problem_of(x, weight, circular);
-  check_same(dy, "dy", x, x.dim(), dtype_code(x));
-  check_same(mean, "mean", x, 2, accumulator_code(x));
-  check_same(gate, "gate", x, 2, accumulator_code(x));
+  check_dy(dy, x);
+  check_saved(mean, "mean", x);
+  check_saved(gate, "gate", x);
   const View view = view_of(x, p);
   p.layout = view.layout;
   Tensor dx = need_dx ? empty_output(x, view, p) : empty_unused(x);
@@ -474,11 +555,6 @@ Tensor pool(const Tensor& x) {
   return channels_in(mean, dtype_code(x));
 }
 
-void check_gate(const Tensor& t, const char* name, const Tensor& x) {
-  check_beside(t, name, x, 2);
-  dtype_of(t, name);
-}
-
 Tensor rescale(const Tensor& x, const Tensor& gate, const std::optional<Tensor>& shift) {
   Problem p = problem_of(x);
   check_gate(gate, "gate", x);
@@ -498,7 +574,7 @@ Tensor rescale(const Tensor& x, const Tensor& gate, const std::optional<Tensor>&
 std::tuple<Tensor, Tensor> rescale_backward(const Tensor& dy, const Tensor& x, const Tensor& gate,
                                             bool need_dx) {
   Problem p = problem_of(x);
-  check_same(dy, "dy", x, x.dim(), dtype_code(x));
+  check_dy(dy, x);
   check_gate(gate, "gate", x);
   const View view = view_of(x, p);
   p.layout = view.layout;

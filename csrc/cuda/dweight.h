@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kDweightThreads) sum_shared_dweight(Backward b
   }
 }
 
-// Taps of each channel's own. A block has 32 channels and one tap, and its warps share the samples.
+// Separate taps per channel. A block has 32 channels and one tap, and its warps share the samples.
 template <class T>
 __global__ void __launch_bounds__(kDweightThreads) sum_own_dweight(Backward b, Workspace work) {
   using A = Accumulator<T>;

@@ -33,7 +33,9 @@ def check_channels(channels: int) -> None:
     if isinstance(channels, bool) or not isinstance(channels, int):
         raise TypeError(f"expected channels as an int, got {channels!r}")
     if channels < 1:
-        raise ValueError(f"expected channels from 1 up, got {channels}; give the C of x")
+        raise ValueError(
+            f"expected channels from 1 up, got {channels}; give the number of channels of x"
+        )
 
 
 def check_kernel_size(k: int) -> None:
@@ -133,8 +135,8 @@ def check(x: Tensor, weight: Tensor, circular: bool) -> None:
     channels = x.shape[1]
     if weight.dim() != 3 or weight.shape[1] != 1 or weight.shape[0] not in [1, channels]:
         raise ValueError(
-            f"expected taps of shape (1, 1, k), or (C, 1, k) = ({channels}, 1, k) for taps of each "
-            f"channel's own, got {_shape(weight)}; bring them to one of these with reshape()"
+            f"expected taps of shape (1, 1, k), or (C, 1, k) = ({channels}, 1, k) for separate "
+            f"taps per channel, got {_shape(weight)}; bring them to one of these with reshape()"
         )
     k = weight.shape[2]
     if k % 2 == 0:
@@ -222,24 +224,27 @@ def check_out(x: Tensor, out: Tensor) -> None:
         )
 
 
-def _check_same(name: str, t: Tensor, x: Tensor, dims: int, dtype: torch.dtype) -> None:
+def _check_same(
+    name: str, t: Tensor, x: Tensor, dims: int, dtype: torch.dtype, advice: str
+) -> None:
     check_tensor(name, t)
     if t.shape != x.shape[:dims] or t.dtype != dtype or t.device != x.device:
         raise ValueError(
             f"expected {name} of shape {tuple(x.shape[:dims])}, {dtype}, on {x.device}, "
-            f"got {tuple(t.shape)}, {t.dtype}, on {t.device}"
+            f"got {tuple(t.shape)}, {t.dtype}, on {t.device}; {advice}"
         )
 
 
 def check_dy(x: Tensor, dy: Tensor) -> None:
     """Raise ValueError unless dy has the shape, the dtype and the device of x."""
-    _check_same("dy", dy, x, x.dim(), x.dtype)
+    _check_same("dy", dy, x, x.dim(), x.dtype, "the gradient of a result is like the result")
 
 
 def check_saved(x: Tensor, mean: Tensor, gate: Tensor) -> None:
     """Raise ValueError unless mean and gate are (N, C) as a forward pass of x saves them."""
-    _check_same("mean", mean, x, 2, sums_dtype(x))
-    _check_same("gate", gate, x, 2, sums_dtype(x))
+    advice = "take what the forward operator returned for x"
+    _check_same("mean", mean, x, 2, sums_dtype(x), advice)
+    _check_same("gate", gate, x, 2, sums_dtype(x), advice)
 
 
 # ---- gradients ----

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import eca_fused
+from eca_fused.ops import checks
 from helpers.cases import BACKENDS, DEVICE, needs_extension
 
 pytestmark = pytest.mark.any_device
@@ -18,6 +19,11 @@ def x(*shape, **kwargs):
 
 def taps(*shape, **kwargs):
     return torch.ones(shape or (1, 1, 3), **kwargs)
+
+
+def described(value):
+    """A test id for a tensor."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else None
 
 
 BAD = {
@@ -225,33 +231,58 @@ class TestOperators:
         ],
     )
     def test_bad_input(self, name):
-        bad_x, weight, _, _ = BAD[name]
+        """In the words of eca(), which raises before an operator is called."""
+        bad_x, weight, error, message = BAD[name]
+        with pytest.raises(error) as raised:
+            eca_fused.eca(bad_x, weight)
         for op in (self.ops.forward, self.ops.inference, self.ops.inference_):
-            with pytest.raises(RuntimeError, match="eca_fused: expected"):
+            with pytest.raises(RuntimeError, match=message) as found:
                 op(bad_x, weight)
+            assert str(found.value).startswith(f"eca_fused: {raised.value}")
 
     def test_circular(self):
         with pytest.raises(RuntimeError, match="wrap around more than once: k = 11"):
             self.ops.forward(x(), taps(1, 1, 11), True)
 
     @pytest.mark.parametrize(
-        ("change", "message"),
+        ("name", "wrong"),
         [
-            (
-                {"dy": x(2, 4, 3, 4)},
-                r"expected dy with the first 4 sizes of x \(2, 4, 3, 3\), got \(2, 4, 3, 4\)",
-            ),
-            ({"dy": x(2, 4, 9)}, "expected dy with"),
-            ({"dy": x(dtype=torch.float64)}, "expected dy of the dtype of x"),
-            ({"mean": x(2, 5)}, r"expected mean with the first 2 sizes of x .*got \(2, 5\)"),
-            (
-                {"gate": x(2, 4, dtype=torch.float16)},
-                "expected gate of dtype float32, or float64 for",
-            ),
-            ({"weight": taps(1, 1, 2)}, "odd number of taps"),
+            ("dy", x(2, 4, 3, 4)),
+            ("dy", x(2, 4, 9)),
+            ("dy", x(dtype=torch.float64)),
+            ("mean", x(2, 5)),
+            ("gate", x(2, 4, dtype=torch.float16)),
+            ("weight", taps(1, 1, 2)),
         ],
+        ids=described,
     )
-    def test_backward(self, change, message):
-        args = {"dy": x(), "x": x(), "weight": taps(), "mean": x(2, 4), "gate": x(2, 4), **change}
-        with pytest.raises(RuntimeError, match=message):
+    def test_backward(self, name, wrong):
+        args = {"dy": x(), "x": x(), "weight": taps(), "mean": x(2, 4), "gate": x(2, 4)}
+        args[name] = wrong
+        check = {
+            "dy": lambda: checks.check_dy(args["x"], args["dy"]),
+            "weight": lambda: checks.check(args["x"], args["weight"], False),
+        }.get(name, lambda: checks.check_saved(args["x"], args["mean"], args["gate"]))
+        with pytest.raises(ValueError, match="expected") as raised:
+            check()
+        with pytest.raises(RuntimeError) as found:
             self.ops.backward(*args.values())
+        assert str(found.value).startswith(f"eca_fused: {raised.value}")
+
+    @pytest.mark.parametrize(
+        "gate", [x(2, 5), x(8), x(2, 4, dtype=torch.int64), x(2, 4, 1, 1)], ids=described
+    )
+    def test_rescale(self, gate):
+        with pytest.raises((TypeError, ValueError)) as raised:
+            eca_fused.rescale(x(), gate)
+        with pytest.raises(RuntimeError) as found:
+            self.ops.rescale(x(), gate, None)
+        assert str(found.value).startswith(f"eca_fused: {raised.value}")
+
+    @pytest.mark.parametrize("out", [x(2, 4, 3, 4), x(2, 4), x(dtype=torch.float64)], ids=described)
+    def test_out(self, out):
+        with pytest.raises((TypeError, ValueError)) as raised, torch.no_grad():
+            eca_fused.eca(x(), taps(), out=out)
+        with pytest.raises(RuntimeError) as found:
+            self.ops.inference_into(x(), taps(), out)
+        assert str(found.value).startswith(f"eca_fused: {raised.value}")
