@@ -48,7 +48,7 @@ from lib.timing import statistics_of
 PASSES = ("inference", "training step")
 MODES = ("eager", "compiled")
 KINDS = ("none", "plain ECA", "fused ECA")
-# In compiled networks, where "auto" may leave layers to the compiler: the kernels by name.
+# backend="native", because in a compiled network "auto" may leave layers to the compiler.
 NATIVE = "native ECA"
 Step = Callable[[], object]
 

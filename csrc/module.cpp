@@ -145,7 +145,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gpu_by_name", &gpu_by_name, "The limits of a GPU such as sm_90:132.");
   m.def("gpu_of_device", &gpu_of_device, "The limits of a CUDA device of this machine.");
   m.def("active_clusters", &active_clusters, "index"_a, "blocks"_a, "threads"_a, "shared_bytes"_a,
-        "How many clusters of so many blocks a CUDA device has room for at the same time.");
+        "How many clusters of `blocks` blocks fit on a CUDA device at the same time.");
   m.def("plan", &plan, py::kw_only(), "backward"_a, "dtype"_a, "channels_last"_a, "samples"_a,
         "channels"_a, "pixels"_a, "kernel_size"_a, "own_taps"_a, "circular"_a, "aligned"_a,
         "in_place"_a, "gpu"_a, "forced"_a = py::none(),

@@ -47,8 +47,8 @@ constexpr double kLaunch = 2.0;             // microseconds
 constexpr double kClusterBarriers = 0.7;
 constexpr double kGlobalBarriers = 3.0;
 
-// R, F and P: the cost of a slot that holds nothing, and the bytes that a multiprocessor must have
-// under way for full speed.
+// R, F and P: the cost of an empty slot of a thread, as a share of a full one, and the bytes that a
+// multiprocessor must have under way for full speed.
 constexpr double kIdle = 0.3, kInFlight = 64 << 10;
 constexpr double kColumnIdle = 0.8, kColumnInFlight = 96 << 10;  // P
 // The speed of halos, which neighbours read too, relative to DRAM: R has instructions to spare, the
@@ -333,7 +333,7 @@ struct Planner {
     return true;
   }
 
-  // K with so many vectors of a thread; 0 is as many as there is room for. `for_l1`: bytes of a
+  // A plan of K with this number of vectors in a thread; 0 takes what fits. `for_l1`: bytes of a
   // multiprocessor's memory that shared memory leaves free.
   bool kept(int64_t vectors, int64_t for_l1, Plan* plan) const {
     const int64_t depth = backward ? kKeptBackwardDepth : kKeptForwardDepth;

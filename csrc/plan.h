@@ -11,7 +11,7 @@
 //   A  tile          planes: those of a tile of channels and of its halo, in one block
 //   B  split_tile    planes: the same, split over a group of blocks that exchange their sums
 //   D  split_pixels  pixels: those of a tile of channels, split over such a group
-// Nowhere; the rescaling reads again, out of the L2 cache:
+// Nothing is kept; the rescaling reads x again, out of the L2 cache:
 //   S  stream        pixels: blocks that sum and blocks that rescale, in one launch
 //   C  two_pass      one pass sums and one rescales, over a few samples at a time
 #pragma once

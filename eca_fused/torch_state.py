@@ -223,3 +223,8 @@ def forget_compiled() -> None:
     """Forget all compiled code, because torch.compile stops after a number of versions."""
     dynamo: Any = torch._dynamo
     dynamo.reset()
+
+
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether a and b are views of one storage; also of fake tensors, which have no addresses."""
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)

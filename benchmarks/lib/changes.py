@@ -36,12 +36,12 @@ def inverse(ratio: dict[str, float]) -> Time:
 
 
 def is_reference(name: str) -> bool:
-    """Whether it is none of ours, and measured in the same way."""
+    """Whether another contender was measured in the same way as ours."""
     return name in REFERENCES or (name.startswith("compile") and not name.endswith(", graph"))
 
 
 def times_of(name: str, contenders: dict[str, Any]) -> Times:
-    """The time of one of ours by each reference of its row."""
+    """The time of one of our contenders, divided by the time of each reference of its row."""
     own = contenders[name]
     if "times_none" in own:
         share = own["times_none"]
@@ -67,7 +67,7 @@ def place(row: Row) -> Key:
 
 
 def relative_times(result: Result) -> dict[Key, Times]:
-    """Every one of ours on every row."""
+    """The times of our contenders on every row."""
     found = {}
     for row in result["rows"]:
         head = place(row)

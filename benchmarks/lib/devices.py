@@ -93,8 +93,8 @@ class Cpu:
     """Runs calls one after the other, on one input, which is rewritten before each.
 
     In a network the previous layer has just written this map, and the cache holds what fits of it.
-    A map that is not rewritten differs: if it and the output barely fit, the cache keeps what each
-    call reads twice and drops what it reads once, call after call.
+    If nothing rewrote a map that barely fits beside the output, the cache would keep what each call
+    reads twice, and drop what it reads once.
     """
 
     kind, tensors = "cpu", "cpu"

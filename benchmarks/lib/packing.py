@@ -1,6 +1,7 @@
 """Results as they are committed: no derived values, four digits, a row on each line."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,8 @@ def pack(result: Result) -> str:
     """The text of a result's file; report.load() reads it like any other.
 
     Spreads become lists, in the order of SPREAD. Derived values are left out and computed again:
-    the speed from the bytes and the time, the share of the copy from the medians. Only our own
-    contender's share keeps its spread: it is the copy's times_ours.
+    the speed from the bytes and the time, the share of the copy from the medians. The share of our
+    own contender keeps its spread, because times_ours of the copy has it.
     """
     head = {name: rounded(value) for name, value in result.items() if name != "rows"}
     tight: dict[str, Any] = {"separators": (",", ":")}
@@ -35,24 +36,73 @@ def unpack(result: Result) -> Result:
 def with_contenders(change: Callable[[Any, Result], Any], row: Result) -> Result:
     if "contenders" not in row:
         return row
-    return {**row, "contenders": change(row["contenders"], row)}
+    if change is packed:
+        row = dropped(row)
+        return {**row, "contenders": packed(row["contenders"], row)}
+    return {**restored(row), "contenders": unpacked(row["contenders"], usual(row) | row)}
+
+
+def bytes_of(row: Result) -> dict[str, int]:
+    """The bytes that follow from the shape; a row of a network, or of small calls, has none."""
+    if "shape" not in row or "k" not in row:
+        return {}
+    map_bytes = math.prod(row["shape"]) * SIZES[row["dtype"]]
+    maps = {"forward": 2, "warm forward": 2, "backward": 3, "forward and backward": 5}
+    found = {"ideal_bytes": maps[row["direction"]] * map_bytes}
+    return found | ({"map_bytes": map_bytes} if "axis" in row else {})
+
+
+def usual(row: Result) -> Result:
+    """What a row has unless it says otherwise: on a CPU a call is timed alone."""
+    alone = {"calls": 1, "cold": False} if row.get("calls", 1) == 1 and "k" in row else {}
+    return {**bytes_of(row), **alone, "failed": []}
+
+
+def dropped(row: Result) -> Result:
+    """Without what is usual, and with the number of samples once, if all spreads have the same."""
+    known = usual(row)
+    found = {name: value for name, value in row.items() if value != known.get(name, [])}
+    counts = {
+        value["samples"]
+        for entry in row["contenders"].values()
+        for value in entry.values()
+        if is_spread(value)
+    }
+    return found | ({"samples": counts.pop()} if len(counts) == 1 else {})
+
+
+def restored(row: Result) -> Result:
+    row = {**usual(row), **row}
+    row.pop("samples", None)
+    return row
 
 
 def packed(contenders: dict[str, Any], row: Result) -> dict[str, Any]:
+    ours = ours_of(contenders)
     return {
         name: {
-            what: [value[part] for part in SPREAD] if is_spread(value) else value
+            what: [value[part] for part in SPREAD[: 3 if "samples" in row else 4]]
+            if is_spread(value)
+            else value
             for what, value in entry.items()
             if value is not None and what not in DERIVED
+            if what != "times_ours" or entry is not ours
         }
         for name, entry in contenders.items()
     }
 
 
+def ours_of(contenders: dict[str, Any]) -> Any:
+    """The entry by which the others' times_ours is measured, or None."""
+    return contenders.get("native") or contenders.get("triton")
+
+
 def unpacked(contenders: dict[str, Any], row: Result) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: {
-            what: dict(zip(SPREAD, value, strict=True)) if isinstance(value, list) else value
+            what: dict(zip(SPREAD, [*value, row.get("samples")], strict=False))
+            if isinstance(value, list)
+            else value
             for what, value in entry.items()
         }
         for name, entry in contenders.items()
@@ -67,7 +117,9 @@ def unpacked(contenders: dict[str, Any], row: Result) -> dict[str, Any]:
         if copy:
             share = copy["us"]["median"] / us
             entry["of_copy"] = {**dict.fromkeys(SPREAD, share), "samples": entry["us"]["samples"]}
-    ours = found.get("native") or found.get("triton")
+    ours = ours_of(found)
+    if ours and any("times_ours" in entry for entry in found.values()):
+        ours["times_ours"] = {**dict.fromkeys(SPREAD, 1.0), "samples": ours["us"]["samples"]}
     if copy and ours and "times_ours" in copy:
         ours["of_copy"] = dict(copy["times_ours"])
     return found

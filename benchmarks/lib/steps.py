@@ -17,7 +17,7 @@ STEP = 1.15
 
 @dataclass(frozen=True)
 class Step:
-    """The time per element of one of ours grows by more than 15 % and the spreads."""
+    """Our time per element grows by more than 15 %, and by more than the spreads of both sizes."""
 
     name: str
     before: Row
@@ -58,7 +58,7 @@ def growth(before: Row, after: Row, name: str, low: str = "median", high: str = 
 
 
 def steps_of(rows: list[Row]) -> Iterator[Step]:
-    """The steps of ours, whatever the copy's."""
+    """Our steps, also where the copy has one as large."""
     curves: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         key = tuple(row[name] for name in ("layout", "axis", "direction"))

@@ -81,7 +81,7 @@ def ours(row: Row) -> str | None:
 
 
 def ratio(row: Row, kind: str) -> float | None:
-    """Time of a contender in units of ours."""
+    """Time of a contender, divided by ours."""
     name = named(row, kind)
     if name is None or ours(row) is None:
         return None
@@ -283,7 +283,7 @@ def verdicts(result: Result) -> Iterator[tuple[str, bool]]:
 
 # ---- what the kernels were written to reach ----
 
-# Direction, contender, its time in units of ours; on a CPU with the heap recycled.
+# Direction, contender, its time divided by ours; on a CPU with the heap recycled.
 CPU_GOALS = [
     ("forward", "copy", 1 / 1.15),
     ("backward", "copy", 1 / 1.15),
@@ -292,7 +292,7 @@ CPU_GOALS = [
     ("backward", "eager", 3.7),
     ("backward", "compile", 1.6),
 ]
-# Least and most ideal bytes, direction, contender, its time in units of ours; on an H200, bfloat16.
+# Least and most ideal bytes, direction, contender, its time divided by ours; on an H200, bfloat16.
 GPU_GOALS: list[tuple[int, float, str, str, float]] = [
     (256 * MB, float("inf"), "forward", "copy", 0.97),
     (256 * MB, float("inf"), "backward", "copy", 0.95),
@@ -311,11 +311,11 @@ def goals(result: Result) -> str:
     goals_of = gpu_goals if result["machine"]["device"] == "cuda" else cpu_goals
     lines = []
     for what, values, goal, at_most in goals_of(result):
+        if not values:  # not measured
+            continue
         reached = sum(v <= goal if at_most else v >= goal for v in values)
-        cells = ["not measured", "-", "-"]
-        if values:
-            cells = [f"{reached} of {len(values)}", f"{min(values):.2f}", f"{max(values):.2f}"]
-        lines.append([what, *cells])
+        span = [f"{min(values):.2f}", f"{max(values):.2f}"]
+        lines.append([what, f"{reached} of {len(values)}", *span])
     return markdown(["goal", "reached on", "least", "most"], lines)
 
 
@@ -409,7 +409,7 @@ def networks(result: Result) -> str:
 
 
 def networks_in_short(result: Result) -> str:
-    """Markdown: the time of whole networks with attention in units of that without."""
+    """Markdown: the time of networks with attention, divided by the time without."""
     head = ["network", "images", "precision", "layout", "mode", "pass"]
     kinds = list(dict.fromkeys(n for row in result["rows"] for n in row["contenders"]))[1:]
     lines = []

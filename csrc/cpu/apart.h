@@ -1,5 +1,5 @@
 // Pooling and rescaling on their own, for gates that are made elsewhere. Each byte of a map is read
-// from memory once and written once: dx = gate * dy waits for no sum, so it follows the read of dy.
+// from memory once and written once: dx = gate * dy needs no sum, so it is computed as dy is read.
 // Included once per instruction set by kernels.h, inside its namespace.
 
 // Calls f(n, c, count) for all planes, as many at once as stay in a core's cache.

@@ -35,7 +35,7 @@ extern const Kernels kernels;
 #endif
 
 // The best build that this processor can run. ECA_FUSED_CPU_CAPABILITY=baseline|avx2|avx512, read
-// at the first call, asks for a lesser one.
+// at the first call, limits it.
 const Kernels& kernels();
 
 // Sizes of the second-level cache of a core, and of the cache closest to memory; 1 MB and 32 MB

@@ -90,7 +90,7 @@ void affine_row(T* y, const T* x, Acc<T> scale, Acc<T> shift, int64_t length, bo
 // in whole vectors that overhang into the next row, and the sums of kLanes rows meet in one vector.
 constexpr int64_t kSmallPlane = 512;
 
-// How many of `count` rows have enough rows after them for a vector to overhang.
+// How many of `count` rows may be read in whole vectors, because enough rows follow them in memory.
 inline int64_t overhanging_rows(int64_t length, int64_t stride, int64_t count, int64_t lanes) {
   const int64_t overhang = (lanes - length % lanes) % lanes;
   const int64_t rows = count - (overhang + stride - 1) / stride;

@@ -13,7 +13,7 @@ using StreamHandle = void*;
 // The current device.
 Gpu current_gpu();
 
-// How many clusters of so many blocks have room on the current device at the same time. Its
+// How many clusters of `blocks` blocks fit on the current device at the same time. Its
 // multiprocessors come in groups. A cluster lies within one group, whose rest stays idle.
 int active_clusters(int blocks, int threads, int64_t shared_bytes);
 

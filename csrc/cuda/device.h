@@ -154,8 +154,8 @@ __device__ inline void store(T* to, const Vector<T, V>& v) {
   using W = Word<sizeof(T) * V>;
   W word;
   std::memcpy(&word, &v, sizeof v);
-  // nvcc 13.0 turns an assignment of 16 bytes into four stores of 4. There is no memory clobber, so
-  // loads may move before the store: no launch reads what it stores here.
+  // nvcc 13.0 turns an assignment of 16 bytes into four stores of 4. The assembly has no memory
+  // clobber, so that loads may move before the store. No launch reads what it stores here.
   if constexpr (sizeof(W) == 16)
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                  "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w));
@@ -442,9 +442,9 @@ struct Launch {
   int cluster;           // blocks in a cluster, 1 for none
   int64_t shared_bytes;  // dynamic shared memory of a block
   Stream stream;
-  bool in_order = false;  // for tests/simt: blocks that wait for others start in order
-  // The kernel's loads go through the L1 cache, which gets what shared memory leaves of the same
-  // memory: let the driver divide it.
+  bool in_order = false;  // for the host: blocks that wait for others start in order
+  // The kernel's loads go through the L1 cache, which shares its memory with shared memory. The
+  // driver divides it.
   bool wants_l1 = false;
 };
 

@@ -1,6 +1,6 @@
 // dweight from dz and mean of all samples, (samples, channels) each: a few megabytes where the maps
-// have hundreds. A kernel of its own: a block that adds something up after its last store still
-// occupies its multiprocessor, and a last block takes longer to add what thousands left.
+// have hundreds. It is a separate kernel. A block that added sums up after its last store would
+// still occupy its multiprocessor, and one last block would take longer to add thousands of sums.
 #pragma once
 
 #include "gates.h"

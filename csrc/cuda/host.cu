@@ -21,7 +21,7 @@ int current_device() {
   return device;
 }
 
-// 1 without clusters. A GPU that has them counts as one without where it runs PTX of an older one.
+// 1 without clusters. A GPU with clusters cannot use them if it runs PTX for an older GPU.
 int largest_cluster(int capability) {
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, probe), "there is no code for this GPU in the extension");

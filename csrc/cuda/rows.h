@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   });
 }
 
-// dx, and dz (samples, channels), from which a kernel of its own makes dweight.
+// dx, and dz (samples, channels), from which another kernel makes dweight.
 template <class T, int kDepth, class Epilogue>
 __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_blocks(kDepth)))
     backward_rows(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {

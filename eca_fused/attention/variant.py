@@ -56,13 +56,13 @@ class ECAVariant(ChannelAttention):
         super().__init__(channels, fused=fused, backend=backend)
         k = adaptive_kernel_size(channels) if kernel_size is None else kernel_size
         check_kernel_size(k)
-        is_circular(padding_mode)  # raises for others
+        circular = is_circular(padding_mode)
         if isinstance(gate_layer, str) and gate_layer not in GATES:
             raise ValueError(
                 f"expected gate_layer as one of {', '.join(GATES)} or a module's class, "
                 f"got {gate_layer!r}"
             )
-        if use_mlp and padding_mode != "zeros":
+        if use_mlp and circular:
             raise ValueError("expected padding_mode 'zeros' with use_mlp, got 'circular'")
         self.padding_mode = padding_mode
         self.act: nn.Module | None = None
@@ -81,7 +81,7 @@ class ECAVariant(ChannelAttention):
     def gate(self, mean: Tensor) -> Tensor:
         if self.conv2 is None or self.act is None:
             r = self.conv.kernel_size[0] // 2
-            around = padded(mean, r, self.padding_mode == "circular")
+            around = padded(mean, r, is_circular(self.padding_mode))
             rows = self.conv(around.unsqueeze(1)).squeeze(1)
         else:
             rows = self.conv2(self.act(self.conv(mean.unsqueeze(1)))).squeeze(1)

@@ -54,9 +54,9 @@ def looks_like_eca(module: nn.Module) -> bool:
     """Whether a module is ECA by its class (timm's or the authors') or by its parts.
 
     The parts are a Conv1d of one channel and a global average pooling, both direct children. If the
-    pooling is a function, the convolution alone is enough, with no other parameters. A module whose
-    convolution is in a Sequential, is a Conv2d over rows, or is a function of its own taps also
-    counts; it cannot be converted, and is reported.
+    pooling is a function, the convolution alone is enough, with no other parameters. Three kinds of
+    modules count too, but are only reported, because they cannot be converted: the convolution is
+    in a Sequential, is a Conv2d over rows, or is a function that gets the module's own taps.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", None) in NAMES

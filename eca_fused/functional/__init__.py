@@ -127,10 +127,11 @@ def eca_(
 def pool(x: Tensor, *, backend: str = "auto") -> Tensor:
     """Means over the spatial positions, the global average pooling of channel attention.
 
-    Summed in float32 (float64 for float64 x) and rounded once, to the dtype of x, which a network
-    of this dtype takes. Slices are read in place, as by eca(). The gradient is a view of N C
-    numbers. Plain PyTorch computes inside torch.func's transforms and in forward mode. With "auto"
-    on the CPU, torch.compile gets plain operations, which it fuses with their neighbours.
+    Sums are in float32 (float64 for float64 x). The means are rounded once, to the dtype of x, so
+    that layers of that dtype can take them. Slices are read in place, as by eca(). The gradient is
+    a view of N C numbers. Plain PyTorch computes inside torch.func's transforms and in forward
+    mode. With "auto" on the CPU, torch.compile gets plain operations, which it fuses with their
+    neighbours.
 
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
@@ -154,7 +155,8 @@ def rescale(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
 
     Computed in float32 (float64 for float64 x) and rounded once. One pass over dy and x gives the
     gradients of x and the gate; x is kept only if the gate needs a gradient. Plain PyTorch computes
-    gradients that need gradients (create_graph=True). Transforms and torch.compile: as for pool().
+    gradients that need gradients (create_graph=True). torch.func and torch.compile get what pool()
+    gives them.
 
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from eca_fused.functional import linked_pool, linked_rescale
-from eca_fused.ops.checks import autocasts, wrong_taps_dtype
+from eca_fused.ops.checks import autocasts, check_overwrites, is_circular, wrong_taps_dtype
 from eca_fused.torch_state import (
     does_more,
     is_tracing,
@@ -82,9 +82,9 @@ def _pads(conv: Any) -> bool:
     return getattr(conv, "padding", None) in ((0,), 0) and getattr(conv, "kernel_size", 1) != (1,)
 
 
-def _around(mean: Tensor, padding_mode: str, pads: bool) -> Tensor:
+def _around(mean: Tensor, circular: bool, pads: bool) -> Tensor:
     """The means (N, C) as (N, 1, C), or as (N, 1, 3 C) with enough padding for any tap."""
-    if padding_mode == "circular":
+    if circular:
         return torch.cat([mean, mean, mean], 1).unsqueeze(1)
     if pads:
         zeros = torch.zeros_like(mean)
@@ -97,8 +97,8 @@ def _own(rows: Tensor, channels: int) -> Tensor:
     return rows.squeeze(1).narrow(1, (rows.shape[2] - channels) // 2, channels)
 
 
-def _rows(conv: nn.Module, mean: Tensor, padding_mode: str) -> Tensor:
-    given = _around(as_it_takes(conv, mean), padding_mode, _pads(conv))
+def _rows(conv: nn.Module, mean: Tensor, circular: bool) -> Tensor:
+    given = _around(as_it_takes(conv, mean), circular, _pads(conv))
     found = conv(given)
     channels = mean.shape[1]
     if isinstance(found, Tensor) and not is_tracing():  # not of a proxy of torch.fx
@@ -128,12 +128,9 @@ def by_calling(
         ValueError: the convolution does not keep the length, or makes more than one channel.
     """
     mean, token = linked_pool(x, backend)
-    gate = torch.sigmoid(_rows(conv, mean, padding_mode))
-    if inplace and torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad):
-        raise RuntimeError(
-            "in-place ECA would overwrite the x that a gradient needs; "
-            "use inplace=False, or torch.no_grad() for inference"
-        )
+    gate = torch.sigmoid(_rows(conv, mean, is_circular(padding_mode)))
+    if inplace:
+        check_overwrites(x, gate)
     y = linked_rescale(x, gate, token, backend)
     if not inplace:
         return y

@@ -52,7 +52,10 @@ try:
 except Exception as error:  # a broken build may fail in any way, and must not break the import
     devices = frozenset()
     if "ECA_FUSED_" in str(error):  # a bad value of a setting: building again would not help
-        missing = f"the compiled extension does not start: {error}; unset it, or use one of these"
+        missing = (
+            f"the compiled extension does not start: {error}; unset the variable, or give it one "
+            "of these values"
+        )
     else:
         missing = (
             f"the compiled extension could not be loaded, or is another version's "

@@ -69,8 +69,7 @@ def test_the_figures_in_texts_are_those_of_the_results(path):
 
 def test_results_are_small():
     files = [path for path in report.RESULTS.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files if path.suffix == ".json") < 1e6
-    assert sum(path.stat().st_size for path in files) < 1.5e6
+    assert sum(path.stat().st_size for path in files) < 1e6
     assert len((report.RESULTS / "README.md").read_text().splitlines()) <= 300
 
 
@@ -134,7 +133,7 @@ def test_goals_on_a_gpu():
     text = tables.goals(result(*rows, device="cuda"))
     lines = dict(line[2:].split(" | ", 1) for line in text.splitlines()[2:])
     assert lines["forward, 256 MB and more: copy / ours at least 0.97"].startswith("1 of 2")
-    assert lines["backward, 256 MB and more: copy / ours at least 0.95"].startswith("not meas")
+    assert not any(what.startswith("backward") for what in lines)  # not measured
     assert lines["forward, 256 MB and more: eager / ours at least 1.45"] == "1 of 2 | 1.30 | 2.00 |"
     # 10 us, where 4 are the goal.
     assert lines["forward, ResNet-50, batch 1: at most 4 us"] == "0 of 1 | 10.00 | 10.00 |"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eca_fused import ECALayer, attention
 from eca_fused.__main__ import main
 from eca_fused.cli.common import photographs
-from eca_fused.cli.demo.network import hooked
+from eca_fused.cli.common.networks import hooked
 from eca_fused.cli.gates import class_gates
 from eca_fused.cli.gates import command as gates_command
 from eca_fused.models import BasicBlock, ResNet, mobilenetv2, resnet
@@ -21,7 +21,7 @@ from eca_fused.models import BasicBlock, ResNet, mobilenetv2, resnet
 image = pytest.importorskip("PIL.Image", reason="needs pillow: make test installs it")
 pytest.importorskip("matplotlib", reason="needs matplotlib: make test installs it")
 
-from eca_fused.cli.demo import pictures  # noqa: E402
+from eca_fused.cli.gates import pictures  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

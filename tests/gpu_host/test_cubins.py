@@ -155,7 +155,7 @@ def test_registers_and_shared_memory_are_what_the_planner_counts_with(
     resources, name, architecture
 ):
     for kernel, used in kernels(resources, name).items():
-        # From capability 10.0 on one block less than 3 or 4 is asked for, for more registers.
+        # From capability 10.0 on, launch bounds ask for one block less, to have more registers.
         most = 128 if architecture == "sm_100" and name in IN_REGISTERS else REGISTERS[name]
         assert used["registers"] <= most, kernel
         # Dynamic shared memory is the plan's; below it lies what the driver reserves.

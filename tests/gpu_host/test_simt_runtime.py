@@ -1,4 +1,4 @@
-"""The host runtime of the CUDA kernels finds each fault, and none where none is."""
+"""The host runtime of the CUDA kernels finds every fault, and none in sound kernels."""
 
 import os
 import re
@@ -71,7 +71,7 @@ NOW_AND_THEN = ["published_too_early", "copy_source_changed"]
 
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory):
-    """faults with sanitizers, as kernels are tested, and checks without, as they are counted."""
+    """Two programs: faults, with sanitizers as in tests, and checks, without as when counting."""
     folder = tmp_path_factory.mktemp("simt")
     common = [COMPILER, "-std=c++17", "-DECA_HOST_SIMT", "-Wall", "-Wextra", "-Werror"]
 

@@ -1,4 +1,4 @@
-"""A layer whose convolution is more than its taps: it is called, and what it does counts."""
+"""A layer whose convolution has hooks, a wrapper or a bias: the layer calls the convolution."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,8 @@
-"""Every code block of the README, of CONTRIBUTING.md and of docs/: Python runs, commands exist."""
+"""Every code block of the README, of CONTRIBUTING.md and of docs/ runs, as far as time allows.
+
+Python blocks run. So do commands that are quick, or that an option makes so. The programs and the
+options of the others must exist.
+"""
 
 import functools
 import os
@@ -94,9 +98,47 @@ def wrong(words: list[str]) -> str:
     return f"no option {unknown}" if unknown else ""
 
 
+# What runs, and with which options more. Training, the whole suite and a GPU's scripts do not.
+RUNS: dict[str, list[str]] = {
+    "-m eca_fused plan": [],
+    "-m eca_fused tables": [],
+    "benchmarks/layers.py": ["--rounds", "1", "--batch", "1", "--contender", "native", "eager"],
+    "benchmarks/report.py": [],
+}
+
+
+def run(words: list[str], folder: Path) -> str:
+    """What a command says if it fails; "" if it does not, or is not one of RUNS."""
+    text = shlex.join(words[1:])
+    more = next((RUNS[start] for start in RUNS if text.startswith(start)), None)
+    if words[0] != "python" or more is None:
+        return ""
+    arguments = [str(ROOT / a) if a.startswith("benchmarks/") else a for a in words[1:]]
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments, *more], cwd=folder, env=env, capture_output=True, text=True
+    )
+    # A comparison ends with 1 if something became slower, which one round does not tell.
+    fine = (0, 1) if "--compare" in words else (0,)
+    return "" if done.returncode in fine else done.stdout[-1000:] + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize(("code", "needs"), blocks("sh"))
-def test_commands(code: str, needs: str) -> None:
-    assert {shlex.join(c): why for c in commands(code) if (why := wrong(c))} == {}
+def test_commands(code: str, needs: str, tmp_path: Path) -> None:
+    found = commands(code)
+    assert {shlex.join(c): why for c in found if (why := wrong(c))} == {}
+    if any("--plot" in words for words in found):
+        pytest.importorskip("matplotlib", reason="draws with it: pip install matplotlib")
+    if any("plan" in words for words in found):
+        pytest.importorskip("eca_fused._C", reason="needs the compiled extension: make build")
+    assert {shlex.join(c): why for c in found if (why := run(c, tmp_path))} == {}
+
+
+def test_a_command_that_fails_is_found(tmp_path: Path) -> None:
+    assert "is no result" in run(["python", "benchmarks/report.py", "nothing.json"], tmp_path)
+    assert run(["python", "examples/train.py"], tmp_path) == ""
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,21 @@ def test_no_import_goes_in_a_circle():
 
 
 @needs_checkout
+def test_no_command_imports_another():
+    """What commands share is in cli/common/."""
+    commands = ("demo", "gates", "plan", "tables")
+    crossing = [
+        (name, target)
+        for name, targets in imports(PACKAGE).items()
+        for target in targets
+        for command in commands
+        if target.startswith(f"eca_fused.cli.{command}")
+        and not name.startswith(f"eca_fused.cli.{command}")
+    ]
+    assert crossing == []
+
+
+@needs_checkout
 def test_what_is_imported_is_seen():
     """A check that finds no imports would pass for any package."""
     found = imports(PACKAGE)

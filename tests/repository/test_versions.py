@@ -1,5 +1,6 @@
 """What is supported is in one table, and private names of PyTorch are in one file."""
 
+import ast
 import re
 import subprocess
 
@@ -65,6 +66,41 @@ def uses(text: str) -> list[str]:
         if not code.lstrip().startswith("#"):
             found += [match[0] for match in PRIVATE.finditer(code)]
     return found
+
+
+# sys._getframe() and operators of ours.
+OTHERS = {"_getframe", "_inference_", "_inference_into"}
+OTHERS |= {"_triton_inference_", "_triton_inference_into"}
+
+
+def foreign_attributes(text: str) -> list[str]:
+    """Private attributes that are neither of self or cls nor named in this file."""
+    tree = ast.parse(text)
+    own = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    own |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and of_self(n)}
+    return [
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr)
+        if not of_self(node) and node.attr not in own
+    ]
+
+
+def of_self(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+@needs_checkout
+def test_private_attributes_are_our_own():
+    found = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sorted((ROOT / "eca_fused").rglob("*.py"))
+        if path.relative_to(ROOT).as_posix() != HOME
+        for name in foreign_attributes(path.read_text())
+        if name not in OTHERS
+    }
+    assert found == set()
+    assert foreign_attributes("a.untyped_storage()._cdata") == ["_cdata"]
 
 
 @needs_checkout

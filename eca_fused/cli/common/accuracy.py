@@ -19,7 +19,7 @@ def error(values: Sequence[Tensor], exact: Tensor) -> float:
 
 
 def floor(dtype: torch.dtype, magnitude: float, scale: float) -> float:
-    """The error of a result, divided by its largest absolute value, that rounding alone makes.
+    """The error that rounding alone makes, divided by the largest absolute value of the result.
 
     Args:
         dtype: of x and of the result. Sums are in float32, or in float64 for float64.

@@ -1,13 +1,14 @@
 """Progress and tables, for a terminal and for a pipe."""
 
 import importlib
+import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-__all__ = ["Progress", "bold", "table"]
+__all__ = ["Progress", "bold", "finite", "table"]
 
 
 class Progress:
@@ -75,3 +76,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO) ->
 
     rule = ("─" if styled(stream) else "-") * (sum(widths) + 2 * (len(widths) - 1))
     return "\n".join([bold(line(head), stream), rule, *map(line, rows)])
+
+
+def finite(value: Any) -> Any:
+    """The document with NaN and infinity as strings, because JSON lacks them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value

@@ -10,7 +10,7 @@ PACKAGES = {"matplotlib": "matplotlib", "PIL": "pillow", "sklearn": "scikit-lear
 
 
 def missing_packages(needed: Collection[str] = PACKAGES) -> list[str]:
-    """Of the needed modules in PACKAGES those that are not installed, by pip's names for them."""
+    """The needed packages that are not installed, by the names that pip knows them by."""
     found = importlib.util.find_spec
     return [name for module, name in PACKAGES.items() if module in needed and not found(module)]
 

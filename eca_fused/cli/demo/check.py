@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from eca_fused.cli.common.accuracy import error, floor, magnitudes
+from eca_fused.cli.common.networks import hooked
 from eca_fused.cli.demo.comparison import Check, Comparison, TopFive
-from eca_fused.cli.demo.network import eca_layers, hooked, moved_gates, outputs
+from eca_fused.cli.demo.network import eca_layers, moved_gates, outputs
 from eca_fused.layer import ECALayer
 from eca_fused.models import ResNet
 

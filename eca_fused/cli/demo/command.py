@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from eca_fused.cli.common.console import finite
 from eca_fused.cli.common.packages import PACKAGES_MISSING, missing_packages, need
 from eca_fused.cli.demo.main_job import Settings, run
-from eca_fused.cli.demo.report import finite
 from eca_fused.cli.demo.timing import Effort
 
 __all__ = ["main"]

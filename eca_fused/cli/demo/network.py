@@ -3,17 +3,16 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eca_fused.cli.common.networks import adapt, hooked
 from eca_fused.layer import ECALayer
 from eca_fused.models import Bottleneck, ResNet, eca_resnet50, set_fused
 
 __all__ = [
     "KERNEL_SIZES",
-    "adapt",
     "build",
     "fused_copy",
     "gates",
@@ -49,19 +48,6 @@ def build(images: Tensor, seed: int) -> ResNet:
     return network
 
 
-def adapt(network: nn.Module, images: Tensor) -> None:
-    """Give the batch norms the statistics of images (P, 3, H, W); sets evaluation mode."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0  # the statistics of this batch alone
-    with torch.no_grad():
-        network.train()(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    network.eval()
-
-
 def fused_copy(network: ResNet) -> ResNet:
     """The same weights with the fused ECA."""
     fused = copy.deepcopy(network)
@@ -82,22 +68,6 @@ def eca_layers(network: nn.Module) -> list[tuple[int, ECALayer]]:
 def last_eca_layers(network: nn.Module) -> list[ECALayer]:
     """The last ECA layer of each stage."""
     return list(dict(eca_layers(network)).values())
-
-
-@contextmanager
-def hooked(modules: list[Any], hook: Any) -> Iterator[None]:
-    """Run hook(index, module, inputs, output) after each of the modules, inside a with block."""
-    handles = [
-        module.register_forward_hook(
-            lambda module, inputs, output, index=index: hook(index, module, inputs, output)
-        )
-        for index, module in enumerate(modules)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def outputs(network: ResNet, x: Tensor) -> list[Tensor]:

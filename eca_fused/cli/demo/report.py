@@ -1,6 +1,5 @@
 """The result of the main job as text and as a document for JSON."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from textwrap import fill
@@ -11,7 +10,7 @@ from eca_fused.cli.common.measure import Contender, Spread, ratio
 from eca_fused.cli.demo.comparison import Check, Comparison
 from eca_fused.cli.demo.timing import Case
 
-__all__ = ["check_document", "check_text", "finite", "timing_document", "timing_text"]
+__all__ = ["check_document", "check_text", "timing_document", "timing_text"]
 
 RULE = (
     "Largest error against float64, relative to the largest value. Allowed: the error of plain,\n"
@@ -99,8 +98,8 @@ def timing_text(cases: Sequence[Case], where: str, stream: TextIO) -> str:
     head = ["ECA-ResNet-50, ms", "plain", "compiled", "fused", "both", "vs plain", "vs comp."]
     lines += [table([*head, "both vs comp."], rows, stream), ""]
     lines += [
-        "Times are medians. Ratios are medians over the rounds; above 1, fused is faster, and with",
-        "a ? the rounds disagree on which is faster.",
+        "Times are medians. Ratios are medians over the rounds; above 1, fused is faster. A ?",
+        "means that the rounds disagree on which is faster.",
         "plain: eager PyTorch. compiled: torch.compile of plain. both: torch.compile of fused.",
         "GB/s: the least that fused must move (x and y; backward dy, x and dx) over its time.",
         *disturbance(cases),
@@ -176,14 +175,3 @@ def timing_document(cases: Sequence[Case]) -> list[dict[str, Any]]:
         }
         for case in cases
     ]
-
-
-def finite(value: Any) -> Any:
-    """The document with NaN and infinity as strings, because JSON lacks them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value

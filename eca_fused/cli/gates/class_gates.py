@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from eca_fused import attention, reference
+from eca_fused.cli.common.networks import adapt, hooked
 from eca_fused.cli.common.photographs import Photograph, preprocess, read_photograph
-from eca_fused.cli.demo.network import adapt, hooked
 from eca_fused.models import InvertedResidual, MobileNetV2, ResNet
 
 __all__ = [

@@ -15,10 +15,9 @@ from typing import Any, TextIO
 import torch
 
 from eca_fused import attention
-from eca_fused.cli.common.console import table
+from eca_fused.cli.common.console import finite, table
 from eca_fused.cli.common.packages import PACKAGES_MISSING, missing_packages, need
 from eca_fused.cli.common.photographs import Photograph, load_photographs
-from eca_fused.cli.demo.report import finite
 from eca_fused.cli.gates.class_gates import (
     Classes,
     Stage,
@@ -228,7 +227,7 @@ def document(args: argparse.Namespace, found: Found) -> dict[str, Any]:
 
 def draw(args: argparse.Namespace, found: Found) -> None:
     """Write the picture."""
-    from eca_fused.cli.demo.pictures import draw_class_gates
+    from eca_fused.cli.gates.pictures import draw_class_gates
 
     weights = source(args)
     draw_class_gates(

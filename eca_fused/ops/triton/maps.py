@@ -9,7 +9,7 @@ import math
 from torch import Tensor
 
 from eca_fused.ops.results import dense_strides, output_strides
-from eca_fused.torch_state import is_fake
+from eca_fused.torch_state import is_fake, same_storage
 
 
 def in_planes(x: Tensor) -> bool:
@@ -61,7 +61,7 @@ def overlap(a: Tensor, b: Tensor) -> bool:
     them, all views of one storage count as overlapping.
     """
     if is_fake(a) or is_fake(b):
-        return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+        return same_storage(a, b)
     ranges = []
     for t in (a, b):
         last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))

@@ -27,8 +27,8 @@ struct Thread : Coordinates {
   Place place;  // of what it waits at
   uint64_t exchange;
   int mask, exchange_bytes;
-  // Cluster barriers that it has arrived at, those that it has waited for, and those that it or,
-  // before the last block barrier, a thread of its block has waited for.
+  // Cluster barriers: those that it has arrived at; those that it has waited for; and those that it
+  // has waited for, or that any thread of its block had waited for before the last block barrier.
   uint16_t arrivals, own_waits, waits;
   int copies, copy_objects;  // that it has come to
   int waits_for_copies;

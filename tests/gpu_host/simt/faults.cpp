@@ -393,7 +393,7 @@ void run_shuffle_after_exit() {
   expect_all(y, 0.0, "the other lane's value");
 }
 
-// Two shuffles, so that the lanes of one branch must not meet those of the other.
+// Two shuffles, one in each branch: lanes of different branches must not exchange values.
 template <bool kFault>
 __global__ void shuffle_in_branch(int* y) {
   if (kFault ? thread_index() % 2 == 0 : thread_index() < 32) y[thread_index()] = shuffle_xor(1, 1);
