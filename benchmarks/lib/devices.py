@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
+from eca_fused.cli.common.measure import rotation
 from lib import gpu_timing
-from lib.gpu_timing import Call, rotation
+from lib.gpu_timing import LONGEST_ROTATION, Call
 
 
 class Recording(Protocol):
@@ -162,7 +163,7 @@ class Gpu(Cpu):
         torch.backends.cudnn.allow_tf32 = False
 
     def distinct(self, call_bytes: int) -> int:
-        return rotation(call_bytes, self.l2)
+        return rotation(call_bytes, self.l2, LONGEST_ROTATION)
 
     def writer(self, map_: torch.Tensor) -> Callable[[], object] | None:
         return None

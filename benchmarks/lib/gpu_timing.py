@@ -6,7 +6,6 @@ there that an earlier one left. Events time the replays; the host's work does no
 """
 
 import gc
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +16,6 @@ from torch import Tensor
 Call = Callable[[], tuple[Tensor, ...]]
 
 LONGEST_ROTATION = 768  # calls in a graph; capturing one takes the host some 50 us
-
-
-def rotation(call_bytes: int, l2: int, times_l2: float = 3) -> int:
-    """How many distinct calls have maps that together are `times_l2` times the L2 cache."""
-    return min(max(2, math.ceil(times_l2 * l2 / max(call_bytes, 1))), LONGEST_ROTATION)
 
 
 @contextmanager

@@ -163,31 +163,41 @@ class Scripted(Way):
         return y
 
 
-class TracedPlain(Scripted):
-    """The definition, for torch.jit.trace. Writes in place are scripted, which keeps the checks."""
+class Traced(Way):
+    """Another way for torch.jit.trace, which would warn about the checks."""
 
-    def __init__(self) -> None:
-        super().__init__("reference")
-        self.plain = Plain()
+    def __init__(self, inner: Way) -> None:
+        self.inner = inner
 
     def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
-        return quietly(self.plain.eca, x, weight, circular)
+        return quietly(self.inner.eca, x, weight, circular)
 
     def pool(self, x: Tensor) -> Tensor:
-        return quietly(self.plain.pool, x)
+        return quietly(self.inner.pool, x)
 
     def rescale(self, x: Tensor, gate: Tensor) -> Tensor:
-        return quietly(self.plain.rescale, x, gate)
+        return quietly(self.inner.rescale, x, gate)
 
 
-class TracedToONNX(Way):
+class TracedPlain(Traced):
+    """The definition. Writes in place are scripted, which keeps the checks."""
+
+    def __init__(self) -> None:
+        super().__init__(Plain())
+        self.scripted = Scripted("reference")
+
+    def eca_into(self, x: Tensor, weight: Tensor, circular: bool, out: Tensor) -> Tensor:
+        return self.scripted.eca_into(x, weight, circular, out)
+
+    def eca_(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
+        return self.scripted.eca_(x, weight, circular)
+
+
+class TracedToONNX(Traced):
     """Operations that ONNX has. Its exporter knows writes to a slice, but not to a whole map."""
 
     def __init__(self) -> None:
-        self.graph = Graph()
-
-    def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
-        return quietly(self.graph.eca, x, weight, circular)
+        super().__init__(Graph())
 
     def eca_into(self, x: Tensor, weight: Tensor, circular: bool, out: Tensor) -> Tensor:
         quietly(check_out, x, out)
@@ -197,12 +207,6 @@ class TracedToONNX(Way):
     def eca_(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
         x[:] = self.eca(x, weight, circular)
         return x
-
-    def pool(self, x: Tensor) -> Tensor:
-        return quietly(self.graph.pool, x)
-
-    def rescale(self, x: Tensor, gate: Tensor) -> Tensor:
-        return quietly(self.graph.rescale, x, gate)
 
 
 # ---- kernels ----

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Contender", "Spread", "interleave", "interleaved", "ratio", "reason"]
+__all__ = ["Contender", "Spread", "interleave", "interleaved", "ratio", "reason", "rotation"]
 
 SHORTEST_SAMPLE_S = 5e-3  # below this, the clock and the Python loop would show
 WARM_UP_ROUNDS = 2
@@ -77,6 +77,14 @@ def timed(call: Callable[[], object], calls: int, device: torch.device) -> float
     for _ in range(calls):
         call()
     return (time.perf_counter() - began) / calls
+
+
+def rotation(call_bytes: int, cache_bytes: int, most: int) -> int:
+    """How many inputs a GPU's calls use in turn, so that none finds its maps in the L2 cache.
+
+    Together their maps are three times as large as the cache, unless that takes more than `most`.
+    """
+    return min(max(2, math.ceil(3 * cache_bytes / max(call_bytes, 1))), most)
 
 
 def interleaved(

@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eca_fused.cli.common.measure import Contender, interleave, reason
+from eca_fused.cli.common.measure import Contender, interleave, reason, rotation
 from eca_fused.cli.demo.network import last_eca_layers, layer_inputs
 from eca_fused.models import ResNet
 from eca_fused.torch_state import forget_compiled
@@ -79,15 +78,12 @@ def attempt(name: str, module: nn.Module, use: Callable[[nn.Module], object]) ->
     return Contender(name, lambda: use(fast))
 
 
-def rotation(x: Tensor) -> int:
-    """How many copies of a map to use in turn, so that none is still in the cache of a GPU.
-
-    On a CPU it is one, because in a network the previous layer has just written the map.
-    """
+def copies(x: Tensor) -> int:
+    """How many copies of a map to use in turn; one on a CPU, as a network has just written it."""
     if x.device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(x.device).L2_cache_size
-    return min(64, max(2, math.ceil(3 * cache / (2 * x.numel() * x.element_size()))))
+    return rotation(2 * x.numel() * x.element_size(), cache, most=64)
 
 
 def layer_cases(
@@ -113,7 +109,7 @@ def layer_case(
     place: str, pass_: str, plain: nn.Module, fused: nn.Module, x: Tensor, effort: Effort
 ) -> Case:
     """One layer in one direction, for a map x (N, C, H, W)."""
-    maps = [x.detach().clone() for _ in range(rotation(x))]
+    maps = [x.detach().clone() for _ in range(copies(x))]
     turn = itertools.cycle(maps)
     results: deque[object] = deque(maxlen=len(maps) - 1)  # outputs rotate as inputs do
     if pass_ == FORWARD:
