@@ -245,7 +245,7 @@ def all_parts(out: Path) -> dict[str, Part]:
 
 # Parts in one list run side by side: they wait for the host more than for the GPU. A part that
 # measures times runs alone.
-PLANS: dict[str, list[list[str]]] = {
+SEQUENCES: dict[str, list[list[str]]] = {
     "first": [
         ["facts"],
         ["small"],
@@ -361,10 +361,11 @@ def provide_extension(run: Run) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog=f"plans: {', '.join(PLANS)}; or names of parts"
+        description=__doc__.split("\n")[0],
+        epilog=f"sequences: {', '.join(SEQUENCES)}; or names of parts",
     )
     parser.add_argument("out", type=Path, help="folder for the results")
-    parser.add_argument("what", nargs="+", help="a plan, or parts in their order")
+    parser.add_argument("what", nargs="+", help="a sequence of parts, or parts in their order")
     parser.add_argument("--device", choices=["cuda", "dry-run"], default="cuda")
     parser.add_argument(
         "--seconds", type=float, default=560, help="stop all parts after this time (default 560)"
@@ -376,10 +377,10 @@ def main(argv: list[str]) -> int:
     parts = all_parts(out)
     stages: list[list[str]] = []
     for name in args.what:
-        stages += PLANS.get(name, [[name]])
+        stages += SEQUENCES.get(name, [[name]])
     unknown = [name for stage in stages for name in stage if name not in parts]
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join((*PLANS, *parts))}")
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join((*SEQUENCES, *parts))}")
     run = Run(out, args.device == "dry-run", args.seconds)
     provide_extension(run)
     for stage in stages:

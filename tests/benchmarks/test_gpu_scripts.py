@@ -192,7 +192,7 @@ def test_what_there_is_no_time_for_is_said(tmp_path):
 
 def test_plans_name_parts_that_exist(tmp_path):
     parts = gpu_check.all_parts(tmp_path)
-    for stages in gpu_check.PLANS.values():
+    for stages in gpu_check.SEQUENCES.values():
         for stage in stages:
             assert set(stage) <= set(parts)
     done = subprocess.run(
@@ -240,7 +240,7 @@ def test_rehearsal_from_what_would_travel(plan, tmp_path):
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     verdicts = summary(out)
-    wanted = {name for stage in gpu_check.PLANS[plan] for name in stage} - {"few counters"}
+    wanted = {name for stage in gpu_check.SEQUENCES[plan] for name in stage} - {"few counters"}
     assert set(verdicts) == {"extension", *wanted}
     assert all(verdict.startswith("ok") for verdict in verdicts.values()), verdicts
     assert len(list(out.iterdir())) <= MOST_FILES
