@@ -90,7 +90,7 @@ eca_fused.eca(torch.ones(1, 1), torch.ones(1, 1, 1))
 def test_an_unknown_instruction_set_is_an_error_that_lists_them():
     code = "import eca_fused; print(eca_fused.backends()['native'])"
     done = python(code, ECA_FUSED_CPU_CAPABILITY="AVX2")
-    assert "one of baseline, avx2, avx512, got 'AVX2'; unset it" in done.stdout
+    assert "one of baseline, avx2, avx512, got 'AVX2'; unset the variable" in done.stdout
     assert "pip install" not in done.stdout  # no build would mend it
     assert "usable: CPU" in python(code, ECA_FUSED_CPU_CAPABILITY="").stdout
 
