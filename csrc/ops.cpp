@@ -36,15 +36,17 @@ void check(bool ok, const Parts&... parts) {
   throw std::runtime_error("eca_fused: " + message.str());
 }
 
-// Prints a shape, where a message needs it.
+// Prints a shape, or the first `dims` sizes of it, where a message needs it.
 struct shape {
   const Tensor& tensor;
+  int64_t dims = -1;
 };
 
 std::ostream& operator<<(std::ostream& out, shape s) {
+  const int64_t dims = s.dims < 0 ? s.tensor.dim() : s.dims;
   out << "(";
-  for (int64_t i = 0; i < s.tensor.dim(); ++i) out << (i ? ", " : "") << s.tensor.size(i);
-  return out << (s.tensor.dim() == 1 ? ",)" : ")");
+  for (int64_t i = 0; i < dims; ++i) out << (i ? ", " : "") << s.tensor.size(i);
+  return out << (dims == 1 ? ",)" : ")");
 }
 
 // dtypes and devices as torch's integers: a comparison costs one call. With the enums of the stable
@@ -162,23 +164,11 @@ Problem problem_of(const Tensor& x, const Tensor& weight, bool circular) {
   check(!circular || k / 2 <= C, "circular padding would wrap around more than once: k = ", k,
         " needs ", k / 2, " channels or more, x has ", C,
         "; use fewer taps or padding_mode='zeros'");
-  p.taps_dtype = dtype_of(weight, "taps");
+  p.taps_dtype = code == kFloat32Code ? Dtype::kFloat32 : p.dtype;
   p.kernel_size = k;
   p.taps_per_channel = weight.size(0) != 1;
   p.circular = circular;
   return p;
-}
-
-// The first `dims` sizes of x.
-struct first_sizes {
-  const Tensor& x;
-  int64_t dims;
-};
-
-std::ostream& operator<<(std::ostream& out, first_sizes s) {
-  out << "(";
-  for (int64_t i = 0; i < s.dims; ++i) out << (i ? ", " : "") << s.x.size(i);
-  return out << ")";
 }
 
 bool has_first_sizes(const Tensor& t, const Tensor& x, int64_t dims) {
@@ -192,7 +182,7 @@ void check_same(const Tensor& t, const char* name, const Tensor& x, int64_t dims
                 const char* advice) {
   const bool same = has_first_sizes(t, x, dims) && dtype_code(t) == code;
   if (same && device_of(t) == device_of(x)) return;
-  check(false, "expected ", name, " of shape ", first_sizes{x, dims}, ", ", dtype{code}, ", on ",
+  check(false, "expected ", name, " of shape ", shape{x, dims}, ", ", dtype{code}, ", on ",
         device_of(x), ", got ", shape{t}, ", ", dtype{dtype_code(t)}, ", on ", device_of(t), "; ",
         advice);
 }
@@ -217,7 +207,7 @@ void check_out(const Tensor& out, const char* name, const Tensor& x) {
 
 // gate or shift (N, C)
 void check_gate(const Tensor& t, const char* name, const Tensor& x) {
-  check(has_first_sizes(t, x, 2), "expected a ", name, " of shape (N, C) = ", first_sizes{x, 2},
+  check(has_first_sizes(t, x, 2), "expected a ", name, " of shape (N, C) = ", shape{x, 2},
         " for x ", shape{x}, ", got ", shape{t}, "; bring it to that with flatten(1) or expand()");
   dtype_of(t, name);
   if (!(device_of(t) == device_of(x)))
