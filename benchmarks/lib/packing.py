@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable
 from typing import Any
+
+from lib.cases import Case
 
 Result = dict[str, Any]
 
@@ -21,7 +22,7 @@ def pack(result: Result) -> str:
     """
     head = {name: rounded(value) for name, value in result.items() if name != "rows"}
     tight: dict[str, Any] = {"separators": (",", ":")}
-    lines = [json.dumps(rounded(with_contenders(packed, row)), **tight) for row in result["rows"]]
+    lines = [json.dumps(rounded(packed_row(row)), **tight) for row in result["rows"]]
     text = json.dumps({**head, "packed": True, "rows": []}, **tight)
     return text[: -len("]}")] + "\n" + ",\n".join(lines) + "\n]}\n"
 
@@ -30,26 +31,32 @@ def unpack(result: Result) -> Result:
     """A result as the scripts write it, from a packed one."""
     if not result.pop("packed", False):
         return result
-    return {**result, "rows": [with_contenders(unpacked, row) for row in result["rows"]]}
+    return {**result, "rows": [unpacked_row(row) for row in result["rows"]]}
 
 
-def with_contenders(change: Callable[[Any, Result], Any], row: Result) -> Result:
+def packed_row(row: Result) -> Result:
     if "contenders" not in row:
         return row
-    if change is packed:
-        row = dropped(row)
-        return {**row, "contenders": packed(row["contenders"], row)}
-    return {**restored(row), "contenders": unpacked(row["contenders"], usual(row) | row)}
+    row = dropped(row)
+    return {**row, "contenders": packed(row["contenders"], row)}
+
+
+def unpacked_row(row: Result) -> Result:
+    if "contenders" not in row:
+        return row
+    row = usual(row) | row
+    contenders = unpacked(row["contenders"], row)
+    row.pop("samples", None)
+    return {**row, "contenders": contenders}
 
 
 def bytes_of(row: Result) -> dict[str, int]:
     """The bytes that follow from the shape; a row of a network, or of small calls, has none."""
     if "shape" not in row or "k" not in row:
         return {}
-    map_bytes = math.prod(row["shape"]) * SIZES[row["dtype"]]
-    maps = {"forward": 2, "warm forward": 2, "backward": 3, "forward and backward": 5}
-    found = {"ideal_bytes": maps[row["direction"]] * map_bytes}
-    return found | ({"map_bytes": map_bytes} if "axis" in row else {})
+    case = Case(tuple(row["shape"]), row["k"], row["dtype"], row["layout"])
+    found = {"ideal_bytes": case.ideal_bytes(row["direction"].removeprefix("warm "))}
+    return found | ({"map_bytes": case.map_bytes} if "axis" in row else {})
 
 
 def usual(row: Result) -> Result:
@@ -69,12 +76,6 @@ def dropped(row: Result) -> Result:
         if is_spread(value)
     }
     return found | ({"samples": counts.pop()} if len(counts) == 1 else {})
-
-
-def restored(row: Result) -> Result:
-    row = {**usual(row), **row}
-    row.pop("samples", None)
-    return row
 
 
 def packed(contenders: dict[str, Any], row: Result) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def unpacked(contenders: dict[str, Any], row: Result) -> dict[str, Any]:
         if "ideal_bytes" in row:
             entry["gbps"] = row["ideal_bytes"] / us / 1e3
         if "map_bytes" in row:
-            entry["ps_per_element"] = 1e6 * us / (row["map_bytes"] / SIZES[row["dtype"]])
+            entry["ps_per_element"] = 1e6 * us / math.prod(row["shape"])
         if copy:
             share = copy["us"]["median"] / us
             entry["of_copy"] = {**dict.fromkeys(SPREAD, share), "samples": entry["us"]["samples"]}
@@ -123,9 +124,6 @@ def unpacked(contenders: dict[str, Any], row: Result) -> dict[str, Any]:
     if copy and ours and "times_ours" in copy:
         ours["of_copy"] = dict(copy["times_ours"])
     return found
-
-
-SIZES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 
 
 def is_spread(value: Any) -> bool:
