@@ -18,7 +18,7 @@ from torch import nn
 import train
 from eca_fused import ECALayer
 from eca_fused.models import BasicBlock, ResNet, set_fused
-from helpers.processes import ROOT
+from helpers.processes import ROOT, path_with
 from training import digits, loop, options, processes
 
 # Two epochs of four steps, with checkpoints after 3, 4, 6 and 8.
@@ -29,7 +29,7 @@ CHILD = os.environ | {
     "CUDA_VISIBLE_DEVICES": "",
     # After a restart, a store shared with torchrun still has the old processes' addresses.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    "PYTHONPATH": path_with(ROOT),
 }
 EPS = torch.finfo(torch.float32).eps
 LIMIT = 300  # seconds for a child that would otherwise hang

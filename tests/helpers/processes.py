@@ -8,6 +8,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+def path_with(folder: Path) -> str:
+    """PYTHONPATH with a folder before what it has."""
+    return os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+
+
 def python(
     code: str, *arguments: object, without: tuple[str, ...] = (), **env: str
 ) -> subprocess.CompletedProcess[str]:
@@ -38,11 +43,10 @@ def run_tests(*arguments: str, **env: str) -> str:
     Raises:
         AssertionError: a test failed, or none ran.
     """
-    found = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": found} | env,
+        env=os.environ | {"PYTHONPATH": path_with(ROOT / "tests")} | env,
         capture_output=True,
         text=True,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.processes import ROOT
+from helpers.processes import ROOT, path_with
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
@@ -46,7 +46,7 @@ def test_python(code: str, needs: str, tmp_path: Path) -> None:
         pytest.importorskip("timm", reason="needs timm: pip install timm")
     env = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": path_with(ROOT),
     }
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
@@ -114,9 +114,7 @@ def run(words: list[str], folder: Path) -> str:
     if words[0] != "python" or more is None:
         return ""
     arguments = [str(ROOT / a) if a.startswith("benchmarks/") else a for a in words[1:]]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    }
+    env = os.environ | {"PYTHONPATH": path_with(ROOT)}
     done = subprocess.run(
         [sys.executable, *arguments, *more], cwd=folder, env=env, capture_output=True, text=True
     )
