@@ -15,16 +15,9 @@ import eca_fused
 from eca_fused import ECALayer, attention
 from eca_fused.models import Bottleneck, ResNet
 from helpers.cases import LAYOUTS, make_case, needs_extension
+from helpers.optional import needs_timm, timm_eca
 
 pytestmark = pytest.mark.every_torch
-
-try:
-    from timm.layers import EcaModule
-except Exception:  # a torchvision that does not fit torch fails with a RuntimeError
-    EcaModule = None
-needs_timm = pytest.mark.skipif(
-    EcaModule is None, reason="needs timm, and a torchvision that fits torch: make test"
-)
 
 
 class Net(nn.Module):
@@ -215,9 +208,7 @@ def test_functional_call():
 @needs_timm
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
 def test_timms_layers_are_replaced_and_put_back(padding_mode):
-    from timm.layers import CecaModule
-
-    kind = EcaModule if padding_mode == "zeros" else CecaModule
+    kind = timm_eca.EcaModule if padding_mode == "zeros" else timm_eca.CecaModule
     net = nn.Sequential(nn.Conv2d(3, 8, 3), kind(8), nn.ReLU(), kind(8))
     x = image()
     want, before = net(x), copy.deepcopy(net.state_dict())

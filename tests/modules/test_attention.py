@@ -17,16 +17,9 @@ from helpers.cases import (
     name_of,
     run,
 )
+from helpers.optional import needs_timm, timm_eca
 
 pytestmark = pytest.mark.every_torch
-
-try:
-    from timm.layers import eca as timm_eca
-except Exception:  # a torchvision that does not fit torch fails with a RuntimeError
-    timm_eca = None
-needs_timm = pytest.mark.skipif(
-    timm_eca is None, reason="needs timm, and a torchvision that fits torch: make test"
-)
 
 # The number of parameters of one module of C channels: Wang et al., table 1.
 PARAMETERS: dict[str, Callable[[int], int]] = {

@@ -10,31 +10,10 @@ from torch import nn
 import eca_fused
 from eca_fused import ECALayer, kernel_size
 from helpers.cases import BACKENDS, make_case
+from helpers.eca_modules import eca_layer
+from helpers.optional import needs_timm, timm_eca
 
 pytestmark = pytest.mark.any_device
-
-try:
-    from timm.layers import eca as timm_eca
-except Exception:  # a torchvision that does not fit torch fails with a RuntimeError
-    timm_eca = None
-needs_timm = pytest.mark.skipif(
-    timm_eca is None, reason="needs timm, and a torchvision that fits torch: make test"
-)
-
-
-class AuthorsLayer(nn.Module):
-    """The structure of the authors' eca_layer, as its checkpoints have it."""
-
-    def __init__(self, k):
-        super().__init__()
-        self.avg_pool = nn.AdaptiveAvgPool2d(1)
-        self.conv = nn.Conv1d(1, 1, kernel_size=k, padding=(k - 1) // 2, bias=False)
-        self.sigmoid = nn.Sigmoid()
-
-    def forward(self, x):
-        y = self.avg_pool(x)
-        y = self.conv(y.squeeze(-1).transpose(-1, -2)).transpose(-1, -2).unsqueeze(-1)
-        return x * self.sigmoid(y).expand_as(x)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +43,7 @@ def test_which_argument_gives_the_kernel_size():
 OTHERS = {
     "timm EcaModule": (lambda k: timm_eca.EcaModule(kernel_size=k), "zeros"),
     "timm CecaModule": (lambda k: timm_eca.CecaModule(kernel_size=k), "circular"),
-    "the authors' eca_layer": (AuthorsLayer, "zeros"),
+    "the authors' eca_layer": (lambda k: eca_layer(8, k), "zeros"),
 }
 
 
@@ -89,7 +68,7 @@ def test_weights_of_other_implementations(name, k, fused):
 
 def test_initialisation_is_that_of_the_authors_layer():
     torch.manual_seed(3)
-    theirs = AuthorsLayer(5)
+    theirs = eca_layer(8, 5)
     torch.manual_seed(3)
     assert torch.equal(ECALayer(kernel_size=5).conv.weight, theirs.conv.weight)
 
