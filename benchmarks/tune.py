@@ -2,6 +2,7 @@
 
     python benchmarks/tune.py --output tune.json                  # six layers, two minutes
     python benchmarks/tune.py --shape 32 256 56 56 --taps 3 --layout channels_last
+    python benchmarks/tune.py --shape 32 2048 7 7 --taps 7 --strategy runs      # these plans alone
     python benchmarks/tune.py --list --gpu sm_90:132              # the plans alone; needs no GPU
 
 Forces every plan that the CUDA kernels can run for a layer, from a grid of tiles, groups and
@@ -12,6 +13,7 @@ by time; `*` marks the planner's choice. TUNING.md says what the numbers are for
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import product
@@ -74,12 +76,14 @@ def tiles_of(case: Case) -> list[int]:
     return sorted({s for s in steps if s < channels and s % unit == 0} | {channels})
 
 
-IN_REGISTERS = {"rows": (7, 13), "runs": (2, 4), "columns": (4, 7, 13)}  # with their depths
+IN_REGISTERS = {"rows": (7, 13), "runs": (2, 4, 8), "columns": (4, 7, 13)}  # with their depths
 KEPT = (4, 8, 12, 16, 20, 25, 32, 0)  # vectors of a thread
 
 
-def candidates(case: Case, backward: bool, limits: Any) -> dict[Forced, dict[str, Any]]:
-    """The plans that can run, by what forces them."""
+def candidates(
+    case: Case, backward: bool, limits: Any, strategies: Sequence[str] = ()
+) -> dict[Forced, dict[str, Any]]:
+    """The plans that can run, by what forces them; all strategies, or only these."""
     found = {}
     ways = [Forced("two_pass"), Forced("stream")]
     ways += [Forced("tile", t, g, n) for t in tiles_of(case) for g in GROUPS for n in THREADS]
@@ -88,6 +92,8 @@ def candidates(case: Case, backward: bool, limits: Any) -> dict[Forced, dict[str
     ways += [Forced(name, tile, 1, n, depth) for (name, depth), n, tile in sizes]
     ways += [Forced("kept", depth=vectors) for vectors in KEPT]
     for forced in ways:
+        if strategies and forced.strategy not in strategies:
+            continue
         plan = plan_of(case, backward, forced._asdict(), limits)
         if isinstance(plan, str) or plan["occupancy"] < 1:
             continue
@@ -101,7 +107,7 @@ def candidates(case: Case, backward: bool, limits: Any) -> dict[Forced, dict[str
 
 
 def same(plan: dict[str, Any], other: Any) -> bool:
-    sizes = ("strategy", "exchange", "tile", "group", "threads", "chunk", "parts")
+    sizes = ("strategy", "exchange", "tile", "group", "threads", "depth", "chunk", "parts")
     return isinstance(other, dict) and all(plan[name] == other[name] for name in sizes)
 
 
@@ -132,14 +138,21 @@ def record(
 
 
 def tune(
-    case: Case, direction: str, inputs: Inputs, *, limits: Any, device: Device, rounds: int
+    case: Case,
+    direction: str,
+    inputs: Inputs,
+    *,
+    limits: Any,
+    device: Device,
+    rounds: int,
+    strategies: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Check and time all candidates on one direction of a layer."""
     backward = direction == "backward"
     ops: Any = torch.ops.eca_fused
     saved = [ops.forward(x, inputs.taps, False)[1:] for x in inputs.xs]
     chosen = plan_of(case, backward, None, limits)
-    plans = candidates(case, backward, limits)
+    plans = candidates(case, backward, limits, strategies)
     judge = Judge(inputs)
     recordings = {"copy": record_copy(direction, case, device)}
     failed = []
@@ -193,12 +206,12 @@ def table(case: Case, direction: str, found: dict[str, Any], most: int = SHOWN) 
     return "\n".join(lines)
 
 
-def listing(case: Case, limits: Any) -> str:
+def listing(case: Case, limits: Any, strategies: Sequence[str] = ()) -> str:
     lines = []
     for direction in DIRECTIONS[:2]:
         backward = direction == "backward"
         chosen = plan_of(case, backward, None, limits)
-        plans = candidates(case, backward, limits)
+        plans = candidates(case, backward, limits, strategies)
         lines.append(f"{case} {direction}: {len(plans)} plans")
         for forced, plan in plans.items():
             mark = "*" if same(plan, chosen) else " "
@@ -213,6 +226,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of --shape")
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of --shape")
     parser.add_argument("--layers", type=int, default=len(LAYERS), help="only the first of them")
+    parser.add_argument("--strategy", nargs="+", default=[], help="only plans of these")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each plan (default 15)")
     parser.add_argument("--seconds", type=float, default=120, help="start no layer after this")
     parser.add_argument("--list", action="store_true", help="print the plans, and time none")
@@ -232,7 +246,7 @@ def main(argv: list[str]) -> int:
         layers = [Case(tuple(args.shape), args.taps, args.dtype, args.layout)]
     limits = native_module().gpu_by_name(args.gpu) if args.gpu else gpu_limits()
     if args.list:
-        print("\n".join(listing(case, limits) for case in layers))
+        print("\n".join(listing(case, limits, args.strategy) for case in layers))
         return 0
     device = device_named(args.device)
     device.full_precision()
@@ -247,7 +261,13 @@ def main(argv: list[str]) -> int:
                 continue
             with no_collection(), torch.no_grad():
                 found = tune(
-                    case, direction, inputs, limits=limits, device=device, rounds=args.rounds
+                    case,
+                    direction,
+                    inputs,
+                    limits=limits,
+                    device=device,
+                    rounds=args.rounds,
+                    strategies=args.strategy,
                 )
             device.free()
             status |= bool(found["failed"])

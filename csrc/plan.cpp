@@ -262,6 +262,9 @@ struct Planner {
     t.pad = int32_t(pad);
     t.chunk = p.samples;
     t.parts = 1;
+    t.by_tiles = divisor_of(t.tiles);
+    t.by_pixels = divisor_of(p.pixels);
+    t.factor = 1 / float(p.pixels);
     plan->strategy = strategy;
     plan->blocks = p.samples * t.tiles;
     plan->launches = backward ? 2 : 1;
@@ -287,11 +290,14 @@ struct Planner {
     *plan = {};
     Tiling& t = plan->tiling;
     if (!planes || !access.dense || !access.samples_aligned || p.pixels < V) return false;
+    if (threads != kRunThreads || p.channels * p.pixels > kMostElements) return false;
     int64_t unit = 1;  // planes that together are whole vectors
     while (unit * p.pixels % V != 0) unit *= 2;
     t.depth = depth;
     t.threads = threads;
-    t.lanes = power_of_two_up_to(std::clamp<int64_t>(p.pixels / V / 4, 1, 32));
+    const int64_t terms = p.pixels / run_granule(p.pixels, size);
+    t.lanes = power_of_two_up_to(std::clamp<int64_t>((terms + 14) / 32, 1, 32));
+    t.share = int32_t(ceil_div(terms, t.lanes) | 1);
     const int64_t capacity = int64_t(threads) * depth * V;
     // The first vector may begin before the first held plane.
     const bool all = p.channels * p.pixels <= capacity;
@@ -325,6 +331,7 @@ struct Planner {
     t.group = 1;
     t.vectors = true;
     t.tile = t.held = int32_t(p.channels);
+    t.factor = 1 / float(p.pixels);
     t.pad = int32_t(pad);
     t.tiles = 1;
     t.chunk = p.samples;
@@ -440,9 +447,11 @@ struct Planner {
     const Tiling& t = plan->tiling;
     const int64_t maps = backward ? 2 : 1;
     const int64_t blocks = plan->strategy == 'R'   ? row_blocks(t.depth)
-                           : plan->strategy == 'F' ? kRunBlocks
+                           : plan->strategy == 'F' ? run_blocks(t.depth)
                                                    : column_blocks(t.depth);
-    const int64_t most = plan->strategy == 'R' ? row_threads(t.depth) : kRunThreads;
+    const int64_t most = plan->strategy == 'R'   ? row_threads(t.depth)
+                         : plan->strategy == 'F' ? kRunThreads
+                                                 : kColumnThreads;
     plan->occupancy = resident(*plan, most, blocks);
     const int64_t held_bytes = p.samples * held_in_sample(t) * p.pixels * size * maps;
     plan->dram_bytes = (maps + 1) * map_bytes + small_bytes(*plan);
@@ -486,7 +495,7 @@ struct Planner {
       if (kept(vectors, kLeftToL1, &plan)) better(cost_of_kept(&plan));
     for (int32_t threads : {128, 256, 512}) {
       for (int32_t depth : kRowDepths) consider(rows(depth, threads, 0, &plan));
-      if (threads > kRunThreads) continue;
+      if (threads > kColumnThreads) continue;
       for (int32_t depth : kRunDepths) consider(runs(depth, threads, 0, &plan));
       for (int32_t depth : kColumnDepths) consider(columns(depth, threads, 0, &plan));
       // Narrower columns give more blocks.
@@ -556,7 +565,7 @@ struct Planner {
       return std::find(std::begin(depths), std::end(depths), depth) != std::end(depths);
     };
     const bool fits =
-        registers_fit() && n <= (s == 'R' ? 512 : kRunThreads) && n >= 32 && (n & (n - 1)) == 0;
+        registers_fit() && n <= (s == 'R' ? 512 : kColumnThreads) && n >= 32 && (n & (n - 1)) == 0;
     if (fits && s == 'S' && stream(&plan)) {
       cost_of_stream(&plan);
       return plan;
@@ -632,6 +641,12 @@ Gpu gpu_by_name(const std::string& name) {
   return gpu;
 }
 
+Divisor divisor_of(int64_t divisor) {
+  int32_t shift = 31;
+  while (int64_t(1) << (shift - 31) < divisor) ++shift;
+  return {uint32_t(((uint64_t(1) << shift) + uint64_t(divisor) - 1) / uint64_t(divisor)), shift};
+}
+
 Access dense_access(const Problem& p) {
   const int64_t length = p.layout == Layout::kPlanes ? p.pixels : p.channels;
   const bool samples = p.channels * p.pixels * size_of(p.dtype) % 16 == 0;
@@ -702,9 +717,10 @@ SharedLayout register_layout(const Problem& p, char strategy, const Tiling& t) {
   place(&s.gate, strategy == 'R' ? 0 : t.held + 1);
   place(&s.shift, strategy == 'R' ? 0 : t.tile + 1);
   place(&s.flag, 1);
-  place(&s.scratch, strategy == 'R'   ? t.threads / 32
-                    : strategy == 'F' ? 2 * int64_t(t.depth) * t.threads
-                                      : rows * t.held);
+  place(&s.scratch, strategy == 'R' ? t.threads / 32
+                    : strategy == 'F'
+                        ? V / run_granule(p.pixels, size_of(p.dtype)) * int64_t(t.depth) * t.threads
+                        : rows * t.held);
   place(&s.held, ceil_div(int64_t(t.spare) * t.threads * 16, accumulator));
   s.end = int32_t(at);
   return s;

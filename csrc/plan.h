@@ -42,10 +42,15 @@ constexpr int32_t kMostThreads = 256, kForwardRegisters = 64, kBackwardRegisters
 
 // Strategies R, F and P: vectors of 16 bytes that a thread holds (`depth`), most threads of a
 // block, and fewest resident blocks, from which the registers of a thread follow.
-constexpr int32_t kRowDepths[] = {7, 13}, kRunDepths[] = {2, 4}, kColumnDepths[] = {4, 7, 13};
+constexpr int32_t kRowDepths[] = {7, 13}, kRunDepths[] = {2, 4, 8}, kColumnDepths[] = {4, 7, 13};
 constexpr int32_t row_threads(int32_t depth) { return depth > 7 ? 512 : 256; }
 constexpr int32_t row_blocks(int32_t depth) { return depth > 7 ? 1 : 3; }
-constexpr int32_t kRunThreads = 256, kRunBlocks = 4;
+constexpr int32_t kRunThreads = 128;
+constexpr int32_t run_blocks(int32_t depth) { return depth > 4 ? 4 : 8; }
+// Elements that surely belong to the same plane, where planes are multiples of so many.
+inline int32_t run_granule(int64_t pixels, int32_t size) {
+  return size == 2 && pixels % 4 == 0 ? 4 : 1;
+}
 constexpr int32_t kColumnThreads = 256;
 constexpr int32_t column_blocks(int32_t depth) { return depth > 7 ? 2 : 3; }
 
@@ -64,6 +69,17 @@ constexpr int32_t kDweightThreads = 256, kDweightRuns = 4;
 // How the blocks of a group exchange their sums.
 enum class Exchange : int32_t { kNone, kCluster, kGlobal };
 
+// Divides by multiplying, in an eighth of the instructions of a division: the quotient of n is
+// (n * multiplier) >> shift, for any n below 2^31. (Granlund and Montgomery, "Division by invariant
+// integers using multiplication", 1994.)
+struct Divisor {
+  uint32_t multiplier;
+  int32_t shift;
+};
+
+// 1 <= divisor < 2^31.
+Divisor divisor_of(int64_t divisor);
+
 // What the kernels need to know of a plan.
 struct Tiling {
   // Strategies A, B and D. "Held" is what a group has on chip: the tile and its halo.
@@ -76,11 +92,13 @@ struct Tiling {
   int32_t pad;    // channels on either side whose sums the gates need
   int32_t group;  // blocks
   int32_t share;  // of a block: elements (planes) or pixels (pixels) of what is held; K: vectors
-                  // that a thread holds
+                  // that a thread holds; F: elements of a plane that a thread adds up
   int32_t lanes;  // planes: threads that sum one plane, a power of two
   int32_t depth;  // R, F, P, K and S: vectors in a thread's registers; 0 for the others
   int32_t spare;  // K: vectors of a thread in shared memory
   int64_t tiles;  // in a sample
+  Divisor by_tiles, by_pixels;  // R, F and P
+  float factor;                 // R, F, P, K and S: of a sum in a mean, 1 / pixels
 
   // Strategies C, K and S
   int64_t chunk;  // samples in one pair of passes, or in a group

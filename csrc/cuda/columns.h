@@ -41,7 +41,7 @@ struct Column {
   }
 
   __device__ void load_from(const Map& map, Held& to) const {
-    const T* const from = static_cast<const T*>(map.data) + (channel < 0 ? 0 : offset(map));
+    const T* const from = pinned(static_cast<const T*>(map.data) + (channel < 0 ? 0 : offset(map)));
     const int64_t step = rows * map.row_stride;
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
@@ -52,7 +52,8 @@ struct Column {
 
   template <class Body>
   __device__ void for_each(const Map& map, Body body) const {
-    const int64_t begin = offset(map), step = rows * map.row_stride;
+    T* const begin = pinned(static_cast<T*>(map.data) + offset(map));
+    const int64_t step = rows * map.row_stride;
 #pragma unroll
     for (int i = 0; i < kDepth; ++i)
       if (has(i)) body(i, begin + i * step);
@@ -106,7 +107,8 @@ __device__ inline void add_products(const Column<T, kDepth>& column,
                                     const typename Column<T, kDepth>::Held& dy, const Map& x,
                                     Epilogue epilogue, Vector<Accumulator<T>, kVector<T>>& sums) {
   constexpr int V = kVector<T>;
-  const T* const from = static_cast<const T*>(x.data) + (column.channel < 0 ? 0 : column.offset(x));
+  const T* const from =
+      pinned(static_cast<const T*>(x.data) + (column.channel < 0 ? 0 : column.offset(x)));
   const int64_t step = column.rows * x.row_stride;
 #pragma unroll
   for (int first = 0; first < kDepth; first += kAtOnce) {
@@ -139,7 +141,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   column.put_parts(sums, t.held, parts);
   block_barrier();
   for (int h = thread_index(); h < tile.held; h += thread_count())
-    means.set(h, column.total(h, t.held, parts) / A(int(p.pixels)));
+    means.set(h, column.total(h, t.held, parts) * t.factor);
   means.clear_ends();
   block_barrier();
 
@@ -153,9 +155,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   block_barrier();
   if (column.channel < 0 || !tile.is_own(column.held)) return;
   const Vector<A, V> gate = values_from<V>(gates, column.held - tile.halo);
-  column.for_each(f.y, [&](int i, int64_t offset) {
-    store(static_cast<T*>(f.y.data) + offset, epilogue.forward(x[i], gate, offset));
-  });
+  column.for_each(f.y, [&](int i, T* y) { store(y, epilogue.forward(x[i], gate)); });
 }
 
 // dz (samples, channels), and dx.
@@ -192,14 +192,12 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   if (!b.dx.data) return;
 
   for (int c = thread_index(); c < tile.own; c += thread_count())
-    shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) / A(int(p.pixels)));
+    shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) * t.factor);
   block_barrier();
   if (column.channel < 0 || !tile.is_own(column.held)) return;
   const Vector<A, V> gate = values_from<V>(gates, column.held - tile.halo);
   const Vector<A, V> shift = values_from<V>(shifts, column.held - tile.halo);
-  column.for_each(b.dx, [&](int i, int64_t offset) {
-    store(static_cast<T*>(b.dx.data) + offset, dx_of(dy[i], gate, shift, epilogue));
-  });
+  column.for_each(b.dx, [&](int i, T* dx) { store(dx, dx_of(dy[i], gate, shift, epilogue)); });
 }
 
 }  // namespace eca::cuda

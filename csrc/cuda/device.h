@@ -101,8 +101,29 @@ __device__ inline void forget(Vector<T, V>& v) {
   std::memcpy(&v, words, sizeof v);
 }
 
-// The upper half of the product: divides a by n if b is 2^32 / n.
-__device__ inline uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+// A vector of any value. Says so to the compiler, at no cost.
+template <class Vector>
+__device__ inline Vector undefined() {
+  static_assert(sizeof(Vector) % 4 == 0);
+  uint32_t words[sizeof(Vector) / 4];
+#pragma unroll
+  for (uint32_t& word : words) asm volatile("" : "=r"(word));
+  Vector v;
+  std::memcpy(&v, words, sizeof v);
+  return v;
+}
+
+// Hides how an address was made from the compiler, which would otherwise make it anew, in 64 bits,
+// for each access at some distance from it.
+template <class T>
+__device__ inline T* pinned(T* address) {  // in global memory
+  size_t global = __cvta_generic_to_global(address);
+  asm volatile("" : "+l"(global));
+  return static_cast<T*>(__cvta_global_to_generic(global));
+}
+
+// Of a power of two.
+__device__ inline int log2_of(int power) { return __ffs(power) - 1; }
 
 // The integer type as which one instruction moves a vector.
 template <int kBytes>
@@ -204,6 +225,9 @@ class Shared {
   __device__ T get(int i) const { return data_[i]; }
   __device__ void set(int i, T value) const { data_[i] = value; }
 
+  // The array from element i on.
+  __device__ Shared from(int i) const { return Shared(data_ + i, 0); }
+
   // i is a multiple of V, and the array starts at a multiple of the vector's size.
   template <int V>
   __device__ Vector<T, V> load(int i) const {
@@ -212,7 +236,8 @@ class Shared {
 
   template <int V>
   __device__ void store(int i, const Vector<T, V>& v) const {
-    static_assert(sizeof(v) == 16);
+    if constexpr (sizeof(v) < 16) return cuda::store(data_ + i, v);
+    static_assert(sizeof(v) <= 16);
     uint32_t word[4];
     std::memcpy(word, &v, sizeof v);
     // As in store(): an assignment becomes four stores, which conflict in their banks.

@@ -8,10 +8,10 @@ namespace eca::cuda {
 
 // y = gate * x
 struct Rescale {
-  // V elements of y, at `offset` in its memory, from those of x and their gates.
+  // V elements of y from those of x and their gates.
   template <class T, int V>
-  __device__ Vector<T, V> forward(const Vector<T, V>& x, const Vector<Accumulator<T>, V>& gate,
-                                  int64_t /* offset */) const {
+  __device__ Vector<T, V> forward(const Vector<T, V>& x,
+                                  const Vector<Accumulator<T>, V>& gate) const {
     Vector<Accumulator<T>, V> y = widen(x);
 #pragma unroll
     for (int i = 0; i < V; ++i) y.element[i] *= gate.element[i];

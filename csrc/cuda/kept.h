@@ -53,10 +53,11 @@ class Spare {
     }
   }
 
-  // body(vector, its offset in the map) for each.
+  // body(vector, its place in the map) for each.
   template <class Body>
   __device__ void for_each(const Map& map, Body body) const {
-    const int64_t begin = column_.offset(map), step = column_.rows * map.row_stride;
+    T* const begin = static_cast<T*>(map.data) + column_.offset(map);
+    const int64_t step = column_.rows * map.row_stride;
 #pragma unroll 2
     for (int i = kDepth; i < end_; ++i) body(get(i), begin + i * step);
   }
@@ -133,10 +134,10 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   block_barrier();
   if (column.left <= 0) return;
   const Vector<A, V> gate = numbers_from<V, A>(f.gate, here.sample * p.channels + column.channel);
-  const auto rescale = [&](const Vector<T, V>& some, int64_t offset) {
-    store(static_cast<T*>(f.y.data) + offset, epilogue.forward(some, gate, offset));
+  const auto rescale = [&](const Vector<T, V>& some, T* y) {
+    store(y, epilogue.forward(some, gate));
   };
-  column.for_each(f.y, [&](int i, int64_t offset) { rescale(x[i], offset); });
+  column.for_each(f.y, [&](int i, T* y) { rescale(x[i], y); });
   spare.for_each(f.y, rescale);
 }
 
@@ -169,10 +170,10 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(tr
   const int64_t at = here.sample * p.channels + column.channel;
   const Vector<A, V> gate = numbers_from<V, A>(b.gate, at);
   const Vector<A, V> shift = numbers_from<V, A>(work.shift, at);
-  const auto rescale = [&](const Vector<T, V>& some, int64_t offset) {
-    store(static_cast<T*>(b.dx.data) + offset, dx_of(some, gate, shift, epilogue));
+  const auto rescale = [&](const Vector<T, V>& some, T* dx) {
+    store(dx, dx_of(some, gate, shift, epilogue));
   };
-  column.for_each(b.dx, [&](int i, int64_t offset) { rescale(dy[i], offset); });
+  column.for_each(b.dx, [&](int i, T* dx) { rescale(dy[i], dx); });
   spare.for_each(b.dx, rescale);
 }
 

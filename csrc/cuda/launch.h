@@ -75,7 +75,14 @@ void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const W
       case 'R':
         return start(t.depth == 7 ? forward_rows<T, 7, Rescale> : forward_rows<T, 13, Rescale>);
       case 'F':
-        return start(t.depth == 2 ? forward_runs<T, 2, Rescale> : forward_runs<T, 4, Rescale>);
+        if constexpr (sizeof(T) == 2)
+          if (run_granule(f.problem.pixels, 2) == 4)
+            return start(t.depth == 2   ? forward_runs<T, 2, 4, Rescale>
+                         : t.depth == 4 ? forward_runs<T, 4, 4, Rescale>
+                                        : forward_runs<T, 8, 4, Rescale>);
+        return start(t.depth == 2   ? forward_runs<T, 2, 1, Rescale>
+                     : t.depth == 4 ? forward_runs<T, 4, 1, Rescale>
+                                    : forward_runs<T, 8, 1, Rescale>);
       default:
         return start(t.depth == 4   ? forward_columns<T, 4, Rescale>
                      : t.depth == 7 ? forward_columns<T, 7, Rescale>
@@ -99,7 +106,14 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
       case 'R':
         return start(t.depth == 7 ? backward_rows<T, 7, Rescale> : backward_rows<T, 13, Rescale>);
       case 'F':
-        return start(t.depth == 2 ? backward_runs<T, 2, Rescale> : backward_runs<T, 4, Rescale>);
+        if constexpr (sizeof(T) == 2)
+          if (run_granule(b.problem.pixels, 2) == 4)
+            return start(t.depth == 2   ? backward_runs<T, 2, 4, Rescale>
+                         : t.depth == 4 ? backward_runs<T, 4, 4, Rescale>
+                                        : backward_runs<T, 8, 4, Rescale>);
+        return start(t.depth == 2   ? backward_runs<T, 2, 1, Rescale>
+                     : t.depth == 4 ? backward_runs<T, 4, 1, Rescale>
+                                    : backward_runs<T, 8, 1, Rescale>);
       default:
         return start(t.depth == 4 ? backward_columns<T, 4, Rescale>
                                   : backward_columns<T, 7, Rescale>);

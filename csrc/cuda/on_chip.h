@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMostThreads, 65536 / kMostThreads / kForwardR
       [&](const auto& gate, int i, int64_t offset) {
         constexpr int V = sizeof(gate) / sizeof(A);
         const Vector<T, V> v = x.template load<V>(block.on_chip(i, place));
-        store(static_cast<T*>(f.y.data) + offset, epilogue.forward(v, gate, offset));
+        store(static_cast<T*>(f.y.data) + offset, epilogue.forward(v, gate));
       });
   group.finish();
 }

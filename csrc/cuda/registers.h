@@ -37,6 +37,7 @@ struct Neighbours {
 
   __device__ void clear_ends() const {
     if (halo || circular) return;
+#pragma unroll 1
     for (int i = thread_index(); i < pad; i += thread_count()) {
       values.set(i, A(0));
       values.set(pad + channels + i, A(0));
@@ -44,6 +45,9 @@ struct Neighbours {
   }
 
   __device__ A get(int held) const { return values.get(place(held)); }
+
+  // From the value under the first tap of a held channel on.
+  __device__ Shared<A> from(int held) const { return values.from(place(held) - radius); }
 
   // The value under tap j of a held channel; backward, of the channel whose tap j lies over it.
   __device__ A under_tap(int held, int j) const { return values.get(place(held) + j - radius); }
@@ -61,12 +65,13 @@ class NearTaps {
         near_(shared_array<A>(s.taps, p.taps_per_channel ? 0 : int(taps_.size()))),
         own_(p.taps_per_channel) {
     if (own_) return;
+#pragma unroll 1
     for (int j = thread_index(); j < size(); j += thread_count()) near_.set(j, taps_.get(0, j));
   }
 
   __device__ int size() const { return int(taps_.size()); }
   __device__ bool own() const { return own_; }
-  __device__ A near(int j) const { return near_.get(j); }
+  __device__ Shared<A> near() const { return near_; }
   __device__ A far(int64_t channel, int j) const { return taps_.get(channel, j); }
 
  private:
@@ -74,6 +79,10 @@ class NearTaps {
   Shared<A> near_;
   bool own_;
 };
+
+__device__ inline int quotient(int n, const Divisor& by) {
+  return int(uint64_t(uint32_t(n)) * by.multiplier >> by.shift);
+}
 
 // The block's tile: which sample, and which channels it holds.
 struct HeldTile {
@@ -83,10 +92,11 @@ struct HeldTile {
   int channels;
   bool circular;
 
-  // Divisions are of 32 bits: one of 64 would take 100 instructions.
   __device__ HeldTile(const Problem& p, const Tiling& t)
-      : HeldTile(p, t, int(uint32_t(block_index()) / uint32_t(t.tiles)),
-                 int(uint32_t(block_index()) % uint32_t(t.tiles))) {}
+      : HeldTile(p, t, quotient(int(block_index()), t.by_tiles)) {}
+
+  __device__ HeldTile(const Problem& p, const Tiling& t, int sample)
+      : HeldTile(p, t, sample, int(block_index()) - sample * int(t.tiles)) {}
 
   __device__ HeldTile(const Problem& p, const Tiling& t, int64_t sample, int tile)
       : sample(sample), tile(tile), begin(tile * t.tile), own(min(t.tile, int(p.channels) - begin)),
@@ -100,6 +110,9 @@ struct HeldTile {
     if (!circular) return -1;
     return c < 0 ? c + channels : c - channels;
   }
+
+  // So many that each thread of a warp takes part for as many channels as the others.
+  __device__ int held_up(int at_once) const { return (held + at_once - 1) & ~(at_once - 1); }
 
   __device__ bool is_own(int h) const { return h >= halo && h < halo + own; }
 };
@@ -154,8 +167,17 @@ __device__ inline A gate_of(const Neighbours<A>& means, const NearTaps<T>& taps,
   if (taps.own()) {
 #pragma unroll 1
     for (int j = 0; j < taps.size(); ++j) z += taps.far(channel, j) * means.under_tap(held, j);
-  } else {
-    for (int j = 0; j < taps.size(); ++j) z += taps.near(j) * means.under_tap(held, j);
+    return sigmoid(z);
+  }
+  // The number of taps is odd.
+  Shared<A> tap = taps.near(), mean = means.from(held);
+  z = tap.get(0) * mean.get(0);
+#pragma unroll 1
+  for (int j = 1; j < taps.size(); j += 2) {
+    z += tap.get(1) * mean.get(1);
+    z += tap.get(2) * mean.get(2);
+    tap = tap.from(2);
+    mean = mean.from(2);
   }
   return sigmoid(z);
 }
@@ -165,14 +187,36 @@ __device__ inline A dm_of(const HeldTile& tile, const Neighbours<A>& dz, const N
                           int held) {
   // Beyond the ends there are no channels whose taps could lie over this one.
   const int top = tile.begin - tile.halo + held + dz.radius;  // the channel of tap 0
+  const int first = tile.circular ? 0 : max(0, top - tile.channels + 1);
+  const int end = tile.circular ? taps.size() : min(taps.size(), top + 1);
   A dm = 0;
 #pragma unroll 1
-  for (int j = 0; j < taps.size(); ++j) {
-    const int64_t over = channel_at(top - j, tile.channels, tile.circular);
-    if (over >= 0) dm += (taps.own() ? taps.far(over, j) : taps.near(j)) * dz.over_tap(held, j);
+  for (int j = first; j < end; ++j) {
+    const A tap = taps.own() ? taps.far(channel_at(top - j, tile.channels, tile.circular), j)
+                             : taps.near().get(j);
+    dm += tap * dz.over_tap(held, j);
   }
   return dm;
 }
+
+// Where the means and gates of the tile's channels go, if anywhere.
+template <class A>
+struct MeansAndGates {
+  bool wanted;
+  A *mean, *gate;
+
+  __device__ MeansAndGates(const Forward& f, const HeldTile& tile) : wanted(f.mean) {
+    const int64_t first = tile.sample * tile.channels + tile.begin;
+    mean = pinned(static_cast<A*>(f.mean) + first);
+    gate = pinned(static_cast<A*>(f.gate) + first);
+  }
+
+  __device__ void put(int c, A own_mean, A own_gate) const {
+    if (!wanted) return;
+    cuda::put(mean + c, own_mean);
+    cuda::put(gate + c, own_gate);
+  }
+};
 
 template <class A>
 __device__ inline void put_mean_and_gate(const Forward& f, int64_t i, A mean, A gate) {

@@ -32,7 +32,7 @@ struct Row {
   }
 
   __device__ void load_from(const Map& map, Held& to) const {
-    const T* const from = static_cast<const T*>(map.data) + (channel < 0 ? 0 : offset(map));
+    const T* const from = pinned(static_cast<const T*>(map.data) + (channel < 0 ? 0 : offset(map)));
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
       to[i] = {};
@@ -40,10 +40,10 @@ struct Row {
     }
   }
 
-  // body(i, offset) for each vector of the plane that this thread has.
+  // body(i, place) for each vector of the plane that this thread has, and its place in a map.
   template <class Body>
   __device__ void for_each(const Map& map, Body body) const {
-    const int64_t begin = offset(map);
+    T* const begin = pinned(static_cast<T*>(map.data) + offset(map));
 #pragma unroll
     for (int i = 0; i < kDepth; ++i)
       if (has(i)) body(i, begin + i * lanes * V);
@@ -78,8 +78,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   ChainedSum<A> sum;
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) sum.add(widen(x[i]));
-  const A mean =
-      row.total(sum.total(), shared_array<A>(s.scratch, t.threads / 32)) / A(int(p.pixels));
+  const A mean = row.total(sum.total(), shared_array<A>(s.scratch, t.threads / 32)) * t.factor;
   if (row.lane == 0 && row.held < tile.held) means.set(row.held, row.channel < 0 ? A(0) : mean);
   means.clear_ends();
   block_barrier();
@@ -87,9 +86,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
 
   const A gate = gate_of(means, taps, row.channel, row.held);
   if (row.lane == 0) put_mean_and_gate(f, row.sample * p.channels + row.channel, mean, gate);
-  row.for_each(f.y, [&](int i, int64_t offset) {
-    store(static_cast<T*>(f.y.data) + offset, epilogue.forward(x[i], all_of<V>(gate), offset));
-  });
+  row.for_each(f.y, [&](int i, T* y) { store(y, epilogue.forward(x[i], all_of<V>(gate))); });
 }
 
 // dx, and dz (samples, channels), from which another kernel makes dweight.
@@ -121,10 +118,9 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
 
   if (row.lane == 0 && b.dweight) put(static_cast<A*>(work.dz) + i_channel, own_dz);
   if (!b.dx.data) return;
-  const A shift = dm_of(tile, dz, taps, row.held) / A(int(p.pixels));
-  row.for_each(b.dx, [&](int i, int64_t offset) {
-    store(static_cast<T*>(b.dx.data) + offset,
-          dx_of(dy[i], all_of<V>(gate), all_of<V>(shift), epilogue));
+  const A shift = dm_of(tile, dz, taps, row.held) * t.factor;
+  row.for_each(b.dx, [&](int i, T* dx) {
+    store(dx, dx_of(dy[i], all_of<V>(gate), all_of<V>(shift), epilogue));
   });
 }
 

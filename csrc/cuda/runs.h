@@ -1,7 +1,8 @@
 // Strategy runs: a run of planes in registers, for planes that do not begin at multiples of 16
 // bytes, such as 14x14 and 7x7 with elements of 2 bytes. The held planes are one run of elements,
 // which the block reads in vectors. A vector may hold the end of one plane and the beginning of the
-// next: then its sum is kept in two parts, and each element takes the gate of its own plane.
+// next. So the terms of the sums go through shared memory, where a plane can begin anywhere; a
+// rescaled element takes the gate of its own plane.
 #pragma once
 
 #include "registers.h"
@@ -9,174 +10,185 @@
 
 namespace eca::cuda {
 
-// Of each vector's sum: the part before the border between two planes, and the part behind it.
-template <class A>
-struct BorderSums {
-  Shared<A> before, behind;
-
-  __device__ BorderSums(const SharedLayout& s, int vectors)
-      : before(shared_array<A>(s.scratch, vectors)),
-        behind(shared_array<A>(s.scratch + vectors * int(sizeof(A)), vectors)) {}
-};
-
-// A run of held planes, in vectors.
-template <class T, int kDepth>
+// A run of held planes, in vectors. kGranule consecutive elements, from a multiple of so many on,
+// belong to the same plane.
+template <class T, int kDepth, int kGranule>
 struct Run {
   static constexpr int V = kVector<T>;
   using A = Accumulator<T>;
   using Held = Vector<T, V>[kDepth];
 
-  int pixels, vectors, lead;  // lead: elements of the first vector that belong to no held plane
-  int first;                  // the held number of the first plane inside the map
-  int planes;                 // inside the map
-  int64_t begin;              // of the first vector, in a sample
+  int pixels, vectors;
+  int lead;                     // elements of the first vector that belong to no held plane
+  int first;                    // the held number of the first plane inside the map
+  int end;                      // and behind the last one
+  int begin;                    // element of a sample in which the first vector begins
+  int own_begin, own_elements;  // of the tile itself, which is whole vectors, in the run
   int64_t sample;
-  uint32_t reciprocal;  // 2^32 / pixels, rounded up
 
   __device__ Run(const Problem& p, const HeldTile& tile)
-      : pixels(int(p.pixels)), sample(tile.sample),
-        reciprocal(uint32_t(0xffffffffu / uint32_t(p.pixels)) + 1) {
+      : pixels(int(p.pixels)), sample(tile.sample) {
     const int from = max(0, tile.begin - tile.halo);
     const int to = min(tile.channels, tile.begin + tile.own + tile.halo);
     first = from - (tile.begin - tile.halo);
-    planes = to - from;
-    const int64_t element = int64_t(from) * pixels;
-    begin = element / V * V;
-    lead = int(element - begin);
-    vectors = (lead + planes * pixels + V - 1) / V;
+    end = first + to - from;
+    lead = from * pixels & (V - 1);
+    begin = from * pixels - lead;
+    vectors = int(uint32_t(lead + (to - from) * pixels + V - 1) / V);
+    own_begin = lead + (tile.halo - first) * pixels;
+    own_elements = tile.own * pixels;
   }
 
-  // Where a vector lies: the plane of its first element, -1 before the first plane, and how many
-  // elements of that plane follow.
-  struct Position {
-    int plane, count;
+  // The channel in the tile of a vector's first element, and how many elements of it follow.
+  struct Place {
+    int channel, left;
   };
 
-  __device__ Position position(int v) const {
-    const int e = v * V - lead;
-    if (e < 0) return {-1, lead};
-    const int plane = int(multiply_high(uint32_t(e), reciprocal));
-    return {plane, (plane + 1) * pixels - e};
-  }
-
-  __device__ int64_t offset(const Map& map) const { return sample * map.sample_stride + begin; }
-
+  // Behind the run's end a vector is not defined, and nothing uses it.
   __device__ void load_from(const Map& map, Held& to) const {
-    const T* const from = static_cast<const T*>(map.data) + offset(map);
+    const T* const from = begin_in(map);
+    const int left = vectors - thread_index();
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
-      const int v = thread_index() + i * thread_count();
-      to[i] = {};
-      if (v < vectors) to[i] = cuda::load<V>(from + int64_t(v) * V);
+      to[i] = undefined<Vector<T, V>>();
+      if (i * kRunThreads < left) to[i] = cuda::load<V>(from + i * kRunThreads * V);
     }
   }
 
-  __device__ void put_parts(int v, const Vector<A, V>& terms, const BorderSums<A>& sums) const {
-    const int count = position(v).count;
-    A first_part = 0, second_part = 0;
+  // `terms` has an element for each granule of the run.
+  __device__ void put(int i, const Vector<A, V>& some, Shared<A> terms) const {
+    constexpr int kTerms = V / kGranule, W = kTerms < 4 ? kTerms : 4;
+    const int v = thread_index() + i * kRunThreads;
 #pragma unroll
-    for (int e = 0; e < V; ++e) {
-      if (e < count) first_part += terms.element[e];
-      else second_part += terms.element[e];
+    for (int first = 0; first < kTerms; first += W) {
+      Vector<A, W> part;
+#pragma unroll
+      for (int u = 0; u < W; ++u) {
+        const A* const granule = some.element + (first + u) * kGranule;
+        if constexpr (kGranule == 4)
+          part.element[u] = (granule[0] + granule[1]) + (granule[2] + granule[3]);
+        else part.element[u] = granule[0];
+      }
+      terms.template store<W>(v * kTerms + first, part);
     }
-    sums.before.set(v, first_part);
-    sums.behind.set(v, second_part);
   }
 
-  // The sum of a plane by `lanes` threads, in all of them.
-  __device__ A total(int plane, int lane, int lanes, const BorderSums<A>& sums) const {
-    A sum = 0;
-    if (plane >= 0 && plane < planes) {
-      const int from = lead + plane * pixels, last = (from + pixels - 1) / V;
-      for (int v = from / V + lane; v <= last; v += lanes)
-        sum += v == from / V && from % V != 0 ? sums.behind.get(v) : sums.before.get(v);
+  // The sum of a held plane by `lanes` threads, `share` terms each, in all of them; 0 outside the
+  // map. `share` is odd, so that neighbouring threads read from different banks.
+  __device__ A total(int held, int lanes, int share, Shared<A> terms) const {
+    constexpr int kChains = 4, kAtOnce = 16;
+    const int skip = lanes > 1 ? (thread_index() & (lanes - 1)) * share : 0;
+    const int in_plane = int(uint32_t(pixels) / kGranule);
+    Shared<A> at = terms.from(int(uint32_t(lead) / kGranule) + (held - first) * in_plane + skip);
+    int left = held >= first && held < end ? min(in_plane - skip, share) : 0;
+    A chains[kChains] = {};
+#pragma unroll 1
+    for (; left >= kAtOnce; left -= kAtOnce) {
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) chains[u % kChains] += at.get(u);
+      at = at.from(kAtOnce);
     }
-    for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    return sum;
+#pragma unroll 1
+    for (; left > 0; --left) {
+      chains[0] += at.get(0);
+      at = at.from(1);
+    }
+#pragma unroll
+    for (int width = kChains / 2; width > 0; width /= 2)
+#pragma unroll
+      for (int u = 0; u < width; ++u) chains[u] += chains[u + width];
+#pragma unroll 1
+    for (int mask = lanes / 2; mask > 0; mask /= 2) chains[0] += shuffle_xor(chains[0], mask);
+    return chains[0];
   }
 
-  // body(i, position, offset) for each vector of the tile itself, which is whole vectors.
+  // body(i, place) for each vector of the tile itself.
   template <class Body>
-  __device__ void for_each_own(const Map& map, const HeldTile& tile, Body body) const {
-    const int from = (lead + (tile.halo - first) * pixels) / V;
-    const int to = (lead + (tile.halo - first + tile.own) * pixels) / V;
+  __device__ void for_each_own(const Divisor& by_pixels, Body body) const {
+    const int begin = thread_index() * V - own_begin;
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
-      const int v = thread_index() + i * thread_count();
-      if (v >= from && v < to) body(i, position(v), offset(map) + int64_t(v) * V);
+      const int element = begin + i * kRunThreads * V;
+      if (uint32_t(element) >= uint32_t(own_elements)) continue;
+      const int channel = quotient(element, by_pixels);
+      body(i, Place{channel, (channel + 1) * pixels - element});
     }
+  }
+
+  // Where this thread's first vector goes in a map. Others are kRunThreads vectors apart.
+  __device__ T* begin_in(const Map& map) const {
+    return pinned(static_cast<T*>(map.data) + sample * map.sample_stride + begin +
+                  thread_index() * V);
+  }
+
+  // Each element's value: those of the vector's first channel, then those of the next one.
+  __device__ Vector<A, V> by_element(Shared<A> values, const Place& place) const {
+    const Shared<A> at = values.from(place.channel);
+    const A here = at.get(0), next = at.get(1);
+    Vector<A, V> v;
+#pragma unroll
+    for (int e = 0; e < V; ++e)
+      v.element[e] = e < kGranule || e / kGranule * kGranule < place.left ? here : next;
+    return v;
   }
 };
 
-// Each element gets the value of its plane, of the two that a vector may have.
-template <int V, class A, class Position>
-__device__ inline Vector<A, V> by_position(const Position& at, A first, A second) {
-  Vector<A, V> values;
-#pragma unroll
-  for (int e = 0; e < V; ++e) values.element[e] = e < at.count ? first : second;
-  return values;
-}
-
-template <class T, int kDepth, class Epilogue>
-__global__ void __launch_bounds__(kRunThreads, kRunBlocks)
+template <class T, int kDepth, int kGranule, class Epilogue>
+__global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
     forward_runs(Forward f, Tiling t, SharedLayout s, Epilogue epilogue) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = f.problem;
   const HeldTile tile(p, t);
-  const Run<T, kDepth> run(p, tile);
-  typename Run<T, kDepth>::Held x;
+  const Run<T, kDepth, kGranule> run(p, tile);
+  typename Run<T, kDepth, kGranule>::Held x;
   run.load_from(f.x, x);
   const NearTaps<T> taps(p, f.weight, s);
   const Neighbours<A> means(p, t, s);
-  const BorderSums<A> sums(s, kDepth * t.threads);
+  const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) {
-    const int v = thread_index() + i * thread_count();
-    if (v < run.vectors) run.put_parts(v, widen(x[i]), sums);
-  }
+  for (int i = 0; i < kDepth; ++i) run.put(i, widen(x[i]), terms);
   block_barrier();
 
-  const int teams = t.threads / t.lanes, lane = thread_index() % t.lanes;
-  for (int base = 0; base < tile.held; base += teams) {
-    const int h = base + thread_index() / t.lanes;
-    const A sum = run.total(h - run.first, lane, t.lanes, sums);
-    if (lane == 0 && h < tile.held) means.set(h, sum / A(int(p.pixels)));
+  const int shift = log2_of(t.lanes);
+#pragma unroll 1
+  for (int h = thread_index() >> shift; h < tile.held_up(kRunThreads >> shift);
+       h += kRunThreads >> shift) {
+    const A sum = run.total(h, t.lanes, t.share, terms);
+    if ((thread_index() & (t.lanes - 1)) == 0 && h < tile.held) means.set(h, sum * t.factor);
   }
   means.clear_ends();
   block_barrier();
 
   // One gate beyond the last, which the last vector reads too.
   const auto gates = shared_array<A>(s.gate, t.tile + 1);
-  for (int c = thread_index(); c <= tile.own; c += thread_count()) {
-    if (c == tile.own) {
-      gates.set(c, A(0));
-      continue;
-    }
+  if (thread_index() == 0) gates.set(tile.own, A(0));
+  const MeansAndGates<A> small(f, tile);
+#pragma unroll 1
+  for (int c = thread_index(); c < tile.own; c += kRunThreads) {
     const int h = c + tile.halo, channel = tile.begin + c;
     const A gate = gate_of(means, taps, channel, h);
     gates.set(c, gate);
-    put_mean_and_gate(f, tile.sample * p.channels + channel, means.get(h), gate);
+    small.put(c, means.get(h), gate);
   }
   block_barrier();
 
-  run.for_each_own(f.y, tile, [&](int i, auto at, int64_t offset) {
-    const int c = at.plane + run.first - tile.halo;
-    store(static_cast<T*>(f.y.data) + offset,
-          epilogue.forward(x[i], by_position<V>(at, gates.get(c), gates.get(c + 1)), offset));
+  T* const y = run.begin_in(f.y);
+  run.for_each_own(t.by_pixels, [&](int i, auto place) {
+    store(y + i * kRunThreads * V, epilogue.forward(x[i], run.by_element(gates, place)));
   });
 }
 
 // dz (samples, channels), and dx.
-template <class T, int kDepth, class Epilogue>
-__global__ void __launch_bounds__(kRunThreads, kRunBlocks)
+template <class T, int kDepth, int kGranule, class Epilogue>
+__global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
     backward_runs(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = b.problem;
   const HeldTile tile(p, t);
-  const Run<T, kDepth> run(p, tile);
-  typename Run<T, kDepth>::Held dy, x;
+  const Run<T, kDepth, kGranule> run(p, tile);
+  typename Run<T, kDepth, kGranule>::Held dy, x;
   run.load_from(b.dy, dy);
   run.load_from(b.x, x);
   const NearTaps<T> taps(p, b.weight, s);
@@ -184,23 +196,23 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks)
   const auto gates = shared_array<A>(s.gate, t.held + 1),
              shifts = shared_array<A>(s.shift, t.tile + 1);
   const A* const sample_gates = static_cast<const A*>(b.gate) + tile.sample * p.channels;
-  for (int h = thread_index(); h <= tile.held; h += thread_count()) {
-    const int channel = h < tile.held ? tile.channel(h) : -1;
+  if (thread_index() == 0) gates.set(tile.held, A(0)), shifts.set(tile.own, A(0));
+#pragma unroll 1
+  for (int h = thread_index(); h < tile.held; h += kRunThreads) {
+    const int channel = tile.channel(h);
     gates.set(h, channel < 0 ? A(0) : value_at(sample_gates + channel));
   }
-  const BorderSums<A> sums(s, kDepth * t.threads);
+  const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) {
-    const int v = thread_index() + i * thread_count();
-    if (v < run.vectors) run.put_parts(v, products_of(dy[i], x[i], epilogue), sums);
-  }
+  for (int i = 0; i < kDepth; ++i) run.put(i, products_of(dy[i], x[i], epilogue), terms);
   block_barrier();
 
-  const int teams = t.threads / t.lanes, lane = thread_index() % t.lanes;
-  for (int base = 0; base < tile.held; base += teams) {
-    const int h = base + thread_index() / t.lanes;
-    const A sum = run.total(h - run.first, lane, t.lanes, sums);
-    if (lane != 0 || h >= tile.held) continue;
+  const int shift = log2_of(t.lanes);
+#pragma unroll 1
+  for (int h = thread_index() >> shift; h < tile.held_up(kRunThreads >> shift);
+       h += kRunThreads >> shift) {
+    const A sum = run.total(h, t.lanes, t.share, terms);
+    if ((thread_index() & (t.lanes - 1)) != 0 || h >= tile.held) continue;
     const A gate = gates.get(h), value = sum * gate * (A(1) - gate);
     dz.set(h, value);
     if (b.dweight && tile.is_own(h))
@@ -210,14 +222,15 @@ __global__ void __launch_bounds__(kRunThreads, kRunBlocks)
   block_barrier();
   if (!b.dx.data) return;
 
-  for (int c = thread_index(); c <= tile.own; c += thread_count())
-    shifts.set(c, c == tile.own ? A(0) : dm_of(tile, dz, taps, c + tile.halo) / A(int(p.pixels)));
+#pragma unroll 1
+  for (int c = thread_index(); c < tile.own; c += kRunThreads)
+    shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) * t.factor);
   block_barrier();
-  run.for_each_own(b.dx, tile, [&](int i, auto at, int64_t offset) {
-    const int h = at.plane + run.first, c = h - tile.halo;
-    store(static_cast<T*>(b.dx.data) + offset,
-          dx_of(dy[i], by_position<V>(at, gates.get(h), gates.get(h + 1)),
-                by_position<V>(at, shifts.get(c), shifts.get(c + 1)), epilogue));
+  T* const dx = run.begin_in(b.dx);
+  const Shared<A> own_gates = gates.from(tile.halo);
+  run.for_each_own(t.by_pixels, [&](int i, auto place) {
+    store(dx + i * kRunThreads * V,
+          dx_of(dy[i], run.by_element(own_gates, place), run.by_element(shifts, place), epilogue));
   });
 }
 

@@ -100,7 +100,7 @@ __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& t,
   const NearTaps<T> taps(p, f.weight, s);
   const Neighbours<A> means(p, t, s);
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    means.set(c, total_of_sample<A>(p, t, work, tile.sample, c) / A(int(p.pixels)));
+    means.set(c, total_of_sample<A>(p, t, work, tile.sample, c) * t.factor);
   means.clear_ends();
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())
@@ -127,7 +127,7 @@ __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
   dz.clear_ends();
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    put(static_cast<A*>(work.shift) + channels + c, dm_of(tile, dz, taps, c) / A(int(p.pixels)));
+    put(static_cast<A*>(work.shift) + channels + c, dm_of(tile, dz, taps, c) * t.factor);
   block_barrier();
 }
 
@@ -150,9 +150,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
     block_barrier();
     if (column.channel < 0) return;
     const Vector<A, V> gate = numbers_from<V, A>(f.gate, here.sample * p.channels + column.channel);
-    column.for_each(f.y, [&](int i, int64_t offset) {
-      store(static_cast<T*>(f.y.data) + offset, epilogue.forward(x[i], gate, offset));
-    });
+    column.for_each(f.y, [&](int i, T* y) { store(y, epilogue.forward(x[i], gate)); });
     return;
   }
 
@@ -192,9 +190,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
     if (column.channel < 0 || !b.dx.data) return;
     const Vector<A, V> gate = numbers_from<V, A>(b.gate, channels + column.channel);
     const Vector<A, V> shift = numbers_from<V, A>(work.shift, channels + column.channel);
-    column.for_each(b.dx, [&](int i, int64_t offset) {
-      store(static_cast<T*>(b.dx.data) + offset, dx_of(dy[i], gate, shift, epilogue));
-    });
+    column.for_each(b.dx, [&](int i, T* dx) { store(dx, dx_of(dy[i], gate, shift, epilogue)); });
     return;
   }
 

@@ -263,7 +263,7 @@ __device__ inline void rescale(const T* from, T* to, int64_t offset,
                                const Vector<Accumulator<T>, V>& shift, bool forward,
                                Epilogue epilogue) {
   const Vector<T, V> v = load<V>(from);
-  if (forward) return store(to + offset, epilogue.forward(v, gate, offset));
+  if (forward) return store(to + offset, epilogue.forward(v, gate));
   Vector<T, V> dx;
 #pragma unroll
   for (int e = 0; e < V; ++e)

@@ -20,8 +20,8 @@ KERNELS = [
 ]  # fmt: skip
 # Those that keep their tile in registers, by the vectors that a thread holds; none for float64.
 IN_REGISTERS = {
-    "forward_rows": (7, 13), "backward_rows": (7, 13), "forward_runs": (2, 4),
-    "backward_runs": (2, 4), "forward_columns": (4, 7, 13), "backward_columns": (4, 7),
+    "forward_rows": (7, 13), "backward_rows": (7, 13), "forward_runs": (2, 4, 8),
+    "backward_runs": (2, 4, 8), "forward_columns": (4, 7, 13), "backward_columns": (4, 7),
     "forward_kept": (20,), "backward_kept": (7,),
     "forward_stream": (12,), "backward_stream": (8,),
 }  # fmt: skip

@@ -60,8 +60,8 @@ WAYS = {
     # Whole and with a halo; at the largest depth; with threads that are left over.
     "rows": (Forced("rows", threads=128, depth=7), H200),
     "rows of tiles": (Forced("rows", tile=4, threads=128, depth=13), H200),
-    "runs": (Forced("runs", threads=32, depth=4), H200),
-    "runs of tiles": (Forced("runs", tile=8, threads=64, depth=2), H200),
+    "runs": (Forced("runs", threads=128, depth=8), H200),
+    "runs of tiles": (Forced("runs", tile=8, threads=128, depth=2), H200),
     "columns": (Forced("columns", threads=64, depth=7), H200),
     "deep columns": (Forced("columns", tile=16, threads=64, depth=13), H200),
     "columns of tiles": (Forced("columns", tile=16, threads=128, depth=4), H200),

@@ -180,16 +180,16 @@ MUTATIONS = [
         "  means.clear_ends();",
     ),
     Mutation(
-        "the end of a plane taken for the next one's beginning",
+        "the last term of a plane left out",
         "cuda/runs.h",
-        "sums.behind.get(v) : sums.before.get(v)",
-        "sums.before.get(v) : sums.before.get(v)",
+        "min(in_plane - skip, share) : 0;",
+        "min(in_plane - skip, share) - 1 : 0;",
     ),
     Mutation(
         "a vector of two planes rescaled by one gate",
         "cuda/runs.h",
-        "values.element[e] = e < at.count ? first : second;",
-        "values.element[e] = first;",
+        "place.left ? here : next;",
+        "place.left ? here : here;",
     ),
     Mutation(
         "a row of pixels left out of a column's sum",
@@ -262,9 +262,9 @@ def check(gpu: HostGpu) -> None:
         *((Forced("rows", depth=depth), H200) for depth in (7, 13)),
         *((Forced("columns", depth=depth), H200) for depth in (4, 7)),
         *((Forced("kept", depth=depth), H200) for depth in (6, 0)),
-        (Forced("runs", depth=2), H200),
+        (Forced("runs", threads=128, depth=8), H200),
         (Forced("columns", tile=16, threads=128, depth=4), H200),
-        (Forced("runs", tile=8, depth=2), H200),
+        (Forced("runs", tile=8, threads=128, depth=2), H200),
         (Forced("stream"), tiny),
     ]  # fmt: skip
     for number, (shape, k, dtype, layout, mode, own_taps) in enumerate(quick_cases()):

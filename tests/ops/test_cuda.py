@@ -106,8 +106,14 @@ FORCED = {
         (3, 20, 48, 48),
         "contiguous",
     ),
-    "runs, one tile": (forced("runs", threads=64, depth=4), (3, 16, 7, 7), "contiguous"),
-    "runs, halo": (forced("runs", threads=64, depth=4), (3, 64, 7, 7), "contiguous"),
+    "runs, one tile": (forced("runs", threads=128, depth=4), (3, 16, 7, 7), "contiguous"),
+    "runs, halo": (forced("runs", threads=128, depth=2), (3, 64, 7, 7), "contiguous"),
+    "runs, halo, planes of 8 bytes": (
+        forced("runs", threads=128, depth=8),
+        (3, 96, 14, 14),
+        "contiguous",
+    ),
+    "runs, halo, teams": (forced("runs", threads=128, depth=8), (3, 64, 13, 13), "contiguous"),
     "columns, one tile": (forced("columns", threads=128, depth=7), (3, 32, 7, 7), "channels_last"),
     "columns, many pixels": (
         forced("columns", tile=16, threads=128, depth=13),
@@ -128,10 +134,8 @@ FORCED = {
 def exists(name: str, dtype: torch.dtype, padding_mode: str) -> bool:
     """float64 has no kernels in registers, and channels that wrap around are no part of a run."""
     in_registers = name.split(",")[0] in IN_REGISTERS
-    return not (in_registers and dtype == torch.float64) and (name, padding_mode) != (
-        "runs, halo",
-        "circular",
-    )
+    wraps = name.startswith("runs, halo") and padding_mode == "circular"
+    return not (in_registers and dtype == torch.float64) and not wraps
 
 
 @pytest.fixture(autouse=True)

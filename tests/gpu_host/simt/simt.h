@@ -86,7 +86,19 @@ inline Vector<T, V> narrow(const Vector<Accumulator<T>, V>& wide) {
 template <class T, int V>
 inline void forget(Vector<T, V>&) {}
 
-inline uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
+template <class Vector>
+inline Vector undefined() {
+  Vector v;
+  std::memset(&v, 0xff, sizeof v);
+  return v;
+}
+
+template <class T>
+inline T* pinned(T* address) {
+  return address;
+}
+
+inline int log2_of(int power) { return __builtin_ctz(unsigned(power)); }
 
 inline void check_aligned(const void* address, int bytes, Place place) {
   if (reinterpret_cast<uintptr_t>(address) % uintptr_t(bytes) != 0) simt::misaligned(bytes, place);
@@ -148,6 +160,9 @@ class Shared {
  public:
   Shared(T* data, int count) : data_(data), count_(count) {}
 
+  // It keeps the bounds of the whole array.
+  Shared from(int i) const { return Shared(data_ + i, first_ - i, count_ - i); }
+
   T get(int i, Place place = Place::here()) const {
     check(i, 1, false, place);
     return data_[i];
@@ -198,8 +213,10 @@ class Shared {
  private:
   friend class Copies;
 
+  Shared(T* data, int first, int count) : data_(data), first_(first), count_(count) {}
+
   void check_index(int64_t i, int64_t n, Place place) const {
-    if (i < 0 || i + n > count_) simt::out_of_array(i, n, count_, place);
+    if (i < first_ || i + n > count_) simt::out_of_array(i - first_, n, count_ - first_, place);
   }
 
   void check(int i, int n, bool write, Place place) const {
@@ -208,7 +225,7 @@ class Shared {
   }
 
   T* data_;
-  int count_;
+  int first_ = 0, count_;
 };
 
 template <class T>
