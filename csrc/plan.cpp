@@ -92,17 +92,23 @@ struct Planner {
   const int64_t pad = std::min(p.kernel_size / 2, p.channels);
   const int64_t map_bytes = p.samples * p.channels * p.pixels * size;
 
-  // The bytes of the numbers per channel: mean and gate, taps, dz and the parts of dweight.
+  // Parts that are added up where there is one set of taps.
+  int64_t dweight_parts(const Plan& plan) const {
+    if (!backward || p.taps_per_channel) return 0;
+    const char s = plan.strategy;
+    return p.samples * (s == 'C'               ? ceil_div(p.channels, kDweightTile)
+                        : s == 'K' || s == 'S' ? 1
+                                               : plan.tiling.tiles);
+  }
+
+  // The bytes of the numbers per channel: mean and gate, taps, dweight, and what it is made from.
   int64_t small_bytes(const Plan& plan) const {
+    const int64_t per_channel = p.samples * p.channels * accumulator;
     const int64_t taps = (p.taps_per_channel ? p.channels : 1) * p.kernel_size *
                          (p.taps_dtype == p.dtype ? size : 4);
-    int64_t bytes = 2 * p.samples * p.channels * accumulator + taps;
-    if (!backward) return bytes;
-    bytes += taps;  // dweight
-    // The gate, dz to and fro, and the mean.
-    if (plan.tiling.depth) return bytes + 2 * p.samples * p.channels * accumulator;
-    const int64_t partials = p.samples * plan.tiling.tiles * p.kernel_size * accumulator;
-    return bytes + 2 * (p.taps_per_channel ? p.samples * p.channels * accumulator : partials);
+    if (!backward) return 2 * per_channel + taps;
+    const int64_t dz = plan.strategy == 'C' || p.taps_per_channel ? 2 * per_channel : 0;
+    return 2 * per_channel + 2 * taps + dz + 2 * dweight_parts(plan) * p.kernel_size * accumulator;
   }
 
   int32_t occupancy(const Plan& plan) const {
@@ -164,7 +170,7 @@ struct Planner {
     plan->strategy = !planes ? 'D' : group == 1 ? 'A' : 'B';
     plan->shared_bytes = shared_layout(p, pass, t).end;
     plan->blocks = p.samples * t.tiles * group;
-    plan->launches = 1;
+    plan->launches = backward ? 2 : 1;
     return plan->blocks <= kMostBlocks;
   }
 
@@ -268,7 +274,7 @@ struct Planner {
     plan->strategy = strategy;
     plan->blocks = p.samples * t.tiles;
     plan->launches = backward ? 2 : 1;
-    plan->shared_bytes = register_layout(p, strategy, t).end;
+    plan->shared_bytes = register_layout(p, pass, strategy, t).end;
     return plan->blocks <= kMostBlocks &&
            plan->shared_bytes <= std::min<int64_t>(48 << 10, gpu.shared_per_block);
   }
@@ -350,7 +356,7 @@ struct Planner {
     const int64_t reserved = gpu.capability >= 80 ? 1 << 10 : 0;
     const int64_t room = std::min(gpu.shared_per_block,
                                   (gpu.shared_per_multiprocessor - for_l1) / blocks - reserved) -
-                         register_layout(p, 'K', t).end;
+                         register_layout(p, pass, 'K', t).end;
     const int64_t most = depth + std::max<int64_t>(0, room / (threads * 16));
     const int64_t in_sample = ceil_div(p.pixels, threads / (p.channels / V));
     const int64_t parts = ceil_div(in_sample, std::min(vectors ? vectors : most, most));
@@ -358,7 +364,7 @@ struct Planner {
     t.spare = int32_t(std::max<int64_t>(0, t.share - depth));
     t.parts = int32_t(ceil_div(in_sample, t.share));
     plan->blocks = p.samples * t.parts;
-    plan->shared_bytes = register_layout(p, 'K', t).end;
+    plan->shared_bytes = register_layout(p, pass, 'K', t).end;
     plan->occupancy = resident(*plan, kColumnThreads, kept_blocks(backward));
     // A sample's blocks wait for each other, and so may those of other streams.
     return t.share <= most && t.parts <= kMostParts && plan->blocks <= kMostBlocks &&
@@ -375,7 +381,7 @@ struct Planner {
     const int64_t sample_bytes = p.channels * p.pixels * size * (backward ? 2 : 1);
     t.chunk = std::clamp<int64_t>(gpu.l2 / (backward ? 4 : 8) / sample_bytes, 1, p.samples);
     plan->blocks = 2 * (ceil_div(p.samples, t.chunk) + 1) * t.chunk * t.parts;
-    plan->shared_bytes = register_layout(p, 'S', t).end;
+    plan->shared_bytes = register_layout(p, pass, 'S', t).end;
     return t.parts <= kMostParts && plan->blocks <= kMostBlocks &&
            plan->shared_bytes <= std::min<int64_t>(48 << 10, gpu.shared_per_block);
   }
@@ -496,7 +502,12 @@ struct Planner {
     for (int32_t threads : {128, 256, 512}) {
       for (int32_t depth : kRowDepths) consider(rows(depth, threads, 0, &plan));
       if (threads > kColumnThreads) continue;
-      for (int32_t depth : kRunDepths) consider(runs(depth, threads, 0, &plan));
+      for (int32_t depth : kRunDepths) {
+        // A deep tile summed element by element is two planes for each thread. Backward, where
+        // fewer blocks have room, that took 58 us instead of 50 (TUNING.md).
+        if (backward && depth > 4 && size == 2 && run_granule(p.pixels, size) == 1) continue;
+        consider(runs(depth, threads, 0, &plan));
+      }
       for (int32_t depth : kColumnDepths) consider(columns(depth, threads, 0, &plan));
       // Narrower columns give more blocks.
       for (int64_t channels = V; channels < p.channels; channels *= 2)
@@ -527,7 +538,9 @@ struct Planner {
     plan->strategy = 'C';
     const int64_t rows = t.chunk * in_sample * t.parts;
     plan->blocks = planes ? ceil_div(rows, t.threads / 32) : rows;
-    plan->launches = 3 * ceil_div(p.samples, t.chunk) + (backward ? 1 : 0);
+    plan->launches = 3 * ceil_div(p.samples, t.chunk) + (!backward            ? 0
+                                                         : p.taps_per_channel ? 1
+                                                                              : 2);
     plan->shared_bytes = planes ? 0 : t.threads * V * accumulator;
     plan->occupancy = occupancy(*plan);
     const bool reused = t.chunk * sample_bytes * maps <= gpu.l2 / 2;
@@ -597,16 +610,9 @@ struct Planner {
   Plan complete(Plan plan) const {
     const Tiling& t = plan.tiling;
     const bool global = t.exchange == Exchange::kGlobal;
-    const bool own_kernel = backward && (t.depth || plan.strategy == 'C');
-    if (own_kernel && p.taps_per_channel)
-      plan.dweight_blocks = ceil_div(p.channels, 32) * p.kernel_size;
-    else if (own_kernel)
-      plan.dweight_blocks = std::clamp<int64_t>(
-          ceil_div(p.samples * ceil_div(p.channels, kDweightThreads), kDweightRuns), 1, 256);
-    if (global) plan.counters = 1 + t.tiles + p.samples * t.tiles;
-    else if (plan.strategy == 'K' || plan.strategy == 'S') plan.counters = 2 + 2 * p.samples;
-    else if (own_kernel) plan.counters = p.taps_per_channel || plan.dweight_blocks == 1 ? 0 : 2;
-    else if (backward) plan.counters = p.taps_per_channel ? 1 + t.tiles : 2;
+    plan.dweight_parts = dweight_parts(plan);
+    if (global) plan.counters = 1 + p.samples * t.tiles;
+    else if (plan.strategy == 'K' || plan.strategy == 'S') plan.counters = 2 * p.samples;
     plan.map_bytes = (backward ? 3 : 2) * map_bytes;
     plan.workspace = workspace_layout(p, pass, plan).end;
     return plan;
@@ -700,7 +706,7 @@ SharedLayout shared_layout(const Problem& p, Pass pass, const Tiling& t) {
   return s;
 }
 
-SharedLayout register_layout(const Problem& p, char strategy, const Tiling& t) {
+SharedLayout register_layout(const Problem& p, Pass pass, char strategy, const Tiling& t) {
   const int64_t accumulator = accumulator_size(p.dtype), V = 16 / size_of(p.dtype);
   SharedLayout s{};
   int64_t at = 0;
@@ -711,7 +717,9 @@ SharedLayout register_layout(const Problem& p, char strategy, const Tiling& t) {
   };
   const int64_t rows =
       strategy == 'R' || strategy == 'F' ? 0 : t.threads / std::max<int64_t>(1, t.held / V);
-  place(&s.padded, t.held + (t.halo ? 0 : 2 * int64_t(t.pad)));
+  const int64_t reached = t.held + (t.halo ? 0 : 2 * int64_t(t.pad));
+  place(&s.padded, reached);
+  place(&s.means, pass == Pass::kBackward ? reached : 0);
   place(&s.taps, p.taps_per_channel ? 0 : p.kernel_size);
   // A gate beyond the last, for the last vector of a run.
   place(&s.gate, strategy == 'R' ? 0 : t.held + 1);
@@ -741,11 +749,9 @@ WorkspaceLayout workspace_layout(const Problem& p, Pass pass, const Plan& plan) 
   place(&w.sums, two_passes || streamed            ? t.parts * per_channel
                  : t.exchange == Exchange::kGlobal ? groups * t.held * accumulator
                                                    : 0);
-  place(&w.dz, backward && (plan.dweight_blocks || p.taps_per_channel) ? per_channel : 0);
+  place(&w.dz, backward && (two_passes || p.taps_per_channel) ? per_channel : 0);
   place(&w.shift, backward && (two_passes || streamed) ? per_channel : 0);
-  place(&w.dweight, !backward || p.taps_per_channel ? 0
-                    : plan.dweight_blocks ? p.kernel_size * plan.dweight_blocks * accumulator
-                                          : p.kernel_size * p.samples * t.tiles * accumulator);
+  place(&w.dweight, p.kernel_size * plan.dweight_parts * accumulator);
   place(&w.mean, !backward && (two_passes || streamed) ? per_channel : 0);
   place(&w.gate, !backward && (two_passes || streamed) ? per_channel : 0);
   return w;

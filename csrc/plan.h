@@ -62,9 +62,9 @@ constexpr int32_t kept_blocks(bool backward) { return backward ? 3 : 2; }
 constexpr int32_t kStreamForwardDepth = 12, kStreamBackwardDepth = 8;
 constexpr int32_t stream_blocks(bool backward) { return backward ? 2 : 3; }
 
-// The kernel that makes dweight from dz: threads of a block, and how many runs of as many channels
-// a block adds up at once.
-constexpr int32_t kDweightThreads = 256, kDweightRuns = 4;
+// Threads of a block of the kernels that make dweight.
+constexpr int32_t kDweightThreads = 1024, kOwnDweightThreads = 256;
+constexpr int32_t kDweightTile = 64;  // strategy C: channels of a part of dweight
 
 // How the blocks of a group exchange their sums.
 enum class Exchange : int32_t { kNone, kCluster, kGlobal };
@@ -112,11 +112,11 @@ struct Plan {
   Tiling tiling;
   int64_t blocks;  // of one launch
   int64_t launches;
-  int64_t shared_bytes;    // of a block
-  int32_t occupancy;       // blocks on a multiprocessor
-  int64_t counters;        // words through which blocks meet; zero before and after a launch
-  int64_t workspace;       // bytes
-  int64_t dweight_blocks;  // of the kernel that makes dweight from dz; 0 where there is none
+  int64_t shared_bytes;   // of a block
+  int32_t occupancy;      // blocks on a multiprocessor
+  int64_t counters;       // words through which blocks meet; zero before and after a launch
+  int64_t workspace;      // bytes
+  int64_t dweight_parts;  // that are added up where there is one set of taps, backward
   // Modelled:
   int64_t map_bytes;   // of the feature maps alone, each read or written once
   int64_t dram_bytes;  // read and written, each byte of a launch once
@@ -167,11 +167,12 @@ Plan make_plan(const Problem& problem, Pass pass, const Access& access, const Gp
 // Byte offsets in a block's shared memory, which the kernels and the planner have in common.
 struct SharedLayout {
   int32_t barrier, flag, sums, padded, gate, shift, scratch, held, staged, end;
-  int32_t taps;  // R, F, P, K and S
+  int32_t taps, means;  // R, F, P, K and S
 };
 
 SharedLayout shared_layout(const Problem& problem, Pass pass, const Tiling& tiling);
-SharedLayout register_layout(const Problem& problem, char strategy, const Tiling& tiling);
+SharedLayout register_layout(const Problem& problem, Pass pass, char strategy,
+                             const Tiling& tiling);
 
 // Byte offsets in a call's workspace.
 struct WorkspaceLayout {

@@ -12,13 +12,11 @@ struct Counters {
 
   // The order in which blocks start.
   __device__ uint32_t* ticket() const { return words; }
-  // Blocks that have added to dweight: of all, or of one tile of channels.
-  __device__ uint32_t* dweight(int64_t tile) const { return words + 1 + tile; }
   // Strategies K and S: how many parts of a sample have been summed. After these words of all
   // samples come as many that say whether the gates are ready.
-  __device__ uint32_t* arrived(int64_t sample) const { return words + 2 + sample; }
+  __device__ uint32_t* arrived(int64_t sample) const { return words + sample; }
   // Blocks of a group that have written, and read, their sums.
-  __device__ uint32_t* group(int64_t tiles, int64_t unit) const { return words + 1 + tiles + unit; }
+  __device__ uint32_t* group(int64_t unit) const { return words + 1 + unit; }
 };
 
 // Device memory for one call, of Plan::workspace bytes in all. A is float or double.
@@ -26,11 +24,12 @@ struct Workspace {
   Counters counters;
   void* sums;     // (groups, group, held) for Exchange::kGlobal, (parts, samples, channels) for C,
                   // (samples, parts, channels) for K and S
-  void* dz;       // (samples, channels)
+  void* dz;       // C, and with taps of each channel: (samples, channels)
   void* shift;    // C, K and S, backward: dm / S, (samples, channels)
-  void* dweight;  // (k, blocks that add): partial sums
+  void* dweight;  // with one set of taps: (k, parts)
   void* mean;     // C, K and S, inference: (samples, channels)
   void* gate;     // C, K and S, inference: (samples, channels)
+  int64_t parts;  // of dweight
 };
 
 template <class A>

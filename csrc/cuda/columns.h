@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   typename Column<T, kDepth>::Held x;
   column.load_from(f.x, x);
   const NearTaps<T> taps(p, f.weight, s);
-  const Neighbours<A> means(p, t, s);
+  const Neighbours<A> means(p, t, s.padded);
   const auto parts = shared_array<A>(s.scratch, column.rows * t.held);
   Vector<A, V> sums{};
 #pragma unroll
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   column.for_each(f.y, [&](int i, T* y) { store(y, epilogue.forward(x[i], gate)); });
 }
 
-// dz (samples, channels), and dx.
+// dx, and what dweight is made from.
 template <class T, int kDepth, class Epilogue>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(kDepth)))
     backward_columns(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
@@ -170,34 +170,39 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   typename Column<T, kDepth>::Held dy;
   column.load_from(b.dy, dy);
   const NearTaps<T> taps(p, b.weight, s);
-  const Neighbours<A> dz(p, t, s);
+  const Neighbours<A> dz(p, t, s.padded);
   const auto parts = shared_array<A>(s.scratch, column.rows * t.held);
+  const DweightMeans<T> means(b, t, s, tile);
+  const auto gates = shared_array<A>(s.gate, t.held), shifts = shared_array<A>(s.shift, t.tile);
+  const A* const sample_gates = static_cast<const A*>(b.gate) + tile.sample * p.channels;
+#pragma unroll 1
+  for (int h = thread_index(); h < tile.held; h += thread_count()) {
+    const int channel = tile.channel(h);
+    gates.set(h, channel < 0 ? A(0) : value_at(sample_gates + channel));
+    means.set(h, channel);
+  }
   Vector<A, V> sums{};
   add_products<4>(column, dy, b.x, epilogue, sums);
   column.put_parts(sums, t.held, parts);
   block_barrier();
-  const auto gates = shared_array<A>(s.gate, t.tile), shifts = shared_array<A>(s.shift, t.tile);
-  const A* const sample_gates = static_cast<const A*>(b.gate) + tile.sample * p.channels;
   for (int h = thread_index(); h < tile.held; h += thread_count()) {
-    const int channel = tile.channel(h);
-    const A gate = channel < 0 ? A(0) : value_at(sample_gates + channel);
-    const A value = column.total(h, t.held, parts) * gate * (A(1) - gate);
-    dz.set(h, value);
-    if (!tile.is_own(h)) continue;
-    gates.set(h - tile.halo, gate);
-    if (b.dweight) put(static_cast<A*>(work.dz) + tile.sample * p.channels + channel, value);
+    const A gate = gates.get(h);
+    dz.set(h, column.total(h, t.held, parts) * gate * (A(1) - gate));
   }
   dz.clear_ends();
+  means.clear_ends();
   block_barrier();
-  if (!b.dx.data) return;
+  if (!b.dx.data) return means.leave_dweight(b, work, tile, block_index(), dz);
 
   for (int c = thread_index(); c < tile.own; c += thread_count())
     shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) * t.factor);
   block_barrier();
-  if (column.channel < 0 || !tile.is_own(column.held)) return;
-  const Vector<A, V> gate = values_from<V>(gates, column.held - tile.halo);
-  const Vector<A, V> shift = values_from<V>(shifts, column.held - tile.halo);
-  column.for_each(b.dx, [&](int i, T* dx) { store(dx, dx_of(dy[i], gate, shift, epilogue)); });
+  if (column.channel >= 0 && tile.is_own(column.held)) {
+    const Vector<A, V> gate = values_from<V>(gates, column.held);
+    const Vector<A, V> shift = values_from<V>(shifts, column.held - tile.halo);
+    column.for_each(b.dx, [&](int i, T* dx) { store(dx, dx_of(dy[i], gate, shift, epilogue)); });
+  }
+  means.leave_dweight(b, work, tile, block_index(), dz);
 }
 
 }  // namespace eca::cuda

@@ -193,6 +193,16 @@ __device__ inline A load_from_other_block(const A* from) {
   return value;
 }
 
+// The same for four numbers.
+__device__ inline Vector<float, 4> load_vector_from_other_block(const float* from) {
+  Vector<float, 4> v;
+  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.element[0]), "=f"(v.element[1]), "=f"(v.element[2]), "=f"(v.element[3])
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return v;
+}
+
 // Returns the value before the addition. Whoever reads the new value with fetch_add() or
 // load_acquire() sees what this thread wrote, and what its block wrote before a barrier. So does
 // the reader's block after a barrier.

@@ -1,121 +1,101 @@
-// dweight from dz and mean of all samples, (samples, channels) each: a few megabytes where the maps
-// have hundreds. It is a separate kernel. A block that added sums up after its last store would
-// still occupy its multiprocessor, and one last block would take longer to add thousands of sums.
+// dweight: the sum over samples and channels of dz times the mean under each tap.
+//
+//   one set of taps       whoever makes dz of a tile also adds up the tile's part of dweight; one
+//                         more kernel adds the parts, in the order of their numbers and not of
+//                         their arrival: every run gives the same bits
+//   taps of each channel  the kernels leave dz, and one more kernel sums it over the samples
+//
+// It is one more kernel because a last block that adds thousands of parts would start when all
+// others have ended, and all of them would first have to count themselves (TUNING.md).
 #pragma once
 
 #include "gates.h"
 
 namespace eca::cuda {
 
-constexpr int kTapsAtOnce = 8;
-
-// Sums kTapsAtOnce numbers over the lanes of a warp: the sum of number j is in lane 4 * j. Each
-// step halves the numbers of a lane: 9 shuffles, where one number after the other takes 40.
-template <class A>
-__device__ inline A warp_sums(A (&numbers)[kTapsAtOnce]) {
-  static_assert(kTapsAtOnce == 8);
-  const int lane = thread_index() % 32;
-#pragma unroll
-  for (int half = 4; half > 0; half /= 2) {
-    const bool upper = lane & (4 * half);
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const A kept = upper ? numbers[i + half] : numbers[i];
-      const A given = upper ? numbers[i] : numbers[i + half];
-      numbers[i] = kept + shuffle_xor(given, 4 * half);
-    }
-  }
-  numbers[0] += shuffle_xor(numbers[0], 2);
-  return numbers[0] + shuffle_xor(numbers[0], 1);
-}
-
-// One set of taps. A run is 256 channels of a sample, one for each thread. A block asks for
-// kDweightRuns runs at once, and the last block to arrive adds the blocks in the order of their
-// numbers. The code is short: a kernel of a few microseconds fetches each instruction for the first
-// time, and 770 of them took longer than the loads.
-template <class T>
-__global__ void __launch_bounds__(kDweightThreads) sum_shared_dweight(Backward b, Workspace work) {
+// Of the `own` channels from `begin` on of a sample: dz, or their part of dweight. dz_of(c) is that
+// of channel begin + c, mean_under(c, j) the mean under its tap j. By `warps` warps; a warp has
+// eight taps at a time, of four channels.
+template <class T, class DzOf, class MeanUnder>
+__device__ inline void leave_dweight(const Backward& b, const Workspace& work, int64_t sample,
+                                     int64_t begin, int own, int64_t part, int warp, int warps,
+                                     DzOf dz_of, MeanUnder mean_under) {
   using A = Accumulator<T>;
+  constexpr int kTaps = 8, kChannels = 32 / kTaps;
   const Problem& p = b.problem;
-  constexpr int R = kDweightRuns, kWarps = kDweightThreads / 32;
-  constexpr int kWindow = kDweightThreads + kTapsAtOnce;  // means that a run's taps reach
-  const int channels = int(p.channels), radius = int(p.kernel_size / 2), k = int(p.kernel_size);
-  const int runs = (channels + kDweightThreads - 1) / kDweightThreads;  // of a sample
-  const int all = int(p.samples) * runs, blocks = int(block_count());
-  const int lane = thread_index() % 32, warp = thread_index() / 32;
-  const auto flag = shared_array<uint32_t>(0, 1);
-  const auto sums = shared_array<A>(16, kWarps * kTapsAtOnce);
-  const auto means = shared_array<A>(16 + kWarps * kTapsAtOnce * int(sizeof(A)), R * kWindow);
-  A* const partials = static_cast<A*>(work.dweight);  // (k, blocks)
-  for (int first = 0; first < k; first += kTapsAtOnce) {
-    const int taps = min(kTapsAtOnce, k - first);
-    A sum[kTapsAtOnce] = {};
-    for (int base = int(block_index()) * R; base < all; base += blocks * R) {
-      A dz[R], near[R], far[R];
-      int sample = base / runs, start = (base - sample * runs) * kDweightThreads;
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        const A* const row = static_cast<const A*>(b.mean) + int64_t(sample) * channels;
-        const bool there = base + r < all;
-        const auto mean_at = [&](int c) {
-          if (p.circular) c += c < 0 ? channels : c >= channels ? -channels : 0;
-          return there && c >= 0 && c < channels ? value_at(row + c) : A(0);
-        };
-        const int c = start + thread_index();
-        dz[r] = there && c < channels
-                    ? value_at(static_cast<const A*>(work.dz) + int64_t(sample) * channels + c)
-                    : A(0);
-        near[r] = mean_at(c + first - radius);
-        far[r] =
-            thread_index() < kTapsAtOnce ? mean_at(c + first - radius + kDweightThreads) : A(0);
-        start += kDweightThreads;
-        if (start >= channels) start = 0, ++sample;
-      }
-#pragma unroll
-      for (int r = 0; r < R; ++r) {
-        const int i = r * kWindow + thread_index();
-        means.set(i, near[r]);
-        if (thread_index() < kTapsAtOnce) means.set(i + kDweightThreads, far[r]);
-      }
-      block_barrier();
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int u = 0; u < kTapsAtOnce; ++u)
-          sum[u] += dz[r] * means.get(r * kWindow + thread_index() + u);
-      block_barrier();
-    }
-    const A of_warp = warp_sums(sum);
-    if (lane % 4 == 0) sums.set(warp * kTapsAtOnce + lane / 4, of_warp);
-    block_barrier();
-    if (thread_index() < taps) {
-      A total = 0;
-      for (int w = 0; w < kWarps; ++w) total += sums.get(w * kTapsAtOnce + thread_index());
-      if (blocks == 1) store_dweight<T>(p, b.dweight, first + thread_index(), total);
-      else put(partials + int64_t(first + thread_index()) * blocks + block_index(), total);
-    }
-    block_barrier();
+  const int lane = thread_index() % 32, k = int(p.kernel_size);
+  if (!b.dweight) return;
+  if (p.taps_per_channel) {
+    A* const dz = static_cast<A*>(work.dz) + sample * p.channels + begin;
+    for (int c = warp * 32 + lane; c < own; c += warps * 32) put(dz + c, dz_of(c));
+    return;
   }
-  if (blocks == 1 || !last_to_arrive(work.counters.dweight(0), blocks, flag)) return;
-  for (int j = warp; j < k; j += kWarps) {
-    A sum = 0;
 #pragma unroll 1
-    for (int i = lane; i < blocks; i += 32)
-      sum += load_from_other_block(partials + int64_t(j) * blocks + i);
-    sum = warp_sum(sum);
-    if (lane == 0) store_dweight<T>(p, b.dweight, j, sum);
+  for (int first = warp * kTaps; first < k; first += warps * kTaps) {
+    const int j = first + lane / kChannels, tap = min(j, k - 1);
+    A sum = 0;
+#pragma unroll 4
+    for (int c = lane % kChannels; c < own; c += kChannels) sum += dz_of(c) * mean_under(c, tap);
+    for (int mask = kChannels / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lane % kChannels == 0 && j < k)
+      put(static_cast<A*>(work.dweight) + j * work.parts + part, sum);
   }
 }
 
-// Separate taps per channel. A block has 32 channels and one tap, and its warps share the samples.
+// The parts of dweight from dz (samples, channels). A warp has the part of a few channels.
 template <class T>
-__global__ void __launch_bounds__(kDweightThreads) sum_own_dweight(Backward b, Workspace work) {
+__global__ void __launch_bounds__(kMostThreads) sum_dweight_parts(Backward b, Workspace work) {
   using A = Accumulator<T>;
   const Problem& p = b.problem;
-  constexpr int kWarps = kDweightThreads / 32;
+  const int64_t part = block_index() * (thread_count() / 32) + thread_index() / 32;
+  const int64_t tiles = (p.channels + kDweightTile - 1) / kDweightTile;
+  const int64_t sample = part / tiles, begin = part % tiles * kDweightTile;
+  if (sample >= p.samples) return;
+  const int own = int(min(int64_t(kDweightTile), p.channels - begin));
+  const A* const dz = static_cast<const A*>(work.dz) + sample * p.channels + begin;
+  const A* const means = static_cast<const A*>(b.mean) + sample * p.channels;
+  leave_dweight<T>(
+      b, work, sample, begin, own, part, 0, 1, [&](int c) { return value_at(dz + c); },
+      [&](int c, int j) { return mean_under_tap(p, means, begin + c, j); });
+}
+
+// dweight (1, k) from its parts (k, parts). A block has a tap.
+template <class T>
+__global__ void __launch_bounds__(kDweightThreads) add_dweight_parts(Backward b, Workspace work) {
+  using A = Accumulator<T>;
+  constexpr int kWarps = kDweightThreads / 32, kAtOnce = 4;
+  const int lane = thread_index() % 32, warp = thread_index() / 32;
+  const A* const parts = static_cast<const A*>(work.dweight) + block_index() * work.parts;
+  A sum = 0;
+#pragma unroll 1
+  for (int64_t first = thread_index(); first < work.parts; first += kAtOnce * kDweightThreads) {
+    A some[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t i = first + u * kDweightThreads;
+      some[u] = i < work.parts ? value_at(parts + i) : A(0);
+    }
+    sum += (some[0] + some[1]) + (some[2] + some[3]);
+  }
+  const auto of_warps = shared_array<A>(0, kWarps);
+  sum = warp_sum(sum);
+  if (lane == 0) of_warps.set(warp, sum);
+  block_barrier();
+  if (warp > 0) return;
+  sum = warp_sum(lane < kWarps ? of_warps.get(lane) : A(0));
+  if (lane == 0) store_dweight<T>(b.problem, b.dweight, block_index(), sum);
+}
+
+// dweight (channels, k) from dz. A block has 32 channels and one tap, and its warps share the
+// samples.
+template <class T>
+__global__ void __launch_bounds__(kOwnDweightThreads) sum_own_dweight(Backward b, Workspace work) {
+  using A = Accumulator<T>;
+  const Problem& p = b.problem;
+  constexpr int kWarps = kOwnDweightThreads / 32;
   const int lane = thread_index() % 32, warp = thread_index() / 32;
   const int64_t j = block_index() % p.kernel_size, c = block_index() / p.kernel_size * 32 + lane;
-  const auto sums = shared_array<A>(0, kDweightThreads);
+  const auto sums = shared_array<A>(0, kOwnDweightThreads);
   A sum = 0;
   if (c < p.channels) {
     const A* const dz = static_cast<const A*>(work.dz) + c;

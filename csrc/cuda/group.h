@@ -26,7 +26,7 @@ class Group {
   // Divisions are of 32 bits: with 64 they would take longer than all else before the first copy.
   __device__ Group(const Tiling& t, int order, const Workspace& work)
       : exchange_(t.exchange), size_(t.group), held_(t.held), unit_(order / t.group),
-        rank_(order - unit_ * t.group), counter_(work.counters.group(t.tiles, unit_)),
+        rank_(order - unit_ * t.group), counter_(work.counters.group(unit_)),
         sums_(static_cast<A*>(work.sums) + int64_t(order - rank_) * t.held),
         sample_(unit_ / int(t.tiles)), tile_(unit_ - sample_ * int(t.tiles)) {}
 

@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   typename Column<T, kDepth>::Held x;
   spare.fetch_from(f.x);
   column.load_from(f.x, x);
+  const NearTaps<T> taps(p, f.weight, s);
   Vector<A, V> sums{};
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   finish_fetches();
   spare.add_to(sums);
   if (give_sums<T>(p, t, s, work, here, column, sums, counters)) {
-    make_gates_of_sample<T>(f, t, s, work, tile);
+    make_gates_of_sample<T>(f, t, s, work, tile, taps);
     if (thread_index() == 0) counters.set_ready();
   }
   if (thread_index() == 0) counters.wait();
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   spare.for_each(f.y, rescale);
 }
 
-// dz and dm / S (samples, channels), and dx.
+// dm / S (samples, channels), dx, and what dweight is made from.
 template <class T, int kDepth, class Epilogue>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(true)))
     backward_kept(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
@@ -156,14 +157,13 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(tr
   typename Column<T, kDepth>::Held dy;
   spare.fetch_from(b.dy);
   column.load_from(b.dy, dy);
+  const NearTaps<T> taps(p, b.weight, s);
   Vector<A, V> sums{};
   add_products<kAtOnce>(column, dy, b.x, epilogue, sums);
   finish_fetches();
   spare.template add_products_to<kAtOnce>(b.x, epilogue, sums);
-  if (give_sums<T>(p, t, s, work, here, column, sums, counters)) {
-    make_shifts_of_sample<T>(b, t, s, work, tile);
-    if (thread_index() == 0) counters.set_ready();
-  }
+  if (give_sums<T>(p, t, s, work, here, column, sums, counters))
+    make_shifts_of_sample<T>(b, t, s, work, tile, taps, counters);
   if (thread_index() == 0) counters.wait();
   block_barrier();
   if (column.left <= 0 || !b.dx.data) return;

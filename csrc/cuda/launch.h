@@ -16,8 +16,8 @@ namespace eca::cuda {
 inline Workspace arrange(const Problem& p, Pass pass, const Plan& plan, const Memory& memory) {
   const WorkspaceLayout at = workspace_layout(p, pass, plan);
   char* const base = static_cast<char*>(memory.workspace);
-  return {{memory.counters}, base + at.sums, base + at.dz,  base + at.shift,
-          base + at.dweight, base + at.mean, base + at.gate};
+  return {{memory.counters}, base + at.sums, base + at.dz,   base + at.shift,
+          base + at.dweight, base + at.mean, base + at.gate, plan.dweight_parts};
 }
 
 inline Launch launch_of(const Plan& plan, const Memory& memory) {
@@ -60,7 +60,7 @@ template <class T>
 void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const Workspace& work) {
   if constexpr (!std::is_same_v<T, double>) {
     const Tiling& t = plan.tiling;
-    const SharedLayout s = register_layout(f.problem, plan.strategy, t);
+    const SharedLayout s = register_layout(f.problem, Pass::kForward, plan.strategy, t);
     const auto start = [&](auto kernel) {
       launch(launch_of(plan, memory), kernel, f, t, s, Rescale{});
     };
@@ -96,7 +96,7 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
                       const Workspace& work) {
   if constexpr (!std::is_same_v<T, double>) {
     const Tiling& t = plan.tiling;
-    const SharedLayout s = register_layout(b.problem, plan.strategy, t);
+    const SharedLayout s = register_layout(b.problem, Pass::kBackward, plan.strategy, t);
     const auto start = [&](auto kernel) {
       launch(launch_of(plan, memory), kernel, b, t, s, work, Rescale{});
     };
@@ -121,17 +121,21 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
   }
 }
 
-// dweight from dz, which the kernels before it left in the workspace.
+// dweight from what the kernels before it left in the workspace.
 template <class T>
 void run_dweight(const Backward& b, const Plan& plan, const Memory& memory, const Workspace& work) {
   if (!b.dweight) return;
-  const int64_t accumulator = sizeof(Accumulator<T>);
-  const int64_t shared = b.problem.taps_per_channel
-                             ? kDweightThreads * accumulator
-                             : 16 + kDweightThreads / 32 * kTapsAtOnce * accumulator +
-                                   kDweightRuns * (kDweightThreads + kTapsAtOnce) * accumulator;
-  launch({plan.dweight_blocks, kDweightThreads, 1, shared, static_cast<Stream>(memory.stream)},
-         b.problem.taps_per_channel ? sum_own_dweight<T> : sum_shared_dweight<T>, b, work);
+  const Problem& p = b.problem;
+  const auto start = [&](int64_t blocks, int threads, int64_t sums, auto kernel) {
+    const int64_t shared = sums * int64_t(sizeof(Accumulator<T>));
+    launch({blocks, threads, 1, shared, static_cast<Stream>(memory.stream)}, kernel, b, work);
+  };
+  if (p.taps_per_channel)
+    return start(ceil_div(p.channels, 32) * p.kernel_size, kOwnDweightThreads, kOwnDweightThreads,
+                 sum_own_dweight<T>);
+  if (plan.strategy == 'C')
+    start(ceil_div(plan.dweight_parts, kMostThreads / 32), kMostThreads, 0, sum_dweight_parts<T>);
+  start(p.kernel_size, kDweightThreads, kDweightThreads / 32, add_dweight_parts<T>);
 }
 
 template <class T>
@@ -167,11 +171,13 @@ void run_backward(const Backward& b, const Plan& plan, const Memory& memory) {
     run_in_registers<T>(b, plan, memory, work);
     return run_dweight<T>(b, plan, memory, work);
   }
-  if (plan.strategy != 'C')
-    return launch(launch_of(plan, memory),
-                  planes ? backward_on_chip<T, Layout::kPlanes, Rescale>
-                         : backward_on_chip<T, Layout::kPixels, Rescale>,
-                  b, t, shared_layout(p, Pass::kBackward, t), work, Rescale{});
+  if (plan.strategy != 'C') {
+    launch(launch_of(plan, memory),
+           planes ? backward_on_chip<T, Layout::kPlanes, Rescale>
+                  : backward_on_chip<T, Layout::kPixels, Rescale>,
+           b, t, shared_layout(p, Pass::kBackward, t), work, Rescale{});
+    return run_dweight<T>(b, plan, memory, work);
+  }
   for_each_chunk<T>(p, t, memory, [&](const Chunk& chunk, const ChunkLaunches& how) {
     launch(how.sums, planes ? sum_planes<T, Rescale> : sum_pixels<T, Rescale>, p, b.x, b.dy, t,
            chunk, work, Rescale{});

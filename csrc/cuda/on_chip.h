@@ -6,8 +6,8 @@
 // each other's halos at about the same time, so these come from the L2 cache.
 #pragma once
 
+#include "dweight.h"
 #include "epilogue.h"
-#include "gates.h"
 #include "group.h"
 #include "tile.h"
 
@@ -141,13 +141,6 @@ __global__ void __launch_bounds__(kMostThreads, 65536 / kMostThreads / kBackward
   group.done_reading();
   block_barrier();
 
-  // Before the stores of dx, which hide the wait for the other blocks' numbers.
-  const A* const mean = static_cast<const A*>(b.mean);
-  const DweightTile dweight_tile{sample, tile, t.tiles, held.begin, held.own};
-  const bool last = b.dweight && group.rank() == 0 &&
-                    contribute_to_dweight<T>(p, work, mean, dweight_tile, flag,
-                                             [&](int c) { return dz.get(c + t.pad); });
-
   if (b.dx.data) {
     const auto gates = shared_array<A>(s.gate, t.tile), shifts = shared_array<A>(s.shift, t.tile);
     const Taps<T> taps(p, b.weight);
@@ -169,7 +162,13 @@ __global__ void __launch_bounds__(kMostThreads, 65536 / kMostThreads / kBackward
           store(static_cast<T*>(b.dx.data) + offset, dx);
         });
   }
-  if (last) finish_dweight<T>(p, work, mean, b.dweight, dweight_tile);
+  if (group.rank() == 0) {
+    const A* const means = static_cast<const A*>(b.mean) + sample * p.channels;
+    leave_dweight<T>(
+        b, work, sample, held.begin, held.own, sample * t.tiles + tile, thread_index() / 32,
+        thread_count() / 32, [&](int c) { return dz.get(c + t.pad); },
+        [&](int c, int j) { return mean_under_tap(p, means, held.begin + c, j); });
+  }
   group.finish();
 }
 

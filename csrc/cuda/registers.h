@@ -7,12 +7,12 @@
 // 56x56 reach 0.97 of a copy's speed, where shared memory and clusters reached 0.7 (TUNING.md).
 #pragma once
 
+#include "dweight.h"
 #include "epilogue.h"
-#include "gates.h"
 
 namespace eca::cuda {
 
-// What the taps read of the held channels: means forward, dz backward. A tile of all channels has
+// A number of each held channel that the taps reach: the means or dz. A tile of all channels has
 // `pad` more places at either end: zeros, or the channels that wrap around.
 template <class A>
 struct Neighbours {
@@ -20,8 +20,8 @@ struct Neighbours {
   int channels, pad, halo, radius;
   bool circular;
 
-  __device__ Neighbours(const Problem& p, const Tiling& t, const SharedLayout& s)
-      : values(shared_array<A>(s.padded, t.held + (t.halo ? 0 : 2 * t.pad))),
+  __device__ Neighbours(const Problem& p, const Tiling& t, int first_byte)
+      : values(shared_array<A>(first_byte, t.held + (t.halo ? 0 : 2 * t.pad))),
         channels(int(p.channels)), pad(t.pad), halo(t.halo), radius(int(p.kernel_size / 2)),
         circular(p.circular) {}
 
@@ -45,6 +45,9 @@ struct Neighbours {
   }
 
   __device__ A get(int held) const { return values.get(place(held)); }
+
+  // From the value of the tile's first channel on.
+  __device__ Shared<A> own() const { return values.from(place(halo)); }
 
   // From the value under the first tap of a held channel on.
   __device__ Shared<A> from(int held) const { return values.from(place(held) - radius); }
@@ -115,6 +118,41 @@ struct HeldTile {
   __device__ int held_up(int at_once) const { return (held + at_once - 1) & ~(at_once - 1); }
 
   __device__ bool is_own(int h) const { return h >= halo && h < halo + own; }
+};
+
+// The means under the taps of a tile, for its part of dweight.
+template <class T>
+class DweightMeans {
+ public:
+  using A = Accumulator<T>;
+
+  __device__ DweightMeans(const Backward& b, const Tiling& t, const SharedLayout& s,
+                          const HeldTile& tile)
+      : means_(b.problem, t, s.means),
+        row_(static_cast<const A*>(b.mean) + tile.sample * tile.channels),
+        wanted_(b.dweight && !b.problem.taps_per_channel) {}
+
+  // One thread calls this for each held channel, which is -1 where there is none. All threads call
+  // clear_ends().
+  __device__ void set(int held, int channel) const {
+    if (wanted_) means_.set(held, channel < 0 ? A(0) : value_at(row_ + channel));
+  }
+
+  __device__ void clear_ends() const { means_.clear_ends(); }
+
+  // By all threads, after a barrier.
+  __device__ void leave_dweight(const Backward& b, const Workspace& work, const HeldTile& tile,
+                                int64_t part, const Neighbours<A>& dz) const {
+    const Shared<A> own_dz = dz.own(), own_means = means_.from(tile.halo);
+    cuda::leave_dweight<T>(
+        b, work, tile.sample, tile.begin, tile.own, part, thread_index() / 32, thread_count() / 32,
+        [&](int c) { return own_dz.get(c); }, [&](int c, int j) { return own_means.get(c + j); });
+  }
+
+ private:
+  Neighbours<A> means_;
+  const A* row_;
+  bool wanted_;
 };
 
 // The sum of vectors, in four chains that do not wait for each other.

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   typename Row<T, kDepth>::Held x;
   row.load_from(f.x, x);
   const NearTaps<T> taps(p, f.weight, s);
-  const Neighbours<A> means(p, t, s);
+  const Neighbours<A> means(p, t, s.padded);
 
   ChainedSum<A> sum;
 #pragma unroll
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   row.for_each(f.y, [&](int i, T* y) { store(y, epilogue.forward(x[i], all_of<V>(gate))); });
 }
 
-// dx, and dz (samples, channels), from which another kernel makes dweight.
+// dx, and what dweight is made from.
 template <class T, int kDepth, class Epilogue>
 __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_blocks(kDepth)))
     backward_rows(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
@@ -104,7 +104,9 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   const int64_t i_channel = row.sample * p.channels + row.channel;
   const A gate = row.channel < 0 ? A(0) : value_at(static_cast<const A*>(b.gate) + i_channel);
   const NearTaps<T> taps(p, b.weight, s);
-  const Neighbours<A> dz(p, t, s);
+  const Neighbours<A> dz(p, t, s.padded);
+  const DweightMeans<T> means(b, t, s, tile);
+  if (row.lane == 0 && row.held < tile.held) means.set(row.held, row.channel);
 
   ChainedSum<A> sum;
 #pragma unroll
@@ -113,15 +115,16 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
       row.total(sum.total(), shared_array<A>(s.scratch, t.threads / 32)) * gate * (A(1) - gate);
   if (row.lane == 0 && row.held < tile.held) dz.set(row.held, row.channel < 0 ? A(0) : own_dz);
   dz.clear_ends();
+  means.clear_ends();
   block_barrier();
-  if (!tile.is_own(row.held)) return;
 
-  if (row.lane == 0 && b.dweight) put(static_cast<A*>(work.dz) + i_channel, own_dz);
-  if (!b.dx.data) return;
-  const A shift = dm_of(tile, dz, taps, row.held) * t.factor;
-  row.for_each(b.dx, [&](int i, T* dx) {
-    store(dx, dx_of(dy[i], all_of<V>(gate), all_of<V>(shift), epilogue));
-  });
+  if (tile.is_own(row.held) && b.dx.data) {
+    const A shift = dm_of(tile, dz, taps, row.held) * t.factor;
+    row.for_each(b.dx, [&](int i, T* dx) {
+      store(dx, dx_of(dy[i], all_of<V>(gate), all_of<V>(shift), epilogue));
+    });
+  }
+  means.leave_dweight(b, work, tile, block_index(), dz);
 }
 
 }  // namespace eca::cuda

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   typename Run<T, kDepth, kGranule>::Held x;
   run.load_from(f.x, x);
   const NearTaps<T> taps(p, f.weight, s);
-  const Neighbours<A> means(p, t, s);
+  const Neighbours<A> means(p, t, s.padded);
   const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) run.put(i, widen(x[i]), terms);
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   });
 }
 
-// dz (samples, channels), and dx.
+// dx, and what dweight is made from.
 template <class T, int kDepth, int kGranule, class Epilogue>
 __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
     backward_runs(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
@@ -192,7 +192,8 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   run.load_from(b.dy, dy);
   run.load_from(b.x, x);
   const NearTaps<T> taps(p, b.weight, s);
-  const Neighbours<A> dz(p, t, s);
+  const Neighbours<A> dz(p, t, s.padded);
+  const DweightMeans<T> means(b, t, s, tile);
   const auto gates = shared_array<A>(s.gate, t.held + 1),
              shifts = shared_array<A>(s.shift, t.tile + 1);
   const A* const sample_gates = static_cast<const A*>(b.gate) + tile.sample * p.channels;
@@ -201,6 +202,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   for (int h = thread_index(); h < tile.held; h += kRunThreads) {
     const int channel = tile.channel(h);
     gates.set(h, channel < 0 ? A(0) : value_at(sample_gates + channel));
+    means.set(h, channel);
   }
   const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
@@ -213,14 +215,13 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
        h += kRunThreads >> shift) {
     const A sum = run.total(h, t.lanes, t.share, terms);
     if ((thread_index() & (t.lanes - 1)) != 0 || h >= tile.held) continue;
-    const A gate = gates.get(h), value = sum * gate * (A(1) - gate);
-    dz.set(h, value);
-    if (b.dweight && tile.is_own(h))
-      put(static_cast<A*>(work.dz) + tile.sample * p.channels + tile.channel(h), value);
+    const A gate = gates.get(h);
+    dz.set(h, sum * gate * (A(1) - gate));
   }
   dz.clear_ends();
+  means.clear_ends();
   block_barrier();
-  if (!b.dx.data) return;
+  if (!b.dx.data) return means.leave_dweight(b, work, tile, block_index(), dz);
 
 #pragma unroll 1
   for (int c = thread_index(); c < tile.own; c += kRunThreads)
@@ -232,6 +233,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
     store(dx + i * kRunThreads * V,
           dx_of(dy[i], run.by_element(own_gates, place), run.by_element(shifts, place), epilogue));
   });
+  means.leave_dweight(b, work, tile, block_index(), dz);
 }
 
 }  // namespace eca::cuda

@@ -8,8 +8,21 @@
 #pragma once
 
 #include "columns.h"
+#include "dweight.h"
 
 namespace eca::cuda {
+
+// True in all threads of the last of `count` blocks to call this, which sees what the others wrote.
+inline __device__ bool last_to_arrive(uint32_t* counter, int64_t count, Shared<uint32_t> flag) {
+  block_barrier();
+  if (thread_index() == 0) {
+    const bool last = fetch_add(counter, 1) == uint32_t(count - 1);
+    if (last) put(counter, 0u);
+    flag.set(0, last);
+  }
+  block_barrier();
+  return flag.get(0) != 0;
+}
 
 // What a block does.
 struct StreamPart {
@@ -55,17 +68,51 @@ class StreamCounters {
   int parts_;
 };
 
-// The total of a channel over the parts of a sample, by its last block.
-template <class A>
-__device__ inline A total_of_sample(const Problem& p, const Tiling& t, const Workspace& work,
-                                    int64_t sample, int c) {
-  const A* const sums = static_cast<const A*>(work.sums) + sample * t.parts * p.channels + c;
-  A total = 0;
-#pragma unroll 8
-  for (int part = 0; part < t.parts; ++part)
-    total += load_from_other_block(sums + int64_t(part) * p.channels);
-  return total;
-}
+// The sums of a sample's parts, added up by its last block. Threads share the parts too, so that
+// all of them are asked for at once: the other blocks wait for this.
+class SampleTotals {
+ public:
+  // By all threads. `scratch` has room for the channels, or for four numbers of each thread.
+  __device__ SampleTotals(const Problem& p, const Tiling& t, const Workspace& work, int64_t sample,
+                          Shared<float> scratch)
+      : scratch_(scratch), channels_(int(p.channels)) {
+    constexpr int W = 4, kAtOnce = 8;
+    const int columns = channels_ / W;
+    groups_ = max(1, thread_count() / columns);
+    const int group = thread_index() / columns;
+    const float* const sums = static_cast<const float*>(work.sums) + sample * t.parts * channels_;
+    if (group < groups_) {
+      const int step = max(columns, thread_count());
+      for (int column = thread_index() - group * columns; column < columns; column += step) {
+        Vector<float, W> total{};
+#pragma unroll 1
+        for (int first = group; first < t.parts; first += kAtOnce * groups_) {
+          Vector<float, W> some[kAtOnce] = {};
+#pragma unroll
+          for (int u = 0; u < kAtOnce; ++u) {
+            const int part = first + u * groups_;
+            if (part < t.parts)
+              some[u] = load_vector_from_other_block(sums + int64_t(part) * channels_ + column * W);
+          }
+#pragma unroll
+          for (int u = 0; u < kAtOnce; ++u) add_all(total, some[u]);
+        }
+        scratch_.store<W>(group * channels_ + column * W, total);
+      }
+    }
+    block_barrier();
+  }
+
+  __device__ float get(int c) const {
+    float total = 0;
+    for (int group = 0; group < groups_; ++group) total += scratch_.get(group * channels_ + c);
+    return total;
+  }
+
+ private:
+  Shared<float> scratch_;
+  int channels_, groups_;
+};
 
 // This block's sum of a channel, for the sample's last block.
 template <class A>
@@ -90,17 +137,23 @@ __device__ inline Vector<A, V> numbers_from(const void* numbers, int64_t at) {
   return v;
 }
 
+// Where a block has its sums, (rows, channels).
+inline __device__ Shared<float> sums_in(const Problem& p, const Tiling& t, const SharedLayout& s) {
+  const int vector = p.dtype == Dtype::kFloat32 ? 4 : 8;
+  return shared_array<float>(s.scratch, t.threads / (t.held / vector) * t.held);
+}
+
 // By the last block of a sample: mean and gate of all its channels.
 template <class T>
 __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& t,
                                             const SharedLayout& s, const Workspace& work,
-                                            const HeldTile& tile) {
+                                            const HeldTile& tile, const NearTaps<T>& taps) {
   using A = Accumulator<T>;
   const Problem& p = f.problem;
-  const NearTaps<T> taps(p, f.weight, s);
-  const Neighbours<A> means(p, t, s);
+  const Neighbours<A> means(p, t, s.padded);
+  const SampleTotals totals(p, t, work, tile.sample, sums_in(p, t, s));
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    means.set(c, total_of_sample<A>(p, t, work, tile.sample, c) * t.factor);
+    means.set(c, totals.get(c) * t.factor);
   means.clear_ends();
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())
@@ -108,27 +161,40 @@ __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& t,
   block_barrier();
 }
 
-// By the last block of a sample: dz and dm / S of all its channels.
+// By the last block of a sample: dm / S of all its channels and then, when the other blocks go on,
+// its part of dweight.
 template <class T>
 __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
                                              const SharedLayout& s, const Workspace& work,
-                                             const HeldTile& tile) {
+                                             const HeldTile& tile, const NearTaps<T>& taps,
+                                             const StreamCounters& counters) {
   using A = Accumulator<T>;
   const Problem& p = b.problem;
   const int64_t channels = tile.sample * p.channels;
-  const NearTaps<T> taps(p, b.weight, s);
-  const Neighbours<A> dz(p, t, s);
+  const Neighbours<A> dz(p, t, s.padded);
+  const auto gates = shared_array<A>(s.gate, t.held);
+  constexpr int W = 16 / int(sizeof(A));
+  for (int c = thread_index() * W; c < t.held; c += thread_count() * W)
+    gates.template fetch<W>(c, static_cast<const A*>(b.gate) + channels + c);
+  const SampleTotals totals(p, t, work, tile.sample, sums_in(p, t, s));
+  finish_fetches();
+  block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count()) {
-    const A gate = value_at(static_cast<const A*>(b.gate) + channels + c);
-    const A value = total_of_sample<A>(p, t, work, tile.sample, c) * gate * (A(1) - gate);
-    dz.set(c, value);
-    if (b.dweight) put(static_cast<A*>(work.dz) + channels + c, value);
+    const A gate = gates.get(c);
+    dz.set(c, totals.get(c) * gate * (A(1) - gate));
   }
   dz.clear_ends();
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())
     put(static_cast<A*>(work.shift) + channels + c, dm_of(tile, dz, taps, c) * t.factor);
   block_barrier();
+  if (thread_index() == 0) counters.set_ready();
+
+  const DweightMeans<T> means(b, t, s, tile);
+  for (int c = thread_index(); c < tile.held; c += thread_count()) means.set(c, c);
+  means.clear_ends();
+  block_barrier();
+  means.leave_dweight(b, work, tile, tile.sample, dz);
 }
 
 template <class T, int kDepth, class Epilogue>
@@ -154,6 +220,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
     return;
   }
 
+  const NearTaps<T> taps(p, f.weight, s);
   const auto parts = shared_array<A>(s.scratch, rows * t.held);
   Vector<A, V> sums{};
 #pragma unroll
@@ -164,11 +231,11 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
     put_part(p, t, work, here.sample, here.part, c, column.total(c, t.held, parts));
   if (!counters.arrive(shared_array<uint32_t>(s.flag, 1))) return;
 
-  make_gates_of_sample<T>(f, t, s, work, tile);
+  make_gates_of_sample<T>(f, t, s, work, tile, taps);
   if (thread_index() == 0) counters.set_ready();
 }
 
-// dz and dm / S (samples, channels), and dx.
+// dm / S (samples, channels), dx, and what dweight is made from.
 template <class T, int kDepth, class Epilogue>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(true)))
     backward_stream(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
@@ -196,6 +263,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
 
   typename Column<T, kDepth>::Held x;
   column.load_from(b.x, x);
+  const NearTaps<T> taps(p, b.weight, s);
   const auto parts = shared_array<A>(s.scratch, rows * t.held);
   Vector<A, V> sums{};
 #pragma unroll
@@ -206,8 +274,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
     put_part(p, t, work, here.sample, here.part, c, column.total(c, t.held, parts));
   if (!counters.arrive(shared_array<uint32_t>(s.flag, 1))) return;
 
-  make_shifts_of_sample<T>(b, t, s, work, tile);
-  if (thread_index() == 0) counters.set_ready();
+  make_shifts_of_sample<T>(b, t, s, work, tile, taps, counters);
 }
 
 }  // namespace eca::cuda

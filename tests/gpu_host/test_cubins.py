@@ -15,8 +15,8 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 DTYPES = {"float32": "f", "float64": "d", "float16": "6__half", "bfloat16": "13__nv_bfloat16"}
 KERNELS = [
     "forward_on_chip", "backward_on_chip", "sum_planes", "sum_pixels", "rescale_planes",
-    "rescale_pixels", "make_gates", "make_shifts", "sum_shared_dweight", "sum_own_dweight",
-    "add_parts",
+    "rescale_pixels", "make_gates", "make_shifts", "sum_dweight_parts",
+    "add_dweight_parts", "sum_own_dweight", "add_parts",
 ]  # fmt: skip
 # Those that keep their tile in registers, by the vectors that a thread holds; none for float64.
 IN_REGISTERS = {

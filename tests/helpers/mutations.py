@@ -124,8 +124,8 @@ MUTATIONS = [
         "if (thread_index() == 0) fetch_add(counter_, kLeft);",
     ),
     Mutation(
-        "dweight added by a block that is not the last",
-        "cuda/gates.h",
+        "gates made by a block that is not the sample's last",
+        "cuda/stream.h",
         "const bool last = fetch_add(counter, 1) == uint32_t(count - 1);",
         "const bool last = fetch_add(counter, 1) == uint32_t(count > 1 ? count - 2 : 0);",
     ),
@@ -222,10 +222,16 @@ MUTATIONS = [
         "  spare.add_to(sums);\n  finish_fetches();\n",
     ),
     Mutation(
-        "one warp's part of dweight lost",
+        "a tile's last channels left out of its part of dweight",
         "cuda/dweight.h",
-        "for (int w = 0; w < kWarps; ++w) total +=",
-        "for (int w = 1; w < kWarps; ++w) total +=",
+        "for (int c = lane % kChannels; c < own; c",
+        "for (int c = lane % kChannels; c < own - 1; c",
+    ),
+    Mutation(
+        "the last parts of dweight left out",
+        "cuda/dweight.h",
+        "some[u] = i < work.parts ?",
+        "some[u] = i < work.parts - 1 ?",
     ),
     Mutation(
         "a sum taken for a mean",

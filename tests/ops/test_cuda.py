@@ -131,6 +131,9 @@ FORCED = {
 }
 
 
+WHOLE = ("two_pass", "kept", "stream")  # strategies without halos
+
+
 def exists(name: str, dtype: torch.dtype, padding_mode: str) -> bool:
     """float64 has no kernels in registers, and channels that wrap around are no part of a run."""
     in_registers = name.split(",")[0] in IN_REGISTERS
@@ -253,7 +256,7 @@ def test_the_same_bits_beside_other_work(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize(
-    "name", [n for n in FORCED if "tile" in n or n[0] in "CS" or n == "split_tile, cluster of 3"]
+    "name", [n for n in FORCED if "one tile" in n or n.split(",")[0] in WHOLE or "of 3" in n]
 )
 def test_forced_plans_in_place(name, dtype):
     case = forced_case(name, dtype)

@@ -130,6 +130,15 @@ inline A load_from_other_block(const A* from, Place place = Place::here()) {
 }
 
 // Others run before and after it, which shows what a kernel does too late or too early.
+inline Vector<float, 4> load_vector_from_other_block(const float* from,
+                                                     Place place = Place::here()) {
+  check_aligned(from, 16, place);
+  if (simt::counting) simt::count_access(from, 16, simt::Direction::kLoad, true, place);
+  Vector<float, 4> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
 inline uint32_t fetch_add(uint32_t* counter, uint32_t value, Place place = Place::here()) {
   check_aligned(counter, sizeof *counter, place);
   if (simt::counting) {
