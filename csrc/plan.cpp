@@ -96,9 +96,8 @@ struct Planner {
   int64_t dweight_parts(const Plan& plan) const {
     if (!backward || p.taps_per_channel) return 0;
     const char s = plan.strategy;
-    return p.samples * (s == 'C'               ? ceil_div(p.channels, kDweightTile)
-                        : s == 'K' || s == 'S' ? 1
-                                               : plan.tiling.tiles);
+    const bool all = s == 'C' || s == 'K' || s == 'S';
+    return p.samples * (all ? ceil_div(p.channels, kDweightTile) : plan.tiling.tiles);
   }
 
   // The bytes of the numbers per channel: mean and gate, taps, dweight, and what it is made from.

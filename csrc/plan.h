@@ -64,7 +64,7 @@ constexpr int32_t stream_blocks(bool backward) { return backward ? 2 : 3; }
 
 // Threads of a block of the kernels that make dweight.
 constexpr int32_t kDweightThreads = 1024, kOwnDweightThreads = 256;
-constexpr int32_t kDweightTile = 64;  // strategy C: channels of a part of dweight
+constexpr int32_t kDweightTile = 64;  // C, K and S: channels of a part of dweight
 
 // How the blocks of a group exchange their sums.
 enum class Exchange : int32_t { kNone, kCluster, kGlobal };

@@ -76,7 +76,7 @@ COUNTERS = {
     "stall mio": "smsp__average_warps_issue_stalled_mio_throttle_per_issue_active.ratio",
 }
 FEWEST_COUNTERS = ("us", "read", "written", "instructions")  # every Nsight Compute has these
-OUR_KERNELS = "regex:forward_|backward_|sum_|make_|rescale_|add_parts"
+OUR_KERNELS = "regex:forward_|backward_|sum_|make_|rescale_|add_"
 
 
 def force(plan: Forced | None) -> None:

@@ -215,11 +215,16 @@ def speed(layers: Result, networks: dict[str, Result], path: Path) -> None:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 4.2), width_ratios=(3, 2), layout="constrained"
     )
-    rows = [row for row in layers["rows"] if row["layout"] == "contiguous"]
+    rows = [
+        row
+        for row in layers["rows"]
+        if (row["layout"], row["shape"][0], row["dtype"]) == ("contiguous", 256, "bfloat16")
+    ]
     kinds = ("compile", "eager")
     for i, kind in enumerate(kinds):
-        values = [tables.ratio(row, kind) or 0 for row in rows]
-        at = [j + 0.36 * (i - 0.5) for j in range(len(rows))]
+        found = [(j, tables.ratio(row, kind)) for j, row in enumerate(rows)]
+        at = [j + 0.36 * (i - 0.5) for j, value in found if value]
+        values = [value for _, value in found if value]
         left.bar(at, values, 0.34, color=COLORS[kind], label=LABELS[kind].split(" (")[0])
         for x, value in zip(at, values, strict=True):
             left.text(x, value, f"{value:.1f}", ha="center", va="bottom", fontsize=8)
@@ -256,8 +261,7 @@ def speed(layers: Result, networks: dict[str, Result], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     left.legend(frameon=False, fontsize=9, loc="upper left")
     right.legend(frameon=False, fontsize=9, loc="upper right")
-    measured = {"H200": layers, **networks}
-    where = "\n".join(tables.where(result["machine"]) for result in measured.values())
+    where = "\n".join(tables.where(result["machine"]) for result in (layers, *networks.values()))
     figure.supxlabel(where, fontsize=6.5)
     save(figure, path, 110)
     plt.close(figure)

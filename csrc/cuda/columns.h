@@ -192,17 +192,16 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   dz.clear_ends();
   means.clear_ends();
   block_barrier();
-  if (!b.dx.data) return means.leave_dweight(b, work, tile, block_index(), dz);
+  means.leave_dweight(b, work, tile, dz);
+  if (!b.dx.data) return;
 
   for (int c = thread_index(); c < tile.own; c += thread_count())
     shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) * t.factor);
   block_barrier();
-  if (column.channel >= 0 && tile.is_own(column.held)) {
-    const Vector<A, V> gate = values_from<V>(gates, column.held);
-    const Vector<A, V> shift = values_from<V>(shifts, column.held - tile.halo);
-    column.for_each(b.dx, [&](int i, T* dx) { store(dx, dx_of(dy[i], gate, shift, epilogue)); });
-  }
-  means.leave_dweight(b, work, tile, block_index(), dz);
+  if (column.channel < 0 || !tile.is_own(column.held)) return;
+  const Vector<A, V> gate = values_from<V>(gates, column.held);
+  const Vector<A, V> shift = values_from<V>(shifts, column.held - tile.halo);
+  column.for_each(b.dx, [&](int i, T* dx) { store(dx, dx_of(dy[i], gate, shift, epilogue)); });
 }
 
 }  // namespace eca::cuda

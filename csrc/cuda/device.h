@@ -101,18 +101,6 @@ __device__ inline void forget(Vector<T, V>& v) {
   std::memcpy(&v, words, sizeof v);
 }
 
-// A vector of any value. Says so to the compiler, at no cost.
-template <class Vector>
-__device__ inline Vector undefined() {
-  static_assert(sizeof(Vector) % 4 == 0);
-  uint32_t words[sizeof(Vector) / 4];
-#pragma unroll
-  for (uint32_t& word : words) asm volatile("" : "=r"(word));
-  Vector v;
-  std::memcpy(&v, words, sizeof v);
-  return v;
-}
-
 // Hides how an address was made from the compiler, which would otherwise make it anew, in 64 bits,
 // for each access at some distance from it.
 template <class T>
@@ -136,8 +124,10 @@ using Word = std::conditional_t<
 // or four blocks leave it.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int resident_blocks(int wanted) { return wanted > 2 ? wanted - 1 : wanted; }
+constexpr bool kShortOfRegisters = true;
 #else
 constexpr int resident_blocks(int wanted) { return wanted; }
+constexpr bool kShortOfRegisters = false;
 #endif
 
 // ---- coordinates ----
@@ -167,6 +157,20 @@ __device__ inline Vector<T, V> load(const T* from) {
   const W word = *reinterpret_cast<const W*>(from);
   Vector<T, V> v;
   std::memcpy(&v, &word, sizeof v);
+  return v;
+}
+
+// The same if i < end; else any value, where an assignment would have to give one.
+template <int V, class T>
+__device__ inline Vector<T, V> load_if_below(const T* from, int i, int end) {
+  static_assert(sizeof(T) * V == 16);
+  uint32_t word[4];
+  asm volatile(
+      "{ .reg .pred p; setp.lt.s32 p, %5, %6; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+      : "l"(__cvta_generic_to_global(from)), "r"(i), "r"(end));
+  Vector<T, V> v;
+  std::memcpy(&v, word, sizeof v);
   return v;
 }
 

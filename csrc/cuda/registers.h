@@ -140,16 +140,35 @@ class DweightMeans {
 
   __device__ void clear_ends() const { means_.clear_ends(); }
 
-  // By all threads, after a barrier.
+  // By all threads, after a barrier and before the shifts, which the first warps make meanwhile.
   __device__ void leave_dweight(const Backward& b, const Workspace& work, const HeldTile& tile,
-                                int64_t part, const Neighbours<A>& dz) const {
-    const Shared<A> own_dz = dz.own(), own_means = means_.from(tile.halo);
-    cuda::leave_dweight<T>(
-        b, work, tile.sample, tile.begin, tile.own, part, thread_index() / 32, thread_count() / 32,
-        [&](int c) { return own_dz.get(c); }, [&](int c, int j) { return own_means.get(c + j); });
+                                const Neighbours<A>& dz) const {
+    const int warps = thread_count() / 32;
+    leave(b, work, tile, dz, 0, tile.own, block_index(), warps - 1 - thread_index() / 32, warps);
+  }
+
+  // The same for a tile of all channels, in several parts.
+  __device__ void leave_dweight_parts(const Backward& b, const Workspace& work,
+                                      const HeldTile& tile, const Neighbours<A>& dz) const {
+    const int parts = (tile.own + kDweightTile - 1) / kDweightTile;
+    for (int part = thread_index() / 32; part < parts; part += thread_count() / 32) {
+      const int begin = part * kDweightTile;
+      leave(b, work, tile, dz, begin, min(kDweightTile, tile.own - begin),
+            tile.sample * parts + part, 0, 1);
+    }
   }
 
  private:
+  // Of the tile's channels [begin, begin + count).
+  __device__ void leave(const Backward& b, const Workspace& work, const HeldTile& tile,
+                        const Neighbours<A>& dz, int begin, int count, int64_t part, int warp,
+                        int warps) const {
+    const Shared<A> own_dz = dz.own().from(begin), own_means = means_.from(tile.halo + begin);
+    cuda::leave_dweight<T>(
+        b, work, tile.sample, tile.begin + begin, count, part, warp, warps,
+        [&](int c) { return own_dz.get(c); }, [&](int c, int j) { return own_means.get(c + j); });
+  }
+
   Neighbours<A> means_;
   const A* row_;
   bool wanted_;

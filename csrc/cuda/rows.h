@@ -110,7 +110,10 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
 
   ChainedSum<A> sum;
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) sum.add(products_of(dy[i], x[i], epilogue));
+  for (int i = 0; i < kDepth; ++i) {
+    sum.add(products_of(dy[i], x[i], epilogue));
+    if constexpr (kShortOfRegisters) forget(dy[i]);
+  }
   const A own_dz =
       row.total(sum.total(), shared_array<A>(s.scratch, t.threads / 32)) * gate * (A(1) - gate);
   if (row.lane == 0 && row.held < tile.held) dz.set(row.held, row.channel < 0 ? A(0) : own_dz);
@@ -118,13 +121,12 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   means.clear_ends();
   block_barrier();
 
-  if (tile.is_own(row.held) && b.dx.data) {
-    const A shift = dm_of(tile, dz, taps, row.held) * t.factor;
-    row.for_each(b.dx, [&](int i, T* dx) {
-      store(dx, dx_of(dy[i], all_of<V>(gate), all_of<V>(shift), epilogue));
-    });
-  }
-  means.leave_dweight(b, work, tile, block_index(), dz);
+  means.leave_dweight(b, work, tile, dz);
+  if (!tile.is_own(row.held) || !b.dx.data) return;
+  const A shift = dm_of(tile, dz, taps, row.held) * t.factor;
+  row.for_each(b.dx, [&](int i, T* dx) {
+    store(dx, dx_of(dy[i], all_of<V>(gate), all_of<V>(shift), epilogue));
+  });
 }
 
 }  // namespace eca::cuda

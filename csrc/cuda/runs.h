@@ -49,10 +49,8 @@ struct Run {
     const T* const from = begin_in(map);
     const int left = vectors - thread_index();
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i) {
-      to[i] = undefined<Vector<T, V>>();
-      if (i * kRunThreads < left) to[i] = cuda::load<V>(from + i * kRunThreads * V);
-    }
+    for (int i = 0; i < kDepth; ++i)
+      to[i] = load_if_below<V>(from + i * kRunThreads * V, i * kRunThreads, left);
   }
 
   // `terms` has an element for each granule of the run.
@@ -221,7 +219,8 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   dz.clear_ends();
   means.clear_ends();
   block_barrier();
-  if (!b.dx.data) return means.leave_dweight(b, work, tile, block_index(), dz);
+  means.leave_dweight(b, work, tile, dz);
+  if (!b.dx.data) return;
 
 #pragma unroll 1
   for (int c = thread_index(); c < tile.own; c += kRunThreads)
@@ -233,7 +232,6 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
     store(dx + i * kRunThreads * V,
           dx_of(dy[i], run.by_element(own_gates, place), run.by_element(shifts, place), epilogue));
   });
-  means.leave_dweight(b, work, tile, block_index(), dz);
 }
 
 }  // namespace eca::cuda

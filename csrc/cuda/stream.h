@@ -194,7 +194,7 @@ __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
   for (int c = thread_index(); c < tile.held; c += thread_count()) means.set(c, c);
   means.clear_ends();
   block_barrier();
-  means.leave_dweight(b, work, tile, tile.sample, dz);
+  means.leave_dweight_parts(b, work, tile, dz);
 }
 
 template <class T, int kDepth, class Epilogue>

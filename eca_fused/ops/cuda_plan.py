@@ -71,8 +71,8 @@ class Plan:
         depth: 16-byte vectors in a thread's registers; 0 if the strategy keeps none there.
         spare: More such vectors, in shared memory, for "kept"; 0 for the others.
         blocks: Blocks in a launch.
-        launches: Kernel launches in the call. The strategies in shared memory compute dweight in
-            the same launch; the others use one more.
+        launches: Kernel launches in the call. Backward, the last makes dweight; for "two_pass" with
+            one set of taps, the last two.
         shared_bytes: Shared memory of a block, in bytes.
         occupancy: Blocks that fit on a multiprocessor at a time.
         workspace_bytes: Bytes of temporary GPU memory.

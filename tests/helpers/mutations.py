@@ -176,8 +176,8 @@ MUTATIONS = [
     Mutation(
         "no barrier between the means and the gates of rows",
         "cuda/rows.h",
-        "  means.clear_ends();\n  block_barrier();",
-        "  means.clear_ends();",
+        "  block_barrier();\n  if (!tile.is_own(row.held)) return;\n\n",
+        "  if (!tile.is_own(row.held)) return;\n\n",
     ),
     Mutation(
         "the last term of a plane left out",

@@ -86,17 +86,12 @@ inline Vector<T, V> narrow(const Vector<Accumulator<T>, V>& wide) {
 template <class T, int V>
 inline void forget(Vector<T, V>&) {}
 
-template <class Vector>
-inline Vector undefined() {
-  Vector v;
-  std::memset(&v, 0xff, sizeof v);
-  return v;
-}
-
 template <class T>
 inline T* pinned(T* address) {
   return address;
 }
+
+constexpr bool kShortOfRegisters = false;
 
 inline int log2_of(int power) { return __builtin_ctz(unsigned(power)); }
 
@@ -112,6 +107,14 @@ inline Vector<T, V> load(const T* from, Place place = Place::here()) {
   Vector<T, V> v;
   std::memcpy(&v, from, sizeof v);
   return v;
+}
+
+template <int V, class T>
+inline Vector<T, V> load_if_below(const T* from, int i, int end, Place place = Place::here()) {
+  if (i < end) return load<V>(from, place);
+  Vector<T, V> undefined;
+  std::memset(&undefined, 0xff, sizeof undefined);
+  return undefined;
 }
 
 template <int V, class T>
