@@ -15,7 +15,8 @@ import gpu_check
 import tune
 from helpers.cases import needs_extension
 from helpers.processes import ROOT, run_tests
-from lib import gpu_probe
+from lib import gpu_probe, plans
+from lib.cases import Case
 
 pytestmark = pytest.mark.every_torch
 
@@ -182,6 +183,32 @@ def test_what_has_been_seen_is_on_disk_while_a_part_runs(tmp_path):
         child.kill()
         child.wait()
     assert summary(tmp_path) == {"done": "ok: 1", "half": "running"}
+
+
+def test_a_carried_extension_does_not_change_the_file_that_is_loaded(monkeypatch, tmp_path):
+    """Written into, it would crash the process: its code would be the new file's."""
+    package, bundle = tmp_path / "eca_fused", tmp_path / "build"
+    for folder, text in ((package, "loaded"), (bundle, "carried")):
+        folder.mkdir()
+        (folder / "_C.some.so").write_text(text)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "BUNDLE", bundle)
+    monkeypatch.setattr(gpu_check, "loads", lambda: True)
+    with (package / "_C.some.so").open() as loaded:
+        gpu_check.provide_extension(gpu_check.Run(tmp_path / "out", dry=True, seconds=10))
+        assert loaded.read() == "loaded"
+    assert [f.name for f in package.iterdir()] == ["_C.some.so"]
+    assert (package / "_C.some.so").read_text() == "carried"
+
+
+@needs_extension
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_small_probe_forces_plans_that_exist(backward):
+    limits = plans.native_module().gpu_by_name("sm_90:132")
+    for shape, layout, forced in gpu_probe.SMALL:
+        for dtype in ("float32", "bfloat16"):
+            found = plans.plan_of(Case(shape, 3, dtype, layout), backward, forced, limits)
+            assert not isinstance(found, str), (shape, layout, forced, found)
 
 
 def test_what_there_is_no_time_for_is_said(tmp_path):
