@@ -146,11 +146,12 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   block_barrier();
 
   const auto gates = shared_array<A>(s.gate, t.tile);
+  const MeansAndGates<A> small(f, tile);
   for (int c = thread_index(); c < tile.own; c += thread_count()) {
     const int h = c + tile.halo, channel = tile.begin + c;
     const A gate = gate_of(means, taps, channel, h);
     gates.set(c, gate);
-    put_mean_and_gate(f, tile.sample * p.channels + channel, means.get(h), gate);
+    small.put(c, means.get(h), gate);
   }
   block_barrier();
   if (column.channel < 0 || !tile.is_own(column.held)) return;
@@ -174,13 +175,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   const auto parts = shared_array<A>(s.scratch, column.rows * t.held);
   const DweightMeans<T> means(b, t, s, tile);
   const auto gates = shared_array<A>(s.gate, t.held), shifts = shared_array<A>(s.shift, t.tile);
-  const A* const sample_gates = static_cast<const A*>(b.gate) + tile.sample * p.channels;
-#pragma unroll 1
-  for (int h = thread_index(); h < tile.held; h += thread_count()) {
-    const int channel = tile.channel(h);
-    gates.set(h, channel < 0 ? A(0) : value_at(sample_gates + channel));
-    means.set(h, channel);
-  }
+  load_gates_and_means(b, tile, gates, means);
   Vector<A, V> sums{};
   add_products<4>(column, dy, b.x, epilogue, sums);
   column.put_parts(sums, t.held, parts);

@@ -96,7 +96,7 @@ __device__ inline bool give_sums(const Problem& p, const Tiling& t, const Shared
                                  const Vector<Accumulator<T>, kVector<T>>& sums,
                                  const StreamCounters& counters) {
   using A = Accumulator<T>;
-  const auto parts = shared_array<A>(s.scratch, column.rows * t.held);
+  const auto parts = sums_in<T>(t, s);
   column.put_parts(sums, t.held, parts);
   block_barrier();
   for (int c = thread_index(); c < t.held; c += thread_count())

@@ -1,6 +1,8 @@
 // Launchers: from a call and its plan to kernels. Instantiated once for each dtype.
 #pragma once
 
+#include <type_traits>
+
 #include "columns.h"
 #include "cuda.h"
 #include "dweight.h"
@@ -55,6 +57,22 @@ void for_each_chunk(const Problem& p, const Tiling& t, const Memory& memory, Bod
   }
 }
 
+template <int kNumber>
+using Constant = std::integral_constant<int, kNumber>;
+
+// Calls body(depth, granule) with the sizes of the kernel that runs a plan of strategy F.
+template <class T, class Body>
+void with_run_sizes(const Problem& p, const Tiling& t, Body body) {
+  const auto with_depth = [&](auto granule) {
+    if (t.depth == 2) return body(Constant<2>{}, granule);
+    if (t.depth == 4) return body(Constant<4>{}, granule);
+    body(Constant<8>{}, granule);
+  };
+  if constexpr (sizeof(T) == 2)
+    if (run_granule(p.pixels, sizeof(T)) == 4) return with_depth(Constant<4>{});
+  with_depth(Constant<1>{});
+}
+
 // Strategies R, F, P, K and S. float64 only has the others: it is for checking gradients.
 template <class T>
 void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const Workspace& work) {
@@ -75,14 +93,9 @@ void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const W
       case 'R':
         return start(t.depth == 7 ? forward_rows<T, 7, Rescale> : forward_rows<T, 13, Rescale>);
       case 'F':
-        if constexpr (sizeof(T) == 2)
-          if (run_granule(f.problem.pixels, 2) == 4)
-            return start(t.depth == 2   ? forward_runs<T, 2, 4, Rescale>
-                         : t.depth == 4 ? forward_runs<T, 4, 4, Rescale>
-                                        : forward_runs<T, 8, 4, Rescale>);
-        return start(t.depth == 2   ? forward_runs<T, 2, 1, Rescale>
-                     : t.depth == 4 ? forward_runs<T, 4, 1, Rescale>
-                                    : forward_runs<T, 8, 1, Rescale>);
+        return with_run_sizes<T>(f.problem, t, [&](auto depth, auto granule) {
+          start(forward_runs<T, decltype(depth)::value, decltype(granule)::value, Rescale>);
+        });
       default:
         return start(t.depth == 4   ? forward_columns<T, 4, Rescale>
                      : t.depth == 7 ? forward_columns<T, 7, Rescale>
@@ -106,14 +119,9 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
       case 'R':
         return start(t.depth == 7 ? backward_rows<T, 7, Rescale> : backward_rows<T, 13, Rescale>);
       case 'F':
-        if constexpr (sizeof(T) == 2)
-          if (run_granule(b.problem.pixels, 2) == 4)
-            return start(t.depth == 2   ? backward_runs<T, 2, 4, Rescale>
-                         : t.depth == 4 ? backward_runs<T, 4, 4, Rescale>
-                                        : backward_runs<T, 8, 4, Rescale>);
-        return start(t.depth == 2   ? backward_runs<T, 2, 1, Rescale>
-                     : t.depth == 4 ? backward_runs<T, 4, 1, Rescale>
-                                    : backward_runs<T, 8, 1, Rescale>);
+        return with_run_sizes<T>(b.problem, t, [&](auto depth, auto granule) {
+          start(backward_runs<T, decltype(depth)::value, decltype(granule)::value, Rescale>);
+        });
       default:
         return start(t.depth == 4 ? backward_columns<T, 4, Rescale>
                                   : backward_columns<T, 7, Rescale>);

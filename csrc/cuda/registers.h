@@ -52,8 +52,7 @@ struct Neighbours {
   // From the value under the first tap of a held channel on.
   __device__ Shared<A> from(int held) const { return values.from(place(held) - radius); }
 
-  // The value under tap j of a held channel; backward, of the channel whose tap j lies over it.
-  __device__ A under_tap(int held, int j) const { return values.get(place(held) + j - radius); }
+  // The value of the channel whose tap j lies over a held channel.
   __device__ A over_tap(int held, int j) const { return values.get(place(held) + radius - j); }
 };
 
@@ -174,6 +173,21 @@ class DweightMeans {
   bool wanted_;
 };
 
+// Of the held channels: the gates, and the means for dweight. By all threads.
+template <class T>
+__device__ inline void load_gates_and_means(const Backward& b, const HeldTile& tile,
+                                            Shared<Accumulator<T>> gates,
+                                            const DweightMeans<T>& means) {
+  using A = Accumulator<T>;
+  const A* const sample_gates = static_cast<const A*>(b.gate) + tile.sample * tile.channels;
+#pragma unroll 1
+  for (int h = thread_index(); h < tile.held; h += thread_count()) {
+    const int channel = tile.channel(h);
+    gates.set(h, channel < 0 ? A(0) : value_at(sample_gates + channel));
+    means.set(h, channel);
+  }
+}
+
 // The sum of vectors, in four chains that do not wait for each other.
 template <class A>
 struct ChainedSum {
@@ -220,14 +234,15 @@ __device__ inline Vector<T, V> dx_of(const Vector<T, V>& dy, const Vector<Accumu
 template <class T, class A>
 __device__ inline A gate_of(const Neighbours<A>& means, const NearTaps<T>& taps, int64_t channel,
                             int held) {
+  Shared<A> mean = means.from(held);
   A z = 0;
   if (taps.own()) {
 #pragma unroll 1
-    for (int j = 0; j < taps.size(); ++j) z += taps.far(channel, j) * means.under_tap(held, j);
+    for (int j = 0; j < taps.size(); ++j) z += taps.far(channel, j) * mean.get(j);
     return sigmoid(z);
   }
   // The number of taps is odd.
-  Shared<A> tap = taps.near(), mean = means.from(held);
+  Shared<A> tap = taps.near();
   z = tap.get(0) * mean.get(0);
 #pragma unroll 1
   for (int j = 1; j < taps.size(); j += 2) {
@@ -274,12 +289,5 @@ struct MeansAndGates {
     cuda::put(gate + c, own_gate);
   }
 };
-
-template <class A>
-__device__ inline void put_mean_and_gate(const Forward& f, int64_t i, A mean, A gate) {
-  if (!f.mean) return;
-  put(static_cast<A*>(f.mean) + i, mean);
-  put(static_cast<A*>(f.gate) + i, gate);
-}
 
 }  // namespace eca::cuda

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   if (!tile.is_own(row.held)) return;
 
   const A gate = gate_of(means, taps, row.channel, row.held);
-  if (row.lane == 0) put_mean_and_gate(f, row.sample * p.channels + row.channel, mean, gate);
+  if (row.lane == 0) MeansAndGates<A>(f, tile).put(row.held - tile.halo, mean, gate);
   row.for_each(f.y, [&](int i, T* y) { store(y, epilogue.forward(x[i], all_of<V>(gate))); });
 }
 

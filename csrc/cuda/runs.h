@@ -194,14 +194,8 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   const DweightMeans<T> means(b, t, s, tile);
   const auto gates = shared_array<A>(s.gate, t.held + 1),
              shifts = shared_array<A>(s.shift, t.tile + 1);
-  const A* const sample_gates = static_cast<const A*>(b.gate) + tile.sample * p.channels;
   if (thread_index() == 0) gates.set(tile.held, A(0)), shifts.set(tile.own, A(0));
-#pragma unroll 1
-  for (int h = thread_index(); h < tile.held; h += kRunThreads) {
-    const int channel = tile.channel(h);
-    gates.set(h, channel < 0 ? A(0) : value_at(sample_gates + channel));
-    means.set(h, channel);
-  }
+  load_gates_and_means(b, tile, gates, means);
   const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) run.put(i, products_of(dy[i], x[i], epilogue), terms);

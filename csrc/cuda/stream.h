@@ -12,18 +12,6 @@
 
 namespace eca::cuda {
 
-// True in all threads of the last of `count` blocks to call this, which sees what the others wrote.
-inline __device__ bool last_to_arrive(uint32_t* counter, int64_t count, Shared<uint32_t> flag) {
-  block_barrier();
-  if (thread_index() == 0) {
-    const bool last = fetch_add(counter, 1) == uint32_t(count - 1);
-    if (last) put(counter, 0u);
-    flag.set(0, last);
-  }
-  block_barrier();
-  return flag.get(0) != 0;
-}
-
 // What a block does.
 struct StreamPart {
   bool exists, rescales;
@@ -48,9 +36,17 @@ class StreamCounters {
                             int64_t sample)
       : arrived_(work.counters.arrived(sample)), ready_(arrived_ + p.samples), parts_(t.parts) {}
 
-  // True in all threads of the last block to arrive. By all threads.
+  // True in all threads of the last block to arrive, which sees what the others wrote. By all
+  // threads.
   __device__ bool arrive(Shared<uint32_t> flag) const {
-    return last_to_arrive(arrived_, parts_, flag);
+    block_barrier();
+    if (thread_index() == 0) {
+      const bool last = fetch_add(arrived_, 1) == uint32_t(parts_ - 1);
+      if (last) put(arrived_, 0u);
+      flag.set(0, last);
+    }
+    block_barrier();
+    return flag.get(0) != 0;
   }
 
   // After a barrier, by one thread.
@@ -67,6 +63,12 @@ class StreamCounters {
   uint32_t *arrived_, *ready_;
   int parts_;
 };
+
+// Where a block adds up its sums, (rows, channels).
+template <class T>
+__device__ inline Shared<Accumulator<T>> sums_in(const Tiling& t, const SharedLayout& s) {
+  return shared_array<Accumulator<T>>(s.scratch, t.threads / (t.held / kVector<T>)*t.held);
+}
 
 // The sums of a sample's parts, added up by its last block. Threads share the parts too, so that
 // all of them are asked for at once: the other blocks wait for this.
@@ -137,12 +139,6 @@ __device__ inline Vector<A, V> numbers_from(const void* numbers, int64_t at) {
   return v;
 }
 
-// Where a block has its sums, (rows, channels).
-inline __device__ Shared<float> sums_in(const Problem& p, const Tiling& t, const SharedLayout& s) {
-  const int vector = p.dtype == Dtype::kFloat32 ? 4 : 8;
-  return shared_array<float>(s.scratch, t.threads / (t.held / vector) * t.held);
-}
-
 // By the last block of a sample: mean and gate of all its channels.
 template <class T>
 __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& t,
@@ -151,13 +147,14 @@ __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& t,
   using A = Accumulator<T>;
   const Problem& p = f.problem;
   const Neighbours<A> means(p, t, s.padded);
-  const SampleTotals totals(p, t, work, tile.sample, sums_in(p, t, s));
+  const SampleTotals totals(p, t, work, tile.sample, sums_in<T>(t, s));
   for (int c = thread_index(); c < tile.held; c += thread_count())
     means.set(c, totals.get(c) * t.factor);
   means.clear_ends();
   block_barrier();
+  const MeansAndGates<A> small(f, tile);
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    put_mean_and_gate(f, tile.sample * p.channels + c, means.get(c), gate_of(means, taps, c, c));
+    small.put(c, means.get(c), gate_of(means, taps, c, c));
   block_barrier();
 }
 
@@ -176,7 +173,7 @@ __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
   constexpr int W = 16 / int(sizeof(A));
   for (int c = thread_index() * W; c < t.held; c += thread_count() * W)
     gates.template fetch<W>(c, static_cast<const A*>(b.gate) + channels + c);
-  const SampleTotals totals(p, t, work, tile.sample, sums_in(p, t, s));
+  const SampleTotals totals(p, t, work, tile.sample, sums_in<T>(t, s));
   finish_fetches();
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count()) {
@@ -221,7 +218,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   }
 
   const NearTaps<T> taps(p, f.weight, s);
-  const auto parts = shared_array<A>(s.scratch, rows * t.held);
+  const auto parts = sums_in<T>(t, s);
   Vector<A, V> sums{};
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) add_all(sums, widen(x[i]));
@@ -264,7 +261,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   typename Column<T, kDepth>::Held x;
   column.load_from(b.x, x);
   const NearTaps<T> taps(p, b.weight, s);
-  const auto parts = shared_array<A>(s.scratch, rows * t.held);
+  const auto parts = sums_in<T>(t, s);
   Vector<A, V> sums{};
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) add_all(sums, products_of(dy[i], x[i], epilogue));

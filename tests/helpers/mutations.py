@@ -126,8 +126,8 @@ MUTATIONS = [
     Mutation(
         "gates made by a block that is not the sample's last",
         "cuda/stream.h",
-        "const bool last = fetch_add(counter, 1) == uint32_t(count - 1);",
-        "const bool last = fetch_add(counter, 1) == uint32_t(count > 1 ? count - 2 : 0);",
+        "const bool last = fetch_add(arrived_, 1) == uint32_t(parts_ - 1);",
+        "const bool last = fetch_add(arrived_, 1) == uint32_t(parts_ > 1 ? parts_ - 2 : 0);",
     ),
     Mutation(
         "taps not mirrored in the gradient",
@@ -164,8 +164,8 @@ MUTATIONS = [
     Mutation(
         "a tap one channel off in registers",
         "cuda/registers.h",
-        "return values.get(place(held) + j - radius);",
-        "return values.get(place(held) + j - radius + (j == 0));",
+        "return values.from(place(held) - radius);",
+        "return values.from(place(held) - radius + 1);",
     ),
     Mutation(
         "channels that wrap around left out in registers",
