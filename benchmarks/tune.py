@@ -226,7 +226,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of --shape")
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of --shape")
     parser.add_argument("--layers", type=int, default=len(LAYERS), help="only the first of them")
-    parser.add_argument("--strategy", nargs="+", default=[], help="only plans of these")
+    known = ("two_pass", "stream", "tile", "kept", *IN_REGISTERS)
+    parser.add_argument(
+        "--strategy", nargs="+", choices=known, default=[], help="only plans of these"
+    )
     parser.add_argument("--rounds", type=int, default=15, help="samples of each plan (default 15)")
     parser.add_argument("--seconds", type=float, default=120, help="start no layer after this")
     parser.add_argument("--list", action="store_true", help="print the plans, and time none")
