@@ -42,8 +42,6 @@ LAYERS = [
     Case((32, 1024, 14, 14), 5, "bfloat16", "channels_last"),
     Case((32, 512, 28, 28), 5, "bfloat16", "contiguous"),
 ]
-GROUPS = (1, 2, 4, 8)
-THREADS = (128, 256)
 MOST_HALO = 1.6  # L2 bytes over the maps' bytes; beyond this, halos cost too much
 SHOWN = 12  # rows of a table
 
@@ -53,27 +51,14 @@ class Forced(NamedTuple):
 
     strategy: str
     tile: int = 0
-    group: int = 1
     threads: int = 256
     depth: int = 0
 
     def __str__(self) -> str:
         if self.strategy == "two_pass":
             return self.strategy
-        if self.strategy == "tile":
-            return f"tile {self.tile}, group {self.group}, {self.threads} threads"
         depth = f" {self.depth}" if self.depth else ""
         return f"{self.strategy}{depth}, tile {self.tile or 'largest'}, {self.threads} threads"
-
-
-def tiles_of(case: Case) -> list[int]:
-    """Powers of two and 1.5 times those, below the number of channels; and all channels."""
-    channels = case.shape[1]
-    steps = [size for power in range(12) for size in (2**power, 3 * 2**power // 2)]
-    unit = 1
-    if case.layout == "channels_last":
-        unit = 32 // DTYPES[case.dtype].itemsize  # the least that DRAM moves
-    return sorted({s for s in steps if s < channels and s % unit == 0} | {channels})
 
 
 IN_REGISTERS = {"rows": (7, 13), "runs": (2, 4, 8), "columns": (4, 7, 13)}  # with their depths
@@ -86,10 +71,9 @@ def candidates(
     """The plans that can run, by what forces them; all strategies, or only these."""
     found = {}
     ways = [Forced("two_pass"), Forced("stream")]
-    ways += [Forced("tile", t, g, n) for t in tiles_of(case) for g in GROUPS for n in THREADS]
     named = [(name, depth) for name, depths in IN_REGISTERS.items() for depth in depths]
     sizes = product(named, (64, 128, 256, 512), (0, 16, 32, 64, 128))
-    ways += [Forced(name, tile, 1, n, depth) for (name, depth), n, tile in sizes]
+    ways += [Forced(name, tile, n, depth) for (name, depth), n, tile in sizes]
     ways += [Forced("kept", depth=vectors) for vectors in KEPT]
     for forced in ways:
         if strategies and forced.strategy not in strategies:
@@ -97,17 +81,13 @@ def candidates(
         plan = plan_of(case, backward, forced._asdict(), limits)
         if isinstance(plan, str) or plan["occupancy"] < 1:
             continue
-        # Blocks that wait for each other must all be resident.
-        room = plan["occupancy"] * limits["multiprocessors"]
-        if plan["exchange"] == "global" and forced.group > room:
-            continue
         if forced.strategy == "two_pass" or plan["l2_bytes"] <= MOST_HALO * plan["map_bytes"]:
             found[forced] = plan
     return found
 
 
 def same(plan: dict[str, Any], other: Any) -> bool:
-    sizes = ("strategy", "exchange", "tile", "group", "threads", "depth", "chunk", "parts")
+    sizes = ("strategy", "tile", "threads", "depth", "chunk", "parts")
     return isinstance(other, dict) and all(plan[name] == other[name] for name in sizes)
 
 
@@ -226,7 +206,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of --shape")
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous", help="of --shape")
     parser.add_argument("--layers", type=int, default=len(LAYERS), help="only the first of them")
-    known = ("two_pass", "stream", "tile", "kept", *IN_REGISTERS)
+    known = ("two_pass", "stream", "kept", *IN_REGISTERS)
     parser.add_argument(
         "--strategy", nargs="+", choices=known, default=[], help="only plans of these"
     )

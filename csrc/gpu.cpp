@@ -38,38 +38,47 @@ cuda::StreamHandle current_stream(int32_t device) {
 
 // ---- counters: words through which blocks meet; zero before and after each launch ----
 
-// Launches on one stream run one after the other, so they share a slot of the slab. A captured
-// graph may be replayed on any stream, beside anything, so each of its launches gets words that no
-// other ever gets. The slab is not from PyTorch's allocator: memory kept from call to call would be
-// alive in the private pools of CUDA graphs, which is an error there. When the slab is full, a call
-// allocates its own words and zeroes them first.
+// Launches on one stream run one after the other, so they share a slot of the slab. So do those that
+// are captured from one stream into one graph. A graph may be replayed on any stream, beside
+// anything but itself, so its words are never another graph's. The slab is not from PyTorch's
+// allocator: memory kept from call to call would be alive in the private pools of CUDA graphs, which
+// is an error there. When the slab is full, a call allocates its own words and zeroes them first.
+// cudaStreamPerThread, one handle for the streams of all threads, is not supported: PyTorch's
+// allocator cannot tell these streams apart either.
 uint32_t* counters(int32_t device, cuda::StreamHandle stream, int64_t words, Tensor* keep) {
   constexpr int64_t kSlot = 4096, kSlots = 16;  // the other half is for captured launches
   static_assert(kSlot * kSlots <= cuda::kSlabWords / 2);
+  struct Slot {
+    int64_t first, words;
+  };
   struct Slab {
     uint32_t* words = nullptr;
     int64_t captured = kSlot * kSlots;  // the next free word
-    std::map<cuda::StreamHandle, int64_t> slots;
+    std::map<cuda::StreamHandle, Slot> streams;
+    std::map<std::pair<uint64_t, cuda::StreamHandle>, Slot> graphs;  // by graph and stream
   };
   if (words == 0) return nullptr;
+  const uint64_t graph = cuda::capture_id(stream);
   {
     static std::mutex mutex;
     static auto& slabs = *new std::map<int32_t, Slab>;  // never destroyed: streams may outlive it
     const std::lock_guard<std::mutex> lock(mutex);
     Slab& slab = slabs[device];
     if (!slab.words) slab.words = cuda::counter_slab();
-    if (cuda::is_capturing(stream)) {
+    if (graph) {
+      Slot& slot = slab.graphs[{graph, stream}];
+      if (slot.words >= words) return slab.words + slot.first;
       if (slab.captured + words <= cuda::kSlabWords) {
-        uint32_t* const found = slab.words + slab.captured;
+        slot = {slab.captured, words};
         slab.captured += words;
-        return found;
+        return slab.words + slot.first;
       }
     } else if (words <= kSlot) {
-      const auto slot = slab.slots.find(stream);
-      if (slot != slab.slots.end()) return slab.words + slot->second * kSlot;
-      const auto next = int64_t(slab.slots.size());
+      const auto slot = slab.streams.find(stream);
+      if (slot != slab.streams.end()) return slab.words + slot->second.first;
+      const auto next = int64_t(slab.streams.size());
       if (next < kSlots) {
-        slab.slots[stream] = next;
+        slab.streams[stream] = {next * kSlot, kSlot};
         return slab.words + next * kSlot;
       }
     }
@@ -94,6 +103,7 @@ struct Key {
            a.kernel_size == b.kernel_size && a.taps_per_channel == b.taps_per_channel &&
            a.circular == b.circular && pass == o.pass && access.aligned == o.access.aligned &&
            access.dense == o.access.dense && access.samples_aligned == o.access.samples_aligned &&
+           access.sources_aligned == o.access.sources_aligned &&
            access.in_place == o.access.in_place && device == o.device;
   }
 };
@@ -160,16 +170,6 @@ void run_apart(const Call& call, int32_t device, Run kernels) {
 }  // namespace
 
 void force_plan(const Forced* forced) {
-  if (forced && forced->strategy != 'C') {
-    if (forced->strategy == 'A' && (forced->tile < 1 || forced->group < 1))
-      throw std::invalid_argument("expected a tile and a group from 1 up");
-    // The lanes that sum a plane are a power of two and divide the threads.
-    const int32_t n = forced->threads;
-    const int32_t most = forced->strategy == 'R' ? 512 : kMostThreads;
-    if (n < 32 || n > most || (n & (n - 1)) != 0)
-      throw std::invalid_argument("expected threads as a power of two from 32 to " +
-                                  std::to_string(most) + ", got " + std::to_string(n));
-  }
   const std::lock_guard<std::mutex> lock(force_mutex);
   if (forced) forced_plan = *forced;
   forcing.store(forced != nullptr, std::memory_order_release);
@@ -183,11 +183,6 @@ const Gpu& description(int32_t device) {
   if (found != known.end()) return found->second;
   const torch::stable::accelerator::DeviceGuard guard(device);
   return known[device] = cuda::current_gpu();
-}
-
-int active_clusters(int32_t device, int blocks, int threads, int64_t shared_bytes) {
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  return cuda::active_clusters(blocks, threads, shared_bytes);
 }
 
 void forward(const Forward& f, int32_t device) { run(f, Pass::kForward, device, cuda::forward); }

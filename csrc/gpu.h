@@ -16,14 +16,10 @@ void reduce(const Reduce& r, int32_t device);
 void scale(const Scale& s, int32_t device);
 
 // For tuning and tests: every later call of this process uses these sizes, or, after null, the
-// planner's choice again. A call that cannot run so throws std::invalid_argument, and so does this
-// function for sizes with which no kernel can be launched.
+// planner's choice again. A call that cannot run so throws std::invalid_argument.
 void force_plan(const Forced* forced);
 
 // A CUDA device's limits, asked for once.
 const Gpu& description(int32_t device);
-
-// cuda::active_clusters() of a device.
-int active_clusters(int32_t device, int blocks, int threads, int64_t shared_bytes);
 
 }  // namespace eca::gpu

@@ -34,8 +34,7 @@ py::dict to_dict(const eca::Gpu& gpu) {
   return py::dict("capability"_a = gpu.capability, "multiprocessors"_a = gpu.multiprocessors,
                   "shared_per_block"_a = gpu.shared_per_block,
                   "shared_per_multiprocessor"_a = gpu.shared_per_multiprocessor, "l2"_a = gpu.l2,
-                  "threads_per_multiprocessor"_a = gpu.threads_per_multiprocessor,
-                  "largest_cluster"_a = gpu.largest_cluster);
+                  "threads_per_multiprocessor"_a = gpu.threads_per_multiprocessor);
 }
 
 py::dict gpu_by_name(const std::string& name) { return to_dict(eca::gpu_by_name(name)); }
@@ -49,14 +48,6 @@ py::dict gpu_of_device(int32_t index) {
 #endif
 }
 
-int active_clusters(int32_t index, int blocks, int threads, int64_t shared_bytes) {
-#if defined(ECA_FUSED_WITH_CUDA)
-  return eca::gpu::active_clusters(index, blocks, threads, shared_bytes);
-#else
-  throw std::runtime_error("the extension was compiled without CUDA kernels");
-#endif
-}
-
 eca::Dtype dtype_by_name(const std::string& name) {
   if (name == "float32") return eca::Dtype::kFloat32;
   if (name == "float64") return eca::Dtype::kFloat64;
@@ -66,30 +57,20 @@ eca::Dtype dtype_by_name(const std::string& name) {
                               name);
 }
 
-eca::Forced to_forced(const std::string& strategy, int32_t tile, int32_t group, int32_t threads,
-                      int32_t depth) {
-  const char letter = eca::strategy_by_name(strategy);
-  if (letter == 'B' || letter == 'D')
-    throw std::invalid_argument(
-        "expected strategy \"tile\" (the group and the layout decide how it is split), got " +
-        strategy);
-  return {letter, tile, group, threads, depth};
-}
-
 // From keyword arguments as force_plan() takes them.
 eca::Forced to_forced(const py::dict& d) {
   const auto number = [&](const char* name, int32_t otherwise) {
     return d.contains(name) ? d[name].cast<int32_t>() : otherwise;
   };
-  return to_forced(d["strategy"].cast<std::string>(), number("tile", 0), number("group", 1),
-                   number("threads", eca::kMostThreads), number("depth", 0));
+  return {eca::strategy_by_name(d["strategy"].cast<std::string>()), number("tile", 0),
+          number("threads", eca::Forced{}.threads), number("depth", 0)};
 }
 
-void force_plan(const std::optional<std::string>& strategy, int32_t tile, int32_t group,
-                int32_t threads, int32_t depth) {
+void force_plan(const std::optional<std::string>& strategy, int32_t tile, int32_t threads,
+                int32_t depth) {
 #if defined(ECA_FUSED_WITH_CUDA)
   if (!strategy) return eca::gpu::force_plan(nullptr);
-  const eca::Forced forced = to_forced(*strategy, tile, group, threads, depth);
+  const eca::Forced forced{eca::strategy_by_name(*strategy), tile, threads, depth};
   eca::gpu::force_plan(&forced);
 #else
   if (strategy)
@@ -114,25 +95,23 @@ py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64
   gpu.shared_per_multiprocessor = g["shared_per_multiprocessor"].cast<int64_t>();
   gpu.l2 = g["l2"].cast<int64_t>();
   gpu.threads_per_multiprocessor = g["threads_per_multiprocessor"].cast<int32_t>();
-  gpu.largest_cluster = g["largest_cluster"].cast<int32_t>();
   eca::Access access = eca::dense_access(p);
   access.aligned = access.aligned && aligned;
   access.samples_aligned = access.samples_aligned && aligned;
+  access.sources_aligned = access.samples_aligned;
   access.in_place = in_place;
   const eca::Forced asked = forced ? to_forced(*forced) : eca::Forced{};
   const eca::Plan plan = eca::make_plan(p, backward ? eca::Pass::kBackward : eca::Pass::kForward,
                                         access, gpu, forced ? &asked : nullptr);
   const eca::Tiling& t = plan.tiling;
-  const char* exchanges[] = {"none", "cluster", "global"};
-  return py::dict("strategy"_a = eca::strategy_name(plan.strategy),
-                  "exchange"_a = exchanges[int(t.exchange)], "vectors"_a = t.vectors,
-                  "tile"_a = t.tile, "halo"_a = t.halo, "tiles"_a = t.tiles, "group"_a = t.group,
-                  "chunk"_a = t.chunk, "parts"_a = t.parts, "threads"_a = t.threads,
-                  "depth"_a = t.depth, "spare"_a = t.spare, "blocks"_a = plan.blocks,
-                  "launches"_a = plan.launches, "shared_bytes"_a = plan.shared_bytes,
-                  "occupancy"_a = plan.occupancy, "workspace_bytes"_a = plan.workspace,
-                  "map_bytes"_a = plan.map_bytes, "dram_bytes"_a = plan.dram_bytes,
-                  "l2_bytes"_a = plan.l2_bytes);
+  return py::dict("strategy"_a = eca::strategy_name(plan.strategy), "vectors"_a = t.vectors,
+                  "tile"_a = t.tile, "halo"_a = t.halo, "tiles"_a = t.tiles, "chunk"_a = t.chunk,
+                  "parts"_a = t.parts, "threads"_a = t.threads, "depth"_a = t.depth,
+                  "spare"_a = t.spare, "blocks"_a = plan.blocks, "launches"_a = plan.launches,
+                  "shared_bytes"_a = plan.shared_bytes, "occupancy"_a = plan.occupancy,
+                  "workspace_bytes"_a = plan.workspace, "map_bytes"_a = plan.map_bytes,
+                  "dram_bytes"_a = plan.dram_bytes, "l2_bytes"_a = plan.l2_bytes,
+                  "instructions"_a = plan.instructions);
 }
 
 }  // namespace
@@ -144,15 +123,13 @@ PYBIND11_MODULE(_C, m) {
         "which compute capabilities.");
   m.def("gpu_by_name", &gpu_by_name, "The limits of a GPU such as sm_90:132.");
   m.def("gpu_of_device", &gpu_of_device, "The limits of a CUDA device of this machine.");
-  m.def("active_clusters", &active_clusters, "index"_a, "blocks"_a, "threads"_a, "shared_bytes"_a,
-        "How many clusters of `blocks` blocks fit on a CUDA device at the same time.");
   m.def("plan", &plan, py::kw_only(), "backward"_a, "dtype"_a, "channels_last"_a, "samples"_a,
         "channels"_a, "pixels"_a, "kernel_size"_a, "own_taps"_a, "circular"_a, "aligned"_a,
         "in_place"_a, "gpu"_a, "forced"_a = py::none(),
         "How the CUDA kernels run a problem on a GPU, and what that moves. With forced, a dict of "
         "force_plan()'s arguments: how they would run that plan.");
-  m.def("force_plan", &force_plan, "strategy"_a, py::kw_only(), "tile"_a = 0, "group"_a = 1,
-        "threads"_a = eca::kMostThreads, "depth"_a = 0,
+  m.def("force_plan", &force_plan, "strategy"_a, py::kw_only(), "tile"_a = 0,
+        "threads"_a = eca::Forced{}.threads, "depth"_a = 0,
         "Only for tuning and tests: every later call of the CUDA kernels in this process uses "
         "this plan instead of the planner's choice, until force_plan(None).");
 }

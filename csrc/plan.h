@@ -2,18 +2,15 @@
 // that a plan can be made, printed and tested on any machine.
 //
 // The strategies, by where a block keeps what it has read between the sums and the rescaling.
-// In registers, which is faster wherever it can be done:
+// In registers:
 //   R  rows          planes: a team of threads for each plane of a tile and of its halo
 //   F  runs          planes: those of a tile as one run, also where they are not 16-byte aligned
 //   P  columns       pixels: the columns of a tile's channels and one more on either side
 //   K  kept          pixels: a part of a sample, in shared memory too; the blocks add up their sums
-// In shared memory:
-//   A  tile          planes: those of a tile of channels and of its halo, in one block
-//   B  split_tile    planes: the same, split over a group of blocks that exchange their sums
-//   D  split_pixels  pixels: those of a tile of channels, split over such a group
 // Nothing is kept; the rescaling reads x again, out of the L2 cache:
-//   S  stream        pixels: blocks that sum and blocks that rescale, in one launch
-//   C  two_pass      one pass sums and one rescales, over a few samples at a time
+//   S  stream        blocks that sum and blocks that rescale, in one launch
+//   C  two_pass      one pass sums and one rescales, over a few samples at a time. For whatever
+//                    the others cannot do, and for float64
 #pragma once
 
 #include <cstdint>
@@ -30,15 +27,11 @@ struct Gpu {
   int64_t shared_per_multiprocessor;  // bytes
   int64_t l2;                         // bytes
   int32_t threads_per_multiprocessor;
-  int32_t largest_cluster;  // blocks, 1 without clusters
 };
 
 // A GPU by compute capability and number of multiprocessors: "sm_90:132", or "sm_90" for the usual
 // number. Throws std::invalid_argument.
 Gpu gpu_by_name(const std::string& name);
-
-// Most threads of a block; registers of a thread with tiles in shared memory, where fewer spill.
-constexpr int32_t kMostThreads = 256, kForwardRegisters = 64, kBackwardRegisters = 80;
 
 // Strategies R, F and P: vectors of 16 bytes that a thread holds (`depth`), most threads of a
 // block, and fewest resident blocks, from which the registers of a thread follow.
@@ -58,16 +51,17 @@ constexpr int32_t column_blocks(int32_t depth) { return depth > 7 ? 2 : 3; }
 constexpr int32_t kKeptForwardDepth = 20, kKeptBackwardDepth = 7;
 constexpr int32_t kept_blocks(bool backward) { return backward ? 3 : 2; }
 
-// Strategy S.
+// Strategy S: of pixels and of parts of planes; of runs.
 constexpr int32_t kStreamForwardDepth = 12, kStreamBackwardDepth = 8;
+constexpr int32_t kStreamRunDepth = 4;
 constexpr int32_t stream_blocks(bool backward) { return backward ? 2 : 3; }
+
+// Strategy C: threads of a block, and blocks that a multiprocessor holds.
+constexpr int32_t kPassThreads = 256, kPassBlocks = 4;
 
 // Threads of a block of the kernels that make dweight.
 constexpr int32_t kDweightThreads = 1024, kOwnDweightThreads = 256;
 constexpr int32_t kDweightTile = 64;  // C, K and S: channels of a part of dweight
-
-// How the blocks of a group exchange their sums.
-enum class Exchange : int32_t { kNone, kCluster, kGlobal };
 
 // Divides by multiplying, in an eighth of the instructions of a division: the quotient of n is
 // (n * multiplier) >> shift, for any n below 2^31. (Granlund and Montgomery, "Division by invariant
@@ -80,28 +74,24 @@ struct Divisor {
 // 1 <= divisor < 2^31.
 Divisor divisor_of(int64_t divisor);
 
-// What the kernels need to know of a plan.
+// What the kernels need to know of a plan. "Held" is what a block has on chip: its tile and a halo.
 struct Tiling {
-  // Strategies A, B and D. "Held" is what a group has on chip: the tile and its halo.
-  Exchange exchange;
   bool vectors;   // rows begin at multiples of 16 bytes
-  bool stage_x;   // backward: x is kept on chip too, for lack of aligned rows
-  int32_t tile;   // channels that a group stores
+  int32_t tile;   // channels that a block stores; S of parts of planes: all
   int32_t halo;   // channels held on either side of them, 0 where a tile is all channels
   int32_t held;   // tile + 2 * halo
   int32_t pad;    // channels on either side whose sums the gates need
-  int32_t group;  // blocks
-  int32_t share;  // of a block: elements (planes) or pixels (pixels) of what is held; K: vectors
-                  // that a thread holds; F: elements of a plane that a thread adds up
-  int32_t lanes;  // planes: threads that sum one plane, a power of two
-  int32_t depth;  // R, F, P, K and S: vectors in a thread's registers; 0 for the others
+  int32_t share;  // F and S of runs: terms of a plane that a thread adds up; K: vectors that a
+                  // thread holds; S of parts of planes: vectors of a part
+  int32_t lanes;  // R, F and S of runs: threads that sum one plane, a power of two
+  int32_t depth;  // vectors in a thread's registers; 0 for C
   int32_t spare;  // K: vectors of a thread in shared memory
   int64_t tiles;  // in a sample
   Divisor by_tiles, by_pixels;  // R, F and P
-  float factor;                 // R, F, P, K and S: of a sum in a mean, 1 / pixels
+  float factor;                 // of a sum in a mean, 1 / pixels; not for C
 
   // Strategies C, K and S
-  int64_t chunk;  // samples in one pair of passes, or in a group
+  int64_t chunk;  // samples in one pair of passes (C), or that are summed before others (S)
   int32_t parts;  // of a plane, or of the pixels of a sample, summed by different blocks
 
   int32_t threads;  // in a block
@@ -110,24 +100,26 @@ struct Tiling {
 struct Plan {
   char strategy;  // of kStrategies
   Tiling tiling;
-  int64_t blocks;  // of one launch
-  int64_t launches;
-  int64_t shared_bytes;   // of a block
-  int32_t occupancy;      // blocks on a multiprocessor
-  int64_t counters;       // words through which blocks meet; zero before and after a launch
-  int64_t workspace;      // bytes
-  int64_t dweight_parts;  // that are added up where there is one set of taps, backward
+  int64_t blocks = 0;  // of one launch
+  int64_t launches = 0;
+  int64_t shared_bytes = 0;   // of a block
+  int32_t occupancy = 0;      // blocks on a multiprocessor
+  int64_t counters = 0;       // words through which blocks meet; zero before and after a launch
+  int64_t workspace = 0;      // bytes
+  int64_t dweight_parts = 0;  // that are added up where there is one set of taps, backward
   // Modelled:
-  int64_t map_bytes;   // of the feature maps alone, each read or written once
-  int64_t dram_bytes;  // read and written, each byte of a launch once
-  int64_t l2_bytes;    // asked for, halos and second passes included
+  int64_t map_bytes = 0;     // of the feature maps alone, each read or written once
+  int64_t dram_bytes = 0;    // read and written, each byte of a launch once
+  int64_t l2_bytes = 0;      // asked for, halos and second passes included
+  int64_t instructions = 0;  // of warps, in the kernels that read and write the maps
 };
 
 // What the addresses of a call's maps allow.
 struct Access {
   bool aligned;          // every row of every map begins and ends at a multiple of 16 bytes
   bool dense;            // the rows of a sample follow one another without a gap, in every map
-  bool samples_aligned;  // every sample of every map begins at a multiple of 16 bytes
+  bool samples_aligned;  // every sample of the result begins and ends at a multiple of 16 bytes
+  bool sources_aligned;  // and so does every sample of what is read
   bool in_place;         // the result is written over what is read
 };
 
@@ -142,9 +134,8 @@ struct Strategy {
   const char* name;
 };
 
-constexpr Strategy kStrategies[] = {{'R', "rows"},       {'F', "runs"},         {'P', "columns"},
-                                    {'K', "kept"},       {'S', "stream"},       {'A', "tile"},
-                                    {'B', "split_tile"}, {'D', "split_pixels"}, {'C', "two_pass"}};
+constexpr Strategy kStrategies[] = {{'R', "rows"}, {'F', "runs"},   {'P', "columns"},
+                                    {'K', "kept"}, {'S', "stream"}, {'C', "two_pass"}};
 
 const char* strategy_name(char letter);
 // Throws std::invalid_argument for another name.
@@ -152,11 +143,9 @@ char strategy_by_name(const std::string& name);
 
 // A plan to make instead of the planner's choice, for tests and for tuning.
 struct Forced {
-  // 'A' stands for 'A', 'B' or 'D': group and layout decide.
   char strategy = 'C';
-  int32_t tile = 0;  // channels; with R, F and P 0 is as many as fit
-  int32_t group = 1;
-  int32_t threads = kMostThreads;
+  int32_t tile = 0;  // R, F and P: channels; 0 is as many as fit
+  int32_t threads = 256;
   int32_t depth = 0;  // vectors of a thread: in registers; with K in all, and 0 is as many as fit
 };
 
@@ -166,13 +155,20 @@ Plan make_plan(const Problem& problem, Pass pass, const Access& access, const Gp
 
 // Byte offsets in a block's shared memory, which the kernels and the planner have in common.
 struct SharedLayout {
-  int32_t barrier, flag, sums, padded, gate, shift, scratch, held, staged, end;
-  int32_t taps, means;  // R, F, P, K and S
+  int32_t flag, padded, means, taps, gate, shift, scratch, held, end;
 };
 
-SharedLayout shared_layout(const Problem& problem, Pass pass, const Tiling& tiling);
-SharedLayout register_layout(const Problem& problem, Pass pass, char strategy,
-                             const Tiling& tiling);
+// Of all strategies but C.
+SharedLayout shared_layout(const Problem& problem, Pass pass, char strategy, const Tiling& tiling);
+
+// K and S: numbers from one row of sums to the next, which begin at multiples of 16 bytes.
+constexpr int32_t sums_of_channels(int32_t channels) { return (channels + 3) & ~3; }
+
+// S, planes: numbers that the last block of a sample adds up at a time.
+constexpr int64_t scratch_of_planes(const Tiling& t) {
+  const int64_t channels = sums_of_channels(t.held), at_once = 4 * int64_t(t.threads);
+  return channels > at_once ? channels : at_once;
+}
 
 // Byte offsets in a call's workspace.
 struct WorkspaceLayout {

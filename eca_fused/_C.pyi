@@ -14,28 +14,15 @@ class Gpu(TypedDict):
     shared_per_multiprocessor: int  # bytes
     l2: int  # bytes
     threads_per_multiprocessor: int
-    largest_cluster: int  # blocks; 1 without clusters
 
-Strategy = Literal[
-    "rows",
-    "runs",
-    "columns",
-    "kept",
-    "stream",
-    "tile",
-    "split_tile",
-    "split_pixels",
-    "two_pass",
-]
+Strategy = Literal["rows", "runs", "columns", "kept", "stream", "two_pass"]
 
 class PlanEntries(TypedDict):
     strategy: Strategy
-    exchange: Literal["none", "cluster", "global"]
     vectors: bool
     tile: int
     halo: int
     tiles: int
-    group: int
     chunk: int
     parts: int
     threads: int
@@ -49,11 +36,11 @@ class PlanEntries(TypedDict):
     map_bytes: int
     dram_bytes: int
     l2_bytes: int
+    instructions: int
 
 def build_info() -> BuildInfo: ...
 def gpu_by_name(name: str) -> Gpu: ...
 def gpu_of_device(index: int) -> Gpu: ...
-def active_clusters(index: int, blocks: int, threads: int, shared_bytes: int) -> int: ...
 def plan(
     *,
     backward: bool,
@@ -74,7 +61,6 @@ def force_plan(
     strategy: str | None,
     *,
     tile: int = 0,
-    group: int = 1,
     threads: int = 256,
     depth: int = 0,
 ) -> None: ...

@@ -1,6 +1,6 @@
 """Small programs for a GPU and for the tools that watch one; gpu_check.py runs them.
 
-    python -m lib.gpu_probe facts                       # card, versions, room for clusters
+    python -m lib.gpu_probe facts                       # card, versions
     python -m lib.gpu_probe small                       # every plan on small maps, checked
     compute-sanitizer --tool racecheck python -m lib.gpu_probe small
     ncu ... python -m lib.gpu_probe layers calls.json   # one call of each layer of interest
@@ -34,16 +34,9 @@ def forced(strategy: str, **sizes: int) -> Forced:
     return {"strategy": strategy, **sizes}
 
 
-# Every strategy and exchange, on maps so small that an instrumented kernel takes seconds. Where
+# Every strategy, on maps so small that an instrumented kernel takes seconds. Where
 # possible there is a halo, and a smaller last tile.
 SMALL: list[tuple[tuple[int, ...], str, Forced | None]] = [
-    ((2, 24, 8, 8), "contiguous", forced("tile", tile=24, threads=128)),
-    ((2, 20, 8, 8), "contiguous", forced("tile", tile=8, threads=64)),
-    ((2, 20, 8, 8), "contiguous", forced("tile", tile=8, group=2, threads=64)),
-    ((2, 20, 8, 8), "contiguous", forced("tile", tile=8, group=12, threads=64)),
-    ((2, 48, 6, 6), "channels_last", forced("tile", tile=16, threads=64)),
-    ((2, 48, 6, 6), "channels_last", forced("tile", tile=48, group=4, threads=64)),
-    ((2, 48, 6, 6), "channels_last", forced("tile", tile=48, group=12, threads=64)),
     ((2, 16, 10, 10), "contiguous", forced("two_pass")),
     ((2, 16, 10, 10), "channels_last", forced("two_pass")),
     ((2, 24, 8, 8), "contiguous", forced("rows", threads=128, depth=7)),
@@ -56,7 +49,8 @@ SMALL: list[tuple[tuple[int, ...], str, Forced | None]] = [
     ((5, 48, 16, 16), "channels_last", forced("kept", threads=256)),
     ((5, 48, 16, 16), "channels_last", forced("kept", threads=256, depth=3)),
     ((2, 64, 56, 56), "channels_last", forced("kept", threads=256)),
-    ((5, 48, 16, 16), "channels_last", forced("stream", threads=256)),
+    ((5, 48, 16, 16), "channels_last", forced("stream")),
+    ((2, 5, 160, 160), "contiguous", forced("stream")),
     ((2, 7, 5, 3), "contiguous", None),
     ((2, 7, 5, 3), "channels_last", None),
 ]
@@ -87,17 +81,6 @@ def force(plan: Forced | None) -> None:
 # ---- facts ----
 
 
-def clusters() -> list[dict[str, int]]:
-    """How many clusters of 2, 4 and 8 blocks of 256 threads can be resident at the same time."""
-    count = native_module().active_clusters
-    device = torch.cuda.current_device()
-    return [
-        {"blocks": blocks, "shared KB": kb, "clusters": count(device, blocks, 256, kb << 10)}
-        for blocks in (2, 4, 8)
-        for kb in (50, 100, 210)
-    ]
-
-
 def facts(device: str) -> int:
     """Print what a result depends on."""
     found: dict[str, Any] = {
@@ -109,7 +92,6 @@ def facts(device: str) -> int:
     }
     if device == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
-        found["clusters"] = clusters()
         smi = subprocess.run(
             ["nvidia-smi", "-q", "-d", "CLOCK,POWER"], capture_output=True, text=True
         )

@@ -116,8 +116,7 @@ def plan_text(plan: Any) -> str:
     if strategy == "two_pass":
         return f"two_pass, chunk {plan['chunk']}, parts {plan['parts']}"
     return (
-        f"{strategy}, tile {plan['tile']}, group {plan['group']}, "
-        f"{plan['threads']} threads, {plan['occupancy']} resident"
+        f"{strategy}, tile {plan['tile']}, {plan['threads']} threads, {plan['occupancy']} resident"
     )
 
 

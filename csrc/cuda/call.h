@@ -6,24 +6,19 @@
 
 namespace eca::cuda {
 
-// Words through which the blocks of one launch meet: zeros before the launch, and again after it.
+// Words through which the blocks of one launch of K and S meet: zeros before the launch, and again after it.
 struct Counters {
   uint32_t* words;
 
-  // The order in which blocks start.
-  __device__ uint32_t* ticket() const { return words; }
-  // Strategies K and S: how many parts of a sample have been summed. After these words of all
+  // How many parts of a sample have been summed. After these words of all
   // samples come as many that say whether the gates are ready.
   __device__ uint32_t* arrived(int64_t sample) const { return words + sample; }
-  // Blocks of a group that have written, and read, their sums.
-  __device__ uint32_t* group(int64_t unit) const { return words + 1 + unit; }
 };
 
 // Device memory for one call, of Plan::workspace bytes in all. A is float or double.
 struct Workspace {
   Counters counters;
-  void* sums;     // (groups, group, held) for Exchange::kGlobal, (parts, samples, channels) for C,
-                  // (samples, parts, channels) for K and S
+  void* sums;     // (parts, samples, channels) for C, (samples, parts, channels) for K and S
   void* dz;       // C, and with taps of each channel: (samples, channels)
   void* shift;    // C, K and S, backward: dm / S, (samples, channels)
   void* dweight;  // with one set of taps: (k, parts)

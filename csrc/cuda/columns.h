@@ -4,7 +4,6 @@
 #pragma once
 
 #include "registers.h"
-#include "tile.h"
 
 namespace eca::cuda {
 

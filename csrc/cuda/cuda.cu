@@ -63,13 +63,14 @@ Access access_of(const Problem& p, const Map& map) {
   const bool aligned = begins && whole(length) && (rows <= 1 || whole(map.row_stride)) &&
                        (p.samples <= 1 || whole(map.sample_stride));
   const bool samples_aligned =
-      begins && (p.samples <= 1 ? whole(rows * length) : whole(map.sample_stride));
-  return {aligned, rows <= 1 || map.row_stride == length, samples_aligned, false};
+      begins && whole(rows * length) && (p.samples <= 1 || whole(map.sample_stride));
+  return {aligned, rows <= 1 || map.row_stride == length, samples_aligned, samples_aligned, false};
 }
 
-Access both(const Access& a, const Access& b) {
-  return {a.aligned && b.aligned, a.dense && b.dense, a.samples_aligned && b.samples_aligned,
-          a.in_place || b.in_place};
+// Of a source and a result.
+Access both(const Access& source, const Access& result) {
+  return {source.aligned && result.aligned, source.dense && result.dense, result.samples_aligned,
+          source.samples_aligned && source.sources_aligned, source.in_place || result.in_place};
 }
 
 }  // namespace
@@ -82,7 +83,7 @@ Access access_of(const Forward& f) {
 
 Access access_of(const Backward& b) {
   const Access sources = both(access_of(b.problem, b.dy), access_of(b.problem, b.x));
-  return b.dx.data ? both(sources, access_of(b.problem, b.dx)) : sources;
+  return both(sources, b.dx.data ? access_of(b.problem, b.dx) : sources);
 }
 
 namespace {

@@ -13,10 +13,6 @@ using StreamHandle = void*;
 // The current device.
 Gpu current_gpu();
 
-// How many clusters of `blocks` blocks fit on the current device at the same time. Its
-// multiprocessors come in groups. A cluster lies within one group, whose rest stays idle.
-int active_clusters(int blocks, int threads, int64_t shared_bytes);
-
 // What a call needs beside its tensors.
 struct Memory {
   void* workspace;     // Plan::workspace bytes, from an address that is a multiple of 16
@@ -45,7 +41,8 @@ Access access_of(const Backward& b);
 constexpr int64_t kSlabWords = 1 << 17;
 uint32_t* counter_slab();
 
-bool is_capturing(StreamHandle stream);  // into a CUDA graph
+// Of the CUDA graph into which the stream is being captured, 0 for none.
+uint64_t capture_id(StreamHandle stream);
 void set_to_zero(void* memory, int64_t bytes, StreamHandle stream);
 
 }  // namespace eca::cuda

@@ -1,5 +1,4 @@
-// Everything that only a GPU has: coordinates, barriers, shuffles, shared memory, bulk copies,
-// atomics, launches. The one file with intrinsics and inline PTX; kernels are plain C++ over it.
+// Everything that only a GPU has: coordinates, barriers, shuffles, shared memory, atomics, launches. The one file with intrinsics and inline PTX; kernels are plain C++ over it.
 // tests/gpu_host/simt/simt.h offers the same on the host, where the kernels run under sanitizers.
 #pragma once
 
@@ -16,6 +15,8 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+
+#include "lines.h"
 
 namespace eca::cuda {
 
@@ -113,6 +114,10 @@ __device__ inline T* pinned(T* address) {  // in global memory
 // Of a power of two.
 __device__ inline int log2_of(int power) { return __ffs(power) - 1; }
 
+// The widest vector that one instruction moves.
+template <class T>
+constexpr int kVector = 16 / int(sizeof(T));
+
 // The integer type as which one instruction moves a vector.
 template <int kBytes>
 using Word = std::conditional_t<
@@ -174,6 +179,34 @@ __device__ inline Vector<T, V> load_if_below(const T* from, int i, int end) {
   return v;
 }
 
+// An address's offset within a line of 16 bytes, in elements.
+template <class T>
+__device__ inline int place_in_line(const T* address) {
+  return int(reinterpret_cast<uintptr_t>(address) % 16 / sizeof(T));
+}
+
+// V elements from any address, out of the two lines of 16 bytes in which they lie. All of a line can
+// be read: memory is allocated in whole ones.
+template <int V, class T>
+__device__ inline Vector<T, V> load_anywhere(const T* from) {
+  if constexpr (V == 1) {
+    return load<1>(from);
+  } else {
+    static_assert(sizeof(T) * V == 16);
+    const auto skip = uint32_t(reinterpret_cast<uintptr_t>(from)) & 15;
+    if (skip == 0) return load<V>(from);
+    const auto* const lines =
+        reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(from) - skip);
+    const uint4 first = lines[0], second = lines[1];
+    uint32_t words[8] = {first.x,  first.y,  first.z,  first.w,
+                         second.x, second.y, second.z, second.w};
+    take_from(skip, words);
+    Vector<T, V> v;
+    std::memcpy(&v, words, sizeof v);
+    return v;
+  }
+}
+
 template <int V, class T>
 __device__ inline void store(T* to, const Vector<T, V>& v) {
   using W = Word<sizeof(T) * V>;
@@ -188,17 +221,7 @@ __device__ inline void store(T* to, const Vector<T, V>& v) {
 }
 
 // Reads what another block of this launch has written, after an atomic has said that it is there.
-template <class A>
-__device__ inline A load_from_other_block(const A* from) {
-  A value;
-  if constexpr (sizeof(A) == 8)
-    asm volatile("ld.relaxed.gpu.global.f64 %0, [%1];" : "=d"(value) : "l"(from) : "memory");
-  else asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
-  return value;
-}
-
-// The same for four numbers.
-__device__ inline Vector<float, 4> load_vector_from_other_block(const float* from) {
+__device__ inline Vector<float, 4> load_from_other_block(const float* from) {
   Vector<float, 4> v;
   asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.element[0]), "=f"(v.element[1]), "=f"(v.element[2]), "=f"(v.element[3])
@@ -276,25 +299,6 @@ class Shared {
 #endif
   }
 
-  // Reads the same array in another block of the cluster.
-  __device__ T get_from_rank(int rank, int i) const {
-    static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
-    T value{};
-#if __CUDA_ARCH__ >= 900
-    const uint32_t mine = uint32_t(__cvta_generic_to_shared(data_ + i));
-    uint32_t theirs;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(mine), "r"(rank));
-    if constexpr (sizeof(T) == 8)
-      asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(value) : "r"(theirs) : "memory");
-    else asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(theirs) : "memory");
-#else
-    __trap();
-#endif
-    return value;
-  }
-
-  __device__ T* data() const { return data_; }  // for Copies
-
  private:
   T* data_;
 };
@@ -313,149 +317,6 @@ __device__ inline void finish_fetches() {
 #endif
 }
 
-// ---- clusters, from compute capability 9.0 on ----
-
-__device__ inline int cluster_rank() {
-  uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return int(rank);
-}
-
-// A barrier of all threads of a cluster, in two halves: what was written before the first is seen
-// after the second. Not .aligned: the threads of a warp may come from loops of different lengths.
-__device__ inline void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-#else
-  __trap();
-#endif
-}
-
-__device__ inline void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-#else
-  __trap();
-#endif
-}
-
-// ---- copies from global to shared memory ----
-
-// All copies of a block into its shared memory, made before any other use of it, and one wait for
-// them. All threads of the block call each method. The copy engine moves the bulk of a copy from
-// compute capability 9.0 on. Before, threads copy 16 bytes each: asynchronously on 8.x, through
-// registers on 7.5.
-class Copies {
- public:
-  static constexpr int kAlignment = 16;  // bytes
-
-  // `barrier` is 8 bytes of shared memory, for these copies alone.
-  __device__ explicit Copies(Shared<uint64_t> barrier)
-      : barrier_(uint32_t(__cvta_generic_to_shared(barrier.data()))) {
-#if __CUDA_ARCH__ >= 900
-    if (thread_index() == 0) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier_) : "memory");
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
-#endif
-  }
-
-  // Copies `count` elements to to[at]. Fast where source and target have the same offset within
-  // kAlignment bytes, and right in any case.
-  template <class T>
-  __device__ void copy(Shared<T> to, int at, const T* from, int count) {
-    constexpr int kLine = kAlignment / int(sizeof(T));
-    T* target = to.data() + at;
-    const uint32_t shared = uint32_t(__cvta_generic_to_shared(target));
-    const uint32_t place = uint32_t(reinterpret_cast<uintptr_t>(from)) % kAlignment;
-    int head = count, body = 0;
-    if (shared % kAlignment == place) {
-      head = min(count, int((kAlignment - place) % kAlignment / sizeof(T)));
-      body = (count - head) / kLine * kLine;
-    }
-    if (body > 0) copy_lines(shared + head * int(sizeof(T)), from + head, body * int(sizeof(T)));
-    for (int i = thread_index(); i < count - body; i += thread_count()) {
-      const int e = i < head ? i : i + body;
-      target[e] = from[e];
-    }
-  }
-
-  // Copies `rows` rows of `count` elements, `stride` apart, to to[at], to[at + pitch] and so on.
-  // All of these places, and the rows' bytes, are multiples of kAlignment bytes.
-  template <class T>
-  __device__ void copy_rows(Shared<T> to, int at, int pitch, const T* from, int64_t stride,
-                            int rows, int count) {
-    constexpr int kLine = kAlignment / int(sizeof(T));
-    const int lines = count / kLine;
-    for (int i = thread_index(); i < rows * lines; i += thread_count()) {
-      const int row = i / lines, element = i % lines * kLine;
-      copy_line(uint32_t(__cvta_generic_to_shared(to.data() + at + row * pitch + element)),
-                from + row * stride + element);
-    }
-  }
-
-  // Waits until all that was copied is there, for all threads.
-  __device__ void wait() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-#if __CUDA_ARCH__ >= 900
-    if (thread_index() == 0)
-      asm volatile(
-          "{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(barrier_)
-          : "memory");
-    block_barrier();
-    uint32_t done = 0;
-    while (!done)
-      asm volatile(
-          "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;"
-          "  selp.u32 %0, 1, 0, p; }"
-          : "=r"(done)
-          : "r"(barrier_)
-          : "memory");
-#else
-    block_barrier();
-#endif
-  }
-
- private:
-  // `bytes` is a multiple of 16, and so are both places.
-  __device__ void copy_lines(uint32_t to, const void* from, int bytes) {
-#if __CUDA_ARCH__ >= 900
-    if (thread_index() != 0) return;
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier_),
-                 "r"(bytes)
-                 : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(to),
-        "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier_)
-        : "memory");
-#else
-    const auto* source = static_cast<const unsigned char*>(from);
-    for (int i = thread_index() * 16; i < bytes; i += thread_count() * 16)
-      copy_line(to + i, source + i);
-#endif
-  }
-
-  __device__ void copy_line(uint32_t to, const void* from) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to),
-                 "l"(__cvta_generic_to_global(from))
-                 : "memory");
-#else
-    const uint4 line = *static_cast<const uint4*>(from);
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(line.x), "r"(line.y),
-                 "r"(line.z), "r"(line.w)
-                 : "memory");
-#endif
-  }
-
-  uint32_t barrier_;
-};
-
 // ---- launches, on the host ----
 
 using Stream = cudaStream_t;
@@ -471,38 +332,30 @@ inline void fill_with_zeros(void* memory, size_t bytes, Stream stream) {
 }
 
 // Lets a kernel have all the shared memory of the current device. Once for each kernel and device:
-// a limit set for each launch could be another thread's when the launch comes. `reserve` also
-// leaves the L1 cache no more than it must have. Defined in host.cu.
-void allow_all_shared_memory(const void* kernel, bool reserve);
+// a limit set for each launch could be another thread's when the launch comes. The driver divides
+// the memory between this and the L1 cache. Defined in host.cu.
+void allow_all_shared_memory(const void* kernel);
 
 struct Launch {
   int64_t blocks;
   int threads;           // in a block
-  int cluster;           // blocks in a cluster, 1 for none
   int64_t shared_bytes;  // dynamic shared memory of a block
   Stream stream;
   bool in_order = false;  // for the host: blocks that wait for others start in order
-  // The kernel's loads go through the L1 cache, which shares its memory with shared memory. The
-  // driver divides it.
-  bool wants_l1 = false;
 };
 
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  // A block may have 48 KB without this. Without wants_l1 it comes earlier, to reserve the memory.
-  if (how.shared_bytes > (how.wants_l1 ? 48 : 8) << 10)
-    allow_all_shared_memory(reinterpret_cast<const void*>(kernel), !how.wants_l1);
+  if (how.blocks < 1 || how.blocks > INT32_MAX)
+    throw std::runtime_error("eca_fused: expected 1 to 2147483647 blocks in a launch, got " +
+                             std::to_string(how.blocks) + "; use a smaller batch or fewer taps");
+  // A block may have 48 KB without this.
+  if (how.shared_bytes > 48 << 10) allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(how.blocks));
   config.blockDim = dim3(unsigned(how.threads));
   config.dynamicSmemBytes = size_t(how.shared_bytes);
   config.stream = how.stream;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = unsigned(how.cluster);
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = how.cluster > 1 ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), "a kernel did not start");
 }
 

@@ -44,7 +44,8 @@ __device__ inline void leave_dweight(const Backward& b, const Workspace& work, i
 
 // The parts of dweight from dz (samples, channels). A warp has the part of a few channels.
 template <class T>
-__global__ void __launch_bounds__(kMostThreads) sum_dweight_parts(Backward b, Workspace work) {
+__global__ void __launch_bounds__(kPassThreads, kPassBlocks)
+    sum_dweight_parts(Backward b, Workspace work) {
   using A = Accumulator<T>;
   const Problem& p = b.problem;
   const int64_t part = block_index() * (thread_count() / 32) + thread_index() / 32;

@@ -96,11 +96,12 @@ __device__ inline bool give_sums(const Problem& p, const Tiling& t, const Shared
                                  const Vector<Accumulator<T>, kVector<T>>& sums,
                                  const StreamCounters& counters) {
   using A = Accumulator<T>;
-  const auto parts = sums_in<T>(t, s);
+  const auto parts = sums_in<T, Layout::kPixels>(t, s);
   column.put_parts(sums, t.held, parts);
   block_barrier();
   for (int c = thread_index(); c < t.held; c += thread_count())
-    put_part(p, t, work, here.sample, here.part, c, column.total(c, t.held, parts));
+    put_part<Layout::kPixels>(p, t, work, here.sample, here.part, c,
+                              column.total(c, t.held, parts));
   return counters.arrive(shared_array<uint32_t>(s.flag, 1));
 }
 
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   const Problem& p = f.problem;
   const KeptPart here(p, t, t.threads / (t.held / V));
   const HeldTile tile(p, t, here.sample, 0);
-  const StreamCounters counters(p, t, work, here.sample);
+  const StreamCounters counters(p, work, here.sample, t.parts);
   const Column<T, kDepth> column(p, t, tile, here.begin, here.end);
   const Spare<T, kDepth> spare(t, s, column);
   typename Column<T, kDepth>::Held x;
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   finish_fetches();
   spare.add_to(sums);
   if (give_sums<T>(p, t, s, work, here, column, sums, counters)) {
-    make_gates_of_sample<T>(f, t, s, work, tile, taps);
+    make_gates_of_sample<T, Layout::kPixels>(f, t, s, work, tile, taps);
     if (thread_index() == 0) counters.set_ready();
   }
   if (thread_index() == 0) counters.wait();
@@ -151,7 +152,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(tr
   const Problem& p = b.problem;
   const KeptPart here(p, t, t.threads / (t.held / V));
   const HeldTile tile(p, t, here.sample, 0);
-  const StreamCounters counters(p, t, work, here.sample);
+  const StreamCounters counters(p, work, here.sample, t.parts);
   const Column<T, kDepth> column(p, t, tile, here.begin, here.end);
   const Spare<T, kDepth> spare(t, s, column);
   typename Column<T, kDepth>::Held dy;
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(tr
   finish_fetches();
   spare.template add_products_to<kAtOnce>(b.x, epilogue, sums);
   if (give_sums<T>(p, t, s, work, here, column, sums, counters))
-    make_shifts_of_sample<T>(b, t, s, work, tile, taps, counters);
+    make_shifts_of_sample<T, Layout::kPixels>(b, t, s, work, tile, taps, counters);
   if (thread_index() == 0) counters.wait();
   block_barrier();
   if (column.left <= 0 || !b.dx.data) return;

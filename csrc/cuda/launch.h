@@ -7,10 +7,10 @@
 #include "cuda.h"
 #include "dweight.h"
 #include "kept.h"
-#include "on_chip.h"
 #include "rows.h"
 #include "runs.h"
-#include "stream.h"
+#include "stream_planes.h"
+#include "stream_runs.h"
 #include "two_pass.h"
 
 namespace eca::cuda {
@@ -23,14 +23,8 @@ inline Workspace arrange(const Problem& p, Pass pass, const Plan& plan, const Me
 }
 
 inline Launch launch_of(const Plan& plan, const Memory& memory) {
-  const int cluster = plan.tiling.exchange == Exchange::kCluster ? plan.tiling.group : 1;
-  return {plan.blocks,
-          plan.tiling.threads,
-          cluster,
-          plan.shared_bytes,
-          static_cast<Stream>(memory.stream),
-          plan.strategy == 'K' || plan.strategy == 'S',
-          plan.tiling.depth > 0};
+  return {plan.blocks, plan.tiling.threads, plan.shared_bytes, static_cast<Stream>(memory.stream),
+          plan.strategy == 'K' || plan.strategy == 'S'};
 }
 
 // The launches of two_pass over one chunk of samples.
@@ -43,9 +37,9 @@ struct ChunkLaunches {
     const int64_t warps = t.threads / 32, channels = chunk.count * p.channels;
     const bool planes = p.layout == Layout::kPlanes;
     const int64_t blocks = planes ? ceil_div(channels * t.parts, warps) : chunk.count * t.parts;
-    sums = {blocks, t.threads, 1, planes ? 0 : int64_t(t.threads) * vector * accumulator, stream};
-    gates = {ceil_div(channels, warps), t.threads, 1, 0, stream};
-    rescale = {blocks, t.threads, 1, 0, stream};
+    sums = {blocks, t.threads, planes ? 0 : int64_t(t.threads) * vector * accumulator, stream};
+    gates = {ceil_div(channels, warps), t.threads, 0, stream};
+    rescale = {blocks, t.threads, 0, stream};
   }
 };
 
@@ -57,39 +51,67 @@ void for_each_chunk(const Problem& p, const Tiling& t, const Memory& memory, Bod
   }
 }
 
+template <class T, bool kProducts>
+void sum(const ChunkLaunches& how, const Problem& p, const Map& x, const Map& dy, const Tiling& t,
+         const Chunk& chunk, const Workspace& work) {
+  const bool planes = p.layout == Layout::kPlanes;
+  launch(how.sums, planes ? sum_planes<T, kProducts, Rescale> : sum_pixels<T, kProducts, Rescale>,
+         p, x, dy, t, chunk, work, Rescale{});
+}
+
+template <class T, bool kShifts>
+void rescale(const ChunkLaunches& how, const Problem& p, const Map& from, const Map& to,
+             const void* gates, const void* shifts, const Tiling& t, const Chunk& chunk) {
+  const bool planes = p.layout == Layout::kPlanes;
+  launch(how.rescale,
+         planes ? rescale_planes<T, kShifts, Rescale> : rescale_pixels<T, kShifts, Rescale>, p,
+         from, to, gates, shifts, t, chunk, Rescale{});
+}
+
 template <int kNumber>
 using Constant = std::integral_constant<int, kNumber>;
 
-// Calls body(depth, granule) with the sizes of the kernel that runs a plan of strategy F.
+// Calls body(granule), or body(depth, granule), with the sizes of the kernel for a problem's runs.
+template <class T, class Body>
+void with_granule(const Problem& p, Body body) {
+  if constexpr (sizeof(T) == 2)
+    if (run_granule(p.pixels, sizeof(T)) == 4) return body(Constant<4>{});
+  body(Constant<1>{});
+}
+
 template <class T, class Body>
 void with_run_sizes(const Problem& p, const Tiling& t, Body body) {
-  const auto with_depth = [&](auto granule) {
+  with_granule<T>(p, [&](auto granule) {
     if (t.depth == 2) return body(Constant<2>{}, granule);
     if (t.depth == 4) return body(Constant<4>{}, granule);
     body(Constant<8>{}, granule);
-  };
-  if constexpr (sizeof(T) == 2)
-    if (run_granule(p.pixels, sizeof(T)) == 4) return with_depth(Constant<4>{});
-  with_depth(Constant<1>{});
+  });
 }
 
-// Strategies R, F, P, K and S. float64 only has the others: it is for checking gradients.
+// Strategies R, F, P, K and S. float64 only has C: it is for checking gradients.
 template <class T>
 void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const Workspace& work) {
   if constexpr (!std::is_same_v<T, double>) {
     const Tiling& t = plan.tiling;
-    const SharedLayout s = register_layout(f.problem, Pass::kForward, plan.strategy, t);
+    const SharedLayout s = shared_layout(f.problem, Pass::kForward, plan.strategy, t);
     const auto start = [&](auto kernel) {
       launch(launch_of(plan, memory), kernel, f, t, s, Rescale{});
     };
-    if (plan.strategy == 'K' || plan.strategy == 'S') {
+    const auto start_sharing = [&](auto kernel) {
       if (!f.mean) f.mean = work.mean, f.gate = work.gate;
-      return launch(launch_of(plan, memory),
-                    plan.strategy == 'K' ? forward_kept<T, kKeptForwardDepth, Rescale>
-                                         : forward_stream<T, kStreamForwardDepth, Rescale>,
-                    f, t, s, work, Rescale{});
-    }
+      launch(launch_of(plan, memory), kernel, f, t, s, work, Rescale{});
+    };
     switch (plan.strategy) {
+      case 'K': return start_sharing(forward_kept<T, kKeptForwardDepth, Rescale>);
+      case 'S':
+        if (t.lanes)
+          return with_granule<T>(f.problem, [&](auto granule) {
+            start_sharing(
+                forward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Rescale>);
+          });
+        return start_sharing(f.problem.layout == Layout::kPlanes
+                                 ? forward_stream_planes<T, kStreamForwardDepth, Rescale>
+                                 : forward_stream<T, kStreamForwardDepth, Rescale>);
       case 'R':
         return start(t.depth == 7 ? forward_rows<T, 7, Rescale> : forward_rows<T, 13, Rescale>);
       case 'F':
@@ -109,13 +131,20 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
                       const Workspace& work) {
   if constexpr (!std::is_same_v<T, double>) {
     const Tiling& t = plan.tiling;
-    const SharedLayout s = register_layout(b.problem, Pass::kBackward, plan.strategy, t);
+    const SharedLayout s = shared_layout(b.problem, Pass::kBackward, plan.strategy, t);
     const auto start = [&](auto kernel) {
       launch(launch_of(plan, memory), kernel, b, t, s, work, Rescale{});
     };
     switch (plan.strategy) {
       case 'K': return start(backward_kept<T, kKeptBackwardDepth, Rescale>);
-      case 'S': return start(backward_stream<T, kStreamBackwardDepth, Rescale>);
+      case 'S':
+        if (t.lanes)
+          return with_granule<T>(b.problem, [&](auto granule) {
+            start(backward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Rescale>);
+          });
+        return start(b.problem.layout == Layout::kPlanes
+                         ? backward_stream_planes<T, kStreamBackwardDepth, Rescale>
+                         : backward_stream<T, kStreamBackwardDepth, Rescale>);
       case 'R':
         return start(t.depth == 7 ? backward_rows<T, 7, Rescale> : backward_rows<T, 13, Rescale>);
       case 'F':
@@ -136,13 +165,13 @@ void run_dweight(const Backward& b, const Plan& plan, const Memory& memory, cons
   const Problem& p = b.problem;
   const auto start = [&](int64_t blocks, int threads, int64_t sums, auto kernel) {
     const int64_t shared = sums * int64_t(sizeof(Accumulator<T>));
-    launch({blocks, threads, 1, shared, static_cast<Stream>(memory.stream)}, kernel, b, work);
+    launch({blocks, threads, shared, static_cast<Stream>(memory.stream)}, kernel, b, work);
   };
   if (p.taps_per_channel)
     return start(ceil_div(p.channels, 32) * p.kernel_size, kOwnDweightThreads, kOwnDweightThreads,
                  sum_own_dweight<T>);
   if (plan.strategy == 'C')
-    start(ceil_div(plan.dweight_parts, kMostThreads / 32), kMostThreads, 0, sum_dweight_parts<T>);
+    start(ceil_div(plan.dweight_parts, kPassThreads / 32), kPassThreads, 0, sum_dweight_parts<T>);
   start(p.kernel_size, kDweightThreads, kDweightThreads / 32, add_dweight_parts<T>);
 }
 
@@ -150,22 +179,14 @@ template <class T>
 void run_forward(Forward f, const Plan& plan, const Memory& memory) {
   const Problem& p = f.problem;
   const Tiling& t = plan.tiling;
-  const bool planes = p.layout == Layout::kPlanes;
   const Workspace work = arrange(p, Pass::kForward, plan, memory);
   if (t.depth) return run_in_registers<T>(f, plan, memory, work);
-  if (plan.strategy != 'C')
-    return launch(launch_of(plan, memory),
-                  planes ? forward_on_chip<T, Layout::kPlanes, Rescale>
-                         : forward_on_chip<T, Layout::kPixels, Rescale>,
-                  f, t, shared_layout(p, Pass::kForward, t), work, Rescale{});
   if (!f.mean) f.mean = work.mean, f.gate = work.gate;
   const Map none{nullptr, 0, 0};
   for_each_chunk<T>(p, t, memory, [&](const Chunk& chunk, const ChunkLaunches& how) {
-    launch(how.sums, planes ? sum_planes<T, Rescale> : sum_pixels<T, Rescale>, p, f.x, none, t,
-           chunk, work, Rescale{});
+    sum<T, false>(how, p, f.x, none, t, chunk, work);
     launch(how.gates, make_gates<T>, f, t, chunk, work);
-    launch(how.rescale, planes ? rescale_planes<T, Rescale> : rescale_pixels<T, Rescale>, p, f.x,
-           f.y, f.gate, nullptr, t, chunk, Rescale{});
+    rescale<T, false>(how, p, f.x, f.y, f.gate, nullptr, t, chunk);
   });
 }
 
@@ -173,26 +194,15 @@ template <class T>
 void run_backward(const Backward& b, const Plan& plan, const Memory& memory) {
   const Problem& p = b.problem;
   const Tiling& t = plan.tiling;
-  const bool planes = p.layout == Layout::kPlanes;
   const Workspace work = arrange(p, Pass::kBackward, plan, memory);
   if (t.depth) {
     run_in_registers<T>(b, plan, memory, work);
     return run_dweight<T>(b, plan, memory, work);
   }
-  if (plan.strategy != 'C') {
-    launch(launch_of(plan, memory),
-           planes ? backward_on_chip<T, Layout::kPlanes, Rescale>
-                  : backward_on_chip<T, Layout::kPixels, Rescale>,
-           b, t, shared_layout(p, Pass::kBackward, t), work, Rescale{});
-    return run_dweight<T>(b, plan, memory, work);
-  }
   for_each_chunk<T>(p, t, memory, [&](const Chunk& chunk, const ChunkLaunches& how) {
-    launch(how.sums, planes ? sum_planes<T, Rescale> : sum_pixels<T, Rescale>, p, b.x, b.dy, t,
-           chunk, work, Rescale{});
+    sum<T, true>(how, p, b.x, b.dy, t, chunk, work);
     launch(how.gates, make_shifts<T>, b, t, chunk, work);
-    if (b.dx.data)
-      launch(how.rescale, planes ? rescale_planes<T, Rescale> : rescale_pixels<T, Rescale>, p, b.dy,
-             b.dx, b.gate, work.shift, t, chunk, Rescale{});
+    if (b.dx.data) rescale<T, true>(how, p, b.dy, b.dx, b.gate, work.shift, t, chunk);
   });
   run_dweight<T>(b, plan, memory, work);
 }
@@ -201,15 +211,12 @@ template <class T>
 void run_reduce(const Reduce& r, const Plan& plan, const Memory& memory) {
   const Problem& p = r.problem;
   const Tiling& t = plan.tiling;
-  const bool planes = p.layout == Layout::kPlanes;
   const Workspace work = arrange(p, reduce_pass(r), plan, memory);
   for_each_chunk<T>(p, t, memory, [&](const Chunk& chunk, const ChunkLaunches& how) {
-    launch(how.sums, planes ? sum_planes<T, Rescale> : sum_pixels<T, Rescale>, p, r.x, r.dy, t,
-           chunk, work, Rescale{});
+    if (r.dy.data) sum<T, true>(how, p, r.x, r.dy, t, chunk, work);
+    else sum<T, false>(how, p, r.x, r.dy, t, chunk, work);
     launch(how.gates, add_parts<T>, p, t, chunk, work, r.result, r.dy.data ? int64_t(1) : p.pixels);
-    if (r.dx.data)
-      launch(how.rescale, planes ? rescale_planes<T, Rescale> : rescale_pixels<T, Rescale>, p, r.dy,
-             r.dx, r.gate, nullptr, t, chunk, Rescale{});
+    if (r.dx.data) rescale<T, false>(how, p, r.dy, r.dx, r.gate, nullptr, t, chunk);
   });
 }
 
@@ -217,10 +224,9 @@ template <class T>
 void run_scale(const Scale& s, const Plan& plan, const Memory& memory) {
   const Problem& p = s.problem;
   const Tiling& t = plan.tiling;
-  const bool planes = p.layout == Layout::kPlanes;
   for_each_chunk<T>(p, t, memory, [&](const Chunk& chunk, const ChunkLaunches& how) {
-    launch(how.rescale, planes ? rescale_planes<T, Rescale> : rescale_pixels<T, Rescale>, p, s.x,
-           s.y, s.gate, s.shift, t, chunk, Rescale{});
+    if (s.shift) rescale<T, true>(how, p, s.x, s.y, s.gate, s.shift, t, chunk);
+    else rescale<T, false>(how, p, s.x, s.y, s.gate, nullptr, t, chunk);
   });
 }
 

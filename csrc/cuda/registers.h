@@ -94,6 +94,8 @@ struct HeldTile {
   int channels;
   bool circular;
 
+  HeldTile() = default;
+
   __device__ HeldTile(const Problem& p, const Tiling& t)
       : HeldTile(p, t, quotient(int(block_index()), t.by_tiles)) {}
 
@@ -103,6 +105,16 @@ struct HeldTile {
   __device__ HeldTile(const Problem& p, const Tiling& t, int64_t sample, int tile)
       : sample(sample), tile(tile), begin(tile * t.tile), own(min(t.tile, int(p.channels) - begin)),
         halo(t.halo), held(own + 2 * t.halo), channels(int(p.channels)), circular(p.circular) {}
+
+  // All channels of a sample, by the block that makes their gates.
+  __device__ static HeldTile whole(const Problem& p, int64_t sample) {
+    HeldTile tile;
+    tile.sample = sample;
+    tile.tile = tile.begin = tile.halo = 0;
+    tile.own = tile.held = tile.channels = int(p.channels);
+    tile.circular = p.circular;
+    return tile;
+  }
 
   // The channel of held number h, or -1 where the padding is zero.
   __device__ int channel(int h) const {

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "registers.h"
-#include "tile.h"
 
 namespace eca::cuda {
 
@@ -17,18 +16,24 @@ struct Row {
 
   int lanes, lane, held;  // held: the channel's number in the tile
   int channel;            // -1 where there is none
-  int left;               // vectors of the plane from this lane's first on
+  int begin;              // this lane's first vector of the plane
+  int left;               // vectors from there on
   int64_t sample;
 
   __device__ Row(const Problem& p, const Tiling& t, const HeldTile& tile)
       : lanes(t.lanes), lane(thread_index() % t.lanes), held(thread_index() / t.lanes),
-        channel(tile.channel(held)), left(channel < 0 ? 0 : int(p.pixels) / V - lane),
+        channel(tile.channel(held)), begin(lane), left(channel < 0 ? 0 : int(p.pixels) / V - lane),
         sample(tile.sample) {}
+
+  // For all threads of a block: `count` vectors of a plane from `first` on.
+  __device__ Row(int threads, int64_t sample, int channel, int first, int count)
+      : lanes(threads), lane(thread_index()), held(0), channel(channel), begin(first + lane),
+        left(count - lane), sample(sample) {}
 
   __device__ bool has(int i) const { return i * lanes < left; }
 
   __device__ int64_t offset(const Map& map) const {
-    return sample * map.sample_stride + channel * map.row_stride + lane * V;
+    return sample * map.sample_stride + channel * map.row_stride + begin * V;
   }
 
   __device__ void load_from(const Map& map, Held& to) const {

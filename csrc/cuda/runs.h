@@ -6,7 +6,6 @@
 #pragma once
 
 #include "registers.h"
-#include "tile.h"
 
 namespace eca::cuda {
 
@@ -44,13 +43,26 @@ struct Run {
     int channel, left;
   };
 
-  // Behind the run's end a vector is not defined, and nothing uses it.
+  // From a map whose samples begin at multiples of 16 bytes. Behind the run's end a vector is not
+  // defined, and nothing uses it.
   __device__ void load_from(const Map& map, Held& to) const {
     const T* const from = begin_in(map);
     const int left = vectors - thread_index();
 #pragma unroll
     for (int i = 0; i < kDepth; ++i)
       to[i] = load_if_below<V>(from + i * kRunThreads * V, i * kRunThreads, left);
+  }
+
+  // From a map that begins anywhere.
+  __device__ void load_from_anywhere(const Map& map, Held& to) const {
+    const T* const from = begin_in(map);
+    if (place_in_line(from) == 0) return load_from(map, to);
+    const int left = vectors - thread_index();
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      to[i] = {};
+      if (i * kRunThreads < left) to[i] = load_anywhere<V>(from + i * kRunThreads * V);
+    }
   }
 
   // `terms` has an element for each granule of the run.
@@ -98,6 +110,19 @@ struct Run {
 #pragma unroll 1
     for (int mask = lanes / 2; mask > 0; mask /= 2) chains[0] += shuffle_xor(chains[0], mask);
     return chains[0];
+  }
+
+  // body(held, sum) for each held plane, once its terms are there. By all threads.
+  template <class Body>
+  __device__ void for_each_total(const HeldTile& tile, const Tiling& t, Shared<A> terms,
+                                 Body body) const {
+    const int shift = log2_of(t.lanes);
+#pragma unroll 1
+    for (int h = thread_index() >> shift; h < tile.held_up(kRunThreads >> shift);
+         h += kRunThreads >> shift) {
+      const A sum = total(h, t.lanes, t.share, terms);
+      if ((thread_index() & (t.lanes - 1)) == 0 && h < tile.held) body(h, sum);
+    }
   }
 
   // body(i, place) for each vector of the tile itself.
@@ -148,13 +173,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   for (int i = 0; i < kDepth; ++i) run.put(i, widen(x[i]), terms);
   block_barrier();
 
-  const int shift = log2_of(t.lanes);
-#pragma unroll 1
-  for (int h = thread_index() >> shift; h < tile.held_up(kRunThreads >> shift);
-       h += kRunThreads >> shift) {
-    const A sum = run.total(h, t.lanes, t.share, terms);
-    if ((thread_index() & (t.lanes - 1)) == 0 && h < tile.held) means.set(h, sum * t.factor);
-  }
+  run.for_each_total(tile, t, terms, [&](int h, A sum) { means.set(h, sum * t.factor); });
   means.clear_ends();
   block_barrier();
 
@@ -201,15 +220,10 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   for (int i = 0; i < kDepth; ++i) run.put(i, products_of(dy[i], x[i], epilogue), terms);
   block_barrier();
 
-  const int shift = log2_of(t.lanes);
-#pragma unroll 1
-  for (int h = thread_index() >> shift; h < tile.held_up(kRunThreads >> shift);
-       h += kRunThreads >> shift) {
-    const A sum = run.total(h, t.lanes, t.share, terms);
-    if ((thread_index() & (t.lanes - 1)) != 0 || h >= tile.held) continue;
+  run.for_each_total(tile, t, terms, [&](int h, A sum) {
     const A gate = gates.get(h);
     dz.set(h, sum * gate * (A(1) - gate));
-  }
+  });
   dz.clear_ends();
   means.clear_ends();
   block_barrier();

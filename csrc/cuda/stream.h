@@ -1,4 +1,4 @@
-// Strategy stream: pixels, where no block can hold a tile of enough channels. One launch has blocks
+// Strategy stream, here for pixels, where no block can hold a tile of enough channels. One launch has blocks
 // of two kinds. The first sum a part of a sample's pixels, and the last of a sample to arrive makes
 // its gates. The others rescale a part, which they find in the L2 cache. By number, the blocks that
 // sum a group of samples alternate with those that rescale the group before.
@@ -18,13 +18,14 @@ struct StreamPart {
   int64_t sample;
   int part;
 
-  __device__ StreamPart(const Problem& p, const Tiling& t) {
-    const auto block = uint32_t(block_index()), group_parts = uint32_t(t.chunk * t.parts);
+  // `parts`: of a sample.
+  __device__ StreamPart(const Problem& p, const Tiling& t, int parts) {
+    const auto block = uint32_t(block_index()), group_parts = uint32_t(t.chunk * parts);
     const uint32_t step = block / (2 * group_parts), within = block - step * 2 * group_parts;
     rescales = within % 2 != 0;
-    const uint32_t in_group = within / 2 / uint32_t(t.parts);
+    const uint32_t in_group = within / 2 / uint32_t(parts);
     sample = (int64_t(step) - (rescales ? 1 : 0)) * t.chunk + in_group;
-    part = int(within / 2 - in_group * uint32_t(t.parts));
+    part = int(within / 2 - in_group * uint32_t(parts));
     exists = sample >= 0 && sample < p.samples;
   }
 };
@@ -32,9 +33,8 @@ struct StreamPart {
 // A sample's counters: how many parts have been summed, and whether the gates are there.
 class StreamCounters {
  public:
-  __device__ StreamCounters(const Problem& p, const Tiling& t, const Workspace& work,
-                            int64_t sample)
-      : arrived_(work.counters.arrived(sample)), ready_(arrived_ + p.samples), parts_(t.parts) {}
+  __device__ StreamCounters(const Problem& p, const Workspace& work, int64_t sample, int parts)
+      : arrived_(work.counters.arrived(sample)), ready_(arrived_ + p.samples), parts_(parts) {}
 
   // True in all threads of the last block to arrive, which sees what the others wrote. By all
   // threads.
@@ -64,20 +64,30 @@ class StreamCounters {
   int parts_;
 };
 
-// Where a block adds up its sums, (rows, channels).
-template <class T>
+// Where the last block of a sample adds up the sums of all; for pixels, also where a block adds up
+// its own, (rows, channels).
+template <class T, Layout kLayout>
 __device__ inline Shared<Accumulator<T>> sums_in(const Tiling& t, const SharedLayout& s) {
-  return shared_array<Accumulator<T>>(s.scratch, t.threads / (t.held / kVector<T>)*t.held);
+  const int count = kLayout == Layout::kPlanes ? int(scratch_of_planes(t))
+                                               : t.threads / (t.held / kVector<T>)*t.held;
+  return shared_array<Accumulator<T>>(s.scratch, count);
+}
+
+// Numbers from one row of sums to the next. Pixels have whole vectors of channels.
+template <Layout kLayout>
+__device__ inline int64_t stride_of_sums(const Problem& p) {
+  return kLayout == Layout::kPlanes ? sums_of_channels(int(p.channels)) : p.channels;
 }
 
 // The sums of a sample's parts, added up by its last block. Threads share the parts too, so that
 // all of them are asked for at once: the other blocks wait for this.
+template <Layout kLayout>
 class SampleTotals {
  public:
   // By all threads. `scratch` has room for the channels, or for four numbers of each thread.
   __device__ SampleTotals(const Problem& p, const Tiling& t, const Workspace& work, int64_t sample,
                           Shared<float> scratch)
-      : scratch_(scratch), channels_(int(p.channels)) {
+      : scratch_(scratch), channels_(int(stride_of_sums<kLayout>(p))) {
     constexpr int W = 4, kAtOnce = 8;
     const int columns = channels_ / W;
     groups_ = max(1, thread_count() / columns);
@@ -94,7 +104,7 @@ class SampleTotals {
           for (int u = 0; u < kAtOnce; ++u) {
             const int part = first + u * groups_;
             if (part < t.parts)
-              some[u] = load_vector_from_other_block(sums + int64_t(part) * channels_ + column * W);
+              some[u] = load_from_other_block(sums + int64_t(part) * channels_ + column * W);
           }
 #pragma unroll
           for (int u = 0; u < kAtOnce; ++u) add_all(total, some[u]);
@@ -117,10 +127,10 @@ class SampleTotals {
 };
 
 // This block's sum of a channel, for the sample's last block.
-template <class A>
+template <Layout kLayout, class A>
 __device__ inline void put_part(const Problem& p, const Tiling& t, const Workspace& work,
                                 int64_t sample, int part, int c, A sum) {
-  put(static_cast<A*>(work.sums) + (sample * t.parts + part) * p.channels + c, sum);
+  put(static_cast<A*>(work.sums) + (sample * t.parts + part) * stride_of_sums<kLayout>(p) + c, sum);
 }
 
 // The numbers of V channels from a multiple of V on, 16 bytes at a time. If another block wrote
@@ -140,14 +150,14 @@ __device__ inline Vector<A, V> numbers_from(const void* numbers, int64_t at) {
 }
 
 // By the last block of a sample: mean and gate of all its channels.
-template <class T>
+template <class T, Layout kLayout>
 __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& t,
                                             const SharedLayout& s, const Workspace& work,
                                             const HeldTile& tile, const NearTaps<T>& taps) {
   using A = Accumulator<T>;
   const Problem& p = f.problem;
   const Neighbours<A> means(p, t, s.padded);
-  const SampleTotals totals(p, t, work, tile.sample, sums_in<T>(t, s));
+  const SampleTotals<kLayout> totals(p, t, work, tile.sample, sums_in<T, kLayout>(t, s));
   for (int c = thread_index(); c < tile.held; c += thread_count())
     means.set(c, totals.get(c) * t.factor);
   means.clear_ends();
@@ -160,7 +170,7 @@ __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& t,
 
 // By the last block of a sample: dm / S of all its channels and then, when the other blocks go on,
 // its part of dweight.
-template <class T>
+template <class T, Layout kLayout>
 __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
                                              const SharedLayout& s, const Workspace& work,
                                              const HeldTile& tile, const NearTaps<T>& taps,
@@ -171,9 +181,14 @@ __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
   const Neighbours<A> dz(p, t, s.padded);
   const auto gates = shared_array<A>(s.gate, t.held);
   constexpr int W = 16 / int(sizeof(A));
-  for (int c = thread_index() * W; c < t.held; c += thread_count() * W)
-    gates.template fetch<W>(c, static_cast<const A*>(b.gate) + channels + c);
-  const SampleTotals totals(p, t, work, tile.sample, sums_in<T>(t, s));
+  const A* const sample_gates = static_cast<const A*>(b.gate) + channels;
+  if (t.held % W == 0)
+    for (int c = thread_index() * W; c < t.held; c += thread_count() * W)
+      gates.template fetch<W>(c, sample_gates + c);
+  else
+    for (int c = thread_index(); c < t.held; c += thread_count())
+      gates.set(c, value_at(sample_gates + c));
+  const SampleTotals<kLayout> totals(p, t, work, tile.sample, sums_in<T, kLayout>(t, s));
   finish_fetches();
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count()) {
@@ -200,10 +215,10 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = f.problem;
-  const StreamPart here(p, t);
+  const StreamPart here(p, t, t.parts);
   if (!here.exists) return;
-  const HeldTile tile(p, t, here.sample, 0);
-  const StreamCounters counters(p, t, work, here.sample);
+  const HeldTile tile = HeldTile::whole(p, here.sample);
+  const StreamCounters counters(p, work, here.sample, t.parts);
   const int rows = t.threads / (t.held / V);
   const Column<T, kDepth> column(p, t, tile, here.part * kDepth * rows, int(p.pixels));
   typename Column<T, kDepth>::Held x;
@@ -218,17 +233,18 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   }
 
   const NearTaps<T> taps(p, f.weight, s);
-  const auto parts = sums_in<T>(t, s);
+  const auto parts = sums_in<T, Layout::kPixels>(t, s);
   Vector<A, V> sums{};
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) add_all(sums, widen(x[i]));
   column.put_parts(sums, t.held, parts);
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    put_part(p, t, work, here.sample, here.part, c, column.total(c, t.held, parts));
+    put_part<Layout::kPixels>(p, t, work, here.sample, here.part, c,
+                              column.total(c, t.held, parts));
   if (!counters.arrive(shared_array<uint32_t>(s.flag, 1))) return;
 
-  make_gates_of_sample<T>(f, t, s, work, tile, taps);
+  make_gates_of_sample<T, Layout::kPixels>(f, t, s, work, tile, taps);
   if (thread_index() == 0) counters.set_ready();
 }
 
@@ -239,10 +255,10 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = b.problem;
-  const StreamPart here(p, t);
+  const StreamPart here(p, t, t.parts);
   if (!here.exists) return;
-  const HeldTile tile(p, t, here.sample, 0);
-  const StreamCounters counters(p, t, work, here.sample);
+  const HeldTile tile = HeldTile::whole(p, here.sample);
+  const StreamCounters counters(p, work, here.sample, t.parts);
   const int rows = t.threads / (t.held / V);
   const Column<T, kDepth> column(p, t, tile, here.part * kDepth * rows, int(p.pixels));
   const int64_t channels = here.sample * p.channels;
@@ -261,17 +277,18 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   typename Column<T, kDepth>::Held x;
   column.load_from(b.x, x);
   const NearTaps<T> taps(p, b.weight, s);
-  const auto parts = sums_in<T>(t, s);
+  const auto parts = sums_in<T, Layout::kPixels>(t, s);
   Vector<A, V> sums{};
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) add_all(sums, products_of(dy[i], x[i], epilogue));
   column.put_parts(sums, t.held, parts);
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    put_part(p, t, work, here.sample, here.part, c, column.total(c, t.held, parts));
+    put_part<Layout::kPixels>(p, t, work, here.sample, here.part, c,
+                              column.total(c, t.held, parts));
   if (!counters.arrive(shared_array<uint32_t>(s.flag, 1))) return;
 
-  make_shifts_of_sample<T>(b, t, s, work, tile, taps, counters);
+  make_shifts_of_sample<T, Layout::kPixels>(b, t, s, work, tile, taps, counters);
 }
 
 }  // namespace eca::cuda

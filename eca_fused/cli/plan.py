@@ -49,21 +49,25 @@ LETTERS = {"contiguous": "NCHW", "channels_last": "NHWC"}
 PASSES = ("forward", "backward")
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
-# A card for each compute capability, and its peak bandwidth in GB/s by NVIDIA's datasheet. The
-# planner assumes its number of multiprocessors (kGpus in csrc/plan.cpp). No copy reaches the peak.
+# A card for each compute capability, its peak bandwidth in GB/s and its highest clock in GHz, by
+# NVIDIA's datasheets and architecture white papers. The planner assumes its number of
+# multiprocessors (kGpus in csrc/plan.cpp). No copy reaches the peak.
 DATASHEET = {
-    75: ("T4", 320),
-    80: ("A100 80GB SXM", 2039),
-    86: ("RTX 3080 Ti", 912),
-    89: ("RTX 4090", 1008),
-    90: ("H200", 4800),
-    100: ("B200", 8000),
-    120: ("RTX 5090", 1792),
+    75: ("T4", 320, 1.59),
+    80: ("A100 80GB SXM", 2039, 1.41),
+    86: ("RTX 3080 Ti", 912, 1.665),
+    89: ("RTX 4090", 1008, 2.52),
+    90: ("H200", 4800, 1.98),
+    100: ("B200", 8000, 1.965),
+    120: ("RTX 5090", 1792, 2.407),
 }
+# A multiprocessor issues up to 4 warp instructions in a cycle. Code like ours, which waits for
+# memory, issues about six tenths of these.
+ISSUED = 4 * 0.6
 
 HEAD = [
-    *("shape", "k", "layout", "pass", "strategy", "group", "tile", "halo"),
-    *("threads", "blocks", "KiB", "/SM", "DRAM/B", "L2/B", "us"),
+    *("shape", "k", "layout", "pass", "strategy", "tile", "halo"),
+    *("threads", "blocks", "KiB", "/SM", "DRAM/B", "L2/B", "instr", "us"),
 ]
 
 
@@ -79,6 +83,11 @@ class Row:
     plan: Plan
     x_bytes: int
     seconds: float  # modelled
+
+    @property
+    def instructions(self) -> float:
+        """Of warps, modelled, for 512 bytes of x."""
+        return self.plan.instructions / max(1, self.x_bytes / 512)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -155,8 +164,8 @@ def shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
 
 
-def datasheet(capability: int) -> tuple[str, float]:
-    """The card assumed for a compute capability, and its bandwidth in GB/s."""
+def datasheet(capability: int) -> tuple[str, float, float]:
+    """The card assumed for a compute capability, its bandwidth in GB/s and its clock in GHz."""
     return DATASHEET[max(known for known in DATASHEET if known <= capability)]
 
 
@@ -167,7 +176,7 @@ def chosen(args: argparse.Namespace) -> list[tuple[str, list[tuple[int, ...]]]]:
     return [*sections, ("Your shapes", args.shape)] if args.shape else sections
 
 
-def make_rows(args: argparse.Namespace, gigabytes: float) -> list[Row]:
+def make_rows(args: argparse.Namespace, gigabytes: float, issue_rate: float) -> list[Row]:
     """The plans that the arguments ask for; raises ValueError if the planner refuses a shape."""
     dtype = DTYPE_NAMES[args.dtype]
     rows = []
@@ -192,7 +201,7 @@ def make_rows(args: argparse.Namespace, gigabytes: float) -> list[Row]:
                             pass_=pass_,
                             plan=found,
                             x_bytes=math.prod(full) * dtype.itemsize,
-                            seconds=found.seconds(1e9 * gigabytes),
+                            seconds=found.seconds(1e9 * gigabytes, issue_rate),
                         )
                     )
     return rows
@@ -207,7 +216,6 @@ def cells(row: Row) -> list[str]:
         LETTERS[row.layout],
         row.pass_,
         p.strategy if p.launches <= 2 else f"{p.strategy} x{p.launches}",
-        str(p.group) if p.exchange == "none" else f"{p.group} {p.exchange}",
         str(p.tile),
         str(p.halo),
         str(p.threads),
@@ -216,6 +224,7 @@ def cells(row: Row) -> list[str]:
         str(p.occupancy),
         f"{p.dram_bytes / row.x_bytes:.2f}",
         f"{p.l2_bytes / row.x_bytes:.2f}",
+        f"{row.instructions:.0f}",
         f"{1e6 * row.seconds:.3g}" if row.seconds < 1e-3 else f"{1e6 * row.seconds:.0f}",
     ]
 
@@ -228,15 +237,14 @@ def text(rows: Sequence[Row], where: str, source: str, stream: TextIO) -> str:
         "",
         "strategy: what a block keeps. In registers: rows (planes), runs of planes, columns of "
         "pixels, kept (a part of a",
-        "  sample). In shared memory: a tile of planes; split_tile and split_pixels split it over "
-        "a group. Nothing: stream",
-        "  (one launch), two_pass (x97: 97 launches). The gradient of the taps takes one more "
-        "launch, except in shared memory.",
-        "group: blocks that share a tile, and how they exchange sums.",
+        "  sample). Nothing: stream (one launch), two_pass (x97: 97 launches). The gradient of the "
+        "taps takes one more launch.",
         "tile, halo: channels. blocks: per launch. KiB: shared memory per block. "
         "/SM: blocks per multiprocessor.",
         "DRAM/B, L2/B: modelled bytes of memory traffic over B, the bytes of x.",
+        "instr: modelled instructions of warps for 512 bytes of x.",
         f"us: modelled, the DRAM bytes at {source}; a floor.",
+        "  Where the instructions take longer: these, at six tenths of what the GPU can issue.",
         "",
         head,
         rule,
@@ -260,6 +268,7 @@ def document(row: Row) -> dict[str, Any]:
         "pass": row.pass_,
         "x_bytes": row.x_bytes,
         **asdict(row.plan),
+        "instructions_per_512_bytes": row.instructions,
         "seconds": row.seconds,
     }
 
@@ -282,11 +291,12 @@ def main(argv: Sequence[str]) -> int:
         gpu = gpu_limits(args.device)
     except (ValueError, RuntimeError) as error:
         options.error(f"--device: {error}")
-    card, assumed = datasheet(gpu["capability"])
+    card, assumed, gigahertz = datasheet(gpu["capability"])
+    issue_rate = gpu["multiprocessors"] * ISSUED * 1e9 * gigahertz
     gigabytes = args.bandwidth or assumed
     source = f"{gigabytes:g} GB/s" + ("" if args.bandwidth else f", assumed: datasheet of {card}")
     try:
-        rows = make_rows(args, gigabytes)
+        rows = make_rows(args, gigabytes, issue_rate)
     except ValueError as error:
         options.error(str(error))
     if args.json:
@@ -297,6 +307,7 @@ def main(argv: Sequence[str]) -> int:
             "batch": args.batch,
             "dtype": args.dtype,
             "bandwidth": 1e9 * gigabytes,
+            "issue_rate": issue_rate,
             "bandwidth_source": "argument" if args.bandwidth else f"assumed: datasheet of {card}",
             "plans": [document(row) for row in rows],
         }

@@ -42,29 +42,22 @@ class Plan:
     - "kept": a part of a sample's pixels (channels_last), partly in shared memory; the blocks of a
       sample add up their sums.
 
-    In shared memory, for what registers cannot hold:
-
-    - "tile": whole planes of a tile of channels and its halo; one block per tile.
-    - "split_tile": the same, split over a group of blocks that exchange their sums.
-    - "split_pixels": the pixels of a tile of channels (channels_last), split over such a group.
-
     Nothing:
 
-    - "stream": (channels_last) some blocks sum and others rescale out of L2, in one launch.
+    - "stream": some blocks sum and others rescale out of L2, in one launch.
     - "two_pass": two passes over a few samples at a time; the second reads from the L2 cache if
-      the samples fit into half of it.
+      the samples fit into half of it. For float64, and for whatever the others cannot do.
 
     Attributes:
         strategy: One of these.
-        exchange: How the blocks of a group exchange their sums: "none" (groups of one),
-            "cluster" (distributed shared memory) or "global" (global memory).
         vectors: Whether rows begin at multiples of 16 bytes and are read in 16-byte vectors.
-        tile: Channels that a group of blocks stores; for "two_pass", only a number in the model.
+        tile: Channels that a block stores; all of them for "two_pass", and for "stream" if its
+            blocks have parts of planes.
         halo: Channels held on each side of a tile for the taps that reach there; 0 if a tile has
             all channels.
         tiles: Tiles in a sample.
-        group: Blocks that share a tile. Blocks that share a sample ("kept", "stream") are parts.
-        chunk: Samples in a pair of passes of "two_pass", or in a group of "stream"; else the batch.
+        chunk: Samples in a pair of passes of "two_pass", or that "stream" sums before it rescales
+            them; else the batch.
         parts: Parts of a plane (contiguous) or of a sample's pixels (channels_last) that different
             warps or blocks sum, for "two_pass", "kept" and "stream"; 1 for the others.
         threads: Threads in a block.
@@ -79,15 +72,16 @@ class Plan:
         map_bytes: Bytes of the feature maps, each counted once: x and y, or dy, x and dx.
         dram_bytes: Modelled: bytes read from and written to DRAM.
         l2_bytes: Modelled: bytes requested from the L2 cache, with halos and second passes.
+        instructions: Modelled: instructions that warps issue, without the small kernels that make
+            gates and dweight. Within 25 % of what the machine code for sm_90 executes;
+            "two_pass" is assumed to need as many as "stream".
     """
 
     strategy: str
-    exchange: str
     vectors: bool
     tile: int
     halo: int
     tiles: int
-    group: int
     chunk: int
     parts: int
     threads: int
@@ -101,6 +95,7 @@ class Plan:
     map_bytes: int
     dram_bytes: int
     l2_bytes: int
+    instructions: int
 
     @property
     def dram_ratio(self) -> float:
@@ -112,24 +107,31 @@ class Plan:
         """Modelled L2 bytes over map_bytes: 1 is the least; NaN for empty maps."""
         return self.l2_bytes / self.map_bytes if self.map_bytes else math.nan
 
-    def seconds(self, bandwidth: float) -> float:
-        """Modelled time in seconds: dram_bytes / bandwidth.
+    def seconds(self, bandwidth: float, issue_rate: float = math.inf) -> float:
+        """Modelled time in seconds: dram_bytes / bandwidth, or instructions / issue_rate if larger.
 
         This is a lower bound, not a measurement. Launches, barriers and idle multiprocessors add
         to it. Only maps that are already in the L2 cache can be faster.
 
         Args:
             bandwidth: of DRAM, in bytes per second.
+            issue_rate: of the GPU, in warp instructions per second: multiprocessors x 4 x clock, of
+                which code that waits for memory issues about 60 %.
 
         Raises:
-            ValueError: bandwidth is not a finite number above 0.
+            ValueError: bandwidth is not a finite number above 0, or issue_rate not above 0.
         """
         if not (math.isfinite(bandwidth) and bandwidth > 0):
             raise ValueError(
                 f"expected bandwidth in bytes per second, finite and above 0, got {bandwidth}; "
                 "4.8e12 is 4.8 TB/s"
             )
-        return self.dram_bytes / bandwidth
+        if not issue_rate > 0:
+            raise ValueError(
+                f"expected issue_rate in instructions per second, above 0, got {issue_rate}; "
+                "132 multiprocessors x 4 x 1.98e9 are 1.05e12"
+            )
+        return max(self.dram_bytes / bandwidth, self.instructions / issue_rate)
 
 
 def plan(

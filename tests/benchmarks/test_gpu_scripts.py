@@ -25,8 +25,7 @@ pytestmark = pytest.mark.every_torch
 
 @needs_extension
 @pytest.mark.skipif("cuda" not in eca_fused.ops.native.devices, reason="needs a build with CUDA")
-def test_tuning_times_plans_and_marks_the_planners_choice(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(tune, "GROUPS", (1, 2))
+def test_tuning_times_plans_and_marks_the_planners_choice(tmp_path, capsys):
     path = tmp_path / "tune.json"
     arguments = ["--shape", "2", "32", "8", "8", "--taps", "5", "--rounds", "2"]
     assert tune.main([*arguments, "--device", "dry-run", "--output", str(path)]) == 0
@@ -34,7 +33,7 @@ def test_tuning_times_plans_and_marks_the_planners_choice(monkeypatch, tmp_path,
     assert [layer["direction"] for layer in layers] == ["forward", "backward"]
     for layer in layers:
         names = {one["name"] for one in layer["plans"]}
-        assert {"copy", "planner", "two_pass", "tile 8, group 2, 128 threads"} <= names
+        assert {"copy", "planner", "two_pass", "rows 7, tile 16, 128 threads"} <= names
         times = [one["us"]["median"] for one in layer["plans"]]
         assert times == sorted(times)
     text = capsys.readouterr().out

@@ -1,21 +1,17 @@
 """The machine code of the CUDA kernels, read from the extension: nothing spilled, wide accesses."""
 
-import importlib.util
 import re
-import subprocess
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 
-from eca_fused.ops import native
-from helpers.cases import needs_extension
+from helpers import cubins
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
-DTYPES = {"float32": "f", "float64": "d", "float16": "6__half", "bfloat16": "13__nv_bfloat16"}
+DTYPES = list(cubins.DTYPES)
 KERNELS = [
-    "forward_on_chip", "backward_on_chip", "sum_planes", "sum_pixels", "rescale_planes",
-    "rescale_pixels", "make_gates", "make_shifts", "sum_dweight_parts",
+    "sum_planes", "sum_pixels", "rescale_planes", "rescale_pixels", "make_gates", "make_shifts",
+    "sum_dweight_parts",
     "add_dweight_parts", "sum_own_dweight", "add_parts",
 ]  # fmt: skip
 # Those that keep their tile in registers, by the vectors that a thread holds; none for float64.
@@ -25,51 +21,17 @@ IN_REGISTERS = {
     "forward_kept": (20,), "backward_kept": (7,),
     "forward_stream": (12,), "backward_stream": (8,),
 }  # fmt: skip
-LAYOUTS = {"planes": "0", "pixels": "1"}
 # What __launch_bounds__ of csrc/plan.h leaves a thread.
 REGISTERS = {
-    "forward_on_chip": 64, "backward_on_chip": 80, "forward_rows": 128, "backward_rows": 128,
+    **dict.fromkeys(KERNELS, 64), "add_dweight_parts": 64, "sum_own_dweight": 255,
+    "forward_rows": 128, "backward_rows": 128,
     "forward_runs": 128, "backward_runs": 128, "forward_columns": 128, "backward_columns": 80,
     "forward_kept": 128, "backward_kept": 80,
     "forward_stream": 80, "backward_stream": 128,
 }  # fmt: skip
 
 
-def tool() -> Path | None:
-    """Triton's cuobjdump: an installation of nvcc need not have one."""
-    spec = importlib.util.find_spec("triton")
-    for folder in spec.submodule_search_locations or () if spec else ():
-        path = Path(folder) / "backends/nvidia/bin/cuobjdump"
-        if path.is_file():
-            return path
-    return None
-
-
-def built_for(architecture: str) -> bool:
-    import eca_fused._C as _C
-
-    number = architecture.removeprefix("sm_")
-    wanted = f"{number[:-1]}.{number[-1]}"
-    listed = re.split(r"[; ]", _C.build_info()["cuda_architectures"].replace("+PTX", ""))
-    return wanted in listed
-
-
-pytestmark = [
-    pytest.mark.every_torch,
-    pytest.mark.xdist_group("cubins"),
-    needs_extension,
-    pytest.mark.skipif("cuda" not in native.devices, reason="needs CUDA kernels: install nvcc"),
-    pytest.mark.skipif(tool() is None, reason="needs cuobjdump: pip install triton"),
-]
-
-
-def dump(architecture: str, what: str) -> str:
-    if not built_for(architecture):
-        pytest.skip(f"not built for {architecture}: rebuild without TORCH_CUDA_ARCH_LIST")
-    import eca_fused._C as _C
-
-    command = [str(tool()), what, "-arch", architecture, _C.__file__]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+pytestmark = [pytest.mark.every_torch, pytest.mark.xdist_group("cubins"), *cubins.needs_cubins]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -79,22 +41,14 @@ def architecture(request):
 
 @pytest.fixture(scope="module")
 def resources(architecture):
-    """Per kernel: registers, stack, static shared and local memory, in bytes."""
-    found, name = {}, ""
-    for line in dump(architecture, "-res-usage").splitlines():
-        if match := re.search(r"Function (\S+):", line):
-            name = match[1]
-        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
-            keys = ("registers", "stack", "shared", "local")
-            found[name] = dict(zip(keys, map(int, match.groups()), strict=True))
-    return found
+    return cubins.resources(architecture)
 
 
 @pytest.fixture(scope="module")
 def instructions(architecture):
     """Per kernel: how often each instruction, with its modifiers, is there."""
     found, name = defaultdict(lambda: defaultdict(int)), ""
-    for line in dump(architecture, "-sass").splitlines():
+    for line in cubins.dump(architecture, "-sass").splitlines():
         if match := re.search(r"Function : (\S+)", line):
             name = match[1]
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", line):
@@ -104,8 +58,7 @@ def instructions(architecture):
 
 def kernels(found, name, dtype=None, depth=None):
     """The instances of a kernel template, for a dtype, and for the vectors that a thread holds."""
-    mangled = f"{len(name)}{name}I{DTYPES[dtype] if dtype else ''}"
-    mangled += f"Li{depth}E" if depth else ""
+    mangled = cubins.mangled(name, dtype, *([depth] if depth else []))
     return {k: v for k, v in found.items() if mangled in k}
 
 
@@ -120,7 +73,8 @@ def has(counts, opcode, width=""):
 
 def test_every_kernel_is_there(resources):
     for name in KERNELS:
-        per_dtype = 2 if "on_chip" in name else 1  # planes and pixels
+        # With one map and with two, or without and with shifts.
+        per_dtype = 2 if name.startswith(("sum_p", "rescale_")) else 1
         for dtype in DTYPES:
             assert len(kernels(resources, name, dtype)) == per_dtype, (name, dtype)
     for name, depths in IN_REGISTERS.items():
@@ -166,7 +120,7 @@ def test_registers_and_shared_memory_are_what_the_planner_counts_with(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["backward_on_chip", "sum_planes", "sum_pixels"])
+@pytest.mark.parametrize("name", ["sum_planes", "sum_pixels"])
 def test_loads_of_16_bytes(instructions, name, dtype):
     found = kernels(instructions, name, dtype)
     assert found
@@ -191,27 +145,10 @@ def test_tiles_in_registers_are_asked_for_at_once(instructions, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "name", ["forward_on_chip", "backward_on_chip", "rescale_planes", "rescale_pixels"]
-)
+@pytest.mark.parametrize("name", ["rescale_planes", "rescale_pixels"])
 def test_stores_of_16_bytes(instructions, name, dtype):
     found = kernels(instructions, name, dtype)
     assert found
     for kernel, counts in found.items():
         assert has(counts, "STG", ".128"), kernel
-        if "rescale" in name:
-            assert has(counts, "LDG", ".128"), kernel
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["forward_on_chip", "backward_on_chip"])
-def test_tiles_arrive_without_passing_through_registers(instructions, name, dtype, architecture):
-    """By the copy engine from sm_90 on, and 16 bytes a thread before and beside it."""
-    found = kernels(instructions, name, dtype)
-    assert found
-    for kernel, counts in found.items():
-        assert has(counts, "LDS", ".128"), kernel
-        if architecture != "sm_80":
-            assert has(counts, "UBLKCP"), kernel
-        if architecture == "sm_80" or f"LNS_6LayoutE{LAYOUTS['pixels']}" in kernel:
-            assert has(counts, "LDGSTS", ".128"), kernel
+        assert has(counts, "LDG", ".128"), kernel

@@ -30,7 +30,6 @@ FAULTS = {
     "misaligned_shared": (RUNTIME, "misaligned access"),
     "shared_bounds": (RUNTIME, "out of bounds in shared memory"),
     "shared_size": (RUNTIME, "out of bounds in shared memory"),
-    "shared_pointer": (ASAN, "heap-buffer-overflow"),
     "unwritten": (RUNTIME, "uninitialised shared memory"),
     # Which one depends on which of the two threads is first.
     "read_too_early": (RUNTIME, "(data race in|uninitialised) shared memory"),
@@ -38,35 +37,22 @@ FAULTS = {
     "written_twice": (RUNTIME, "data race in shared memory"),
     "read_by_all": (RUNTIME, "data race in shared memory"),
     "ordered_by_shuffle": (RUNTIME, "(data race in|uninitialised) shared memory"),
-    "peer_read_too_early": (RUNTIME, "(data race in|uninitialised) shared memory"),
-    "peer_overwritten": (RUNTIME, "data race in shared memory"),
-    "peer_ended": (RUNTIME, "block has ended"),
-    "cluster_barrier_missed": (RUNTIME, "cluster barrier not reached by all threads"),
-    "cluster_wait_alone": (RUNTIME, "cluster_wait without cluster_arrive"),
-    "cluster_arrive_alone": (RUNTIME, "cluster_arrive without cluster_wait"),
     "barrier_after_exit": (RUNTIME, "barrier not reached by all threads"),
     "two_barriers": (RUNTIME, "barrier not reached by all threads"),
     "barrier_for_some": (RUNTIME, "shuffle not reached by all lanes"),
-    "different_waits": (RUNTIME, "barrier not reached by all threads"),
     "shuffle_after_exit": (RUNTIME, "shuffle not reached by all lanes"),
     "shuffle_in_branch": (RUNTIME, "shuffle not reached by all lanes"),
     "short_warp": (RUNTIME, "shuffle not reached by all lanes"),
     "wait_for_others": (RUNTIME, "deadlock"),
-    "copy_read_too_early": (RUNTIME, "copy in flight"),
-    "copy_never_waited": (RUNTIME, "copy never waited for"),
-    "copy_over_use": (RUNTIME, "data race in shared memory"),
-    "copy_bounds": (ASAN, "heap-buffer-overflow"),
-    "copy_by_some": (RUNTIME, "bad copy"),
-    "copy_waited_twice": (RUNTIME, "bad copy"),
-    "copy_of_rows": (RUNTIME, "misaligned access"),
     "fetch_read_too_early": (RUNTIME, "copy in flight"),
     "fetch_bounds": (ASAN, "heap-buffer-overflow"),
     "fetch_never_finished": (RUNTIME, "copy never waited for"),
+    "fetch_over_use": (RUNTIME, "data race in shared memory"),
     "too_much_shared": (REFUSED, "did not start: .* bytes of shared memory"),
 }
 
 # Only some orders of events show these.
-NOW_AND_THEN = ["published_too_early", "copy_source_changed"]
+NOW_AND_THEN = ["published_too_early"]
 
 
 @pytest.fixture(scope="session")
@@ -187,7 +173,5 @@ def test_traffic(programs):
         "same_element": ["load:2:8:2", "x:1:0", *nothing],
         "passes": ["load:6:252:10", "x:10:0", *nothing],
         "resumed": ["load:4:320:10", "x:8:0", *nothing],
-        "bulk": ["bulk:1:400:13", "x:13:0", *nothing],
-        "not_bulk": ["load:1:400:13", "x:13:0", *nothing],
         "between_blocks": ["x:8:0", *nothing],
     }

@@ -32,9 +32,8 @@ H200 = {
     "shared_per_multiprocessor": 228 << 10,
     "l2": 50 << 20,
     "threads_per_multiprocessor": 2048,
-    "largest_cluster": 8,
 }
-A100 = H200 | {"capability": 80, "multiprocessors": 108, "largest_cluster": 1}
+A100 = H200 | {"capability": 80, "multiprocessors": 108}
 
 
 class Fault(Exception):
@@ -47,9 +46,13 @@ class Refused(Exception):
 
 # The letters of csrc/plan.h, in which tests/gpu_host/simt/runner.cpp reads a forced plan.
 LETTERS = {
-    "rows": "R", "runs": "F", "columns": "P", "kept": "K", "stream": "S", "tile": "A",
+    "rows": "R",
+    "runs": "F",
+    "columns": "P",
+    "kept": "K",
+    "stream": "S",
     "two_pass": "C",
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -58,7 +61,6 @@ class Forced:
 
     strategy: str
     tile: int = 0
-    group: int = 1
     threads: int = 64
     depth: int = 0
 
@@ -234,11 +236,11 @@ class HostGpu:
         count: bool,
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         n, c, s = x.shape
-        w = forced or Forced("tile")
+        w = forced or Forced("two_pass")
         numbers = [
             operation, DTYPES.index(x.dtype), channels_last, n, c, s, DTYPES.index(weight.dtype),
             weight.shape[2], weight.shape[0] != 1, circular, *wants, seed, resident, count,
-            *gpu.values(), forced is not None, ord(LETTERS[w.strategy]), w.tile, w.group, w.threads,
+            *gpu.values(), forced is not None, ord(LETTERS[w.strategy]), w.tile, w.threads,
             w.depth,
         ]  # fmt: skip
         for v in maps:

@@ -27,6 +27,7 @@ from helpers.cases import (
     name_of,
     run,
 )
+from helpers.processes import python
 
 if "cuda" not in native.devices:
     reason = "needs the CUDA kernels: make build ECA_FUSED_CUDA=1"
@@ -48,59 +49,14 @@ def forced(strategy: str, **sizes: int) -> dict[str, Any]:
     return {"strategy": strategy, **sizes}
 
 
-# A forced plan, shape, layout: every strategy, every way to exchange sums, tiles with and without a
-# halo, a smaller last tile, more blocks than the GPU has room for.
+# A forced plan, shape, layout: every strategy, tiles with and without a halo, a smaller last tile,
+# more blocks than the GPU has room for.
 FORCED = {
-    "tile, one tile": (forced("tile", tile=24, threads=256), (3, 24, 8, 8), "contiguous"),
-    "tile, halo": (forced("tile", tile=8, threads=64), (3, 44, 8, 8), "contiguous"),
-    "tile, narrow": (forced("tile", tile=3, threads=32), (4, 20, 16, 16), "contiguous"),
-    "tile, many blocks": (forced("tile", tile=4, threads=128), (400, 64, 8, 8), "contiguous"),
-    "split_tile, cluster of 2": (
-        forced("tile", tile=8, group=2, threads=128),
-        (3, 44, 16, 16),
-        "contiguous",
-    ),
-    "split_tile, cluster of 3": (
-        forced("tile", tile=24, group=3, threads=64),
-        (3, 24, 8, 8),
-        "contiguous",
-    ),
-    "split_tile, cluster of 8": (
-        forced("tile", tile=4, group=8, threads=256),
-        (5, 32, 28, 28),
-        "contiguous",
-    ),
-    "split_tile, global": (
-        forced("tile", tile=4, group=16, threads=64),
-        (5, 32, 16, 16),
-        "contiguous",
-    ),
-    "split_tile, global, many groups": (
-        forced("tile", tile=8, group=12, threads=64),
-        (150, 64, 8, 8),
-        "contiguous",
-    ),
-    "split_pixels, one tile": (forced("tile", tile=24, threads=64), (3, 24, 8, 8), "channels_last"),
-    "split_pixels, halo": (forced("tile", tile=16, threads=128), (3, 112, 8, 8), "channels_last"),
-    "split_pixels, cluster of 4": (
-        forced("tile", tile=32, group=4, threads=128),
-        (3, 96, 14, 14),
-        "channels_last",
-    ),
-    "split_pixels, cluster of 8": (
-        forced("tile", tile=64, group=8, threads=256),
-        (20, 256, 28, 28),
-        "channels_last",
-    ),
-    "split_pixels, global": (
-        forced("tile", tile=32, group=16, threads=64),
-        (5, 96, 14, 14),
-        "channels_last",
-    ),
     "two_pass, planes": (forced("two_pass"), (9, 24, 28, 28), "contiguous"),
     "two_pass, pixels": (forced("two_pass"), (9, 24, 28, 28), "channels_last"),
     "rows, one tile": (forced("rows", threads=128, depth=7), (3, 12, 8, 8), "contiguous"),
     "rows, halo": (forced("rows", threads=256, depth=13), (3, 44, 16, 16), "contiguous"),
+    "rows, many blocks": (forced("rows", threads=128, depth=7), (400, 64, 8, 8), "contiguous"),
     "rows, teams of several warps": (
         forced("rows", threads=512, depth=13),
         (3, 20, 48, 48),
@@ -127,7 +83,8 @@ FORCED = {
     ),
     "kept, registers": (forced("kept", threads=256, depth=6), (20, 64, 28, 28), "channels_last"),
     "kept, shared memory too": (forced("kept", threads=256), (5, 128, 56, 56), "channels_last"),
-    "stream": (forced("stream", threads=256), (20, 64, 28, 28), "channels_last"),
+    "stream, pixels": (forced("stream", threads=256), (20, 64, 28, 28), "channels_last"),
+    "stream, parts of planes": (forced("stream"), (5, 21, 192, 192), "contiguous"),
 }
 
 
@@ -196,10 +153,6 @@ def test_the_forced_plans_are_what_their_names_say(name):
     for backward in (False, True):
         plan = plan_of(case, name, backward)
         assert plan["strategy"] == name.split(",")[0]
-        if "cluster" in name and extension().gpu_of_device(0)["largest_cluster"] >= 8:
-            assert plan["exchange"] == "cluster"
-        if "global" in name:
-            assert plan["exchange"] == "global"
 
 
 @pytest.mark.parametrize(
@@ -237,7 +190,7 @@ def test_the_same_bits_on_20_runs_and_on_any_stream(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["tile, halo", "split_tile, cluster of 8", "split_tile, global", "two_pass, planes"]
+    "name", ["rows, halo", "kept, registers", "stream, pixels", "two_pass, planes"]
 )
 def test_the_same_bits_beside_other_work(name):
     # Blocks start and arrive in another order while another stream takes multiprocessors away.
@@ -255,9 +208,7 @@ def test_the_same_bits_beside_other_work(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-@pytest.mark.parametrize(
-    "name", [n for n in FORCED if "one tile" in n or n.split(",")[0] in WHOLE or "of 3" in n]
-)
+@pytest.mark.parametrize("name", [n for n in FORCED if "one tile" in n or n.split(",")[0] in WHOLE])
 def test_forced_plans_in_place(name, dtype):
     case = forced_case(name, dtype)
     y = ours(case)[0]
@@ -268,8 +219,8 @@ def test_forced_plans_in_place(name, dtype):
 
 def test_a_plan_that_cannot_run_is_an_error_and_no_forced_plan_lasts():
     case = on_gpu(make_case((2, 24, 8, 8)))
-    extension().force_plan("tile", tile=23, threads=64)
-    with pytest.raises((ValueError, RuntimeError), match="cannot run with a tile of 23 channels"):
+    extension().force_plan("rows", threads=64, depth=5)
+    with pytest.raises((ValueError, RuntimeError), match=r"cannot run rows with .* a depth of 5"):
         eca_fused.eca(case.x, case.weight)
     extension().force_plan(None)
     assert_as_accurate(ours(case), case)
@@ -302,9 +253,7 @@ def test_layers_of_networks(shape, k, dtype, layout):
 
 @pytest.mark.parametrize("offset", range(1, 16))
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "name", ["tile, halo", "split_tile, cluster of 2", "split_tile, global", None]
-)
+@pytest.mark.parametrize("name", ["two_pass, planes", None])
 def test_misaligned_storage(name, layout, offset):
     shape = FORCED[name][1] if name else (3, 40, 9, 7)
     case = on_gpu(make_case(shape, k=5, dtype=torch.bfloat16, layout=layout))
@@ -341,7 +290,7 @@ def test_empty_tensors_launch_nothing_wrong(shape):
 
 @pytest.mark.parametrize(
     "name",
-    ["tile, halo", "split_tile, cluster of 8", "split_tile, global", "two_pass, planes", None],
+    ["rows, halo", "kept, registers", "stream, pixels", "two_pass, planes", None],
 )
 def test_work_is_submitted_to_the_current_stream(name):
     # On another stream the kernels would read x before the copy that makes it.
@@ -485,6 +434,42 @@ def test_two_graphs_and_eager_calls_at_a_time(name):
     for graph, expected in zip(graphs, want, strict=False):
         assert same(graph.results, expected)
     assert all(same(result, want[2]) for result in eager)
+
+
+FIRST_CALL = """
+import torch, eca_fused
+x = torch.randn(20, 64, 28, 28, device="cuda").to(memory_format=torch.channels_last)
+weight = torch.randn(1, 1, 5, device="cuda")
+stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+from eca_fused import _C
+_C.force_plan("kept")  # blocks meet through counters, which belong to the extension's module
+with torch.cuda.graph(graph, stream=stream):
+    y = eca_fused.eca(x, weight)
+graph.replay()
+torch.cuda.synchronize()
+assert torch.equal(y, eca_fused.eca(x, weight))
+"""
+
+
+def test_the_first_call_of_a_process_may_be_captured():
+    """Within a capture, CUDA refuses calls that load code, unless a thread asks for them."""
+    done = python("-c", FIRST_CALL)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_graph_of_many_launches_whose_blocks_meet():
+    """Launches of a graph share their counters: this one has more than there are words."""
+    case = forced_case("kept, registers")
+    want = ours(case)[0]
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    calls = (1 << 16) // (2 * case.x.shape[0]) + 50
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            y = ops.forward(case.x, case.weight, False)[0]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, want)
 
 
 def test_a_graph_of_a_training_step_through_autograd():

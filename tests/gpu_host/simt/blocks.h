@@ -16,7 +16,7 @@ namespace eca::simt {
 constexpr int kLanes = 32, kMostThreads = 1024;
 
 // What a thread waits at, or kRunnable.
-enum class At { kRunnable, kBarrier, kCopies, kShuffle, kCluster, kExit };
+enum class At { kRunnable, kBarrier, kShuffle, kExit };
 
 struct Block;
 
@@ -27,25 +27,12 @@ struct Thread : Coordinates {
   Place place;  // of what it waits at
   uint64_t exchange;
   int mask, exchange_bytes;
-  // Cluster barriers: those that it has arrived at; those that it has waited for; and those that it
-  // has waited for, or that any thread of its block had waited for before the last block barrier.
-  uint16_t arrivals, own_waits, waits;
-  int copies, copy_objects;  // that it has come to
-  int waits_for_copies;
 };
 
-// The history of a byte of shared memory. Threads are numbered in the cluster, from 1 on.
+// The history of a byte of shared memory. Threads are numbered from 1 on.
 struct Cell {
-  uint16_t writer, write_epoch, write_arrivals;
-  uint16_t reader, read_epoch, read_arrivals;  // of its own block
-  uint16_t peer, peer_arrivals;                // reader of another block
-};
-
-struct Copy {
-  int object;
-  Rows what;
-  Place place;
-  bool landed;
+  uint16_t writer, write_epoch;
+  uint16_t reader, read_epoch;
 };
 
 struct Fetch {
@@ -53,11 +40,6 @@ struct Fetch {
   const std::byte* from;
   int bytes;
   Place place;
-};
-
-struct CopyObject {
-  const void* barrier;
-  bool waited;
 };
 
 // What the lanes ask for in one pass through a line of source; each part lies within a sector.
@@ -78,12 +60,8 @@ struct Warp {
   std::vector<std::array<uint32_t, kLanes>> passes;
 };
 
-struct Cluster;
-
 struct Block {
-  Cluster* cluster;
   int64_t index;
-  int rank;
   std::vector<Thread> threads;
   Thread* first_thread;
   std::vector<Warp> warps;
@@ -100,29 +78,8 @@ struct Block {
   std::unique_ptr<Cell[]> cells;  // of each byte
   Cell* first_cell = nullptr;
   int64_t cells_size = 0;
-  std::vector<Copy> copies;
-  std::vector<CopyObject> copy_objects;
   std::vector<std::vector<Fetch>> fetches;  // of each thread, that are not finished
-  uint16_t peer_arrivals;                   // the latest read by a peer
-  int peer;
-  bool ended;
 };
-
-// The blocks that run together: a cluster, or one block.
-struct Cluster {
-  std::vector<std::unique_ptr<Block>> blocks;
-  int threads;
-  int arrived;
-  int waiting;
-  uint16_t phase;  // cluster barriers that all have arrived at
-  int exited;
-  int ended;
-};
-
-[[gnu::no_sanitize_address, gnu::no_sanitize_undefined]]
-inline int number_of(const Thread& t) {
-  return t.rank * t.threads + t.thread + 1;
-}
 
 extern Thread* self;  // the running one
 

@@ -40,7 +40,7 @@ void print_order() {
   simt::settings.resident = 1;
   uint32_t counter = 0;
   int order[20];
-  launch({20, 32, 1, 0, nullptr}, note_order, &counter, order);
+  launch({20, 32, 0, nullptr}, note_order, &counter, order);
   for (const int block : order) std::printf("%d ", block);
 }
 
@@ -73,24 +73,7 @@ __global__ void resumed(const float* x, float*) {
   }
 }
 
-__global__ void bulk(const float* x, float*) {
-  const auto a = shared_array<float>(16, 100);
-  Copies copies(shared_array<uint64_t>(0, 1));
-  copies.copy(a, 0, x, 100);
-  copies.wait();
-}
-
-// Source and target differ within 16 bytes.
-__global__ void not_bulk(const float* x, float*) {
-  const auto a = shared_array<float>(16, 100);
-  Copies copies(shared_array<uint64_t>(0, 1));
-  copies.copy(a, 0, x + 1, 100);
-  copies.wait();
-}
-
-__global__ void between_blocks(const float* x, float*) {
-  load_from_other_block(x + thread_index());
-}
+__global__ void between_blocks(const uint32_t* x, float*) { load_acquire(x + thread_index()); }
 
 template <class X>
 void count(const char* name, void (*kernel)(const X*, float*)) {
@@ -99,9 +82,9 @@ void count(const char* name, void (*kernel)(const X*, float*)) {
   simt::register_buffer("x", x, sizeof x);
   simt::register_buffer("y", y, sizeof y);
   simt::reset_traffic();
-  launch({1, kThreads, 1, 416, nullptr}, kernel, reinterpret_cast<const X*>(x), y);
+  launch({1, kThreads, 0, nullptr}, kernel, reinterpret_cast<const X*>(x), y);
   const simt::LaunchTraffic& traffic = simt::traffic().back();
-  const char* const directions[] = {"load", "store", "bulk"};
+  const char* const directions[] = {"load", "store"};
   std::printf("%s", name);
   for (const simt::SiteTraffic& s : traffic.sites)
     std::printf(" %s:%lld:%lld:%lld", directions[int(s.direction)], (long long)s.accesses,
@@ -120,8 +103,6 @@ void count_all() {
   count("same_element", same_element);
   count("passes", passes);
   count("resumed", resumed);
-  count("bulk", bulk);
-  count("not_bulk", not_bulk);
   count("between_blocks", between_blocks);
 }
 
@@ -141,7 +122,7 @@ void print_speed() {
     for (const int threads : {32, 512}) {
       constexpr int kBlocks = 20;
       const auto start = std::chrono::steady_clock::now();
-      launch({kBlocks, threads, 1, 0, nullptr}, kernel);
+      launch({kBlocks, threads, 0, nullptr}, kernel);
       const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
       std::printf("%s, %d threads: %.0f ns\n", kernel == barriers ? "barriers" : "shuffles",
                   threads, time.count() / (100.0 * kBlocks * threads) * 1e9);

@@ -55,7 +55,7 @@ __global__ void global_bounds(const float* x, float* y) {
 template <bool kFault>
 void run_global_bounds() {
   Buffer<float> x(kThreads, 1), y(kThreads);
-  launch({1, kThreads, 1, 0, nullptr}, global_bounds<kFault>, x.get(), y.get());
+  launch({1, kThreads, 0, nullptr}, global_bounds<kFault>, x.get(), y.get());
   expect_all(y, 1.0f, "copied");
 }
 
@@ -67,7 +67,7 @@ __global__ void misaligned_load(const float* x, float* y) {
 template <bool kFault>
 void run_misaligned_load() {
   Buffer<float> x(8, 1), y(4);
-  launch({1, kThreads, 1, 0, nullptr}, misaligned_load<kFault>, x.get(), y.get());
+  launch({1, kThreads, 0, nullptr}, misaligned_load<kFault>, x.get(), y.get());
 }
 
 template <bool kFault>
@@ -78,7 +78,7 @@ __global__ void misaligned_store(const float* x, float* y) {
 template <bool kFault>
 void run_misaligned_store() {
   Buffer<float> x(4, 1), y(4);
-  launch({1, kThreads, 1, 0, nullptr}, misaligned_store<kFault>, x.get(), y.get());
+  launch({1, kThreads, 0, nullptr}, misaligned_store<kFault>, x.get(), y.get());
 }
 
 template <bool kFault>
@@ -92,7 +92,7 @@ __global__ void misaligned_shared(float* y) {
 template <bool kFault>
 void run_misaligned_shared() {
   Buffer<float> y(32);
-  launch({1, kThreads, 1, 4 * kThreads, nullptr}, misaligned_shared<kFault>, y.get());
+  launch({1, kThreads, 4 * kThreads, nullptr}, misaligned_shared<kFault>, y.get());
   expect_all(y, 1.0f, "copied");
 }
 
@@ -105,7 +105,7 @@ __global__ void shared_bounds() {
 
 template <bool kFault>
 void run_shared_bounds() {
-  launch({1, kThreads, 1, 8 * kThreads, nullptr}, shared_bounds<kFault>);
+  launch({1, kThreads, 8 * kThreads, nullptr}, shared_bounds<kFault>);
 }
 
 template <bool kFault>
@@ -115,22 +115,7 @@ __global__ void shared_size() {
 
 template <bool kFault>
 void run_shared_size() {
-  launch({1, kThreads, 1, 8 * kThreads + (kFault ? 0 : 8), nullptr}, shared_size<kFault>);
-}
-
-// The runtime does not see this access.
-template <bool kFault>
-__global__ void shared_pointer(float* y) {
-  const auto a = shared_array<float>(0, 3);
-  if (thread_index() < 3) a.set(thread_index(), 1);
-  block_barrier();
-  if (thread_index() == 0) *y = a.data()[kFault ? 3 : 2];
-}
-
-template <bool kFault>
-void run_shared_pointer() {
-  Buffer<float> y(1);
-  launch({1, kThreads, 1, 12, nullptr}, shared_pointer<kFault>, y.get());
+  launch({1, kThreads, 8 * kThreads + (kFault ? 0 : 8), nullptr}, shared_size<kFault>);
 }
 
 template <bool kFault>
@@ -144,7 +129,7 @@ __global__ void unwritten(float* y) {
 template <bool kFault>
 void run_unwritten() {
   Buffer<float> y(kThreads);
-  launch({1, kThreads, 1, 4 * kThreads, nullptr}, unwritten<kFault>, y.get());
+  launch({1, kThreads, 4 * kThreads, nullptr}, unwritten<kFault>, y.get());
   expect_all(y, 1.0f, "copied");
 }
 
@@ -161,7 +146,7 @@ __global__ void read_too_early(half* y) {
 template <bool kFault>
 void run_read_too_early() {
   Buffer<half> y(kThreads);
-  launch({1, kThreads, 1, 2 * kThreads, nullptr}, read_too_early<kFault>, y.get());
+  launch({1, kThreads, 2 * kThreads, nullptr}, read_too_early<kFault>, y.get());
 }
 
 template <bool kFault>
@@ -177,7 +162,7 @@ __global__ void written_too_early(double* y) {
 template <bool kFault>
 void run_written_too_early() {
   Buffer<double> y(kThreads);
-  launch({1, kThreads, 1, 8 * kThreads, nullptr}, written_too_early<kFault>, y.get());
+  launch({1, kThreads, 8 * kThreads, nullptr}, written_too_early<kFault>, y.get());
   expect_all(y, 1.0, "first values");
 }
 
@@ -189,7 +174,7 @@ __global__ void written_twice() {
 
 template <bool kFault>
 void run_written_twice() {
-  launch({1, kThreads, 1, 4 * kThreads, nullptr}, written_twice<kFault>);
+  launch({1, kThreads, 4 * kThreads, nullptr}, written_twice<kFault>);
 }
 
 // A read by several threads, of which the writer is one.
@@ -205,7 +190,7 @@ __global__ void read_by_all() {
 
 template <bool kFault>
 void run_read_by_all() {
-  launch({1, kThreads, 1, 4, nullptr}, read_by_all<kFault>);
+  launch({1, kThreads, 4, nullptr}, read_by_all<kFault>);
 }
 
 template <bool kFault>
@@ -220,106 +205,8 @@ __global__ void ordered_by_shuffle(float* y) {
 template <bool kFault>
 void run_ordered_by_shuffle() {
   Buffer<float> y(kThreads);
-  launch({1, kThreads, 1, 4 * kThreads, nullptr}, ordered_by_shuffle<kFault>, y.get());
+  launch({1, kThreads, 4 * kThreads, nullptr}, ordered_by_shuffle<kFault>, y.get());
   expect_all(y, 1.0f, "copied");
-}
-
-// ---- clusters ----
-
-template <bool kFault>
-__global__ void peer_read_too_early(float* y) {
-  const auto a = shared_array<float>(0, kThreads);
-  a.set(thread_index(), 1);
-  if (kFault) block_barrier();
-  cluster_arrive();
-  if (!kFault) cluster_wait();
-  y[block_index() * kThreads + thread_index()] =
-      a.get_from_rank(cluster_rank() ^ 1, kThreads - 1 - thread_index());
-  if (kFault) cluster_wait();
-  cluster_arrive();
-  cluster_wait();
-}
-
-template <bool kFault>
-void run_peer_read_too_early() {
-  Buffer<float> y(4 * kThreads);
-  launch({4, kThreads, 2, 4 * kThreads, nullptr}, peer_read_too_early<kFault>, y.get());
-  expect_all(y, 1.0f, "the peer's values");
-}
-
-template <bool kFault>
-__global__ void peer_overwritten(float* y) {
-  const auto a = shared_array<float>(0, kThreads);
-  a.set(thread_index(), 1);
-  cluster_arrive();
-  cluster_wait();
-  y[block_index() * kThreads + thread_index()] =
-      a.get_from_rank(cluster_rank() ^ 1, thread_index());
-  cluster_arrive();
-  if (!kFault) cluster_wait();
-  a.set(thread_index(), 2);
-  if (kFault) cluster_wait();
-}
-
-template <bool kFault>
-void run_peer_overwritten() {
-  Buffer<float> y(4 * kThreads);
-  launch({4, kThreads, 2, 4 * kThreads, nullptr}, peer_overwritten<kFault>, y.get());
-  expect_all(y, 1.0f, "the peer's values");
-}
-
-template <bool kFault>
-__global__ void peer_ended(float* y) {
-  const auto a = shared_array<float>(0, kThreads);
-  a.set(thread_index(), 1);
-  cluster_arrive();
-  cluster_wait();
-  if (!kFault || cluster_rank() == 0)
-    y[block_index() * kThreads + thread_index()] =
-        a.get_from_rank(cluster_rank() ^ 1, thread_index());
-  if (kFault) return;
-  cluster_arrive();
-  cluster_wait();
-}
-
-template <bool kFault>
-void run_peer_ended() {
-  Buffer<float> y(4 * kThreads);
-  launch({4, kThreads, 2, 4 * kThreads, nullptr}, peer_ended<kFault>, y.get());
-}
-
-template <bool kFault>
-__global__ void cluster_barrier_missed() {
-  if (kFault && cluster_rank() == 1 && thread_index() == 3) return;
-  cluster_arrive();
-  cluster_wait();
-}
-
-template <bool kFault>
-void run_cluster_barrier_missed() {
-  launch({4, kThreads, 2, 0, nullptr}, cluster_barrier_missed<kFault>);
-}
-
-template <bool kFault>
-__global__ void cluster_wait_alone() {
-  if (!kFault) cluster_arrive();
-  cluster_wait();
-}
-
-template <bool kFault>
-void run_cluster_wait_alone() {
-  launch({4, kThreads, 2, 0, nullptr}, cluster_wait_alone<kFault>);
-}
-
-template <bool kFault>
-__global__ void cluster_arrive_alone() {
-  cluster_arrive();
-  if (!kFault) cluster_wait();
-}
-
-template <bool kFault>
-void run_cluster_arrive_alone() {
-  launch({4, kThreads, 2, 0, nullptr}, cluster_arrive_alone<kFault>);
 }
 
 // ---- barriers and shuffles ----
@@ -332,7 +219,7 @@ __global__ void barrier_after_exit() {
 
 template <bool kFault>
 void run_barrier_after_exit() {
-  launch({2, kThreads, 1, 0, nullptr}, barrier_after_exit<kFault>);
+  launch({2, kThreads, 0, nullptr}, barrier_after_exit<kFault>);
 }
 
 template <bool kFault>
@@ -350,7 +237,7 @@ __global__ void two_barriers<false>() {
 
 template <bool kFault>
 void run_two_barriers() {
-  launch({2, kThreads, 1, 0, nullptr}, two_barriers<kFault>);
+  launch({2, kThreads, 0, nullptr}, two_barriers<kFault>);
 }
 
 template <bool kFault>
@@ -362,22 +249,7 @@ __global__ void barrier_for_some(float* y) {
 template <bool kFault>
 void run_barrier_for_some() {
   Buffer<float> y(kThreads);
-  launch({1, kThreads, 1, 0, nullptr}, barrier_for_some<kFault>, y.get());
-}
-
-template <bool kFault>
-__global__ void different_waits() {
-  if (kFault ? thread_index() < 32 : block_index() < 2) {
-    block_barrier();
-  } else {
-    cluster_arrive();
-    cluster_wait();
-  }
-}
-
-template <bool kFault>
-void run_different_waits() {
-  launch({4, kThreads, 2, 0, nullptr}, different_waits<kFault>);
+  launch({1, kThreads, 0, nullptr}, barrier_for_some<kFault>, y.get());
 }
 
 template <bool kFault>
@@ -389,7 +261,7 @@ __global__ void shuffle_after_exit(double* y) {
 template <bool kFault>
 void run_shuffle_after_exit() {
   Buffer<double> y(kThreads);
-  launch({1, kThreads, 1, 0, nullptr}, shuffle_after_exit<kFault>, y.get());
+  launch({1, kThreads, 0, nullptr}, shuffle_after_exit<kFault>, y.get());
   expect_all(y, 0.0, "the other lane's value");
 }
 
@@ -403,7 +275,7 @@ __global__ void shuffle_in_branch(int* y) {
 template <bool kFault>
 void run_shuffle_in_branch() {
   Buffer<int> y(kThreads);
-  launch({1, kThreads, 1, 0, nullptr}, shuffle_in_branch<kFault>, y.get());
+  launch({1, kThreads, 0, nullptr}, shuffle_in_branch<kFault>, y.get());
   expect_all(y, 1, "the other lane's value");
 }
 
@@ -415,7 +287,7 @@ __global__ void short_warp(float* y) {
 template <bool kFault>
 void run_short_warp() {
   Buffer<float> y(kThreads);
-  launch({1, kFault ? 40 : 64, 1, 0, nullptr}, short_warp<kFault>, y.get());
+  launch({1, kFault ? 40 : 64, 0, nullptr}, short_warp<kFault>, y.get());
 }
 
 // ---- blocks that wait for blocks ----
@@ -439,7 +311,7 @@ template <bool kFault>
 void run_wait_for_others() {
   Buffer<uint32_t> counters(2, 0);
   Buffer<int> y(16);
-  launch({16, 32, 1, 4, nullptr}, wait_for_others<kFault>, counters.get(), counters.get() + 1,
+  launch({16, 32, 4, nullptr}, wait_for_others<kFault>, counters.get(), counters.get() + 1,
          y.get());
   for (int i = 0; i < y.count; ++i) expect(y.get()[i] == i, "written by all blocks");
 }
@@ -454,52 +326,17 @@ __global__ void published_too_early(uint32_t* ticket, uint32_t* flag, float* dat
     if (kFault) *data = 1;
   } else {
     while (load_acquire(flag) == 0) pause();
-    *y = load_from_other_block(data);
+    *y = load_from_other_block(data).element[0];
   }
 }
 
 template <bool kFault>
 void run_published_too_early() {
   Buffer<uint32_t> counters(2, 0);
-  Buffer<float> data(1), y(1);
-  launch({2, 32, 1, 0, nullptr}, published_too_early<kFault>, counters.get(), counters.get() + 1,
+  Buffer<float> data(4), y(1);
+  launch({2, 32, 0, nullptr}, published_too_early<kFault>, counters.get(), counters.get() + 1,
          data.get(), y.get());
   expect_all(y, 1.0f, "what the other block has published");
-}
-
-// ---- copies ----
-
-template <bool kFault>
-__global__ void copy_read_too_early(const float* x, float* y) {
-  const auto a = shared_array<float>(16, kThreads);
-  Copies copies(shared_array<uint64_t>(0, 1));
-  copies.copy(a, 0, x, kThreads);
-  if (kFault) block_barrier();
-  else copies.wait();
-  y[thread_index()] = a.get(thread_index());
-  if (kFault) copies.wait();
-}
-
-template <bool kFault>
-void run_copy_read_too_early() {
-  Buffer<float> x(kThreads, 1), y(kThreads);
-  launch({2, kThreads, 1, 16 + 4 * kThreads, nullptr}, copy_read_too_early<kFault>, x.get(),
-         y.get());
-  expect_all(y, 1.0f, "copied");
-}
-
-template <bool kFault>
-__global__ void copy_never_waited(const float* x) {
-  const auto a = shared_array<float>(16, kThreads);
-  Copies copies(shared_array<uint64_t>(0, 1));
-  copies.copy(a, 0, x, kThreads);
-  if (!kFault) copies.wait();
-}
-
-template <bool kFault>
-void run_copy_never_waited() {
-  Buffer<float> x(kThreads, 1);
-  launch({2, kThreads, 1, 16 + 4 * kThreads, nullptr}, copy_never_waited<kFault>, x.get());
 }
 
 // ---- what a thread fetches for itself ----
@@ -529,10 +366,23 @@ __global__ void fetch_never_finished(const float* x, float* y) {
   store<4>(y + 4 * thread_index(), load<4>(x + 4 * thread_index()));
 }
 
+// With the fault, other threads may still read what was there before.
+template <bool kFault>
+__global__ void fetch_over_use(const float* x, float* y) {
+  const auto a = shared_array<float>(0, 4 * kThreads);
+  const int mine = 4 * thread_index(), other = 4 * (kThreads - 1) - mine;
+  a.store<4>(mine, load<4>(x + mine));
+  block_barrier();
+  store<4>(y + mine, a.load<4>(other));
+  if (!kFault) block_barrier();
+  a.fetch<4>(mine, x + mine);
+  finish_fetches();
+}
+
 template <class Kernel>
 void run_fetches(Kernel kernel) {
   Buffer<float> x(4 * kThreads, 1), y(4 * kThreads);
-  launch({2, kThreads, 1, 16 * kThreads, nullptr}, kernel, x.get(), y.get());
+  launch({2, kThreads, 16 * kThreads, nullptr}, kernel, x.get(), y.get());
   expect_all(y, 1.0f, "fetched");
 }
 
@@ -548,106 +398,9 @@ template <bool kFault>
 void run_fetch_never_finished() {
   run_fetches(fetch_never_finished<kFault>);
 }
-
 template <bool kFault>
-__global__ void copy_over_use(const float* x, float* y) {
-  const auto a = shared_array<float>(16, kThreads);
-  Copies copies(shared_array<uint64_t>(0, 1));
-  a.set(thread_index(), 2);
-  block_barrier();
-  y[thread_index()] = a.get(kThreads - 1 - thread_index());
-  if (!kFault) block_barrier();
-  copies.copy(a, 0, x, kThreads);
-  copies.wait();
-}
-
-template <bool kFault>
-void run_copy_over_use() {
-  Buffer<float> x(kThreads, 1), y(kThreads);
-  launch({1, kThreads, 1, 16 + 4 * kThreads, nullptr}, copy_over_use<kFault>, x.get(), y.get());
-  expect_all(y, 2.0f, "what was there before");
-}
-
-template <bool kFault>
-__global__ void copy_bounds(const bfloat16* x, int count) {
-  const auto a = shared_array<bfloat16>(16, 80);
-  Copies copies(shared_array<uint64_t>(0, 1));
-  copies.copy(a, 0, x, count + (kFault ? 1 : 0));
-  copies.wait();
-}
-
-template <bool kFault>
-void run_copy_bounds() {
-  Buffer<bfloat16> x(73);
-  launch({1, kThreads, 1, 16 + 160, nullptr}, copy_bounds<kFault>, x.get(), 73);
-}
-
-// With the fault, threads write x while the copy may still read it.
-template <bool kFault>
-__global__ void copy_source_changed(float* x, float* y) {
-  const auto a = shared_array<float>(16, kThreads);
-  Copies copies(shared_array<uint64_t>(0, 1));
-  copies.copy(a, 0, x, kThreads);
-  if (!kFault) copies.wait();
-  else block_barrier();
-  x[thread_index()] = 2;
-  if (kFault) copies.wait();
-  y[thread_index()] = a.get(thread_index());
-}
-
-template <bool kFault>
-void run_copy_source_changed() {
-  Buffer<float> x(kThreads, 1), y(kThreads);
-  launch({1, kThreads, 1, 16 + 4 * kThreads, nullptr}, copy_source_changed<kFault>, x.get(),
-         y.get());
-  expect_all(y, 1.0f, "what was there before");
-}
-
-template <bool kFault>
-__global__ void copy_by_some(const float* x) {
-  const auto a = shared_array<float>(16, kThreads);
-  Copies copies(shared_array<uint64_t>(0, 1));
-  copies.copy(a, 0, x, kFault ? thread_index() + 1 : kThreads);
-  copies.wait();
-}
-
-template <bool kFault>
-void run_copy_by_some() {
-  Buffer<float> x(kThreads, 1);
-  launch({1, kThreads, 1, 16 + 4 * kThreads, nullptr}, copy_by_some<kFault>, x.get());
-}
-
-template <bool kFault>
-__global__ void copy_waited_twice(const float* x) {
-  const auto a = shared_array<float>(16, kThreads);
-  Copies copies(shared_array<uint64_t>(0, 1));
-  copies.copy(a, 0, x, kThreads);
-  copies.wait();
-  if (kFault) copies.wait();
-}
-
-template <bool kFault>
-void run_copy_waited_twice() {
-  Buffer<float> x(kThreads, 1);
-  launch({1, kThreads, 1, 16 + 4 * kThreads, nullptr}, copy_waited_twice<kFault>, x.get());
-}
-
-template <bool kFault>
-__global__ void copy_of_rows(const half* x, half* y) {
-  const auto a = shared_array<half>(16, 3 * 8);
-  Copies copies(shared_array<uint64_t>(0, 1));
-  copies.copy_rows(a, 0, 8, x, kFault ? 12 : 16, 3, 8);
-  copies.wait();
-  if (thread_index() < 24) y[thread_index()] = a.get(thread_index());
-}
-
-template <bool kFault>
-void run_copy_of_rows() {
-  Buffer<half> x(40), y(24);
-  for (int i = 0; i < x.count; ++i) x.get()[i] = narrow<half>(float(i));
-  launch({1, kThreads, 1, 16 + 48, nullptr}, copy_of_rows<kFault>, x.get(), y.get());
-  for (int i = 0; i < y.count; ++i)
-    expect(widen(y.get()[i]) == float(i / 8 * 16 + i % 8), "every second row");
+void run_fetch_over_use() {
+  run_fetches(fetch_over_use<kFault>);
 }
 
 // ---- launches ----
@@ -656,7 +409,7 @@ __global__ void nothing() {}
 
 template <bool kFault>
 void run_too_much_shared() {
-  launch({1, 32, 1, simt::settings.shared_limit + (kFault ? 1 : 0), nullptr}, nothing);
+  launch({1, 32, simt::settings.shared_limit + (kFault ? 1 : 0), nullptr}, nothing);
 }
 
 struct Case {
@@ -672,39 +425,24 @@ const Case kCases[] = {
     {"misaligned_shared", run_misaligned_shared<true>, run_misaligned_shared<false>},
     {"shared_bounds", run_shared_bounds<true>, run_shared_bounds<false>},
     {"shared_size", run_shared_size<true>, run_shared_size<false>},
-    {"shared_pointer", run_shared_pointer<true>, run_shared_pointer<false>},
     {"unwritten", run_unwritten<true>, run_unwritten<false>},
     {"read_too_early", run_read_too_early<true>, run_read_too_early<false>},
     {"written_too_early", run_written_too_early<true>, run_written_too_early<false>},
     {"written_twice", run_written_twice<true>, run_written_twice<false>},
     {"read_by_all", run_read_by_all<true>, run_read_by_all<false>},
     {"ordered_by_shuffle", run_ordered_by_shuffle<true>, run_ordered_by_shuffle<false>},
-    {"peer_read_too_early", run_peer_read_too_early<true>, run_peer_read_too_early<false>},
-    {"peer_overwritten", run_peer_overwritten<true>, run_peer_overwritten<false>},
-    {"peer_ended", run_peer_ended<true>, run_peer_ended<false>},
-    {"cluster_barrier_missed", run_cluster_barrier_missed<true>, run_cluster_barrier_missed<false>},
-    {"cluster_wait_alone", run_cluster_wait_alone<true>, run_cluster_wait_alone<false>},
-    {"cluster_arrive_alone", run_cluster_arrive_alone<true>, run_cluster_arrive_alone<false>},
     {"barrier_after_exit", run_barrier_after_exit<true>, run_barrier_after_exit<false>},
     {"two_barriers", run_two_barriers<true>, run_two_barriers<false>},
     {"barrier_for_some", run_barrier_for_some<true>, run_barrier_for_some<false>},
-    {"different_waits", run_different_waits<true>, run_different_waits<false>},
     {"shuffle_after_exit", run_shuffle_after_exit<true>, run_shuffle_after_exit<false>},
     {"shuffle_in_branch", run_shuffle_in_branch<true>, run_shuffle_in_branch<false>},
     {"short_warp", run_short_warp<true>, run_short_warp<false>},
     {"wait_for_others", run_wait_for_others<true>, run_wait_for_others<false>},
     {"published_too_early", run_published_too_early<true>, run_published_too_early<false>},
-    {"copy_read_too_early", run_copy_read_too_early<true>, run_copy_read_too_early<false>},
-    {"copy_never_waited", run_copy_never_waited<true>, run_copy_never_waited<false>},
-    {"copy_over_use", run_copy_over_use<true>, run_copy_over_use<false>},
-    {"copy_bounds", run_copy_bounds<true>, run_copy_bounds<false>},
-    {"copy_source_changed", run_copy_source_changed<true>, run_copy_source_changed<false>},
-    {"copy_by_some", run_copy_by_some<true>, run_copy_by_some<false>},
-    {"copy_waited_twice", run_copy_waited_twice<true>, run_copy_waited_twice<false>},
-    {"copy_of_rows", run_copy_of_rows<true>, run_copy_of_rows<false>},
     {"fetch_read_too_early", run_fetch_read_too_early<true>, run_fetch_read_too_early<false>},
     {"fetch_bounds", run_fetch_bounds<true>, run_fetch_bounds<false>},
     {"fetch_never_finished", run_fetch_never_finished<true>, run_fetch_never_finished<false>},
+    {"fetch_over_use", run_fetch_over_use<true>, run_fetch_over_use<false>},
     {"too_much_shared", run_too_much_shared<true>, run_too_much_shared<false>},
 };
 

@@ -34,8 +34,8 @@ struct Request {
   int64_t in_place, want_mean, want_dx, want_dweight;  // reduce and scale: want_mean for dy, shift
   int64_t seed, resident, count;
   int64_t capability, multiprocessors, shared_per_block, shared_per_multiprocessor, l2,
-      threads_per_multiprocessor, largest_cluster;
-  int64_t forced, strategy, tile, group, threads, depth;
+      threads_per_multiprocessor;
+  int64_t forced, strategy, tile, threads, depth;
   MapRequest x, y, dy, dx;  // y is y or, backward, unused
 };
 
@@ -111,10 +111,8 @@ struct MapBuffer {
 
 std::string describe(const Plan& plan) {
   const Tiling& t = plan.tiling;
-  const char* exchanges[] = {"none", "cluster", "global"};
-  return "{\"strategy\": \"" + std::string(strategy_name(plan.strategy)) + "\", \"exchange\": \"" +
-         exchanges[int(t.exchange)] + "\", \"tile\": " + std::to_string(t.tile) +
-         ", \"halo\": " + std::to_string(t.halo) + ", \"group\": " + std::to_string(t.group) +
+  return "{\"strategy\": \"" + std::string(strategy_name(plan.strategy)) +
+         "\", \"tile\": " + std::to_string(t.tile) + ", \"halo\": " + std::to_string(t.halo) +
          ", \"vectors\": " + (t.vectors ? "true" : "false") +
          ", \"blocks\": " + std::to_string(plan.blocks) +
          ", \"launches\": " + std::to_string(plan.launches) +
@@ -126,9 +124,7 @@ std::string describe(const Plan& plan) {
 }
 
 const char* name_of(simt::Direction direction) {
-  return direction == simt::Direction::kLoad    ? "load"
-         : direction == simt::Direction::kStore ? "store"
-                                                : "bulk";
+  return direction == simt::Direction::kLoad ? "load" : "store";
 }
 
 std::string describe(const std::vector<simt::LaunchTraffic>& launches) {
@@ -168,10 +164,8 @@ bool answer_one() {
                 r.shared_per_block,
                 r.shared_per_multiprocessor,
                 r.l2,
-                int32_t(r.threads_per_multiprocessor),
-                int32_t(r.largest_cluster)};
-  const Forced forced{char(r.strategy), int32_t(r.tile), int32_t(r.group), int32_t(r.threads),
-                      int32_t(r.depth)};
+                int32_t(r.threads_per_multiprocessor)};
+  const Forced forced{char(r.strategy), int32_t(r.tile), int32_t(r.threads), int32_t(r.depth)};
 
   simt::settings.seed = uint64_t(r.seed);
   simt::settings.count = r.count != 0;
@@ -191,9 +185,7 @@ bool answer_one() {
                        std::vector<Buffer*> guarded) {
     plan_text = describe(plan);
     // By default there is just enough room for the blocks that wait for each other.
-    const int needed = plan.tiling.exchange == Exchange::kGlobal ? plan.tiling.group
-                       : plan.strategy == 'K'                    ? plan.tiling.parts
-                                                                 : 2;
+    const int needed = plan.strategy == 'K' ? plan.tiling.parts : 2;
     simt::settings.resident = r.resident ? int(r.resident) : needed;
     Buffer workspace("workspace", plan.workspace), counters("counters", 4 * plan.counters);
     counters.clear();

@@ -52,8 +52,8 @@ namespace {
 
 // ---- turns ----
 
-std::vector<std::unique_ptr<Cluster>> resident, spare;
-std::vector<int64_t> order;  // of clusters
+std::vector<std::unique_ptr<Block>> resident, spare;
+std::vector<int64_t> order;  // of blocks
 size_t next_in_order;
 Block** ready;  // those with runnable threads
 int ready_count;
@@ -106,9 +106,7 @@ const char* name_of(At at) {
   switch (at) {
     case At::kRunnable: return "runs";
     case At::kBarrier: return "waits at block_barrier";
-    case At::kCopies: return "waits at Copies::wait";
     case At::kShuffle: return "waits at shuffle_xor";
-    case At::kCluster: return "waits at cluster_wait";
     case At::kExit: return "has exited";
   }
   return "";
@@ -124,9 +122,8 @@ std::string describe(const Thread& t) {
 }
 
 const char* fault_at(At at) {
-  if (at == At::kShuffle) return "shuffle not reached by all lanes";
-  if (at == At::kCluster) return "cluster barrier not reached by all threads";
-  return "barrier not reached by all threads";
+  return at == At::kShuffle ? "shuffle not reached by all lanes"
+                            : "barrier not reached by all threads";
 }
 
 // Two threads of which each needs the other to go on.
@@ -143,21 +140,16 @@ const Thread* find(const Block& b, Condition condition) {
 }
 
 [[noreturn]] void nothing_runs() {
-  for (const At at : {At::kShuffle, At::kBarrier, At::kCopies, At::kCluster})
-    for (const auto& cluster : resident)
-      for (const auto& block : cluster->blocks) {
-        const Thread* waiting = find(*block, [&](const Thread& t) { return t.at == at; });
-        if (!waiting) continue;
-        const Thread* other = nullptr;
-        for (const auto& peer : cluster->blocks)
-          if (!other && (at == At::kCluster || peer == block))
-            other = find(*peer, [&](const Thread& t) {
-              return t.at != at &&
-                     (at != At::kShuffle || t.thread / kLanes == waiting->thread / kLanes);
-            });
-        self = &block->threads[size_t(waiting->thread)];
-        if (other) stuck(*waiting, *other);
-      }
+  for (const At at : {At::kShuffle, At::kBarrier})
+    for (const auto& block : resident) {
+      const Thread* waiting = find(*block, [&](const Thread& t) { return t.at == at; });
+      if (!waiting) continue;
+      self = &block->threads[size_t(waiting->thread)];
+      const Thread* other = find(*block, [&](const Thread& t) {
+        return t.at != at && (at != At::kShuffle || t.thread / kLanes == waiting->thread / kLanes);
+      });
+      if (other) stuck(*waiting, *other);
+    }
   fault("deadlock", {}, "no thread can run");
 }
 
@@ -177,83 +169,53 @@ void yield(bool elsewhere = false) {
   Thread* me = self;
   Thread* next = pick(elsewhere);
   if (!next) nothing_runs();
-  maybe_land_copies();
   if (next != me) go_on(*next);
   here = self = me;
 }
 
-void start_cluster(int64_t index) {
-  std::unique_ptr<Cluster> c;
-  if (spare.empty()) {
-    c = std::make_unique<Cluster>();
-  } else {
-    c = std::move(spare.back());
-    spare.pop_back();
+void start_block(int64_t index) {
+  if (spare.empty()) spare.push_back(std::make_unique<Block>());
+  Block& b = *resident.emplace_back(std::move(spare.back()));
+  spare.pop_back();
+  b.index = index;
+  b.threads.resize(kernel.threads);
+  b.warps.assign(size_t(kernel.threads + kLanes - 1) / kLanes, Warp{});
+  b.exited = b.at_barrier = 0;
+  b.epoch = 1;
+  b.fetches.clear();
+  start_shared_memory(b, kernel.shared_bytes);
+  b.runnable_count = 0;
+  b.first_thread = b.threads.data();
+  for (int i = 0; i < kernel.threads; ++i) {
+    Thread& t = b.threads[i];
+    t = Thread{};
+    static_cast<Coordinates&>(t) = {i, kernel.threads, index, kernel.blocks};
+    t.in = &b;
+    make_runnable(t);
   }
-  c->threads = kernel.cluster * kernel.threads;
-  c->arrived = c->waiting = c->phase = c->exited = c->ended = 0;
-  c->blocks.resize(kernel.cluster);
-  for (int rank = 0; rank < kernel.cluster; ++rank) {
-    auto& slot = c->blocks[rank];
-    if (!slot) slot = std::make_unique<Block>();
-    Block& b = *slot;
-    b.cluster = c.get();
-    b.index = index * kernel.cluster + rank;
-    b.rank = rank;
-    b.threads.resize(kernel.threads);
-    b.warps.assign(size_t(kernel.threads + kLanes - 1) / kLanes, Warp{});
-    b.exited = b.at_barrier = 0;
-    b.epoch = 1;
-    b.copies.clear();
-    b.copy_objects.clear();
-    b.fetches.clear();
-    b.peer = b.peer_arrivals = 0;
-    b.ended = false;
-    start_shared_memory(b, kernel.shared_bytes);
-    b.runnable_count = 0;
-    b.first_thread = b.threads.data();
-    for (int i = 0; i < kernel.threads; ++i) {
-      Thread& t = b.threads[i];
-      t = Thread{};
-      static_cast<Coordinates&>(t) = {i, kernel.threads, b.index, kernel.blocks, rank};
-      t.in = &b;
-      make_runnable(t);
-    }
-  }
-  resident.push_back(std::move(c));
 }
 
-void end_cluster(Cluster* cluster) {
+void end_block(Block& b) {
+  end_shared_memory(b);
+  if (settings.count) warps_passed(b);
+  if (favourite == &b) favourite = nullptr;
   const auto at = std::find_if(resident.begin(), resident.end(),
-                               [&](const auto& c) { return c.get() == cluster; });
+                               [&](const auto& other) { return other.get() == &b; });
   spare.push_back(std::move(*at));
   resident.erase(at);
-  if (next_in_order < order.size()) start_cluster(order[next_in_order++]);
+  if (next_in_order < order.size()) start_block(order[next_in_order++]);
 }
 
 void end_thread(Thread& t) {
   Block& b = *t.in;
-  Cluster& c = *b.cluster;
   t.at = At::kExit;
   idle_turns = idle_turns_in_all = 0;
-  ++b.exited, ++c.exited;
-  if (t.arrivals != t.own_waits)
-    fault("cluster_arrive without cluster_wait", t.place, "the thread has exited in between");
+  ++b.exited;
   Warp& warp = b.warps[size_t(t.thread / kLanes)];
   ++warp.stopped;
   if (warp.shuffling > 0) stuck(b.threads[size_t(warp.first)], t);
   if (b.at_barrier > 0) stuck(b.threads[size_t(b.first_at_barrier)], t);
-  const Thread* waiting = nullptr;
-  if (c.waiting > 0 && t.arrivals <= c.phase)
-    for (const auto& peer : c.blocks)
-      if (!waiting) waiting = find(*peer, [](const Thread& o) { return o.at == At::kCluster; });
-  if (waiting) stuck(*waiting, t);
-  if (b.exited < t.threads) return;
-  end_shared_memory(b);
-  if (settings.count) warps_passed(b);
-  b.ended = true;
-  if (favourite == &b) favourite = nullptr;
-  if (++c.ended == kernel.cluster) end_cluster(&c);
+  if (b.exited == t.threads) end_block(b);
 }
 
 // The function of every fiber. A new thread runs in the fiber of one that has ended.
@@ -278,23 +240,18 @@ void thread_main() {
 
 // ---- barriers ----
 
-// After a barrier, all threads have waited for what one has waited for.
 [[gnu::no_sanitize_address, gnu::no_sanitize_undefined]] void release(Block& b) {
   Thread* const threads = b.first_thread;
-  uint16_t waits = 0;
-  for (int i = 0; i < kernel.threads; ++i)
-    if (threads[i].waits > waits) waits = threads[i].waits;
-  for (int i = 0; i < kernel.threads; ++i) {
-    threads[i].waits = waits;
-    make_runnable(threads[i]);
-  }
+  for (int i = 0; i < kernel.threads; ++i) make_runnable(threads[i]);
 }
 
-void wait_for_block(At at, Place place) {
+}  // namespace
+
+void block_barrier(Place place) {
   Thread& t = *self;
   Block& b = *t.in;
   idle_turns = 0;
-  t.at = at;
+  t.at = At::kBarrier;
   t.place = place;
   if (b.exited > 0) stuck(t, *find(b, [](const Thread& o) { return o.at == At::kExit; }));
   Warp& warp = b.warps[size_t(t.thread / kLanes)];
@@ -302,30 +259,18 @@ void wait_for_block(At at, Place place) {
   if (warp.shuffling > 0) stuck(b.threads[size_t(warp.first)], t);
   if (b.at_barrier > 0) {
     const Thread& first = b.threads[size_t(b.first_at_barrier)];
-    if (first.at != at || !same(first.place, place) ||
-        (at == At::kCopies && first.waits_for_copies != t.waits_for_copies))
-      stuck(t, first);
+    if (!same(first.place, place)) stuck(t, first);
   } else {
     b.first_at_barrier = t.thread;
   }
   if (++b.at_barrier == t.threads) {
     b.at_barrier = 0;
     for (Warp& w : b.warps) w.stopped = 0;
-    if (at == At::kCopies) land_copies(b);
     next_epoch(b);
     if (settings.count) warps_passed(b);
     release(b);
   }
   yield();
-}
-
-}  // namespace
-
-void block_barrier(Place place) { wait_for_block(At::kBarrier, place); }
-
-void wait_for_copies(int copies, Place place) {
-  start_wait_for_copies(*self->in, copies, place);
-  wait_for_block(At::kCopies, place);
 }
 
 void shuffle_xor(void* value, int bytes, int mask, Place place) {
@@ -345,7 +290,7 @@ void shuffle_xor(void* value, int bytes, int mask, Place place) {
   if (warp.stopped > 0)
     stuck(t, *find(b, [&](const Thread& o) {
             return o.thread / kLanes == t.thread / kLanes &&
-                   (o.at == At::kExit || o.at == At::kBarrier || o.at == At::kCopies);
+                   (o.at == At::kExit || o.at == At::kBarrier);
           }));
   if (warp.shuffling > 0) {
     const Thread& o = b.threads[size_t(warp.first)];
@@ -366,51 +311,6 @@ void shuffle_xor(void* value, int bytes, int mask, Place place) {
   }
   yield();
   std::memcpy(value, &t.exchange, bytes);
-}
-
-void cluster_arrive(Place place) {
-  Thread& t = *self;
-  Cluster& c = *t.in->cluster;
-  idle_turns = 0;
-  t.place = place;
-  if (t.arrivals > t.own_waits) fault("cluster_arrive twice", place, "no cluster_wait in between");
-  ++t.arrivals;
-  if (++c.arrived == c.threads) {
-    c.arrived = 0;
-    ++c.phase;
-    if (c.waiting > 0)
-      for (const auto& block : c.blocks)
-        for (Thread& o : block->threads)
-          if (o.at == At::kCluster) {
-            o.waits = o.own_waits = o.arrivals;
-            make_runnable(o);
-          }
-    c.waiting = 0;
-  }
-  make_runnable(t);
-  yield();
-}
-
-void cluster_wait(Place place) {
-  Thread& t = *self;
-  Cluster& c = *t.in->cluster;
-  idle_turns = 0;
-  t.place = place;
-  if (t.arrivals == t.own_waits)
-    fault("cluster_wait without cluster_arrive", place, "it would wait for the barrier before");
-  if (t.arrivals <= c.phase) {
-    t.waits = t.own_waits = t.arrivals;
-    make_runnable(t);
-    yield();
-    return;
-  }
-  t.at = At::kCluster;
-  ++c.waiting;
-  if (c.exited > 0)
-    for (const auto& peer : c.blocks)
-      if (const Thread* gone = find(*peer, [](const Thread& o) { return o.at == At::kExit; }))
-        stuck(t, *gone);
-  yield();
 }
 
 void let_others_run(bool waits, Place place) {
@@ -434,13 +334,11 @@ void run(const Kernel& how) {
   };
   if (how.blocks < 1 || how.blocks > INT32_MAX) refuse(" blocks", how.blocks);
   if (how.threads < 1 || how.threads > kMostThreads) refuse(" threads in a block", how.threads);
-  if (how.cluster < 1 || how.cluster > 8) refuse(" blocks in a cluster", how.cluster);
-  if (how.blocks % how.cluster != 0) refuse(" blocks, not made of whole clusters", how.blocks);
   if (how.shared_bytes < 0 || how.shared_bytes > settings.shared_limit)
     refuse(" bytes of shared memory in a block", how.shared_bytes);
 
   random_source = {settings.seed};
-  order.resize(size_t(how.blocks / how.cluster));
+  order.resize(size_t(how.blocks));
   std::iota(order.begin(), order.end(), int64_t(0));
   for (size_t i = how.in_order ? 0 : order.size(); i > 1; --i)
     std::swap(order[i - 1], order[random_source.below(i)]);
@@ -451,11 +349,11 @@ void run(const Kernel& how) {
   counting = settings.count;
   if (counting) start_traffic(how.place);
   static std::vector<Block*> places;
-  places.resize(size_t(std::max(settings.resident, 1)) * size_t(how.cluster));
+  places.resize(size_t(std::max(settings.resident, 1)));
   ready = places.data();
   next_in_order = 0;
-  while (next_in_order < order.size() && resident.size() < size_t(std::max(settings.resident, 1)))
-    start_cluster(order[next_in_order++]);
+  while (next_in_order < order.size() && resident.size() < places.size())
+    start_block(order[next_in_order++]);
   go_on(*pick(false));
   here = self = nullptr;
   if (counting) end_traffic();

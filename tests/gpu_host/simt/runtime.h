@@ -13,8 +13,8 @@ namespace eca::simt {
 // ---- for drivers ----
 
 struct Settings {
-  uint64_t seed = 1;  // of the order of blocks, of fibers, and of the moments of bulk copies
-  int resident = 2;   // clusters, or blocks of a launch without clusters, that run at a time
+  uint64_t seed = 1;                 // of the order of blocks and of fibers
+  int resident = 2;                  // blocks that run at a time
   int64_t shared_limit = 227 << 10;  // bytes of a block
   bool check_shared = true;          // races and missing waits
   bool check_unwritten = true;       // reads of shared memory that nobody wrote
@@ -39,9 +39,7 @@ struct Place {
 void register_buffer(const std::string& name, const void* address, size_t bytes);
 void forget_buffers();
 
-// A copy into shared memory is kBulk. It is kLoad if source and target lie differently within 16
-// bytes: then only single elements can be copied.
-enum class Direction { kLoad, kStore, kBulk };
+enum class Direction { kLoad, kStore };
 
 // What warps asked of the memory from one line of source. An access is what the lanes of a warp ask
 // for in the same pass. Bytes count once, however many lanes ask for them.
@@ -75,7 +73,6 @@ void reset_traffic();
 struct Coordinates {
   int thread, threads;
   int64_t block, blocks;
-  int rank;  // of the block in its cluster
 };
 
 extern const Coordinates* here;  // of the running thread
@@ -88,7 +85,7 @@ extern const Coordinates* here;  // of the running thread
 
 struct Kernel {
   int64_t blocks;
-  int threads, cluster;
+  int threads;
   int64_t shared_bytes;
   bool in_order;  // blocks start in the order of their numbers
   Place place;
@@ -101,32 +98,16 @@ void run(const Kernel& kernel);
 
 void block_barrier(Place place);
 void shuffle_xor(void* value, int bytes, int mask, Place place);
-void cluster_arrive(Place place);
-void cluster_wait(Place place);
 
 // Another thread may run here. Turns in which all threads only wait are counted.
 void let_others_run(bool waits, Place place);
 
 std::byte* shared_memory(int64_t first_byte, int64_t bytes, Place place);
 void check_shared(const void* address, int bytes, bool write, Place place);
-// The same place in another block of the cluster, after the checks of a read.
-const void* shared_of_rank(const void* address, int bytes, int rank, Place place);
-
-int new_copies(const void* barrier, Place place);
-
-// `rows` runs of `bytes` each, from places that are `stride` bytes apart to those `pitch` apart.
-struct Rows {
-  std::byte* to;
-  const std::byte* from;
-  int64_t pitch, stride, rows, bytes;
-};
 
 // A copy that this thread alone reads, after finish_fetches().
 void fetch(void* to, const void* from, int bytes, Place place);
 void finish_fetches(Place place);
-
-void copy(int copies, const Rows& what, Place place);
-void wait_for_copies(int copies, Place place);
 
 extern bool counting;
 // By one lane of a warp. Accesses that are not `streamed` only count for the distinct sectors.

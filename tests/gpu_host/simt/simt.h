@@ -9,6 +9,7 @@
 #include <tuple>
 #include <type_traits>
 
+#include "../../../csrc/cuda/lines.h"
 #include "numbers.h"
 #include "runtime.h"
 
@@ -65,6 +66,9 @@ struct alignas(sizeof(T) * V) Vector {
   T element[V];
 };
 
+template <class T>
+constexpr int kVector = 16 / int(sizeof(T));
+
 template <class T, int V>
 constexpr bool kOneInstruction =
     sizeof(T) * V == 16 || sizeof(T) * V == 8 || sizeof(T) * V == 4 || sizeof(T) * V == 2;
@@ -117,6 +121,28 @@ inline Vector<T, V> load_if_below(const T* from, int i, int end, Place place = P
   return undefined;
 }
 
+template <class T>
+inline int place_in_line(const T* address) {
+  return int(reinterpret_cast<uintptr_t>(address) % 16 / sizeof(T));
+}
+
+// It reads no more than the elements, so that all others may be someone else's.
+template <int V, class T>
+inline Vector<T, V> load_anywhere(const T* from, Place place = Place::here()) {
+  if (V == 1 || place_in_line(from) == 0) return load<V>(from, place);
+  if (simt::counting)
+    for (const T* line : {from - place_in_line(from), from - place_in_line(from) + V})
+      simt::count_access(line, 16, simt::Direction::kLoad, true, place);
+  uint32_t words[8];
+  std::memset(words, 0xff, sizeof words);
+  const auto skip = uint32_t(reinterpret_cast<uintptr_t>(from)) % 16;
+  std::memcpy(reinterpret_cast<char*>(words) + skip, from, 16);
+  take_from(skip, words);
+  Vector<T, V> v;
+  std::memcpy(&v, words, sizeof v);
+  return v;
+}
+
 template <int V, class T>
 inline void store(T* to, const Vector<T, V>& v, Place place = Place::here()) {
   static_assert(kOneInstruction<T, V>);
@@ -125,16 +151,8 @@ inline void store(T* to, const Vector<T, V>& v, Place place = Place::here()) {
   std::memcpy(to, &v, sizeof v);
 }
 
-template <class A>
-inline A load_from_other_block(const A* from, Place place = Place::here()) {
-  check_aligned(from, sizeof(A), place);
-  if (simt::counting) simt::count_access(from, sizeof(A), simt::Direction::kLoad, false, place);
-  return *from;
-}
-
 // Others run before and after it, which shows what a kernel does too late or too early.
-inline Vector<float, 4> load_vector_from_other_block(const float* from,
-                                                     Place place = Place::here()) {
+inline Vector<float, 4> load_from_other_block(const float* from, Place place = Place::here()) {
   check_aligned(from, 16, place);
   if (simt::counting) simt::count_access(from, 16, simt::Direction::kLoad, true, place);
   Vector<float, 4> v;
@@ -212,19 +230,7 @@ class Shared {
     simt::fetch(data_ + i, from, 16, place);
   }
 
-  T get_from_rank(int rank, int i, Place place = Place::here()) const {
-    static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>);
-    check_index(i, 1, place);
-    T value;
-    std::memcpy(&value, simt::shared_of_rank(data_ + i, sizeof(T), rank, place), sizeof value);
-    return value;
-  }
-
-  T* data() const { return data_; }
-
  private:
-  friend class Copies;
-
   Shared(T* data, int first, int count) : data_(data), first_(first), count_(count) {}
 
   void check_index(int64_t i, int64_t n, Place place) const {
@@ -249,63 +255,6 @@ inline Shared<T> shared_array(int first_byte, int count, Place place = Place::he
 
 inline void finish_fetches(Place place = Place::here()) { simt::finish_fetches(place); }
 
-// ---- clusters ----
-
-inline int cluster_rank() { return simt::here->rank; }
-inline void cluster_arrive(Place place = Place::here()) { simt::cluster_arrive(place); }
-inline void cluster_wait(Place place = Place::here()) { simt::cluster_wait(place); }
-
-// ---- copies from global to shared memory ----
-
-class Copies {
- public:
-  static constexpr int kAlignment = 16;  // bytes
-
-  explicit Copies(Shared<uint64_t> barrier, Place place = Place::here()) {
-    barrier.check_index(0, 1, place);
-    number_ = simt::new_copies(barrier.data(), place);
-  }
-
-  template <class T>
-  void copy(Shared<T> to, int at, const T* from, int count, Place place = Place::here()) {
-    copy_runs(to, at, count, from, count, 1, count, place);
-  }
-
-  template <class T>
-  void copy_rows(Shared<T> to, int at, int pitch, const T* from, int64_t stride, int rows,
-                 int count, Place place = Place::here()) {
-    if (rows > 0 && count > 0) {
-      check_aligned(to.data() + at, kAlignment, place);
-      check_aligned(from, kAlignment, place);
-      for (const int64_t step : {int64_t(count), int64_t(pitch), stride})
-        if (step * int64_t(sizeof(T)) % kAlignment != 0 && (rows > 1 || step == count))
-          simt::fault("misaligned access", place, "rows that are not made of lines of 16 bytes");
-    }
-    copy_runs(to, at, pitch, from, stride, rows, count, place);
-  }
-
-  void wait(Place place = Place::here()) { simt::wait_for_copies(number_, place); }
-
- private:
-  template <class T>
-  void copy_runs(Shared<T> to, int at, int64_t pitch, const T* from, int64_t stride, int rows,
-                 int count, Place place) {
-    if (count < 0 || rows < 0) simt::fault("bad copy", place, "a negative count");
-    if (count > 0 && rows > 0) {
-      to.check_index(at, count, place);
-      to.check_index(at + (rows - 1) * pitch, count, place);
-    }
-    constexpr int64_t size = sizeof(T);
-    simt::copy(
-        number_,
-        {reinterpret_cast<std::byte*>(to.data() + at), reinterpret_cast<const std::byte*>(from),
-         pitch * size, stride * size, rows, count * size},
-        place);
-  }
-
-  int number_;
-};
-
 // ---- launches ----
 
 using Stream = void*;
@@ -315,11 +264,9 @@ inline void fill_with_zeros(void* memory, size_t bytes, Stream) { std::memset(me
 struct Launch {
   int64_t blocks;
   int threads;
-  int cluster;
   int64_t shared_bytes;
   Stream stream;
   bool in_order = false;  // blocks start in order, as on all GPUs; else in any
-  bool wants_l1 = false;
   Place place = Place::here();
 };
 
@@ -331,7 +278,7 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&..
     std::tuple<Parameters...> parameters;
   };
   const Call call{kernel, {Parameters(arguments)...}};
-  simt::run({how.blocks, how.threads, how.cluster, how.shared_bytes, how.in_order, how.place,
+  simt::run({how.blocks, how.threads, how.shared_bytes, how.in_order, how.place,
              [](const void* all) {
                const Call& call = *static_cast<const Call*>(all);
                std::apply(call.kernel, call.parameters);

@@ -86,16 +86,6 @@ void warps_passed(Block& b) {
   for (int w = 0; w < int(b.warps.size()); ++w) warp_passed(b, w);
 }
 
-// A run of consecutive bytes, by a whole block.
-void count_run(const void* address, int64_t bytes, Direction direction, Place place) {
-  const auto first = reinterpret_cast<uint64_t>(address);
-  SiteTraffic& traffic = launch_traffic.back().sites[size_t(site_of(place, direction))];
-  ++traffic.accesses;
-  traffic.bytes += bytes;
-  traffic.sectors += int64_t((first + uint64_t(bytes) - 1) / kSector - first / kSector) + 1;
-  touch(first, uint64_t(bytes), false);
-}
-
 void start_traffic(Place place) {
   launch_traffic.push_back({place, {}, {}});
   known_sites.clear();

@@ -1,0 +1,104 @@
+// Strategy stream for planes that no block can hold: as in stream.h, but a block has a part of a
+// plane, which its threads hold as a team of rows.h.
+#pragma once
+
+#include "rows.h"
+#include "stream.h"
+
+namespace eca::cuda {
+
+// The part of a plane that a block has.
+template <class T, int kDepth>
+struct RowPart {
+  int channel, part;  // of the plane
+  Row<T, kDepth> row;
+
+  __device__ RowPart(const Problem& p, const Tiling& t, const StreamPart& here)
+      : channel(int(uint32_t(here.part) / uint32_t(t.parts))), part(here.part - channel * t.parts),
+        row(thread_count(), here.sample, channel, part * t.share,
+            min(t.share, int(p.pixels) / kVector<T> - part * t.share)) {}
+};
+
+// Adds up the terms that the threads hold and hands the sum to the sample's last block. True in
+// that one.
+template <class T, int kDepth>
+__device__ inline bool give_sum(const Problem& p, const Tiling& t, const SharedLayout& s,
+                                const Workspace& work, const StreamPart& here,
+                                const RowPart<T, kDepth>& part,
+                                const ChainedSum<Accumulator<T>>& sum,
+                                const StreamCounters& counters) {
+  using A = Accumulator<T>;
+  const A total = part.row.total(sum.total(), shared_array<A>(s.scratch, t.threads / 32));
+  if (thread_index() == 0)
+    put_part<Layout::kPlanes>(p, t, work, here.sample, part.part, part.channel, total);
+  return counters.arrive(shared_array<uint32_t>(s.flag, 1));
+}
+
+template <class T, int kDepth, class Epilogue>
+__global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(false)))
+    forward_stream_planes(Forward f, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+  using A = Accumulator<T>;
+  constexpr int V = kVector<T>;
+  const Problem& p = f.problem;
+  const StreamPart here(p, t, int(p.channels) * t.parts);
+  if (!here.exists) return;
+  const StreamCounters counters(p, work, here.sample, int(p.channels) * t.parts);
+  const RowPart<T, kDepth> part(p, t, here);
+  typename Row<T, kDepth>::Held x;
+  part.row.load_from(f.x, x);
+  if (here.rescales) {
+    if (thread_index() == 0) counters.wait();
+    block_barrier();
+    const A gate =
+        value_at(static_cast<const A*>(f.gate) + here.sample * p.channels + part.channel);
+    part.row.for_each(f.y, [&](int i, T* y) { store(y, epilogue.forward(x[i], all_of<V>(gate))); });
+    return;
+  }
+
+  ChainedSum<A> sum;
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) sum.add(widen(x[i]));
+  if (!give_sum(p, t, s, work, here, part, sum, counters)) return;
+  make_gates_of_sample<T, Layout::kPlanes>(f, t, s, work, HeldTile::whole(p, here.sample),
+                                           NearTaps<T>(p, f.weight, s));
+  if (thread_index() == 0) counters.set_ready();
+}
+
+// dm / S (samples, channels), dx, and what dweight is made from.
+template <class T, int kDepth, class Epilogue>
+__global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(true)))
+    backward_stream_planes(Backward b, Tiling t, SharedLayout s, Workspace work,
+                           Epilogue epilogue) {
+  using A = Accumulator<T>;
+  constexpr int V = kVector<T>;
+  const Problem& p = b.problem;
+  const StreamPart here(p, t, int(p.channels) * t.parts);
+  if (!here.exists) return;
+  const StreamCounters counters(p, work, here.sample, int(p.channels) * t.parts);
+  const RowPart<T, kDepth> part(p, t, here);
+  typename Row<T, kDepth>::Held dy;
+  part.row.load_from(b.dy, dy);
+  if (here.rescales) {
+    if (thread_index() == 0) counters.wait();
+    block_barrier();
+    if (!b.dx.data) return;
+    const int64_t i = here.sample * p.channels + part.channel;
+    const A gate = value_at(static_cast<const A*>(b.gate) + i);
+    const A shift = value_at(static_cast<const A*>(work.shift) + i);
+    part.row.for_each(b.dx, [&](int i, T* dx) {
+      store(dx, dx_of(dy[i], all_of<V>(gate), all_of<V>(shift), epilogue));
+    });
+    return;
+  }
+
+  typename Row<T, kDepth>::Held x;
+  part.row.load_from(b.x, x);
+  ChainedSum<A> sum;
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) sum.add(products_of(dy[i], x[i], epilogue));
+  if (!give_sum(p, t, s, work, here, part, sum, counters)) return;
+  make_shifts_of_sample<T, Layout::kPlanes>(b, t, s, work, HeldTile::whole(p, here.sample),
+                                            NearTaps<T>(p, b.weight, s), counters);
+}
+
+}  // namespace eca::cuda

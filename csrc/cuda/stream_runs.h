@@ -1,0 +1,111 @@
+// Strategy stream for small planes whose tiles cannot have a halo, because the result is written
+// over x or channels wrap around; and where x begins anywhere in memory, such as a slice of channels.
+// As in stream.h, but a block has the planes of a tile as a run of runs.h.
+#pragma once
+
+#include "runs.h"
+#include "stream.h"
+
+namespace eca::cuda {
+
+// Hands the sums of a tile's planes to the sample's last block, from the terms that all threads have
+// put. True in that one.
+template <class T, int kDepth, int kGranule>
+__device__ inline bool give_sums(const Problem& p, const Tiling& t, const SharedLayout& s,
+                                 const Workspace& work, const HeldTile& tile,
+                                 const Run<T, kDepth, kGranule>& run, Shared<Accumulator<T>> terms,
+                                 const StreamCounters& counters) {
+  block_barrier();
+  run.for_each_total(tile, t, terms, [&](int c, auto sum) {
+    put_part<Layout::kPlanes>(p, t, work, tile.sample, 0, tile.begin + c, sum);
+  });
+  return counters.arrive(shared_array<uint32_t>(s.flag, 1));
+}
+
+// The numbers of a tile's channels, and one beyond the last, which the last vector reads too. By all
+// threads, before a barrier.
+template <class A>
+__device__ inline void load_numbers(const HeldTile& tile, const void* numbers, Shared<A> to) {
+  const A* const from = static_cast<const A*>(numbers) + tile.sample * tile.channels + tile.begin;
+#pragma unroll 1
+  for (int c = thread_index(); c <= tile.own; c += kRunThreads)
+    to.set(c, c < tile.own ? value_at(from + c) : A(0));
+}
+
+template <class T, int kDepth, int kGranule, class Epilogue>
+__global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
+    forward_stream_runs(Forward f, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+  using A = Accumulator<T>;
+  constexpr int V = kVector<T>;
+  const Problem& p = f.problem;
+  const StreamPart here(p, t, int(t.tiles));
+  if (!here.exists) return;
+  const StreamCounters counters(p, work, here.sample, int(t.tiles));
+  const HeldTile tile(p, t, here.sample, here.part);
+  const Run<T, kDepth, kGranule> run(p, tile);
+  typename Run<T, kDepth, kGranule>::Held x;
+  run.load_from_anywhere(f.x, x);
+  if (here.rescales) {
+    const auto gates = shared_array<A>(s.gate, t.tile + 1);
+    if (thread_index() == 0) counters.wait();
+    block_barrier();
+    load_numbers(tile, f.gate, gates);
+    block_barrier();
+    T* const y = run.begin_in(f.y);
+    run.for_each_own(t.by_pixels, [&](int i, auto place) {
+      store(y + i * kRunThreads * V, epilogue.forward(x[i], run.by_element(gates, place)));
+    });
+    return;
+  }
+
+  const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) run.put(i, widen(x[i]), terms);
+  if (!give_sums(p, t, s, work, tile, run, terms, counters)) return;
+  make_gates_of_sample<T, Layout::kPlanes>(f, t, s, work, HeldTile::whole(p, here.sample),
+                                           NearTaps<T>(p, f.weight, s));
+  if (thread_index() == 0) counters.set_ready();
+}
+
+// dm / S (samples, channels), dx, and what dweight is made from.
+template <class T, int kDepth, int kGranule, class Epilogue>
+__global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
+    backward_stream_runs(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+  using A = Accumulator<T>;
+  constexpr int V = kVector<T>;
+  const Problem& p = b.problem;
+  const StreamPart here(p, t, int(t.tiles));
+  if (!here.exists) return;
+  const StreamCounters counters(p, work, here.sample, int(t.tiles));
+  const HeldTile tile(p, t, here.sample, here.part);
+  const Run<T, kDepth, kGranule> run(p, tile);
+  typename Run<T, kDepth, kGranule>::Held dy;
+  run.load_from_anywhere(b.dy, dy);
+  if (here.rescales) {
+    const auto gates = shared_array<A>(s.gate, t.tile + 1),
+               shifts = shared_array<A>(s.shift, t.tile + 1);
+    if (thread_index() == 0) counters.wait();
+    block_barrier();
+    if (!b.dx.data) return;
+    load_numbers(tile, b.gate, gates);
+    load_numbers(tile, work.shift, shifts);
+    block_barrier();
+    T* const dx = run.begin_in(b.dx);
+    run.for_each_own(t.by_pixels, [&](int i, auto place) {
+      store(dx + i * kRunThreads * V,
+            dx_of(dy[i], run.by_element(gates, place), run.by_element(shifts, place), epilogue));
+    });
+    return;
+  }
+
+  typename Run<T, kDepth, kGranule>::Held x;
+  run.load_from_anywhere(b.x, x);
+  const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) run.put(i, products_of(dy[i], x[i], epilogue), terms);
+  if (!give_sums(p, t, s, work, tile, run, terms, counters)) return;
+  make_shifts_of_sample<T, Layout::kPlanes>(b, t, s, work, HeldTile::whole(p, here.sample),
+                                            NearTaps<T>(p, b.weight, s), counters);
+}
+
+}  // namespace eca::cuda
