@@ -18,7 +18,7 @@ struct Column {
   int held, row;  // the held number of the column's first channel, and which of these pixels
   int first;      // pixel
   int channel;    // -1 where there is none, and for threads that are left over
-  int left;       // pixels from this thread's first on
+  int left;       // pixels from this thread's first on; these have none
   int64_t sample;
 
   // For the pixels [begin, end).
@@ -35,27 +35,32 @@ struct Column {
 
   __device__ bool has(int i) const { return i * rows < left; }
 
+  __device__ bool any() const { return left > 0; }
+
   __device__ int64_t offset(const Map& map) const {
     return sample * map.sample_stride + first * map.row_stride + channel;
   }
 
-  __device__ void load_from(const Map& map, Held& to) const {
-    const T* const from = pinned(static_cast<const T*>(map.data) + (channel < 0 ? 0 : offset(map)));
-    const int64_t step = rows * map.row_stride;
+  __device__ Cursor<T, int64_t> cursor(const Map& map) const {
+    return {pinned(static_cast<T*>(map.data) + (any() ? offset(map) : 0)), rows * map.row_stride};
+  }
+
+  __device__ void load_from(const Map& map, Held& to) const { load_from(cursor(map), to); }
+
+  __device__ void load_from(const Cursor<T, int64_t>& from, Held& to) const {
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
       to[i] = {};
-      if (has(i)) to[i] = cuda::load<V>(from + i * step);
+      if (has(i)) to[i] = cuda::load<V>(from.at(i));
     }
   }
 
+  // body(i) for each vector that this thread has.
   template <class Body>
-  __device__ void for_each(const Map& map, Body body) const {
-    T* const begin = pinned(static_cast<T*>(map.data) + offset(map));
-    const int64_t step = rows * map.row_stride;
+  __device__ void for_each(Body body) const {
 #pragma unroll
     for (int i = 0; i < kDepth; ++i)
-      if (has(i)) body(i, begin + i * step);
+      if (has(i)) body(i);
   }
 
   // Each thread's sums of its channels, for total(). `parts` is (rows, held).
@@ -100,30 +105,32 @@ __device__ inline void add_all(Vector<A, V>& sums, const Vector<A, V>& more) {
   for (int e = 0; e < V; ++e) sums.element[e] += more.element[e];
 }
 
-// Adds dy * x. It reads kAtOnce vectors of x at a time and keeps none: dy may fill the registers.
-template <int kAtOnce, class T, int kDepth, class Epilogue>
+// Makes gradients of dy, and adds them times x. It reads kAtOnce vectors of x at a time and keeps
+// none: dy may fill the registers.
+template <int kAtOnce, class T, int kDepth, class Gradient>
 __device__ inline void add_products(const Column<T, kDepth>& column,
-                                    const typename Column<T, kDepth>::Held& dy, const Map& x,
-                                    Epilogue epilogue, Vector<Accumulator<T>, kVector<T>>& sums) {
+                                    typename Column<T, kDepth>::Held& dy,
+                                    const Cursor<T, int64_t>& x, const Gradient& gradient,
+                                    Vector<Accumulator<T>, kVector<T>>& sums) {
   constexpr int V = kVector<T>;
-  const T* const from =
-      pinned(static_cast<const T*>(x.data) + (column.channel < 0 ? 0 : column.offset(x)));
-  const int64_t step = column.rows * x.row_stride;
 #pragma unroll
   for (int first = 0; first < kDepth; first += kAtOnce) {
     Vector<T, V> some[kAtOnce] = {};
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u)
-      if (first + u < kDepth && column.has(first + u)) some[u] = load<V>(from + (first + u) * step);
+      if (first + u < kDepth && column.has(first + u)) some[u] = load<V>(x.at(first + u));
 #pragma unroll
-    for (int u = 0; u < kAtOnce; ++u)
-      if (first + u < kDepth) add_all(sums, products_of(dy[first + u], some[u], epilogue));
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (first + u >= kDepth) continue;
+      gradient(first + u, dy[first + u]);
+      add_all(sums, products_of(dy[first + u], some[u]));
+    }
   }
 }
 
-template <class T, int kDepth, class Epilogue>
+template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(kDepth)))
-    forward_columns(Forward f, Tiling t, SharedLayout s, Epilogue epilogue) {
+    forward_columns(Forward f, Tiling t, SharedLayout s, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = f.problem;
@@ -153,15 +160,16 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
     small.put(c, means.get(h), gate);
   }
   block_barrier();
-  if (column.channel < 0 || !tile.is_own(column.held)) return;
+  if (!column.any() || !tile.is_own(column.held)) return;
   const Vector<A, V> gate = values_from<V>(gates, column.held - tile.halo);
-  column.for_each(f.y, [&](int i, T* y) { store(y, epilogue.forward(x[i], gate)); });
+  const auto result = step.forward(f.y, column);
+  column.for_each([&](int i) { result.put(i, x[i], gate); });
 }
 
 // dx, and what dweight is made from.
-template <class T, int kDepth, class Epilogue>
+template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(kDepth)))
-    backward_columns(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+    backward_columns(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = b.problem;
@@ -176,7 +184,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   const auto gates = shared_array<A>(s.gate, t.held), shifts = shared_array<A>(s.shift, t.tile);
   load_gates_and_means(b, tile, gates, means);
   Vector<A, V> sums{};
-  add_products<4>(column, dy, b.x, epilogue, sums);
+  add_products<4>(column, dy, column.cursor(b.x), step.gradient(column), sums);
   column.put_parts(sums, t.held, parts);
   block_barrier();
   for (int h = thread_index(); h < tile.held; h += thread_count()) {
@@ -192,10 +200,11 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   for (int c = thread_index(); c < tile.own; c += thread_count())
     shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) * t.factor);
   block_barrier();
-  if (column.channel < 0 || !tile.is_own(column.held)) return;
+  if (!column.any() || !tile.is_own(column.held)) return;
   const Vector<A, V> gate = values_from<V>(gates, column.held);
   const Vector<A, V> shift = values_from<V>(shifts, column.held - tile.halo);
-  column.for_each(b.dx, [&](int i, T* dx) { store(dx, dx_of(dy[i], gate, shift, epilogue)); });
+  const auto result = step.backward(b.dx, column);
+  column.for_each([&](int i) { result.put(i, dy[i], gate, shift); });
 }
 
 }  // namespace eca::cuda

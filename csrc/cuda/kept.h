@@ -20,15 +20,12 @@ class Spare {
   using A = Accumulator<T>;
 
   __device__ Spare(const Tiling& t, const SharedLayout& s, const Column<T, kDepth>& column)
-      : column_(column), places_(shared_array<T>(s.held, t.spare * t.threads * V)),
+      : places_(shared_array<T>(s.held, t.spare * t.threads * V)),
         end_(min(t.share, (column.left + column.rows - 1) / column.rows)) {}
 
-  __device__ void fetch_from(const Map& map) const {
-    const T* const from = at(map);
-    const int64_t step = column_.rows * map.row_stride;
+  __device__ void fetch_from(const Cursor<T, int64_t>& from) const {
 #pragma unroll 4
-    for (int i = kDepth; i < end_; ++i)
-      places_.template fetch<V>(place(i), from + (i - kDepth) * step);
+    for (int i = kDepth; i < end_; ++i) places_.template fetch<V>(place(i), from.at(i));
   }
 
   __device__ void add_to(Vector<A, V>& sums) const {
@@ -36,42 +33,37 @@ class Spare {
     for (int i = kDepth; i < end_; ++i) add_all(sums, widen(get(i)));
   }
 
-  // Adds the kept dy times x, kAtOnce vectors at a time.
-  template <int kAtOnce, class Epilogue>
-  __device__ void add_products_to(const Map& x, Epilogue epilogue, Vector<A, V>& sums) const {
-    const T* const from = at(x);
-    const int64_t step = column_.rows * x.row_stride;
+  // Adds the gradients, made of the kept dy, times x, kAtOnce vectors at a time.
+  template <int kAtOnce, class Gradient>
+  __device__ void add_products_to(const Cursor<T, int64_t>& x, const Gradient& gradient,
+                                  Vector<A, V>& sums) const {
 #pragma unroll 1
     for (int first = kDepth; first < end_; first += kAtOnce) {
       Vector<T, V> some[kAtOnce] = {};
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u)
-        if (first + u < end_) some[u] = load<V>(from + (first + u - kDepth) * step);
+        if (first + u < end_) some[u] = load<V>(x.at(first + u));
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u)
-        if (first + u < end_) add_all(sums, products_of(get(first + u), some[u], epilogue));
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (first + u >= end_) continue;
+        Vector<T, V> g = get(first + u);
+        gradient(first + u, g);
+        add_all(sums, products_of(g, some[u]));
+      }
     }
   }
 
-  // body(vector, its place in the map) for each.
+  // body(i, vector) for each.
   template <class Body>
-  __device__ void for_each(const Map& map, Body body) const {
-    T* const begin = static_cast<T*>(map.data) + column_.offset(map);
-    const int64_t step = column_.rows * map.row_stride;
+  __device__ void for_each(Body body) const {
 #pragma unroll 2
-    for (int i = kDepth; i < end_; ++i) body(get(i), begin + i * step);
+    for (int i = kDepth; i < end_; ++i) body(i, get(i));
   }
 
  private:
   __device__ int place(int i) const { return ((i - kDepth) * thread_count() + thread_index()) * V; }
   __device__ Vector<T, V> get(int i) const { return places_.template load<V>(place(i)); }
-  __device__ const T* at(const Map& map) const {
-    const int64_t first =
-        column_.channel < 0 ? 0 : column_.offset(map) + kDepth * column_.rows * map.row_stride;
-    return static_cast<const T*>(map.data) + first;
-  }
 
-  const Column<T, kDepth>& column_;
   Shared<T> places_;
   int end_;
 };
@@ -95,7 +87,6 @@ __device__ inline bool give_sums(const Problem& p, const Tiling& t, const Shared
                                  const Column<T, kDepth>& column,
                                  const Vector<Accumulator<T>, kVector<T>>& sums,
                                  const StreamCounters& counters) {
-  using A = Accumulator<T>;
   const auto parts = sums_in<T, Layout::kPixels>(t, s);
   column.put_parts(sums, t.held, parts);
   block_barrier();
@@ -105,9 +96,9 @@ __device__ inline bool give_sums(const Problem& p, const Tiling& t, const Shared
   return counters.arrive(shared_array<uint32_t>(s.flag, 1));
 }
 
-template <class T, int kDepth, class Epilogue>
+template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(false)))
-    forward_kept(Forward f, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+    forward_kept(Forward f, Tiling t, SharedLayout s, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = f.problem;
@@ -117,8 +108,9 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   const Column<T, kDepth> column(p, t, tile, here.begin, here.end);
   const Spare<T, kDepth> spare(t, s, column);
   typename Column<T, kDepth>::Held x;
-  spare.fetch_from(f.x);
-  column.load_from(f.x, x);
+  const auto xs = column.cursor(f.x);
+  spare.fetch_from(xs);
+  column.load_from(xs, x);
   const NearTaps<T> taps(p, f.weight, s);
   Vector<A, V> sums{};
 #pragma unroll
@@ -134,19 +126,17 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   }
   if (thread_index() == 0) counters.wait();
   block_barrier();
-  if (column.left <= 0) return;
+  if (!column.any()) return;
   const Vector<A, V> gate = numbers_from<V, A>(f.gate, here.sample * p.channels + column.channel);
-  const auto rescale = [&](const Vector<T, V>& some, T* y) {
-    store(y, epilogue.forward(some, gate));
-  };
-  column.for_each(f.y, [&](int i, T* y) { rescale(x[i], y); });
-  spare.for_each(f.y, rescale);
+  const auto result = step.forward(f.y, column);
+  column.for_each([&](int i) { result.put(i, x[i], gate); });
+  spare.for_each([&](int i, const Vector<T, V>& some) { result.put(i, some, gate); });
 }
 
 // dm / S (samples, channels), dx, and what dweight is made from.
-template <class T, int kDepth, class Epilogue>
+template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(true)))
-    backward_kept(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+    backward_kept(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>, kAtOnce = 4;
   const Problem& p = b.problem;
@@ -156,26 +146,29 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(tr
   const Column<T, kDepth> column(p, t, tile, here.begin, here.end);
   const Spare<T, kDepth> spare(t, s, column);
   typename Column<T, kDepth>::Held dy;
-  spare.fetch_from(b.dy);
-  column.load_from(b.dy, dy);
+  const auto dys = column.cursor(b.dy), xs = column.cursor(b.x);
+  spare.fetch_from(dys);
+  column.load_from(dys, dy);
   const NearTaps<T> taps(p, b.weight, s);
   Vector<A, V> sums{};
-  add_products<kAtOnce>(column, dy, b.x, epilogue, sums);
+  const auto gradient = step.gradient(column);
+  add_products<kAtOnce>(column, dy, xs, gradient, sums);
   finish_fetches();
-  spare.template add_products_to<kAtOnce>(b.x, epilogue, sums);
+  spare.template add_products_to<kAtOnce>(xs, gradient, sums);
   if (give_sums<T>(p, t, s, work, here, column, sums, counters))
     make_shifts_of_sample<T, Layout::kPixels>(b, t, s, work, tile, taps, counters);
   if (thread_index() == 0) counters.wait();
   block_barrier();
-  if (column.left <= 0 || !b.dx.data) return;
+  if (!column.any() || !b.dx.data) return;
   const int64_t at = here.sample * p.channels + column.channel;
   const Vector<A, V> gate = numbers_from<V, A>(b.gate, at);
   const Vector<A, V> shift = numbers_from<V, A>(work.shift, at);
-  const auto rescale = [&](const Vector<T, V>& some, T* dx) {
-    store(dx, dx_of(some, gate, shift, epilogue));
-  };
-  column.for_each(b.dx, [&](int i, T* dx) { rescale(dy[i], dx); });
-  spare.for_each(b.dx, rescale);
+  const auto result = step.backward(b.dx, column);
+  column.for_each([&](int i) { result.put(i, dy[i], gate, shift); });
+  spare.for_each([&](int i, Vector<T, V> g) {
+    gradient(i, g);
+    result.put(i, g, gate, shift);
+  });
 }
 
 }  // namespace eca::cuda

@@ -51,21 +51,21 @@ void for_each_chunk(const Problem& p, const Tiling& t, const Memory& memory, Bod
   }
 }
 
-template <class T, bool kProducts>
+template <class T, class Sum, class Step>
 void sum(const ChunkLaunches& how, const Problem& p, const Map& x, const Map& dy, const Tiling& t,
-         const Chunk& chunk, const Workspace& work) {
+         const Chunk& chunk, const Workspace& work, Step step) {
   const bool planes = p.layout == Layout::kPlanes;
-  launch(how.sums, planes ? sum_planes<T, kProducts, Rescale> : sum_pixels<T, kProducts, Rescale>,
-         p, x, dy, t, chunk, work, Rescale{});
+  launch(how.sums, planes ? sum_planes<T, Sum, Step> : sum_pixels<T, Sum, Step>, p, x, dy, t, chunk,
+         work, step);
 }
 
-template <class T, bool kShifts>
+template <class T, bool kShifts, class Step>
 void rescale(const ChunkLaunches& how, const Problem& p, const Map& from, const Map& to,
-             const void* gates, const void* shifts, const Tiling& t, const Chunk& chunk) {
+             const void* gates, const void* shifts, const Tiling& t, const Chunk& chunk,
+             Step step) {
   const bool planes = p.layout == Layout::kPlanes;
-  launch(how.rescale,
-         planes ? rescale_planes<T, kShifts, Rescale> : rescale_pixels<T, kShifts, Rescale>, p,
-         from, to, gates, shifts, t, chunk, Rescale{});
+  launch(how.rescale, planes ? rescale_planes<T, kShifts, Step> : rescale_pixels<T, kShifts, Step>,
+         p, from, to, gates, shifts, t, chunk, step);
 }
 
 template <int kNumber>
@@ -89,71 +89,66 @@ void with_run_sizes(const Problem& p, const Tiling& t, Body body) {
 }
 
 // Strategies R, F, P, K and S. float64 only has C: it is for checking gradients.
-template <class T>
-void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const Workspace& work) {
+template <class T, class Step>
+void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const Workspace& work,
+                      Step step) {
   if constexpr (!std::is_same_v<T, double>) {
     const Tiling& t = plan.tiling;
     const SharedLayout s = shared_layout(f.problem, Pass::kForward, plan.strategy, t);
-    const auto start = [&](auto kernel) {
-      launch(launch_of(plan, memory), kernel, f, t, s, Rescale{});
-    };
+    const auto start = [&](auto kernel) { launch(launch_of(plan, memory), kernel, f, t, s, step); };
     const auto start_sharing = [&](auto kernel) {
       if (!f.mean) f.mean = work.mean, f.gate = work.gate;
-      launch(launch_of(plan, memory), kernel, f, t, s, work, Rescale{});
+      launch(launch_of(plan, memory), kernel, f, t, s, work, step);
     };
     switch (plan.strategy) {
-      case 'K': return start_sharing(forward_kept<T, kKeptForwardDepth, Rescale>);
+      case 'K': return start_sharing(forward_kept<T, kKeptForwardDepth, Step>);
       case 'S':
         if (t.lanes)
           return with_granule<T>(f.problem, [&](auto granule) {
-            start_sharing(
-                forward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Rescale>);
+            start_sharing(forward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Step>);
           });
         return start_sharing(f.problem.layout == Layout::kPlanes
-                                 ? forward_stream_planes<T, kStreamForwardDepth, Rescale>
-                                 : forward_stream<T, kStreamForwardDepth, Rescale>);
-      case 'R':
-        return start(t.depth == 7 ? forward_rows<T, 7, Rescale> : forward_rows<T, 13, Rescale>);
+                                 ? forward_stream_planes<T, kStreamForwardDepth, Step>
+                                 : forward_stream<T, kStreamForwardDepth, Step>);
+      case 'R': return start(t.depth == 7 ? forward_rows<T, 7, Step> : forward_rows<T, 13, Step>);
       case 'F':
         return with_run_sizes<T>(f.problem, t, [&](auto depth, auto granule) {
-          start(forward_runs<T, decltype(depth)::value, decltype(granule)::value, Rescale>);
+          start(forward_runs<T, decltype(depth)::value, decltype(granule)::value, Step>);
         });
       default:
-        return start(t.depth == 4   ? forward_columns<T, 4, Rescale>
-                     : t.depth == 7 ? forward_columns<T, 7, Rescale>
-                                    : forward_columns<T, 13, Rescale>);
+        return start(t.depth == 4   ? forward_columns<T, 4, Step>
+                     : t.depth == 7 ? forward_columns<T, 7, Step>
+                                    : forward_columns<T, 13, Step>);
     }
   }
 }
 
-template <class T>
+template <class T, class Step>
 void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
-                      const Workspace& work) {
+                      const Workspace& work, Step step) {
   if constexpr (!std::is_same_v<T, double>) {
     const Tiling& t = plan.tiling;
     const SharedLayout s = shared_layout(b.problem, Pass::kBackward, plan.strategy, t);
     const auto start = [&](auto kernel) {
-      launch(launch_of(plan, memory), kernel, b, t, s, work, Rescale{});
+      launch(launch_of(plan, memory), kernel, b, t, s, work, step);
     };
     switch (plan.strategy) {
-      case 'K': return start(backward_kept<T, kKeptBackwardDepth, Rescale>);
+      case 'K': return start(backward_kept<T, kKeptBackwardDepth, Step>);
       case 'S':
         if (t.lanes)
           return with_granule<T>(b.problem, [&](auto granule) {
-            start(backward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Rescale>);
+            start(backward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Step>);
           });
         return start(b.problem.layout == Layout::kPlanes
-                         ? backward_stream_planes<T, kStreamBackwardDepth, Rescale>
-                         : backward_stream<T, kStreamBackwardDepth, Rescale>);
-      case 'R':
-        return start(t.depth == 7 ? backward_rows<T, 7, Rescale> : backward_rows<T, 13, Rescale>);
+                         ? backward_stream_planes<T, kStreamBackwardDepth, Step>
+                         : backward_stream<T, kStreamBackwardDepth, Step>);
+      case 'R': return start(t.depth == 7 ? backward_rows<T, 7, Step> : backward_rows<T, 13, Step>);
       case 'F':
         return with_run_sizes<T>(b.problem, t, [&](auto depth, auto granule) {
-          start(backward_runs<T, decltype(depth)::value, decltype(granule)::value, Rescale>);
+          start(backward_runs<T, decltype(depth)::value, decltype(granule)::value, Step>);
         });
       default:
-        return start(t.depth == 4 ? backward_columns<T, 4, Rescale>
-                                  : backward_columns<T, 7, Rescale>);
+        return start(t.depth == 4 ? backward_columns<T, 4, Step> : backward_columns<T, 7, Step>);
     }
   }
 }
@@ -175,34 +170,34 @@ void run_dweight(const Backward& b, const Plan& plan, const Memory& memory, cons
   start(p.kernel_size, kDweightThreads, kDweightThreads / 32, add_dweight_parts<T>);
 }
 
-template <class T>
-void run_forward(Forward f, const Plan& plan, const Memory& memory) {
+template <class T, class Step>
+void run_forward(Forward f, const Plan& plan, const Memory& memory, Step step) {
   const Problem& p = f.problem;
   const Tiling& t = plan.tiling;
   const Workspace work = arrange(p, Pass::kForward, plan, memory);
-  if (t.depth) return run_in_registers<T>(f, plan, memory, work);
+  if (t.depth) return run_in_registers<T>(f, plan, memory, work, step);
   if (!f.mean) f.mean = work.mean, f.gate = work.gate;
   const Map none{nullptr, 0, 0};
   for_each_chunk<T>(p, t, memory, [&](const Chunk& chunk, const ChunkLaunches& how) {
-    sum<T, false>(how, p, f.x, none, t, chunk, work);
+    sum<T, SumOfX>(how, p, f.x, none, t, chunk, work, step);
     launch(how.gates, make_gates<T>, f, t, chunk, work);
-    rescale<T, false>(how, p, f.x, f.y, f.gate, nullptr, t, chunk);
+    rescale<T, false>(how, p, f.x, f.y, f.gate, nullptr, t, chunk, step);
   });
 }
 
-template <class T>
-void run_backward(const Backward& b, const Plan& plan, const Memory& memory) {
+template <class T, class Step>
+void run_backward(const Backward& b, const Plan& plan, const Memory& memory, Step step) {
   const Problem& p = b.problem;
   const Tiling& t = plan.tiling;
   const Workspace work = arrange(p, Pass::kBackward, plan, memory);
   if (t.depth) {
-    run_in_registers<T>(b, plan, memory, work);
+    run_in_registers<T>(b, plan, memory, work, step);
     return run_dweight<T>(b, plan, memory, work);
   }
   for_each_chunk<T>(p, t, memory, [&](const Chunk& chunk, const ChunkLaunches& how) {
-    sum<T, true>(how, p, b.x, b.dy, t, chunk, work);
+    sum<T, SumOfProducts>(how, p, b.x, b.dy, t, chunk, work, step);
     launch(how.gates, make_shifts<T>, b, t, chunk, work);
-    if (b.dx.data) rescale<T, true>(how, p, b.dy, b.dx, b.gate, work.shift, t, chunk);
+    if (b.dx.data) rescale<T, true>(how, p, b.dy, b.dx, b.gate, work.shift, t, chunk, step);
   });
   run_dweight<T>(b, plan, memory, work);
 }
@@ -213,10 +208,10 @@ void run_reduce(const Reduce& r, const Plan& plan, const Memory& memory) {
   const Tiling& t = plan.tiling;
   const Workspace work = arrange(p, reduce_pass(r), plan, memory);
   for_each_chunk<T>(p, t, memory, [&](const Chunk& chunk, const ChunkLaunches& how) {
-    if (r.dy.data) sum<T, true>(how, p, r.x, r.dy, t, chunk, work);
-    else sum<T, false>(how, p, r.x, r.dy, t, chunk, work);
+    if (r.dy.data) sum<T, SumOfProducts>(how, p, r.x, r.dy, t, chunk, work, Rescale{});
+    else sum<T, SumOfX>(how, p, r.x, r.dy, t, chunk, work, Rescale{});
     launch(how.gates, add_parts<T>, p, t, chunk, work, r.result, r.dy.data ? int64_t(1) : p.pixels);
-    if (r.dx.data) rescale<T, false>(how, p, r.dy, r.dx, r.gate, nullptr, t, chunk);
+    if (r.dx.data) rescale<T, false>(how, p, r.dy, r.dx, r.gate, nullptr, t, chunk, Rescale{});
   });
 }
 
@@ -225,9 +220,19 @@ void run_scale(const Scale& s, const Plan& plan, const Memory& memory) {
   const Problem& p = s.problem;
   const Tiling& t = plan.tiling;
   for_each_chunk<T>(p, t, memory, [&](const Chunk& chunk, const ChunkLaunches& how) {
-    if (s.shift) rescale<T, true>(how, p, s.x, s.y, s.gate, s.shift, t, chunk);
-    else rescale<T, false>(how, p, s.x, s.y, s.gate, nullptr, t, chunk);
+    if (s.shift) rescale<T, true>(how, p, s.x, s.y, s.gate, s.shift, t, chunk, Rescale{});
+    else rescale<T, false>(how, p, s.x, s.y, s.gate, nullptr, t, chunk, Rescale{});
   });
+}
+
+template <class T>
+void run_forward(Forward f, const Plan& plan, const Memory& memory) {
+  run_forward<T>(f, plan, memory, Rescale{});
+}
+
+template <class T>
+void run_backward(const Backward& b, const Plan& plan, const Memory& memory) {
+  run_backward<T>(b, plan, memory, Rescale{});
 }
 
 }  // namespace eca::cuda

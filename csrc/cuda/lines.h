@@ -12,13 +12,10 @@
 namespace eca::cuda {
 
 // Moves the 16 bytes from byte `skip` of two lines on to the beginning of `words`; `skip` is below 16
-// and even. Each step is one selection or one shift of two registers for each word.
+// and even. Each step is one selection, or one shift of two registers, for each word.
 ECA_ANYWHERE inline void take_from(uint32_t skip, uint32_t (&words)[8]) {
-#pragma unroll
   for (int i = 0; i < 6; ++i) words[i] = skip & 8 ? words[i + 2] : words[i];
-#pragma unroll
   for (int i = 0; i < 5; ++i) words[i] = skip & 4 ? words[i + 1] : words[i];
-#pragma unroll
   for (int i = 0; i < 4; ++i)
     words[i] = uint32_t((uint64_t(words[i + 1]) << 32 | words[i]) >> (skip & 2) * 8);
 }

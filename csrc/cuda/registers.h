@@ -8,7 +8,7 @@
 #pragma once
 
 #include "dweight.h"
-#include "epilogue.h"
+#include "step.h"
 
 namespace eca::cuda {
 
@@ -214,13 +214,13 @@ struct ChainedSum {
   __device__ A total() const { return (chains[0] + chains[1]) + (chains[2] + chains[3]); }
 };
 
-template <class T, int V, class Epilogue>
-__device__ inline Vector<Accumulator<T>, V> products_of(const Vector<T, V>& dy,
-                                                        const Vector<T, V>& x, Epilogue epilogue) {
+template <class T, int V>
+__device__ inline Vector<Accumulator<T>, V> products_of(const Vector<T, V>& g,
+                                                        const Vector<T, V>& x) {
   Vector<Accumulator<T>, V> products = widen(x);
-  const Vector<Accumulator<T>, V> g = epilogue.gradient(dy);
+  const Vector<Accumulator<T>, V> wide = widen(g);
 #pragma unroll
-  for (int e = 0; e < V; ++e) products.element[e] *= g.element[e];
+  for (int e = 0; e < V; ++e) products.element[e] *= wide.element[e];
   return products;
 }
 
@@ -230,16 +230,6 @@ __device__ inline Vector<A, V> all_of(A value) {
 #pragma unroll
   for (int e = 0; e < V; ++e) v.element[e] = value;
   return v;
-}
-
-// dx = gate * dy + shift
-template <class T, int V, class Epilogue>
-__device__ inline Vector<T, V> dx_of(const Vector<T, V>& dy, const Vector<Accumulator<T>, V>& gate,
-                                     const Vector<Accumulator<T>, V>& shift, Epilogue epilogue) {
-  Vector<Accumulator<T>, V> dx = epilogue.gradient(dy);
-#pragma unroll
-  for (int e = 0; e < V; ++e) dx.element[e] = gate.element[e] * dx.element[e] + shift.element[e];
-  return narrow<T>(dx);
 }
 
 // The gate of a held channel from the means, and dm from dz.

@@ -32,26 +32,30 @@ struct Row {
 
   __device__ bool has(int i) const { return i * lanes < left; }
 
+  // Threads without a channel have no vectors there.
   __device__ int64_t offset(const Map& map) const {
-    return sample * map.sample_stride + channel * map.row_stride + begin * V;
+    return sample * map.sample_stride + max(channel, 0) * map.row_stride + begin * V;
   }
 
   __device__ void load_from(const Map& map, Held& to) const {
-    const T* const from = pinned(static_cast<const T*>(map.data) + (channel < 0 ? 0 : offset(map)));
+    const auto from = cursor(map);
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
       to[i] = {};
-      if (has(i)) to[i] = cuda::load<V>(from + i * lanes * V);
+      if (has(i)) to[i] = cuda::load<V>(from.at(i));
     }
   }
 
-  // body(i, place) for each vector of the plane that this thread has, and its place in a map.
+  __device__ Cursor<T, int> cursor(const Map& map) const {
+    return {pinned(static_cast<T*>(map.data) + offset(map)), lanes * V};
+  }
+
+  // body(i) for each vector of the plane that this thread has.
   template <class Body>
-  __device__ void for_each(const Map& map, Body body) const {
-    T* const begin = pinned(static_cast<T*>(map.data) + offset(map));
+  __device__ void for_each(Body body) const {
 #pragma unroll
     for (int i = 0; i < kDepth; ++i)
-      if (has(i)) body(i, begin + i * lanes * V);
+      if (has(i)) body(i);
   }
 
   // The team's total, in all of its threads. By all threads of the block.
@@ -67,9 +71,9 @@ struct Row {
   }
 };
 
-template <class T, int kDepth, class Epilogue>
+template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_blocks(kDepth)))
-    forward_rows(Forward f, Tiling t, SharedLayout s, Epilogue epilogue) {
+    forward_rows(Forward f, Tiling t, SharedLayout s, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = f.problem;
@@ -91,13 +95,14 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
 
   const A gate = gate_of(means, taps, row.channel, row.held);
   if (row.lane == 0) MeansAndGates<A>(f, tile).put(row.held - tile.halo, mean, gate);
-  row.for_each(f.y, [&](int i, T* y) { store(y, epilogue.forward(x[i], all_of<V>(gate))); });
+  const auto result = step.forward(f.y, row);
+  row.for_each([&](int i) { result.put(i, x[i], all_of<V>(gate)); });
 }
 
 // dx, and what dweight is made from.
-template <class T, int kDepth, class Epilogue>
+template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_blocks(kDepth)))
-    backward_rows(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+    backward_rows(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = b.problem;
@@ -106,6 +111,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   typename Row<T, kDepth>::Held dy, x;
   row.load_from(b.dy, dy);
   row.load_from(b.x, x);
+  const auto gradient = step.gradient(row);
   const int64_t i_channel = row.sample * p.channels + row.channel;
   const A gate = row.channel < 0 ? A(0) : value_at(static_cast<const A*>(b.gate) + i_channel);
   const NearTaps<T> taps(p, b.weight, s);
@@ -116,7 +122,8 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   ChainedSum<A> sum;
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
-    sum.add(products_of(dy[i], x[i], epilogue));
+    gradient(i, dy[i]);
+    sum.add(products_of(dy[i], x[i]));
     if constexpr (kShortOfRegisters) forget(dy[i]);
   }
   const A own_dz =
@@ -129,9 +136,8 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   means.leave_dweight(b, work, tile, dz);
   if (!tile.is_own(row.held) || !b.dx.data) return;
   const A shift = dm_of(tile, dz, taps, row.held) * t.factor;
-  row.for_each(b.dx, [&](int i, T* dx) {
-    store(dx, dx_of(dy[i], all_of<V>(gate), all_of<V>(shift), epilogue));
-  });
+  const auto result = step.backward(b.dx, row);
+  row.for_each([&](int i) { result.put(i, dy[i], all_of<V>(gate), all_of<V>(shift)); });
 }
 
 }  // namespace eca::cuda

@@ -46,22 +46,21 @@ struct Run {
   // From a map whose samples begin at multiples of 16 bytes. Behind the run's end a vector is not
   // defined, and nothing uses it.
   __device__ void load_from(const Map& map, Held& to) const {
-    const T* const from = begin_in(map);
+    const auto from = cursor(map);
     const int left = vectors - thread_index();
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i)
-      to[i] = load_if_below<V>(from + i * kRunThreads * V, i * kRunThreads, left);
+    for (int i = 0; i < kDepth; ++i) to[i] = load_if_below<V>(from.at(i), i * kRunThreads, left);
   }
 
   // From a map that begins anywhere.
   __device__ void load_from_anywhere(const Map& map, Held& to) const {
-    const T* const from = begin_in(map);
-    if (place_in_line(from) == 0) return load_from(map, to);
+    const auto from = cursor(map);
+    if (place_in_line(from.first) == 0) return load_from(map, to);
     const int left = vectors - thread_index();
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
       to[i] = {};
-      if (i * kRunThreads < left) to[i] = load_anywhere<V>(from + i * kRunThreads * V);
+      if (i * kRunThreads < left) to[i] = load_anywhere<V>(from.at(i));
     }
   }
 
@@ -138,10 +137,10 @@ struct Run {
     }
   }
 
-  // Where this thread's first vector goes in a map. Others are kRunThreads vectors apart.
-  __device__ T* begin_in(const Map& map) const {
-    return pinned(static_cast<T*>(map.data) + sample * map.sample_stride + begin +
-                  thread_index() * V);
+  __device__ Cursor<T, std::integral_constant<int, kRunThreads * V>> cursor(const Map& map) const {
+    return {
+        pinned(static_cast<T*>(map.data) + sample * map.sample_stride + begin + thread_index() * V),
+        {}};
   }
 
   // Each element's value: those of the vector's first channel, then those of the next one.
@@ -156,9 +155,9 @@ struct Run {
   }
 };
 
-template <class T, int kDepth, int kGranule, class Epilogue>
+template <class T, int kDepth, int kGranule, class Step>
 __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
-    forward_runs(Forward f, Tiling t, SharedLayout s, Epilogue epilogue) {
+    forward_runs(Forward f, Tiling t, SharedLayout s, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = f.problem;
@@ -190,16 +189,15 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   }
   block_barrier();
 
-  T* const y = run.begin_in(f.y);
-  run.for_each_own(t.by_pixels, [&](int i, auto place) {
-    store(y + i * kRunThreads * V, epilogue.forward(x[i], run.by_element(gates, place)));
-  });
+  const auto result = step.forward(f.y, run);
+  run.for_each_own(t.by_pixels,
+                   [&](int i, auto place) { result.put(i, x[i], run.by_element(gates, place)); });
 }
 
 // dx, and what dweight is made from.
-template <class T, int kDepth, int kGranule, class Epilogue>
+template <class T, int kDepth, int kGranule, class Step>
 __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
-    backward_runs(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+    backward_runs(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = b.problem;
@@ -208,6 +206,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   typename Run<T, kDepth, kGranule>::Held dy, x;
   run.load_from(b.dy, dy);
   run.load_from(b.x, x);
+  const auto gradient = step.gradient(run);
   const NearTaps<T> taps(p, b.weight, s);
   const Neighbours<A> dz(p, t, s.padded);
   const DweightMeans<T> means(b, t, s, tile);
@@ -217,7 +216,10 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   load_gates_and_means(b, tile, gates, means);
   const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) run.put(i, products_of(dy[i], x[i], epilogue), terms);
+  for (int i = 0; i < kDepth; ++i) {
+    gradient(i, dy[i]);
+    run.put(i, products_of(dy[i], x[i]), terms);
+  }
   block_barrier();
 
   run.for_each_total(tile, t, terms, [&](int h, A sum) {
@@ -234,11 +236,10 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   for (int c = thread_index(); c < tile.own; c += kRunThreads)
     shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) * t.factor);
   block_barrier();
-  T* const dx = run.begin_in(b.dx);
+  const auto result = step.backward(b.dx, run);
   const Shared<A> own_gates = gates.from(tile.halo);
   run.for_each_own(t.by_pixels, [&](int i, auto place) {
-    store(dx + i * kRunThreads * V,
-          dx_of(dy[i], run.by_element(own_gates, place), run.by_element(shifts, place), epilogue));
+    result.put(i, dy[i], run.by_element(own_gates, place), run.by_element(shifts, place));
   });
 }
 

@@ -209,9 +209,9 @@ __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
   means.leave_dweight_parts(b, work, tile, dz);
 }
 
-template <class T, int kDepth, class Epilogue>
+template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(false)))
-    forward_stream(Forward f, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+    forward_stream(Forward f, Tiling t, SharedLayout s, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = f.problem;
@@ -226,9 +226,10 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   if (here.rescales) {
     if (thread_index() == 0) counters.wait();
     block_barrier();
-    if (column.channel < 0) return;
+    if (!column.any()) return;
     const Vector<A, V> gate = numbers_from<V, A>(f.gate, here.sample * p.channels + column.channel);
-    column.for_each(f.y, [&](int i, T* y) { store(y, epilogue.forward(x[i], gate)); });
+    const auto result = step.forward(f.y, column);
+    column.for_each([&](int i) { result.put(i, x[i], gate); });
     return;
   }
 
@@ -249,9 +250,9 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
 }
 
 // dm / S (samples, channels), dx, and what dweight is made from.
-template <class T, int kDepth, class Epilogue>
+template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(true)))
-    backward_stream(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+    backward_stream(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = b.problem;
@@ -264,13 +265,18 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   const int64_t channels = here.sample * p.channels;
   typename Column<T, kDepth>::Held dy;
   column.load_from(b.dy, dy);
+  const auto gradient = step.gradient(column);
   if (here.rescales) {
     if (thread_index() == 0) counters.wait();
     block_barrier();
-    if (column.channel < 0 || !b.dx.data) return;
+    if (!column.any() || !b.dx.data) return;
     const Vector<A, V> gate = numbers_from<V, A>(b.gate, channels + column.channel);
     const Vector<A, V> shift = numbers_from<V, A>(work.shift, channels + column.channel);
-    column.for_each(b.dx, [&](int i, T* dx) { store(dx, dx_of(dy[i], gate, shift, epilogue)); });
+    const auto result = step.backward(b.dx, column);
+    column.for_each([&](int i) {
+      gradient(i, dy[i]);
+      result.put(i, dy[i], gate, shift);
+    });
     return;
   }
 
@@ -280,7 +286,10 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   const auto parts = sums_in<T, Layout::kPixels>(t, s);
   Vector<A, V> sums{};
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) add_all(sums, products_of(dy[i], x[i], epilogue));
+  for (int i = 0; i < kDepth; ++i) {
+    gradient(i, dy[i]);
+    add_all(sums, products_of(dy[i], x[i]));
+  }
   column.put_parts(sums, t.held, parts);
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())

@@ -34,9 +34,9 @@ __device__ inline bool give_sum(const Problem& p, const Tiling& t, const SharedL
   return counters.arrive(shared_array<uint32_t>(s.flag, 1));
 }
 
-template <class T, int kDepth, class Epilogue>
+template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(false)))
-    forward_stream_planes(Forward f, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+    forward_stream_planes(Forward f, Tiling t, SharedLayout s, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = f.problem;
@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
     block_barrier();
     const A gate =
         value_at(static_cast<const A*>(f.gate) + here.sample * p.channels + part.channel);
-    part.row.for_each(f.y, [&](int i, T* y) { store(y, epilogue.forward(x[i], all_of<V>(gate))); });
+    const auto result = step.forward(f.y, part.row);
+    part.row.for_each([&](int i) { result.put(i, x[i], all_of<V>(gate)); });
     return;
   }
 
@@ -65,10 +66,9 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
 }
 
 // dm / S (samples, channels), dx, and what dweight is made from.
-template <class T, int kDepth, class Epilogue>
+template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(true)))
-    backward_stream_planes(Backward b, Tiling t, SharedLayout s, Workspace work,
-                           Epilogue epilogue) {
+    backward_stream_planes(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = b.problem;
@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   const RowPart<T, kDepth> part(p, t, here);
   typename Row<T, kDepth>::Held dy;
   part.row.load_from(b.dy, dy);
+  const auto gradient = step.gradient(part.row);
   if (here.rescales) {
     if (thread_index() == 0) counters.wait();
     block_barrier();
@@ -85,8 +86,10 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
     const int64_t i = here.sample * p.channels + part.channel;
     const A gate = value_at(static_cast<const A*>(b.gate) + i);
     const A shift = value_at(static_cast<const A*>(work.shift) + i);
-    part.row.for_each(b.dx, [&](int i, T* dx) {
-      store(dx, dx_of(dy[i], all_of<V>(gate), all_of<V>(shift), epilogue));
+    const auto result = step.backward(b.dx, part.row);
+    part.row.for_each([&](int i) {
+      gradient(i, dy[i]);
+      result.put(i, dy[i], all_of<V>(gate), all_of<V>(shift));
     });
     return;
   }
@@ -95,7 +98,10 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   part.row.load_from(b.x, x);
   ChainedSum<A> sum;
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) sum.add(products_of(dy[i], x[i], epilogue));
+  for (int i = 0; i < kDepth; ++i) {
+    gradient(i, dy[i]);
+    sum.add(products_of(dy[i], x[i]));
+  }
   if (!give_sum(p, t, s, work, here, part, sum, counters)) return;
   make_shifts_of_sample<T, Layout::kPlanes>(b, t, s, work, HeldTile::whole(p, here.sample),
                                             NearTaps<T>(p, b.weight, s), counters);

@@ -32,9 +32,9 @@ __device__ inline void load_numbers(const HeldTile& tile, const void* numbers, S
     to.set(c, c < tile.own ? value_at(from + c) : A(0));
 }
 
-template <class T, int kDepth, int kGranule, class Epilogue>
+template <class T, int kDepth, int kGranule, class Step>
 __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
-    forward_stream_runs(Forward f, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+    forward_stream_runs(Forward f, Tiling t, SharedLayout s, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = f.problem;
@@ -51,10 +51,9 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
     block_barrier();
     load_numbers(tile, f.gate, gates);
     block_barrier();
-    T* const y = run.begin_in(f.y);
-    run.for_each_own(t.by_pixels, [&](int i, auto place) {
-      store(y + i * kRunThreads * V, epilogue.forward(x[i], run.by_element(gates, place)));
-    });
+    const auto result = step.forward(f.y, run);
+    run.for_each_own(t.by_pixels,
+                     [&](int i, auto place) { result.put(i, x[i], run.by_element(gates, place)); });
     return;
   }
 
@@ -68,9 +67,9 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
 }
 
 // dm / S (samples, channels), dx, and what dweight is made from.
-template <class T, int kDepth, int kGranule, class Epilogue>
+template <class T, int kDepth, int kGranule, class Step>
 __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
-    backward_stream_runs(Backward b, Tiling t, SharedLayout s, Workspace work, Epilogue epilogue) {
+    backward_stream_runs(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
   const Problem& p = b.problem;
@@ -81,6 +80,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   const Run<T, kDepth, kGranule> run(p, tile);
   typename Run<T, kDepth, kGranule>::Held dy;
   run.load_from_anywhere(b.dy, dy);
+  const auto gradient = step.gradient(run);
   if (here.rescales) {
     const auto gates = shared_array<A>(s.gate, t.tile + 1),
                shifts = shared_array<A>(s.shift, t.tile + 1);
@@ -90,10 +90,10 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
     load_numbers(tile, b.gate, gates);
     load_numbers(tile, work.shift, shifts);
     block_barrier();
-    T* const dx = run.begin_in(b.dx);
+    const auto result = step.backward(b.dx, run);
     run.for_each_own(t.by_pixels, [&](int i, auto place) {
-      store(dx + i * kRunThreads * V,
-            dx_of(dy[i], run.by_element(gates, place), run.by_element(shifts, place), epilogue));
+      gradient(i, dy[i]);
+      result.put(i, dy[i], run.by_element(gates, place), run.by_element(shifts, place));
     });
     return;
   }
@@ -102,7 +102,10 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   run.load_from_anywhere(b.x, x);
   const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) run.put(i, products_of(dy[i], x[i], epilogue), terms);
+  for (int i = 0; i < kDepth; ++i) {
+    gradient(i, dy[i]);
+    run.put(i, products_of(dy[i], x[i]), terms);
+  }
   if (!give_sums(p, t, s, work, tile, run, terms, counters)) return;
   make_shifts_of_sample<T, Layout::kPlanes>(b, t, s, work, HeldTile::whole(p, here.sample),
                                             NearTaps<T>(p, b.weight, s), counters);

@@ -8,11 +8,6 @@
 
 namespace eca::cuda {
 
-template <class T>
-__device__ inline const T* sample_of(const Map& map, int64_t sample) {
-  return static_cast<const T*>(map.data) + sample * map.sample_stride;
-}
-
 // Samples from `first` on, `count` of them: one launch's part of the batch.
 struct Chunk {
   int64_t first, count;
@@ -45,18 +40,12 @@ __device__ inline int64_t part_begin(int64_t length, int parts, int part) {
   return min(share * part, length);
 }
 
-// What a channel's sum adds up: forward the elements of x, backward their products with dy.
-template <bool kProducts, int V, class T, class Epilogue>
-__device__ inline Vector<Accumulator<T>, V> terms_of(const T* x, const T* dy, Epilogue epilogue) {
-  const Vector<T, V> some = load_anywhere<V>(x);
-  if constexpr (kProducts) return products_of(load_anywhere<V>(dy), some, epilogue);
-  else return widen(some);
-}
-
-// A warp's place in a launch over planes: one warp for each part of each plane.
+// A warp's place in a launch over planes: one warp for each part of each plane. Elements of the part
+// are counted from 0 on.
+template <class T>
 struct PlanePart {
-  int64_t sample, channel;
-  int part;
+  int64_t sample, channel, begin;
+  int part, count;
   bool exists;
 
   __device__ PlanePart(const Problem& p, const Tiling& t, const Chunk& chunk, bool from_behind) {
@@ -67,31 +56,54 @@ struct PlanePart {
     part = int(i % t.parts);
     channel = i / t.parts % p.channels;
     sample = chunk.first + i / t.parts / p.channels;
+    begin = part_begin(p.pixels, t.parts, part);
+    count = int(part_begin(p.pixels, t.parts, part + 1) - begin);
+  }
+
+  __device__ Cursor<T, std::integral_constant<int, 1>> cursor(const Map& map) const {
+    return {
+        static_cast<T*>(map.data) + sample * map.sample_stride + channel * map.row_stride + begin,
+        {}};
   }
 };
 
-// sums (parts, samples, channels), of x or, with kProducts, of dy * x.
-template <class T, bool kProducts, class Epilogue>
+// A vector of x and, if the sum takes it, one of the gradient, as terms of the sums.
+template <class Sum, int V, class T, class Where, class Gradient>
+__device__ inline void make_terms(const Where& x, const Where& dy, const Gradient& gradient, int i,
+                                  Vector<Accumulator<T>, V> (&terms)[Sum::kSums]) {
+  Vector<Accumulator<T>, V> g{};
+  if constexpr (Sum::kTakesGradient) {
+    Vector<T, V> some = load_anywhere<V, T>(dy.at(i));
+    gradient(i, some);
+    g = widen(some);
+  }
+  Sum::terms(widen(load_anywhere<V, T>(x.at(i))), g, terms);
+}
+
+// sums (Sum::kSums, parts, samples, channels). dy is read if the sum takes the gradient.
+template <class T, class Sum, class Step>
 __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
-    sum_planes(Problem p, Map x, Map dy, Tiling t, Chunk chunk, Workspace work, Epilogue epilogue) {
+    sum_planes(Problem p, Map x, Map dy, Tiling t, Chunk chunk, Workspace work, Step step) {
   using A = Accumulator<T>;
-  const PlanePart here(p, t, chunk, false);
+  const PlanePart<T> here(p, t, chunk, false);
   if (!here.exists) return;
   const int lane = thread_index() % 32;
-  const int64_t begin = part_begin(p.pixels, t.parts, here.part);
-  const int count = int(part_begin(p.pixels, t.parts, here.part + 1) - begin);
-  const T* const x_part = sample_of<T>(x, here.sample) + here.channel * x.row_stride + begin;
-  const T* const dy_part =
-      kProducts ? sample_of<T>(dy, here.sample) + here.channel * dy.row_stride + begin : x_part;
-  ChainedSum<A> sum;
-  Stretch<T>(count, x_part).for_each(lane, [&](int i, auto width) {
-    sum.add(terms_of<kProducts, decltype(width)::value>(x_part + i, dy_part + i, epilogue));
+  const auto xs = here.cursor(x), dys = here.cursor(Sum::kTakesGradient ? dy : x);
+  const auto gradient = step.gradient(here);
+  ChainedSum<A> sums[Sum::kSums];
+  Stretch<T>(here.count, xs.first).for_each(lane, [&](int i, auto width) {
+    constexpr int V = decltype(width)::value;
+    Vector<A, V> terms[Sum::kSums];
+    make_terms<Sum, V, T>(xs, dys, gradient, i, terms);
+#pragma unroll
+    for (int s = 0; s < Sum::kSums; ++s) sums[s].add(terms[s]);
   });
-  const A total = warp_sum(sum.total());
-  if (lane == 0)
-    put(static_cast<A*>(work.sums) + (here.part * p.samples + here.sample) * p.channels +
-            here.channel,
-        total);
+#pragma unroll
+  for (int s = 0; s < Sum::kSums; ++s) {
+    const A total = warp_sum(sums[s].total());
+    const int64_t row = (int64_t(s) * t.parts + here.part) * p.samples + here.sample;
+    if (lane == 0) put(static_cast<A*>(work.sums) + row * p.channels + here.channel, total);
+  }
 }
 
 // A block's place in a launch over pixels: one block for each part of the pixels of a sample.
@@ -108,6 +120,8 @@ struct PixelPart {
     begin = part_begin(p.pixels, t.parts, part);
     end = part_begin(p.pixels, t.parts, part + 1);
   }
+
+  __device__ int rows() const { return int(end - begin); }
 };
 
 // Columns of vectors in rows of channels. A thread keeps to one column and takes every
@@ -122,49 +136,65 @@ struct ColumnLanes {
   }
 };
 
-template <bool kProducts, int V, class T, class Epilogue>
-__device__ void sum_pixel_part(const Problem& p, const Map& x, const Map& dy, const PixelPart& here,
-                               Shared<Accumulator<T>> scratch, Accumulator<T>* sums,
-                               Epilogue epilogue) {
+// A column of a part of the pixels, from a channel on. Rows are counted from 0 on.
+template <class T>
+struct PixelColumn {
+  int64_t sample, channel, begin;
+
+  __device__ Cursor<T, int64_t> cursor(const Map& map) const {
+    return {
+        static_cast<T*>(map.data) + sample * map.sample_stride + begin * map.row_stride + channel,
+        map.row_stride};
+  }
+};
+
+template <class Sum, int V, class T, class Step>
+__device__ void sum_pixel_part(const Problem& p, const Map& x, const Map& dy, const Tiling& t,
+                               const PixelPart& here, Shared<Accumulator<T>> scratch,
+                               const Workspace& work, Step step) {
   using A = Accumulator<T>;
-  const T* const x_part = sample_of<T>(x, here.sample) + here.begin * x.row_stride;
-  const T* const dy_part =
-      kProducts ? sample_of<T>(dy, here.sample) + here.begin * dy.row_stride : x_part;
   const int64_t all_columns = p.channels / V;
   for (int64_t base = 0; base < all_columns; base += thread_count()) {
     const ColumnLanes lanes(int(min(all_columns - base, int64_t(thread_count()))));
-    if (lanes.column < lanes.columns) {
-      const int64_t c = (base + lanes.column) * V;
-      const int rows = int(here.end - here.begin);
-      Vector<A, V> sum{};
+    const bool has_column = lanes.column < lanes.columns;
+    Vector<A, V> sums[Sum::kSums] = {};
+    if (has_column) {
+      const PixelColumn<T> column{here.sample, (base + lanes.column) * V, here.begin};
+      const auto xs = column.cursor(x), dys = column.cursor(Sum::kTakesGradient ? dy : x);
+      const auto gradient = step.gradient(column);
 #pragma unroll 4
-      for (int row = lanes.row; row < rows; row += lanes.row_count)
-        add_all(sum, terms_of<kProducts, V>(x_part + row * x.row_stride + c,
-                                            dy_part + row * dy.row_stride + c, epilogue));
+      for (int row = lanes.row; row < here.rows(); row += lanes.row_count) {
+        Vector<A, V> terms[Sum::kSums];
+        make_terms<Sum, V, T>(xs, dys, gradient, row, terms);
 #pragma unroll
-      for (int e = 0; e < V; ++e)
-        scratch.set((lanes.row * lanes.columns + lanes.column) * V + e, sum.element[e]);
+        for (int s = 0; s < Sum::kSums; ++s) add_all(sums[s], terms[s]);
+      }
     }
-    block_barrier();
-    for (int i = thread_index(); i < lanes.columns * V; i += thread_count()) {
-      A sum = 0;
-      for (int row = 0; row < lanes.row_count; ++row)
-        sum += scratch.get(row * lanes.columns * V + i);
-      put(sums + base * V + i, sum);
+#pragma unroll
+    for (int s = 0; s < Sum::kSums; ++s) {
+      if (has_column)
+#pragma unroll
+        for (int e = 0; e < V; ++e)
+          scratch.set((lanes.row * lanes.columns + lanes.column) * V + e, sums[s].element[e]);
+      block_barrier();
+      const int64_t row = (int64_t(s) * t.parts + here.part) * p.samples + here.sample;
+      for (int i = thread_index(); i < lanes.columns * V; i += thread_count()) {
+        A sum = 0;
+        for (int r = 0; r < lanes.row_count; ++r) sum += scratch.get(r * lanes.columns * V + i);
+        put(static_cast<A*>(work.sums) + row * p.channels + base * V + i, sum);
+      }
+      block_barrier();
     }
-    block_barrier();
   }
 }
 
-template <class T, bool kProducts, class Epilogue>
+template <class T, class Sum, class Step>
 __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
-    sum_pixels(Problem p, Map x, Map dy, Tiling t, Chunk chunk, Workspace work, Epilogue epilogue) {
-  using A = Accumulator<T>;
+    sum_pixels(Problem p, Map x, Map dy, Tiling t, Chunk chunk, Workspace work, Step step) {
   const PixelPart here(p, t, chunk, false);
-  const auto scratch = shared_array<A>(0, t.threads * kVector<T>);
-  A* const sums = static_cast<A*>(work.sums) + (here.part * p.samples + here.sample) * p.channels;
-  if (t.vectors) sum_pixel_part<kProducts, kVector<T>, T>(p, x, dy, here, scratch, sums, epilogue);
-  else sum_pixel_part<kProducts, 1, T>(p, x, dy, here, scratch, sums, epilogue);
+  const auto scratch = shared_array<Accumulator<T>>(0, t.threads * kVector<T>);
+  if (t.vectors) sum_pixel_part<Sum, kVector<T>, T>(p, x, dy, t, here, scratch, work, step);
+  else sum_pixel_part<Sum, 1, T>(p, x, dy, t, here, scratch, work, step);
 }
 
 // A warp's channel in a launch with one warp for each channel of each sample.
@@ -278,71 +308,86 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
   put(static_cast<A*>(work.shift) + sample * p.channels + c, dm / A(p.pixels));
 }
 
-// y from x where there are no shifts, or dx from dy: V elements, and the numbers of their channels.
-template <bool kShifts, int V, class T, class Epilogue>
-__device__ inline void rescale(const T* from, T* to, const Vector<Accumulator<T>, V>& gate,
-                               const Vector<Accumulator<T>, V>& shift, Epilogue epilogue) {
-  const Vector<T, V> some = load_anywhere<V>(from);
-  if constexpr (kShifts) store(to, dx_of(some, gate, shift, epilogue));
-  else store(to, epilogue.forward(some, gate));
-}
-
-// gates and shifts (samples, channels).
-template <class T, bool kShifts, class Epilogue>
+// y from x where there are no shifts, or dx from dy. gates and shifts (samples, channels).
+template <class T, bool kShifts, class Step>
 __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
     rescale_planes(Problem p, Map from, Map to, const void* gates, const void* shifts, Tiling t,
-                   Chunk chunk, Epilogue epilogue) {
+                   Chunk chunk, Step step) {
   using A = Accumulator<T>;
-  const PlanePart here(p, t, chunk, true);
+  const PlanePart<T> here(p, t, chunk, true);
   if (!here.exists) return;
-  const int64_t begin = part_begin(p.pixels, t.parts, here.part);
-  const int count = int(part_begin(p.pixels, t.parts, here.part + 1) - begin);
-  const T* const source = sample_of<T>(from, here.sample) + here.channel * from.row_stride + begin;
-  T* const target = static_cast<T*>(to.data) + here.sample * to.sample_stride +
-                    here.channel * to.row_stride + begin;
-  const int64_t i = here.sample * p.channels + here.channel;
-  const A gate = value_at(static_cast<const A*>(gates) + i);
-  const A shift = kShifts ? value_at(static_cast<const A*>(shifts) + i) : A(0);
-  Stretch<T>(count, target).for_each(thread_index() % 32, [&](int e, auto width) {
-    constexpr int V = decltype(width)::value;
-    rescale<kShifts, V>(source + e, target + e, all_of<V>(gate), all_of<V>(shift), epilogue);
-  });
+  const auto source = here.cursor(from);
+  const int64_t channel = here.sample * p.channels + here.channel;
+  const A gate = value_at(static_cast<const A*>(gates) + channel);
+  const Stretch<T> stretch(here.count, here.cursor(to).first);
+  const int lane = thread_index() % 32;
+  if constexpr (kShifts) {
+    const A shift = value_at(static_cast<const A*>(shifts) + channel);
+    const auto gradient = step.gradient(here);
+    const auto result = step.backward(to, here);
+    stretch.for_each(lane, [&](int i, auto width) {
+      constexpr int V = decltype(width)::value;
+      Vector<T, V> g = load_anywhere<V, T>(source.at(i));
+      gradient(i, g);
+      result.put(i, g, all_of<V>(gate), all_of<V>(shift));
+    });
+  } else {
+    const auto result = step.forward(to, here);
+    stretch.for_each(lane, [&](int i, auto width) {
+      constexpr int V = decltype(width)::value;
+      result.put(i, load_anywhere<V, T>(source.at(i)), all_of<V>(gate));
+    });
+  }
 }
 
-template <bool kShifts, int V, class T, class Epilogue>
+// The numbers (samples, channels) of V channels.
+template <int V, class A>
+__device__ inline Vector<A, V> numbers_of(const void* numbers, int64_t at) {
+  Vector<A, V> v;
+#pragma unroll
+  for (int e = 0; e < V; ++e) v.element[e] = value_at(static_cast<const A*>(numbers) + at + e);
+  return v;
+}
+
+template <bool kShifts, int V, class T, class Step>
 __device__ void rescale_pixel_part(const Problem& p, const Map& from, const Map& to,
                                    const void* gates, const void* shifts, const PixelPart& here,
-                                   Epilogue epilogue) {
+                                   Step step) {
   using A = Accumulator<T>;
   const int64_t all_columns = p.channels / V;
   for (int64_t base = 0; base < all_columns; base += thread_count()) {
     const ColumnLanes lanes(int(min(all_columns - base, int64_t(thread_count()))));
     if (lanes.column >= lanes.columns) continue;
-    const int64_t c = (base + lanes.column) * V;
-    Vector<A, V> gate, shift{};
-#pragma unroll
-    for (int e = 0; e < V; ++e) {
-      const int64_t i = here.sample * p.channels + c + e;
-      gate.element[e] = value_at(static_cast<const A*>(gates) + i);
-      if (kShifts) shift.element[e] = value_at(static_cast<const A*>(shifts) + i);
-    }
-    const T* const source = sample_of<T>(from, here.sample) + c;
-    T* const target = static_cast<T*>(to.data) + here.sample * to.sample_stride + c;
+    const PixelColumn<T> column{here.sample, (base + lanes.column) * V, here.begin};
+    const int64_t channel = here.sample * p.channels + column.channel;
+    const Vector<A, V> gate = numbers_of<V, A>(gates, channel);
+    const auto source = column.cursor(from);
+    if constexpr (kShifts) {
+      const Vector<A, V> shift = numbers_of<V, A>(shifts, channel);
+      const auto gradient = step.gradient(column);
+      const auto result = step.backward(to, column);
 #pragma unroll 4
-    for (int64_t row = here.begin + lanes.row; row < here.end; row += lanes.row_count)
-      rescale<kShifts, V>(source + row * from.row_stride, target + row * to.row_stride, gate, shift,
-                          epilogue);
+      for (int row = lanes.row; row < here.rows(); row += lanes.row_count) {
+        Vector<T, V> g = load<V>(source.at(row));
+        gradient(row, g);
+        result.put(row, g, gate, shift);
+      }
+    } else {
+      const auto result = step.forward(to, column);
+#pragma unroll 4
+      for (int row = lanes.row; row < here.rows(); row += lanes.row_count)
+        result.put(row, load<V>(source.at(row)), gate);
+    }
   }
 }
 
-template <class T, bool kShifts, class Epilogue>
+template <class T, bool kShifts, class Step>
 __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
     rescale_pixels(Problem p, Map from, Map to, const void* gates, const void* shifts, Tiling t,
-                   Chunk chunk, Epilogue epilogue) {
+                   Chunk chunk, Step step) {
   const PixelPart here(p, t, chunk, true);
-  if (t.vectors)
-    rescale_pixel_part<kShifts, kVector<T>, T>(p, from, to, gates, shifts, here, epilogue);
-  else rescale_pixel_part<kShifts, 1, T>(p, from, to, gates, shifts, here, epilogue);
+  if (t.vectors) rescale_pixel_part<kShifts, kVector<T>, T>(p, from, to, gates, shifts, here, step);
+  else rescale_pixel_part<kShifts, 1, T>(p, from, to, gates, shifts, here, step);
 }
 
 }  // namespace eca::cuda

@@ -13,7 +13,7 @@
 #include <exception>
 
 #include "../../csrc/cuda/call.h"
-#include "../../csrc/cuda/epilogue.h"
+#include "../../csrc/cuda/step.h"
 
 namespace {
 

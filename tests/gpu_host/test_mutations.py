@@ -10,7 +10,7 @@ from helpers.mutations import MUTATIONS, verdict
 from helpers.processes import ROOT
 
 IN_RESULTS = {
-    "halo one channel too short": "wrong result: y: error",
+    "halo one channel too short": "wrong result: dx: error",
     "the tail of a plane left out": "wrong result: y: error nan",  # an element never written
 }
 

@@ -1,0 +1,118 @@
+// What becomes of an element besides its sum and its gate. The kernels are templates over a step: an
+// operation that is fused with the rescaling is another type like Rescale, not another kernel. A step
+// may hold maps and numbers of its own, such as the identity of a residual block. It is asked for
+// three things, each with the part of the maps that a thread has:
+//
+//   forward(y, part)     an object whose put(i, x, gate) stores what becomes of vector i of x
+//   gradient(part)       a function (i, dy) that turns vector i of the gradient of the result into
+//                        that of gate * x
+//   backward(dx, part)   an object whose put(i, g, gate, shift) stores what becomes of such gradients
+//
+// A part is a Row, a Column, a Run, or a part of two_pass.h. Its cursor(map) says where a thread's
+// vectors lie in any map of x's shape, which may have strides of its own.
+#pragma once
+
+#include "device.h"
+
+namespace eca::cuda {
+
+// A thread's vectors in a map: from `first` on, so many elements from one to the next.
+template <class T, class Distance>
+struct Cursor {
+  T* first;
+  Distance distance;
+
+  __device__ T* at(int i) const { return first + i * distance; }
+};
+
+template <class T, int V>
+__device__ inline Vector<T, V> rescaled(const Vector<T, V>& x,
+                                        const Vector<Accumulator<T>, V>& gate) {
+  Vector<Accumulator<T>, V> y = widen(x);
+#pragma unroll
+  for (int i = 0; i < V; ++i) y.element[i] *= gate.element[i];
+  return narrow<T>(y);
+}
+
+template <class T, int V>
+__device__ inline Vector<T, V> rescaled(const Vector<T, V>& x,
+                                        const Vector<Accumulator<T>, V>& gate,
+                                        const Vector<Accumulator<T>, V>& shift) {
+  Vector<Accumulator<T>, V> y = widen(x);
+#pragma unroll
+  for (int i = 0; i < V; ++i) y.element[i] = gate.element[i] * y.element[i] + shift.element[i];
+  return narrow<T>(y);
+}
+
+// y = gate * x
+struct Rescale {
+  template <class Where>
+  struct Result {
+    Where y;
+
+    template <class T, int V, class A>
+    __device__ void put(int i, const Vector<T, V>& x, const Vector<A, V>& gate) const {
+      store(y.at(i), rescaled(x, gate));
+    }
+  };
+
+  struct Unchanged {
+    template <class T, int V>
+    __device__ void operator()(int, Vector<T, V>&) const {}
+  };
+
+  template <class Where>
+  struct Gradients {
+    Where dx;
+
+    template <class T, int V, class A>
+    __device__ void put(int i, const Vector<T, V>& g, const Vector<A, V>& gate,
+                        const Vector<A, V>& shift) const {
+      store(dx.at(i), rescaled(g, gate, shift));
+    }
+  };
+
+  template <class Part>
+  __device__ auto forward(const Map& y, const Part& part) const {
+    return Result<decltype(part.cursor(y))>{part.cursor(y)};
+  }
+
+  template <class Part>
+  __device__ Unchanged gradient(const Part&) const {
+    return {};
+  }
+
+  template <class Part>
+  __device__ auto backward(const Map& dx, const Part& part) const {
+    return Gradients<decltype(part.cursor(dx))>{part.cursor(dx)};
+  }
+};
+
+// ---- what is summed ----
+
+// Terms of the sums of a channel, from x and from the gradient of gate * x. kSums numbers are summed
+// at a time; a sum may do without the gradient.
+struct SumOfX {
+  static constexpr int kSums = 1;
+  static constexpr bool kTakesGradient = false;
+
+  template <class A, int V>
+  __device__ static void terms(const Vector<A, V>& x, const Vector<A, V>&,
+                               Vector<A, V> (&terms)[kSums]) {
+    terms[0] = x;
+  }
+};
+
+struct SumOfProducts {
+  static constexpr int kSums = 1;
+  static constexpr bool kTakesGradient = true;
+
+  template <class A, int V>
+  __device__ static void terms(const Vector<A, V>& x, const Vector<A, V>& g,
+                               Vector<A, V> (&terms)[kSums]) {
+#pragma unroll
+    for (int e = 0; e < V; ++e) terms[0].element[e] = g.element[e] * x.element[e];
+  }
+};
+
+}  // namespace eca::cuda
