@@ -122,7 +122,7 @@ __device__ inline void add_products(const Column<T, kDepth>& column,
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       if (first + u >= kDepth) continue;
-      gradient(first + u, dy[first + u]);
+      if (column.has(first + u)) gradient(first + u, dy[first + u]);
       add_all(sums, products_of(dy[first + u], some[u]));
     }
   }

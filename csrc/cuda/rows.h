@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   ChainedSum<A> sum;
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
-    gradient(i, dy[i]);
+    if (row.has(i)) gradient(i, dy[i]);
     sum.add(products_of(dy[i], x[i]));
     if constexpr (kShortOfRegisters) forget(dy[i]);
   }

@@ -43,6 +43,8 @@ struct Run {
     int channel, left;
   };
 
+  __device__ bool has(int i) const { return i * kRunThreads < vectors - thread_index(); }
+
   // From a map whose samples begin at multiples of 16 bytes. Behind the run's end a vector is not
   // defined, and nothing uses it.
   __device__ void load_from(const Map& map, Held& to) const {
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
-    gradient(i, dy[i]);
+    if (run.has(i)) gradient(i, dy[i]);
     run.put(i, products_of(dy[i], x[i]), terms);
   }
   block_barrier();

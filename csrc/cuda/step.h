@@ -8,10 +8,12 @@
 //                        that of gate * x
 //   backward(dx, part)   an object whose put(i, g, gate, shift) stores what becomes of such gradients
 //
-// A part is a Row, a Column, a Run, or a part of two_pass.h. Its cursor(map) says where a thread's
-// vectors lie in any map of x's shape, which may have strides of its own.
+// The gradient is made once before each use, and only of vectors that the part has. A part is a Row,
+// a Column, a Run, or a part of two_pass.h. Its cursor(map) says where a thread's vectors lie in any
+// map of x's shape, which may have strides of its own.
 #pragma once
 
+#include "../eca.h"
 #include "device.h"
 
 namespace eca::cuda {

@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   Vector<A, V> sums{};
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
-    gradient(i, dy[i]);
+    if (column.has(i)) gradient(i, dy[i]);
     add_all(sums, products_of(dy[i], x[i]));
   }
   column.put_parts(sums, t.held, parts);

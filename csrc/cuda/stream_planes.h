@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   ChainedSum<A> sum;
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
-    gradient(i, dy[i]);
+    if (part.row.has(i)) gradient(i, dy[i]);
     sum.add(products_of(dy[i], x[i]));
   }
   if (!give_sum(p, t, s, work, here, part, sum, counters)) return;

@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
-    gradient(i, dy[i]);
+    if (run.has(i)) gradient(i, dy[i]);
     run.put(i, products_of(dy[i], x[i]), terms);
   }
   if (!give_sums(p, t, s, work, tile, run, terms, counters)) return;

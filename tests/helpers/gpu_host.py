@@ -126,8 +126,11 @@ class HostGpu:
         flags: str,
         sources: Path = ROOT,
         dtypes: Sequence[str] = ("float32", "float64", "float16", "bfloat16"),
+        tails: bool = False,
     ) -> None:
+        """With tails also the step of tail.h, for which the kernels are compiled once more."""
         self.folder, self.flags, self.sources, self.dtypes = folder, flags, sources, dtypes
+        self.tails = tails
         self.process: subprocess.Popen[bytes] | None = None
         self.build()
 
@@ -139,6 +142,7 @@ class HostGpu:
         sources += [self.sources / "csrc/plan.cpp"]
         host = self.sources / "tests/gpu_host/simt"
         sources += [host / "runtime.cpp", host / "runner.cpp"]
+        sources += [host / "tail.cpp"] if self.tails else []
         self.folder.mkdir(parents=True, exist_ok=True)
         sources.append(self.absent())
 
@@ -155,7 +159,7 @@ class HostGpu:
         subprocess.run([COMPILER, *common, *map(str, objects), "-o", self.program], check=True)
 
     def absent(self) -> Path:
-        """A source with the functions of the left-out dtypes, which are never called."""
+        """A source with the functions of what is left out, which are never called."""
         names = ("float", "double", "half", "bfloat16")  # of DTYPES
         lines = [
             f'#include "{self.sources}/csrc/cuda/cuda.h"',
@@ -173,6 +177,13 @@ class HostGpu:
                 lines.append(f"template void run_backward<{name}>(const Backward&, {call});")
                 lines.append(f"template void run_reduce<{name}>(const Reduce&, {call});")
                 lines.append(f"template void run_scale<{name}>(const Scale&, {call});")
+        if not self.tails:
+            lines += [
+                "void tail_forward(const Forward&, const Map&, const Plan&, const Memory&) {}",
+                "void tail_backward(const Backward&, const Map&, const Map&, const Plan&,",
+                "                   const Memory&) {}",
+                "void tail_sums(const Reduce&, const Map&, const Plan&, const Memory&) {}",
+            ]
         path = self.folder / "absent.cpp"
         path.write_text("\n".join([*lines, "}", ""]))
         return path
@@ -266,6 +277,7 @@ class HostGpu:
         channels_last: bool = False,
         in_place: bool = False,
         into: Tensor | None = None,
+        identity: Tensor | None = None,
         want_mean: bool = True,
         gpu: dict[str, int] = H200,
         forced: Forced | None = None,
@@ -275,15 +287,18 @@ class HostGpu:
     ) -> Outcome:
         """y (N, C, S), mean and gate (N, C) of x (N, C, S) and weight (1 or C, 1, k).
 
-        y lies in its memory as `into` does. The memory is NaN before.
+        y lies in its memory as `into` does. The memory is NaN before. With identity (N, C, S), y is
+        that of the tail of a block.
         """
         v, out, none = view(x, channels_last), like(x, channels_last), View(x[:0], 0, 0, 0)
+        other = none if identity is None else view(identity, channels_last)
         if in_place:
             out = v
         elif into is not None:
             out = view(into, channels_last)
         plan, traffic = self._send(
-            x, weight, circular, channels_last, [v, out, none, none], b"", operation=0,
+            x, weight, circular, channels_last, [v, out, other, none], raw(other.memory),
+            operation=0 if identity is None else 4,
             wants=(in_place, want_mean, False, False), gpu=gpu, forced=forced, seed=seed,
             resident=resident, count=count,
         )  # fmt: skip
@@ -300,6 +315,7 @@ class HostGpu:
         mean: Tensor,
         gate: Tensor,
         *,
+        result: Tensor | None = None,
         circular: bool = False,
         channels_last: bool = False,
         want_dx: bool = True,
@@ -310,17 +326,42 @@ class HostGpu:
         resident: int = 0,
         count: bool = False,
     ) -> Outcome:
-        """dx (N, C, S) and dweight (1 or C, 1, k)."""
+        """dx (N, C, S) and dweight (1 or C, 1, k); with the result of a tail d_identity, too."""
         v, g, out = view(x, channels_last), view(dy, channels_last), like(x, channels_last)
-        none = View(x[:0], 0, 0, 0)
+        y = View(x[:0], 0, 0, 0) if result is None else view(result, channels_last)
         plan, traffic = self._send(
-            x, weight, circular, channels_last, [v, none, g, out],
-            raw(mean) + raw(gate) + raw(g.memory), operation=1,
+            x, weight, circular, channels_last, [v, y, g, out],
+            raw(mean) + raw(gate) + raw(g.memory) + raw(y.memory),
+            operation=1 if result is None else 5,
             wants=(False, False, want_dx, want_dweight), gpu=gpu, forced=forced, seed=seed,
             resident=resident, count=count,
         )  # fmt: skip
-        dx = in_shape(self._tensor(out.memory), out, x, channels_last)
-        return Outcome((dx, self._tensor(weight).reshape(weight.shape)), plan, traffic)
+        maps = [
+            in_shape(self._tensor(out.memory), out, x, channels_last)
+            for _ in range(1 if result is None else 2)
+        ]  # d_identity comes first
+        dweight = self._tensor(weight).reshape(weight.shape)
+        return Outcome((maps[-1], dweight, *maps[:-1]), plan, traffic)
+
+    def sums_of_gradient(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        result: Tensor,
+        *,
+        channels_last: bool = False,
+        gpu: dict[str, int] = H200,
+    ) -> Tensor:
+        """The sums (2, N, C) of a tail's gradient, and of its products with x (N, C, S)."""
+        v, g, y = (view(t, channels_last) for t in (x, dy, result))
+        self._send(
+            x, x.new_ones(1, 1, 1), False, channels_last, [v, y, g, View(x[:0], 0, 0, 0)],
+            raw(g.memory) + raw(y.memory), operation=6,
+            wants=(False, True, False, False), gpu=gpu, forced=None, seed=1,
+            resident=0, count=False,
+        )  # fmt: skip
+        small = torch.empty((2, *x.shape[:2]), dtype=torch.float32)
+        return self._tensor(small).reshape(small.shape)
 
     def reduce(
         self,

@@ -81,10 +81,10 @@ MUTATIONS = [
         "to[i] = cuda::load<V>(",
     ),
     Mutation(
-        "strides of x and y swapped",
+        "strides of samples and rows swapped",
         "cuda/two_pass.h",
-        "  T* const target = static_cast<T*>(to.data) + here.sample * to.sample_stride +\n",
-        "  T* const target = static_cast<T*>(to.data) + here.sample * to.row_stride +\n",
+        "sample * map.sample_stride + channel * map.row_stride + begin,",
+        "sample * map.row_stride + channel * map.sample_stride + begin,",
     ),
     Mutation(
         "gates made by a block that is not the sample's last",
@@ -101,8 +101,8 @@ MUTATIONS = [
     Mutation(
         "a pixel row of a part left out",
         "cuda/two_pass.h",
-        "const int rows = int(here.end - here.begin);",
-        "const int rows = int(here.end - here.begin) - 1;",
+        "int rows() const { return int(end - begin); }",
+        "int rows() const { return int(end - begin) - 1; }",
     ),
     Mutation(
         "one part's sum lost",
@@ -173,7 +173,7 @@ MUTATIONS = [
     Mutation(
         "what a thread has in shared memory is not rescaled",
         "cuda/kept.h",
-        "  spare.for_each(f.y, rescale);\n",
+        "  spare.for_each([&](int i, const Vector<T, V>& some) { result.put(i, some, gate); });\n",
         "",
     ),
     Mutation(

@@ -14,6 +14,7 @@
 #endif
 
 #include "../../../csrc/cuda/cuda.h"
+#include "run_tail.h"
 #include "runtime.h"
 
 using namespace eca;
@@ -25,7 +26,15 @@ struct MapRequest {
   int64_t elements, offset, sample_stride, row_stride;
 };
 
-enum Operation : int64_t { kForward, kBackward, kReduce, kScale };
+enum Operation : int64_t {
+  kForward,
+  kBackward,
+  kReduce,
+  kScale,
+  kTailForward,
+  kTailBackward,
+  kTailSums
+};
 
 // The fields of tests/helpers/gpu_host.py's request, in its order.
 struct Request {
@@ -36,7 +45,7 @@ struct Request {
   int64_t capability, multiprocessors, shared_per_block, shared_per_multiprocessor, l2,
       threads_per_multiprocessor;
   int64_t forced, strategy, tile, threads, depth;
-  MapRequest x, y, dy, dx;  // y is y or, backward, unused
+  MapRequest x, y, dy, dx;  // of tails, forward dy is the identity, and later y the result
 };
 
 void read_all(void* to, size_t bytes) {
@@ -201,7 +210,7 @@ bool answer_one() {
     write_text(describe(simt::traffic()));
   };
   try {
-    if (r.operation == kForward) {
+    if (r.operation == kForward || r.operation == kTailForward) {
       const std::unique_ptr<MapBuffer> y(r.in_place ? nullptr : new MapBuffer("y", r.y, size));
       const Map target = r.in_place ? x.map : y->map;
       const Forward f{p,
@@ -211,7 +220,16 @@ bool answer_one() {
                       r.want_mean ? mean.data() : nullptr,
                       r.want_mean ? gate.data() : nullptr};
       Buffer* const out = r.in_place ? &x.memory : &y->memory;
-      run(f, planned(f, Pass::kForward), cuda::forward, {&x.memory, out});
+      if (r.operation == kTailForward) {
+        MapBuffer identity("identity", r.dy, size);
+        identity.memory.read();
+        const auto kernels = [&](const Forward& call, const Plan& plan, const cuda::Memory& m) {
+          cuda::tail_forward(call, identity.map, plan, m);
+        };
+        run(f, planned(f, Pass::kForward), kernels, {&x.memory, out, &identity.memory});
+      } else {
+        run(f, planned(f, Pass::kForward), cuda::forward, {&x.memory, out});
+      }
       report();
       out->write();
       mean.write();
@@ -228,6 +246,20 @@ bool answer_one() {
       report();
       mean.write();
       dx.memory.write();
+    } else if (r.operation == kTailSums) {
+      MapBuffer dy("dy", r.dy, size), y("result", r.y, size);
+      dy.memory.read();
+      y.memory.read();
+      Buffer sums("sums", 2 * small);
+      const Reduce c{p, x.map, dy.map, {nullptr, 0, 0}, nullptr, sums.data()};
+      const auto kernels = [&](const Reduce& call, const Plan& plan, const cuda::Memory& m) {
+        cuda::tail_sums(call, y.map, plan, m);
+      };
+      Plan plan = cuda::plan_of(c, gpu);
+      plan.workspace *= 2;
+      run(c, plan, kernels, {&x.memory, &dy.memory, &y.memory});
+      report();
+      sums.write();
     } else if (r.operation == kScale) {
       gate.read();
       mean.read();
@@ -250,8 +282,19 @@ bool answer_one() {
                        mean.data(),
                        gate.data(),
                        r.want_dweight ? dweight.data() : nullptr};
-      run(b, planned(b, Pass::kBackward), cuda::backward, {&x.memory, &dy.memory, &dx.memory});
-      report();
+      if (r.operation == kTailBackward) {
+        MapBuffer y("result", r.y, size), other("d_identity", r.dx, size);
+        y.memory.read();
+        const auto kernels = [&](const Backward& call, const Plan& plan, const cuda::Memory& m) {
+          cuda::tail_backward(call, y.map, other.map, plan, m);
+        };
+        run(b, planned(b, Pass::kBackward), kernels, {&x.memory, &dy.memory, &y.memory});
+        report();
+        other.memory.write();
+      } else {
+        run(b, planned(b, Pass::kBackward), cuda::backward, {&x.memory, &dy.memory, &dx.memory});
+        report();
+      }
       dx.memory.write();
       dweight.write();
     }
