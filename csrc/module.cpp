@@ -9,7 +9,7 @@
 #include <tuple>
 
 #include "cpu/cpu.h"
-#include "gpu.h"
+#include "cuda/call.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -41,7 +41,7 @@ py::dict gpu_by_name(const std::string& name) { return to_dict(eca::gpu_by_name(
 
 py::dict gpu_of_device(int32_t index) {
 #if defined(ECA_FUSED_WITH_CUDA)
-  return to_dict(eca::gpu::description(index));
+  return to_dict(eca::cuda_call::description(index));
 #else
   throw std::runtime_error("the extension was compiled without CUDA kernels; no GPU " +
                            std::to_string(index));
@@ -69,9 +69,9 @@ eca::Forced to_forced(const py::dict& d) {
 void force_plan(const std::optional<std::string>& strategy, int32_t tile, int32_t threads,
                 int32_t depth) {
 #if defined(ECA_FUSED_WITH_CUDA)
-  if (!strategy) return eca::gpu::force_plan(nullptr);
+  if (!strategy) return eca::cuda_call::force_plan(nullptr);
   const eca::Forced forced{eca::strategy_by_name(*strategy), tile, threads, depth};
-  eca::gpu::force_plan(&forced);
+  eca::cuda_call::force_plan(&forced);
 #else
   if (strategy)
     throw std::runtime_error(

@@ -2,7 +2,7 @@
 // numbers, where the maps have millions.
 #pragma once
 
-#include "call.h"
+#include "arguments.h"
 
 namespace eca::cuda {
 

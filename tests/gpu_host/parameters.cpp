@@ -12,7 +12,7 @@
 #include <cstdlib>
 #include <exception>
 
-#include "../../csrc/cuda/call.h"
+#include "../../csrc/cuda/arguments.h"
 #include "../../csrc/cuda/step.h"
 
 namespace {

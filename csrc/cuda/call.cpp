@@ -1,6 +1,4 @@
-#if defined(ECA_FUSED_WITH_CUDA)
-
-#include "gpu.h"
+#include "call.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -14,10 +12,10 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/cuda.h"
-#include "stable_abi.h"
+#include "../stable_abi.h"
+#include "cuda.h"
 
-namespace eca::gpu {
+namespace eca::cuda_call {
 namespace {
 
 using torch::stable::Tensor;
@@ -195,6 +193,4 @@ void reduce(const Reduce& r, int32_t device) { run_apart(r, device, cuda::reduce
 
 void scale(const Scale& s, int32_t device) { run_apart(s, device, cuda::scale); }
 
-}  // namespace eca::gpu
-
-#endif
+}  // namespace eca::cuda_call
