@@ -1,4 +1,5 @@
-// The operators torch.ops.eca_fused.*: schema, checks, dispatch to the kernels. Torch types stop here.
+// The operators torch.ops.eca_fused.*: schema, checks, dispatch to the kernels. Torch types stop
+// here.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -6,7 +6,8 @@
 
 namespace eca::cuda {
 
-// Words through which the blocks of one launch of K and S meet: zeros before the launch, and again after it.
+// Words through which the blocks of one launch of K and S meet: zeros before the launch, and again
+// after it.
 struct Counters {
   uint32_t* words;
 

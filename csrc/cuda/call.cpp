@@ -36,13 +36,13 @@ cuda::StreamHandle current_stream(int32_t device) {
 
 // ---- counters: words through which blocks meet; zero before and after each launch ----
 
-// Launches on one stream run one after the other, so they share a slot of the slab. So do those that
-// are captured from one stream into one graph. A graph may be replayed on any stream, beside
+// Launches on one stream run one after the other, so they share a slot of the slab. So do those
+// that are captured from one stream into one graph. A graph may be replayed on any stream, beside
 // anything but itself, so its words are never another graph's. The slab is not from PyTorch's
-// allocator: memory kept from call to call would be alive in the private pools of CUDA graphs, which
-// is an error there. When the slab is full, a call allocates its own words and zeroes them first.
-// cudaStreamPerThread, one handle for the streams of all threads, is not supported: PyTorch's
-// allocator cannot tell these streams apart either.
+// allocator: memory kept from call to call would be alive in the private pools of CUDA graphs,
+// which is an error there. When the slab is full, a call allocates its own words and zeroes them
+// first. cudaStreamPerThread, one handle for the streams of all threads, is not supported:
+// PyTorch's allocator cannot tell these streams apart either.
 uint32_t* counters(int32_t device, cuda::StreamHandle stream, int64_t words, Tensor* keep) {
   constexpr int64_t kSlot = 4096, kSlots = 16;  // the other half is for captured launches
   static_assert(kSlot * kSlots <= cuda::kSlabWords / 2);

@@ -7,8 +7,8 @@
 
 namespace eca::cuda_call {
 
-// All functions run on PyTorch's current stream of `device`, which need not be the current device. mean and
-// gate of `f` may be null. All throw std::runtime_error.
+// All functions run on PyTorch's current stream of `device`, which need not be the current device.
+// mean and gate of `f` may be null. All throw std::runtime_error.
 void forward(const Forward& f, int32_t device);
 void backward(const Backward& b, int32_t device);
 

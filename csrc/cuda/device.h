@@ -1,4 +1,5 @@
-// Everything that only a GPU has: coordinates, barriers, shuffles, shared memory, atomics, launches. The one file with intrinsics and inline PTX; kernels are plain C++ over it.
+// Everything that only a GPU has: coordinates, barriers, shuffles, shared memory, atomics,
+// launches. The one file with intrinsics and inline PTX; kernels are plain C++ over it.
 // tests/gpu_host/simt/simt.h offers the same on the host, where the kernels run under sanitizers.
 #pragma once
 
@@ -185,8 +186,8 @@ __device__ inline int place_in_line(const T* address) {
   return int(reinterpret_cast<uintptr_t>(address) % 16 / sizeof(T));
 }
 
-// V elements from any address, out of the two lines of 16 bytes in which they lie. All of a line can
-// be read: memory is allocated in whole ones.
+// V elements from any address, out of the two lines of 16 bytes in which they lie. All of a line
+// can be read: memory is allocated in whole ones.
 template <int V, class T>
 __device__ inline Vector<T, V> load_anywhere(const T* from) {
   if constexpr (V == 1) {

@@ -11,8 +11,8 @@
 
 namespace eca::cuda {
 
-// Moves the 16 bytes from byte `skip` of two lines on to the beginning of `words`; `skip` is below 16
-// and even. Each step is one selection, or one shift of two registers, for each word.
+// Moves the 16 bytes from byte `skip` of two lines on to the beginning of `words`; `skip` is below
+// 16 and even. Each step is one selection, or one shift of two registers, for each word.
 ECA_ANYWHERE inline void take_from(uint32_t skip, uint32_t (&words)[8]) {
   for (int i = 0; i < 6; ++i) words[i] = skip & 8 ? words[i + 2] : words[i];
   for (int i = 0; i < 5; ++i) words[i] = skip & 4 ? words[i + 1] : words[i];

@@ -1,16 +1,17 @@
-// What becomes of an element besides its sum and its gate. The kernels are templates over a step: an
-// operation that is fused with the rescaling is another type like Rescale, not another kernel. A step
-// may hold maps and numbers of its own, such as the identity of a residual block. It is asked for
-// three things, each with the part of the maps that a thread has:
+// What becomes of an element besides its sum and its gate. The kernels are templates over a step:
+// an operation that is fused with the rescaling is another type like Rescale, not another kernel. A
+// step may hold maps and numbers of its own, such as the identity of a residual block. It is asked
+// for three things, each with the part of the maps that a thread has:
 //
 //   forward(y, part)     an object whose put(i, x, gate) stores what becomes of vector i of x
 //   gradient(part)       a function (i, dy) that turns vector i of the gradient of the result into
 //                        that of gate * x
-//   backward(dx, part)   an object whose put(i, g, gate, shift) stores what becomes of such gradients
+//   backward(dx, part)   an object whose put(i, g, gate, shift) stores what becomes of such a
+//                        gradient
 //
-// The gradient is made once before each use, and only of vectors that the part has. A part is a Row,
-// a Column, a Run, or a part of two_pass.h. Its cursor(map) says where a thread's vectors lie in any
-// map of x's shape, which may have strides of its own.
+// The gradient is made once before each use, and only of vectors that the part has. A part is a
+// Row, a Column, a Run, or a part of two_pass.h. Its cursor(map) says where a thread's vectors lie
+// in any map of x's shape, which may have strides of its own.
 #pragma once
 
 #include "../eca.h"
@@ -92,8 +93,8 @@ struct Rescale {
 
 // ---- what is summed ----
 
-// Terms of the sums of a channel, from x and from the gradient of gate * x. kSums numbers are summed
-// at a time; a sum may do without the gradient.
+// Terms of the sums of a channel, from x and from the gradient of gate * x. kSums numbers are
+// summed at a time; a sum may do without the gradient.
 struct SumOfX {
   static constexpr int kSums = 1;
   static constexpr bool kTakesGradient = false;

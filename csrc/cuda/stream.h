@@ -1,7 +1,7 @@
-// Strategy stream, here for pixels, where no block can hold a tile of enough channels. One launch has blocks
-// of two kinds. The first sum a part of a sample's pixels, and the last of a sample to arrive makes
-// its gates. The others rescale a part, which they find in the L2 cache. By number, the blocks that
-// sum a group of samples alternate with those that rescale the group before.
+// Strategy stream, here for pixels, where no block can hold a tile of enough channels. One launch
+// has blocks of two kinds. The first sum a part of a sample's pixels, and the last of a sample to
+// arrive makes its gates. The others rescale a part, which they find in the L2 cache. By number,
+// the blocks that sum a group of samples alternate with those that rescale the group before.
 //
 // A block that waits for gates waits for blocks of lower numbers. These never wait, and they have
 // started, because a GPU starts blocks in order. Every decoupled look-back scan assumes the same.

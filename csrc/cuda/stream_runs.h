@@ -1,6 +1,6 @@
 // Strategy stream for small planes whose tiles cannot have a halo, because the result is written
-// over x or channels wrap around; and where x begins anywhere in memory, such as a slice of channels.
-// As in stream.h, but a block has the planes of a tile as a run of runs.h.
+// over x or channels wrap around; and where x begins anywhere in memory, such as a slice of
+// channels. As in stream.h, but a block has the planes of a tile as a run of runs.h.
 #pragma once
 
 #include "runs.h"
@@ -8,8 +8,8 @@
 
 namespace eca::cuda {
 
-// Hands the sums of a tile's planes to the sample's last block, from the terms that all threads have
-// put. True in that one.
+// Hands the sums of a tile's planes to the sample's last block, from the terms that all threads
+// have put. True in that one.
 template <class T, int kDepth, int kGranule>
 __device__ inline bool give_sums(const Problem& p, const Tiling& t, const SharedLayout& s,
                                  const Workspace& work, const HeldTile& tile,
@@ -22,8 +22,8 @@ __device__ inline bool give_sums(const Problem& p, const Tiling& t, const Shared
   return counters.arrive(shared_array<uint32_t>(s.flag, 1));
 }
 
-// The numbers of a tile's channels, and one beyond the last, which the last vector reads too. By all
-// threads, before a barrier.
+// The numbers of a tile's channels, and one beyond the last, which the last vector reads too. By
+// all threads, before a barrier.
 template <class A>
 __device__ inline void load_numbers(const HeldTile& tile, const void* numbers, Shared<A> to) {
   const A* const from = static_cast<const A*>(numbers) + tile.sample * tile.channels + tile.begin;

@@ -1,7 +1,7 @@
-// Strategy two_pass, for what the others cannot do: maps that begin anywhere in memory or have gaps,
-// planes that no block can hold, float64. One kernel sums, a small one makes the gates, a third
-// rescales. They take a few samples at a time, so that the third finds them in the L2 cache. It
-// starts with what was read last.
+// Strategy two_pass, for what the others cannot do: maps that begin anywhere in memory or have
+// gaps, planes that no block can hold, float64. One kernel sums, a small one makes the gates, a
+// third rescales. They take a few samples at a time, so that the third finds them in the L2 cache.
+// It starts with what was read last.
 #pragma once
 
 #include "columns.h"
@@ -40,8 +40,8 @@ __device__ inline int64_t part_begin(int64_t length, int parts, int part) {
   return min(share * part, length);
 }
 
-// A warp's place in a launch over planes: one warp for each part of each plane. Elements of the part
-// are counted from 0 on.
+// A warp's place in a launch over planes: one warp for each part of each plane. Elements of the
+// part are counted from 0 on.
 template <class T>
 struct PlanePart {
   int64_t sample, channel, begin;

@@ -1,6 +1,6 @@
-// Prints a plan as JSON, and what a launch would hand to its kernel: the bytes of each struct, of which
-// test_instructions.py makes a kernel's parameters. It is the one place of that test that knows the
-// types and functions of csrc. Neither a GPU nor a kernel takes part.
+// Prints a plan as JSON, and what a launch would hand to its kernel: the bytes of each struct, of
+// which test_instructions.py makes a kernel's parameters. It is the one place of that test that
+// knows the types and functions of csrc. Neither a GPU nor a kernel takes part.
 //
 //   parameters dtype layout samples channels pixels k backward [strategy threads depth]
 //
@@ -19,8 +19,8 @@ namespace {
 
 using namespace eca;
 
-// The blocks that are counted, and the elements of x that they rescale: from the middle of a sample,
-// where no tile is narrower than others.
+// The blocks that are counted, and the elements of x that they rescale: from the middle of a
+// sample, where no tile is narrower than others.
 struct Counted {
   int64_t blocks[2];  // the second is -1 where one block does both
   int64_t elements;
