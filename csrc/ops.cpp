@@ -191,8 +191,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy, const Tensor& x, const Ten
   }
   const Tensor source = readable(x, view, p.layout),
                gradient = readable(dy, view_of(dy, p), p.layout);
-  const Tensor taps = as_contiguous(weight), means = as_contiguous(mean),
-               gates = as_contiguous(gate);
+  const Tensor taps = as_contiguous(weight), means = as_contiguous(mean), gates = in_lines(gate);
   const Backward b{p,
                    map_of(gradient, p),
                    map_of(source, p),

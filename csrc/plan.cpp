@@ -508,7 +508,7 @@ struct Planner {
       return std::find(std::begin(depths), std::end(depths), f.depth) != std::end(depths);
     };
     const int32_t most = f.strategy == 'R' ? 512 : kColumnThreads;
-    if (!registers_fit() || f.threads < 32 || f.threads > most ||
+    if (!registers_fit() || f.depth < 0 || f.threads < 32 || f.threads > most ||
         (f.threads & (f.threads - 1)) != 0)
       return {};
     switch (f.strategy) {

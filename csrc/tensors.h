@@ -317,6 +317,13 @@ inline Tensor as_contiguous(const Tensor& t) {
   return aligned(t) ? t : dense_copy(t, Layout::kPlanes);
 }
 
+// Contiguous from a multiple of 16 bytes on: CUDA kernels read vectors of it.
+inline Tensor in_lines(const Tensor& t) {
+  const Tensor found = as_contiguous(t);
+  const bool begins = reinterpret_cast<uintptr_t>(found.data_ptr()) % 16 == 0;
+  return begins ? found : dense_copy(found, Layout::kPlanes);
+}
+
 // A tensor (samples, channels), contiguous and in this dtype.
 inline Tensor channels_in(const Tensor& t, int32_t dtype) {
   if (dtype_code(t) == dtype) return as_contiguous(t);

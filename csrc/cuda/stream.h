@@ -94,8 +94,8 @@ class SampleTotals {
     const int group = thread_index() / columns;
     const float* const sums = static_cast<const float*>(work.sums) + sample * t.parts * channels_;
     if (group < groups_) {
-      const int step = max(columns, thread_count());
-      for (int column = thread_index() - group * columns; column < columns; column += step) {
+      for (int column = thread_index() - group * columns; column < columns;
+           column += thread_count()) {
         Vector<float, W> total{};
 #pragma unroll 1
         for (int first = group; first < t.parts; first += kAtOnce * groups_) {

@@ -183,6 +183,26 @@ def test_parts_of_planes(gpu, dtype, padding_mode, own_taps):
     assert_as_accurate(done[0], case)
 
 
+# More channels than four for each thread of the block that adds up the parts of a sample.
+MANY_CHANNELS = [
+    ("contiguous", (1, 520, 49), torch.float32, Forced("stream")),
+    ("contiguous", (2, 1024, 16), torch.bfloat16, Forced("stream")),
+    ("contiguous", (1, 1028, 1024), torch.float32, Forced("stream")),
+    ("channels_last", (1, 2048, 9), torch.bfloat16, Forced("stream")),
+    ("channels_last", (1, 2048, 9), torch.bfloat16, Forced("kept", depth=2)),
+]
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "dtype", "forced"), MANY_CHANNELS, ids=lambda v: name_of(v) or str(v)
+)
+def test_many_channels(gpu, layout, shape, dtype, forced):
+    case = make_case(shape, 5, dtype, layout)
+    done = run(gpu, case, layout, forced)
+    assert done is not None
+    assert_as_accurate(done[0], case)
+
+
 def test_every_strategy_is_run(gpu):
     """The grid above would be worth little if its ways were all refused."""
     seen = set()

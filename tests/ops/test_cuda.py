@@ -269,6 +269,16 @@ def test_misaligned_storage(name, layout, offset):
     assert_as_accurate(ours(case), case)
 
 
+@pytest.mark.parametrize("name", ["kept, registers", "stream, pixels", "stream, parts of planes"])
+def test_saved_gates_may_begin_anywhere(name):
+    case = forced_case(name)
+    _, mean, gate = ops.forward(case.x, case.weight, False)
+    want = ops.backward(case.dy, case.x, case.weight, mean, gate, False)
+    moved = torch.empty(gate.numel() + 1, device="cuda")[1:].view(gate.shape).copy_(gate)
+    got = ops.backward(case.dy, case.x, case.weight, mean, moved, False)
+    assert same(tuple(got), tuple(want))
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (0, 4), (2, 0, 3, 3)], ids=name_of)
 def test_empty_tensors_launch_nothing_wrong(shape):
     x = torch.empty(shape, device="cuda", requires_grad=True)
