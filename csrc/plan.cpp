@@ -179,6 +179,11 @@ struct Planner {
          gpu.threads_per_multiprocessor / own, 65536 / (own * registers), int64_t(24)}));
   }
 
+  // No more shared memory than a block has without asking for it.
+  bool shares_little(const Plan& plan) const {
+    return plan.shared_bytes <= std::min<int64_t>(48 << 10, gpu.shared_per_block);
+  }
+
   // The slow-down by multiprocessors that are idle in the last wave of blocks, or that have one
   // block less than others where all have room at once.
   double idle_at_the_end(const Plan& plan) const {
@@ -258,9 +263,7 @@ struct Planner {
     plan.blocks = p.samples * t.tiles;
     plan.launches = backward ? 2 : 1;
     plan.shared_bytes = shared_layout(p, pass, strategy, t).end;
-    if (plan.blocks > kMostBlocks ||
-        plan.shared_bytes > std::min<int64_t>(48 << 10, gpu.shared_per_block))
-      return {};
+    if (plan.blocks > kMostBlocks || !shares_little(plan)) return {};
     return costed(plan);
   }
 
@@ -415,7 +418,7 @@ struct Planner {
     plan.shared_bytes = shared_layout(p, pass, 'S', t).end;
     plan.occupancy = occupancy(plan, t.threads, compiled_for);
     if (t.parts > kMostParts || plan.blocks > kMostBlocks || plan.occupancy < 1 ||
-        plan.shared_bytes > std::min<int64_t>(48 << 10, gpu.shared_per_block))
+        !shares_little(plan))
       return {};
     count_bytes_of_sample(&plan);
     const double idle =
@@ -426,7 +429,7 @@ struct Planner {
     return Candidate{plan, cost + gates_of_sample()};
   }
 
-  std::optional<Candidate> stream() const {
+  std::optional<Candidate> stream_pixels() const {
     const int32_t depth = backward ? kStreamBackwardDepth : kStreamForwardDepth;
     const int64_t blocks = resident_blocks(stream_blocks(backward)), held = int64_t(depth) * 16;
     std::optional<Plan> plan = all_channels('S', depth);
@@ -458,6 +461,14 @@ struct Planner {
     plan.strategy = 'S';
     t.held = int32_t(p.channels);
     return streamed(plan, t.tiles, run_blocks(t.depth), int64_t(t.tile) * p.pixels * size);
+  }
+
+  // The best way to split what a sample has.
+  std::optional<Candidate> stream() const {
+    std::optional<Candidate> found;
+    for (const auto& way : {stream_pixels(), stream_parts_of_planes(), stream_runs()})
+      if (way && (!found || way->cost < found->cost)) found = way;
+    return found;
   }
 
   // ---- C ----
@@ -494,14 +505,6 @@ struct Planner {
 
   // ---- choices ----
 
-  static std::optional<Candidate> cheapest(
-      std::initializer_list<std::optional<Candidate>> candidates) {
-    std::optional<Candidate> found;
-    for (const auto& c : candidates)
-      if (c && (!found || c->cost < found->cost)) found = c;
-    return found;
-  }
-
   std::optional<Candidate> forced(const Forced& f) const {
     if (f.strategy == 'C') return two_passes();
     const auto known = [&](const auto& depths) {
@@ -512,7 +515,7 @@ struct Planner {
         (f.threads & (f.threads - 1)) != 0)
       return {};
     switch (f.strategy) {
-      case 'S': return cheapest({stream(), stream_parts_of_planes(), stream_runs()});
+      case 'S': return stream();
       case 'K': return kept(f.depth, 0);
       case 'R': return known(kRowDepths) ? rows(f.depth, f.threads, f.tile) : std::nullopt;
       case 'F': return known(kRunDepths) ? runs(f.depth, f.threads, f.tile) : std::nullopt;
@@ -531,8 +534,6 @@ struct Planner {
     };
     if (!registers_fit()) return best;
     consider(stream());
-    consider(stream_parts_of_planes());
-    consider(stream_runs());
     // Fewer vectors of a thread give more blocks.
     for (int64_t vectors : {0, 25, 20, 16, 12, 8, 4, 2}) consider(kept(vectors, kLeftToL1));
     for (int32_t threads : {128, 256, 512}) {

@@ -226,9 +226,9 @@ struct SampleParts {
     return warp_sum(total);
   }
 
-  // The sum over the taps of factor(tap) times the total of channel(tap), or 0 where that is -1. By
-  // all lanes of a warp, which share the taps and the parts: a lane that added up all parts of a
-  // channel would wait for one after the other.
+  // The sum over the taps of factor(tap, channel) times the total of channel(tap), or 0 where that
+  // is -1. By all lanes of a warp, which share the taps and the parts: a lane that added up all
+  // parts of a channel would wait for one after the other.
   template <class Channel, class Factor>
   __device__ A weighted(int64_t taps, Channel channel, Factor factor) const {
     int lanes = 1;  // that share the parts of a channel
@@ -241,7 +241,7 @@ struct SampleParts {
       if (from >= 0)
         for (int part = lane; part < parts; part += lanes)
           total += value_at(sums + part * stride + from);
-      sum += factor(tap) * total;
+      sum += factor(tap, from) * total;
     }
     return warp_sum(sum);
   }
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
   const A z = parts.weighted(
       taps.size(),
       [&](int64_t j) { return channel_at(c + j - taps.size() / 2, p.channels, p.circular); },
-      [&](int64_t j) { return taps.get(c, j); });
+      [&](int64_t j, int64_t) { return taps.get(c, j); });
   if (thread_index() % 32 != 0) return;
   put(static_cast<A*>(f.mean) + sample * p.channels + c, mean);
   put(static_cast<A*>(f.gate) + sample * p.channels + c, sigmoid(z / A(p.pixels)));
@@ -294,14 +294,11 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
     const A gate = value_at(static_cast<const A*>(b.gate) + sample * p.channels + channel);
     return gate * (A(1) - gate);
   };
-  const auto under_tap = [&](int64_t j) {
-    return channel_at(c - j + taps.size() / 2, p.channels, p.circular);
-  };
   // Beyond the ends there are no channels whose taps could lie over this one.
-  const A dm = parts.weighted(taps.size(), under_tap, [&](int64_t j) {
-    const int64_t from = under_tap(j);
-    return from < 0 ? A(0) : taps.get(from, j) * slope(from);
-  });
+  const A dm = parts.weighted(
+      taps.size(),
+      [&](int64_t j) { return channel_at(c - j + taps.size() / 2, p.channels, p.circular); },
+      [&](int64_t j, int64_t from) { return from < 0 ? A(0) : taps.get(from, j) * slope(from); });
   const A dz = parts.total(c) * slope(c);
   if (thread_index() % 32 != 0) return;
   put(static_cast<A*>(work.dz) + sample * p.channels + c, dz);
