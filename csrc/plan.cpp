@@ -204,7 +204,8 @@ struct Planner {
     });
     const Count& count = backward ? counts->backward : counts->forward;
     if (plan.strategy == 'C')
-      return int64_t(double(map_bytes) / 512 * (count.warp / kStreamForwardDepth + count.vector));
+      return int64_t(double(map_bytes) / 512 *
+                     (count.warp / stream_pixel_depth(false) + count.vector));
     double blocks = double(plan.blocks), vectors = t.depth;  // of a thread
     if (strategy == 'K') vectors = t.share;
     double held = t.held;
@@ -412,8 +413,7 @@ struct Planner {
   std::optional<Candidate> streamed(Plan plan, int64_t sample_blocks, int64_t compiled_for,
                                     int64_t bytes) const {
     Tiling& t = plan.tiling;
-    const int64_t sample_bytes = p.channels * p.pixels * size * maps;
-    t.chunk = std::clamp<int64_t>(gpu.l2 / (backward ? 4 : 8) / sample_bytes, 1, p.samples);
+    t.chunk = std::clamp<int64_t>(gpu.l2 / 4 / (p.channels * p.pixels * size), 1, p.samples);
     plan.blocks = 2 * (ceil_div(p.samples, t.chunk) + 1) * t.chunk * sample_blocks;
     plan.shared_bytes = shared_layout(p, pass, 'S', t).end;
     plan.occupancy = occupancy(plan, t.threads, compiled_for);
@@ -430,7 +430,7 @@ struct Planner {
   }
 
   std::optional<Candidate> stream_pixels() const {
-    const int32_t depth = backward ? kStreamBackwardDepth : kStreamForwardDepth;
+    const int32_t depth = stream_pixel_depth(backward);
     const int64_t blocks = resident_blocks(stream_blocks(backward)), held = int64_t(depth) * 16;
     std::optional<Plan> plan = all_channels('S', depth);
     if (planes || !plan) return {};
@@ -441,7 +441,7 @@ struct Planner {
   }
 
   std::optional<Candidate> stream_parts_of_planes() const {
-    const int32_t depth = backward ? kStreamBackwardDepth : kStreamForwardDepth;
+    const int32_t depth = stream_plane_depth(backward);
     std::optional<Plan> plan = all_channels('S', depth);
     if (!planes || !plan) return {};
     Tiling& t = plan->tiling;
@@ -649,12 +649,15 @@ SharedLayout shared_layout(const Problem& p, Pass pass, char strategy, const Til
   place(&s.gate, strategy == 'R' ? 0 : t.held + 1);
   place(&s.shift, strategy == 'R' ? 0 : t.tile + 1);
   place(&s.flag, 1);
-  const int64_t terms =
-      t.lanes ? V / run_granule(p.pixels, size_of(p.dtype)) * int64_t(t.depth) * t.threads : 0;
   place(&s.scratch, strategy == 'R'   ? t.threads / 32
-                    : strategy == 'F' ? terms
-                    : planes          ? std::max(terms, scratch_of_planes(t))
+                    : strategy == 'F' ? 0
+                    : planes          ? scratch_of_planes(t)
                                       : rows * t.held);
+  const bool runs = strategy == 'F' || (strategy == 'S' && t.lanes);
+  const int64_t terms =
+      runs ? V / run_granule(p.pixels, size_of(p.dtype)) * int64_t(t.depth) * t.threads : 0;
+  if (strategy == 'S') at = std::max(at, terms * accumulator);  // all else comes after their use
+  else place(&s.terms, terms);
   place(&s.held, ceil_div(int64_t(t.spare) * t.threads * 16, accumulator));
   s.end = int32_t(at);
   return s;

@@ -51,9 +51,10 @@ constexpr int32_t column_blocks(int32_t depth) { return depth > 7 ? 2 : 3; }
 constexpr int32_t kKeptForwardDepth = 20, kKeptBackwardDepth = 7;
 constexpr int32_t kept_blocks(bool backward) { return backward ? 3 : 2; }
 
-// Strategy S: of pixels and of parts of planes; of runs.
-constexpr int32_t kStreamForwardDepth = 12, kStreamBackwardDepth = 8;
-constexpr int32_t kStreamRunDepth = 4;
+// Strategy S: of pixels, of parts of planes, and of runs.
+constexpr int32_t stream_pixel_depth(bool backward) { return backward ? 8 : 12; }
+constexpr int32_t stream_plane_depth(bool backward) { return backward ? 8 : 13; }
+constexpr int32_t kStreamRunDepth = 8;
 constexpr int32_t stream_blocks(bool backward) { return backward ? 2 : 3; }
 
 // Strategy C: threads of a block, and blocks that a multiprocessor holds.
@@ -155,7 +156,7 @@ Plan make_plan(const Problem& problem, Pass pass, const Access& access, const Gp
 
 // Byte offsets in a block's shared memory, which the kernels and the planner have in common.
 struct SharedLayout {
-  int32_t flag, padded, means, taps, gate, shift, scratch, held, end;
+  int32_t flag, padded, means, taps, gate, shift, scratch, terms, held, end;
 };
 
 // Of all strategies but C.

@@ -51,10 +51,22 @@ class Taps {
   __device__ int64_t size() const { return size_; }
 
   // Tap j of the row of taps that belongs to a channel.
-  __device__ A get(int64_t channel, int64_t j) const {
+  __device__ A get(int64_t channel, int64_t j) const { return value_of(load(channel, j)); }
+
+  // The same in two steps: a thread waits for memory in the second.
+  struct Loaded {
+    float single;
+    T own;  // of the maps' dtype
+  };
+  __device__ Loaded load(int64_t channel, int64_t j) const {
     const int64_t i = channel * row_stride_ + j;
-    if (dtype_ == Dtype::kFloat32) return A(value_at(static_cast<const float*>(weight_) + i));
-    return widen(value_at(static_cast<const T*>(weight_) + i));
+    Loaded tap;  // to set what is not used would wait for what is
+    if (dtype_ == Dtype::kFloat32) tap.single = value_at(static_cast<const float*>(weight_) + i);
+    else tap.own = value_at(static_cast<const T*>(weight_) + i);
+    return tap;
+  }
+  __device__ A value_of(const Loaded& tap) const {
+    return dtype_ == Dtype::kFloat32 ? A(tap.single) : widen(tap.own);
   }
 
  private:

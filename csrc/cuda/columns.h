@@ -139,6 +139,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   typename Column<T, kDepth>::Held x;
   column.load_from(f.x, x);
   const NearTaps<T> taps(p, f.weight, s);
+  taps.put();
   const Neighbours<A> means(p, t, s.padded);
   const auto parts = shared_array<A>(s.scratch, column.rows * t.held);
   Vector<A, V> sums{};
@@ -182,10 +183,12 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   const auto parts = shared_array<A>(s.scratch, column.rows * t.held);
   const DweightMeans<T> means(b, t, s, tile);
   const auto gates = shared_array<A>(s.gate, t.held), shifts = shared_array<A>(s.shift, t.tile);
-  load_gates_and_means(b, tile, gates, means);
+  fetch_gates_and_means(b, tile, gates, means);
   Vector<A, V> sums{};
   add_products<4>(column, dy, column.cursor(b.x), step.gradient(column), sums);
   column.put_parts(sums, t.held, parts);
+  taps.put();
+  finish_fetches();
   block_barrier();
   for (int h = thread_index(); h < tile.held; h += thread_count()) {
     const A gate = gates.get(h);

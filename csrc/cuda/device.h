@@ -243,6 +243,16 @@ __device__ inline uint32_t fetch_add(uint32_t* counter, uint32_t value) {
   return before;
 }
 
+// The same without that. A thread waits for the value where it uses it.
+__device__ inline uint32_t fetch_add_alone(uint32_t* counter, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
+  return before;
+}
+
 __device__ inline uint32_t load_acquire(const uint32_t* counter) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
@@ -285,16 +295,20 @@ class Shared {
                  : "memory");
   }
 
-  // Starts to copy 16 bytes from global memory, without a register on the way. This thread alone
-  // reads them, after finish_fetches().
+  // Starts to copy 4, 8 or 16 bytes from global memory, without a register on the way, so that
+  // nothing waits for them. This thread reads them after finish_fetches(), others after a barrier
+  // that follows it.
   template <int V>
   __device__ void fetch(int i, const T* from) const {
-    static_assert(sizeof(T) * V == 16);
+    constexpr int kBytes = int(sizeof(T)) * V;
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                     uint32_t(__cvta_generic_to_shared(data_ + i))),
-                 "l"(__cvta_generic_to_global(from))
-                 : "memory");
+    const auto to = uint32_t(__cvta_generic_to_shared(data_ + i));
+    const auto global = __cvta_generic_to_global(from);
+    if constexpr (kBytes == 16)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+    else
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(kBytes)
+                   : "memory");
 #else
     store<V>(i, cuda::load<V>(from));
 #endif

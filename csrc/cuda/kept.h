@@ -111,7 +111,6 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   const auto xs = column.cursor(f.x);
   spare.fetch_from(xs);
   column.load_from(xs, x);
-  const NearTaps<T> taps(p, f.weight, s);
   Vector<A, V> sums{};
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
@@ -121,16 +120,18 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   finish_fetches();
   spare.add_to(sums);
   if (give_sums<T>(p, t, s, work, here, column, sums, counters)) {
-    make_gates_of_sample<T, Layout::kPixels>(f, t, s, work, tile, taps);
+    make_gates_of_sample<T, Layout::kPixels>(f, t, s, work, tile);
     if (thread_index() == 0) counters.set_ready();
   }
-  if (thread_index() == 0) counters.wait();
-  block_barrier();
-  if (!column.any()) return;
-  const Vector<A, V> gate = numbers_from<V, A>(f.gate, here.sample * p.channels + column.channel);
-  const auto result = step.forward(f.y, column);
-  column.for_each([&](int i) { result.put(i, x[i], gate); });
-  spare.for_each([&](int i, const Vector<T, V>& some) { result.put(i, some, gate); });
+  counters.wait();
+  const uint32_t passed = counters.pass();
+  if (column.any()) {
+    const Vector<A, V> gate = numbers_from<V, A>(f.gate, here.sample * p.channels + column.channel);
+    const auto result = step.forward(f.y, column);
+    column.for_each([&](int i) { result.put(i, x[i], gate); });
+    spare.for_each([&](int i, const Vector<T, V>& some) { result.put(i, some, gate); });
+  }
+  counters.leave(passed);
 }
 
 // dm / S (samples, channels), dx, and what dweight is made from.
@@ -149,26 +150,27 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(tr
   const auto dys = column.cursor(b.dy), xs = column.cursor(b.x);
   spare.fetch_from(dys);
   column.load_from(dys, dy);
-  const NearTaps<T> taps(p, b.weight, s);
   Vector<A, V> sums{};
   const auto gradient = step.gradient(column);
   add_products<kAtOnce>(column, dy, xs, gradient, sums);
   finish_fetches();
   spare.template add_products_to<kAtOnce>(xs, gradient, sums);
   if (give_sums<T>(p, t, s, work, here, column, sums, counters))
-    make_shifts_of_sample<T, Layout::kPixels>(b, t, s, work, tile, taps, counters);
-  if (thread_index() == 0) counters.wait();
-  block_barrier();
-  if (!column.any() || !b.dx.data) return;
-  const int64_t at = here.sample * p.channels + column.channel;
-  const Vector<A, V> gate = numbers_from<V, A>(b.gate, at);
-  const Vector<A, V> shift = numbers_from<V, A>(work.shift, at);
-  const auto result = step.backward(b.dx, column);
-  column.for_each([&](int i) { result.put(i, dy[i], gate, shift); });
-  spare.for_each([&](int i, Vector<T, V> g) {
-    gradient(i, g);
-    result.put(i, g, gate, shift);
-  });
+    make_shifts_of_sample<T, Layout::kPixels>(b, t, s, work, tile, counters);
+  counters.wait();
+  const uint32_t passed = counters.pass();
+  if (column.any() && b.dx.data) {
+    const int64_t at = here.sample * p.channels + column.channel;
+    const Vector<A, V> gate = numbers_from<V, A>(b.gate, at);
+    const Vector<A, V> shift = numbers_from<V, A>(work.shift, at);
+    const auto result = step.backward(b.dx, column);
+    column.for_each([&](int i) { result.put(i, dy[i], gate, shift); });
+    spare.for_each([&](int i, Vector<T, V> g) {
+      gradient(i, g);
+      result.put(i, g, gate, shift);
+    });
+  }
+  counters.leave(passed);
 }
 
 }  // namespace eca::cuda

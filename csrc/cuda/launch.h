@@ -108,8 +108,8 @@ void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const W
             start_sharing(forward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Step>);
           });
         return start_sharing(f.problem.layout == Layout::kPlanes
-                                 ? forward_stream_planes<T, kStreamForwardDepth, Step>
-                                 : forward_stream<T, kStreamForwardDepth, Step>);
+                                 ? forward_stream_planes<T, stream_plane_depth(false), Step>
+                                 : forward_stream<T, stream_pixel_depth(false), Step>);
       case 'R': return start(t.depth == 7 ? forward_rows<T, 7, Step> : forward_rows<T, 13, Step>);
       case 'F':
         return with_run_sizes<T>(f.problem, t, [&](auto depth, auto granule) {
@@ -140,8 +140,8 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
             start(backward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Step>);
           });
         return start(b.problem.layout == Layout::kPlanes
-                         ? backward_stream_planes<T, kStreamBackwardDepth, Step>
-                         : backward_stream<T, kStreamBackwardDepth, Step>);
+                         ? backward_stream_planes<T, stream_plane_depth(true), Step>
+                         : backward_stream<T, stream_pixel_depth(true), Step>);
       case 'R': return start(t.depth == 7 ? backward_rows<T, 7, Step> : backward_rows<T, 13, Step>);
       case 'F':
         return with_run_sizes<T>(b.problem, t, [&](auto depth, auto granule) {

@@ -35,6 +35,15 @@ struct Neighbours {
     if (held >= channels - pad) values.set(held - (channels - pad), value);
   }
 
+  // set() with a number in global memory, for which no thread waits. finish_fetches() and a barrier
+  // come later.
+  __device__ void fetch(int held, const A* from) const {
+    values.template fetch<1>(place(held), from);
+    if (halo || !circular) return;
+    if (held < pad) values.template fetch<1>(pad + channels + held, from);
+    if (held >= channels - pad) values.template fetch<1>(held - (channels - pad), from);
+  }
+
   __device__ void clear_ends() const {
     if (halo || circular) return;
 #pragma unroll 1
@@ -56,7 +65,8 @@ struct Neighbours {
   __device__ A over_tap(int held, int j) const { return values.get(place(held) + radius - j); }
 };
 
-// The taps: in shared memory, or in global memory where each channel has its own.
+// The taps: in shared memory, or in global memory where each channel has its own. By all threads: the
+// constructor asks for them, and put() waits for them, before a barrier.
 template <class T>
 class NearTaps {
  public:
@@ -66,9 +76,15 @@ class NearTaps {
       : taps_(p, weight),
         near_(shared_array<A>(s.taps, p.taps_per_channel ? 0 : int(taps_.size()))),
         own_(p.taps_per_channel) {
-    if (own_) return;
+    if (!own_ && thread_index() < size()) first_ = taps_.load(0, thread_index());
+  }
+
+  __device__ void put() const {
+    if (own_ || thread_index() >= size()) return;
+    near_.set(thread_index(), taps_.value_of(first_));
 #pragma unroll 1
-    for (int j = thread_index(); j < size(); j += thread_count()) near_.set(j, taps_.get(0, j));
+    for (int j = thread_index() + thread_count(); j < size(); j += thread_count())
+      near_.set(j, taps_.get(0, j));
   }
 
   __device__ int size() const { return int(taps_.size()); }
@@ -78,6 +94,7 @@ class NearTaps {
 
  private:
   Taps<T> taps_;
+  typename Taps<T>::Loaded first_;
   Shared<A> near_;
   bool own_;
 };
@@ -144,9 +161,11 @@ class DweightMeans {
         wanted_(b.dweight && !b.problem.taps_per_channel) {}
 
   // One thread calls this for each held channel, which is -1 where there is none. All threads call
-  // clear_ends().
-  __device__ void set(int held, int channel) const {
-    if (wanted_) means_.set(held, channel < 0 ? A(0) : value_at(row_ + channel));
+  // clear_ends(). finish_fetches() and a barrier come later.
+  __device__ void fetch(int held, int channel) const {
+    if (!wanted_) return;
+    if (channel < 0) means_.set(held, A(0));
+    else means_.fetch(held, row_ + channel);
   }
 
   __device__ void clear_ends() const { means_.clear_ends(); }
@@ -185,18 +204,20 @@ class DweightMeans {
   bool wanted_;
 };
 
-// Of the held channels: the gates, and the means for dweight. By all threads.
+// Of the held channels: the gates, and the means for dweight. By all threads. finish_fetches() and a
+// barrier come later: a thread that waited here would ask for its next numbers a microsecond later.
 template <class T>
-__device__ inline void load_gates_and_means(const Backward& b, const HeldTile& tile,
-                                            Shared<Accumulator<T>> gates,
-                                            const DweightMeans<T>& means) {
+__device__ inline void fetch_gates_and_means(const Backward& b, const HeldTile& tile,
+                                             Shared<Accumulator<T>> gates,
+                                             const DweightMeans<T>& means) {
   using A = Accumulator<T>;
   const A* const sample_gates = static_cast<const A*>(b.gate) + tile.sample * tile.channels;
 #pragma unroll 1
   for (int h = thread_index(); h < tile.held; h += thread_count()) {
     const int channel = tile.channel(h);
-    gates.set(h, channel < 0 ? A(0) : value_at(sample_gates + channel));
-    means.set(h, channel);
+    if (channel < 0) gates.set(h, A(0));
+    else gates.template fetch<1>(h, sample_gates + channel);
+    means.fetch(h, channel);
   }
 }
 

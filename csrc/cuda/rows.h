@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   typename Row<T, kDepth>::Held x;
   row.load_from(f.x, x);
   const NearTaps<T> taps(p, f.weight, s);
+  taps.put();
   const Neighbours<A> means(p, t, s.padded);
 
   ChainedSum<A> sum;
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   const NearTaps<T> taps(p, b.weight, s);
   const Neighbours<A> dz(p, t, s.padded);
   const DweightMeans<T> means(b, t, s, tile);
-  if (row.lane == 0 && row.held < tile.held) means.set(row.held, row.channel);
+  if (row.lane == 0 && row.held < tile.held) means.fetch(row.held, row.channel);
 
   ChainedSum<A> sum;
 #pragma unroll
@@ -131,6 +132,8 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   if (row.lane == 0 && row.held < tile.held) dz.set(row.held, row.channel < 0 ? A(0) : own_dz);
   dz.clear_ends();
   means.clear_ends();
+  taps.put();
+  finish_fetches();
   block_barrier();
 
   means.leave_dweight(b, work, tile, dz);

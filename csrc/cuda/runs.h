@@ -168,8 +168,9 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   typename Run<T, kDepth, kGranule>::Held x;
   run.load_from(f.x, x);
   const NearTaps<T> taps(p, f.weight, s);
+  taps.put();
   const Neighbours<A> means(p, t, s.padded);
-  const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
+  const auto terms = shared_array<A>(s.terms, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) run.put(i, widen(x[i]), terms);
   block_barrier();
@@ -215,13 +216,15 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   const auto gates = shared_array<A>(s.gate, t.held + 1),
              shifts = shared_array<A>(s.shift, t.tile + 1);
   if (thread_index() == 0) gates.set(tile.held, A(0)), shifts.set(tile.own, A(0));
-  load_gates_and_means(b, tile, gates, means);
-  const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
+  fetch_gates_and_means(b, tile, gates, means);
+  const auto terms = shared_array<A>(s.terms, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
     if (run.has(i)) gradient(i, dy[i]);
     run.put(i, products_of(dy[i], x[i]), terms);
   }
+  taps.put();
+  finish_fetches();
   block_barrier();
 
   run.for_each_total(tile, t, terms, [&](int h, A sum) {

@@ -52,10 +52,18 @@ class StreamCounters {
   // After a barrier, by one thread.
   __device__ void set_ready() const { fetch_add(ready_, kReady); }
 
-  // By one thread, before a barrier. The last to pass leaves the counter zero.
+  // Until the gates are there. By all threads.
   __device__ void wait() const {
-    while (load_acquire(ready_) < kReady) pause();
-    if (fetch_add(ready_, 1) == kReady + uint32_t(parts_ - 1)) put(ready_, 0u);
+    if (thread_index() == 0)
+      while (load_acquire(ready_) < kReady) pause();
+    block_barrier();
+  }
+
+  // Each block says that it has waited, and the last one leaves the counter zero. What comes
+  // between the two calls does not wait for the answer.
+  __device__ uint32_t pass() const { return thread_index() == 0 ? fetch_add_alone(ready_, 1) : 0; }
+  __device__ void leave(uint32_t passed_before) const {
+    if (passed_before == kReady + uint32_t(parts_ - 1)) put(ready_, 0u);
   }
 
  private:
@@ -153,11 +161,13 @@ __device__ inline Vector<A, V> numbers_from(const void* numbers, int64_t at) {
 template <class T, Layout kLayout>
 __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& t,
                                             const SharedLayout& s, const Workspace& work,
-                                            const HeldTile& tile, const NearTaps<T>& taps) {
+                                            const HeldTile& tile) {
   using A = Accumulator<T>;
   const Problem& p = f.problem;
+  const NearTaps<T> taps(p, f.weight, s);
   const Neighbours<A> means(p, t, s.padded);
   const SampleTotals<kLayout> totals(p, t, work, tile.sample, sums_in<T, kLayout>(t, s));
+  taps.put();
   for (int c = thread_index(); c < tile.held; c += thread_count())
     means.set(c, totals.get(c) * t.factor);
   means.clear_ends();
@@ -173,10 +183,10 @@ __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& t,
 template <class T, Layout kLayout>
 __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
                                              const SharedLayout& s, const Workspace& work,
-                                             const HeldTile& tile, const NearTaps<T>& taps,
-                                             const StreamCounters& counters) {
+                                             const HeldTile& tile, const StreamCounters& counters) {
   using A = Accumulator<T>;
   const Problem& p = b.problem;
+  const NearTaps<T> taps(p, b.weight, s);
   const int64_t channels = tile.sample * p.channels;
   const Neighbours<A> dz(p, t, s.padded);
   const auto gates = shared_array<A>(s.gate, t.held);
@@ -187,8 +197,9 @@ __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
       gates.template fetch<W>(c, sample_gates + c);
   else
     for (int c = thread_index(); c < t.held; c += thread_count())
-      gates.set(c, value_at(sample_gates + c));
+      gates.template fetch<1>(c, sample_gates + c);
   const SampleTotals<kLayout> totals(p, t, work, tile.sample, sums_in<T, kLayout>(t, s));
+  taps.put();
   finish_fetches();
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count()) {
@@ -203,8 +214,9 @@ __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
   if (thread_index() == 0) counters.set_ready();
 
   const DweightMeans<T> means(b, t, s, tile);
-  for (int c = thread_index(); c < tile.held; c += thread_count()) means.set(c, c);
+  for (int c = thread_index(); c < tile.held; c += thread_count()) means.fetch(c, c);
   means.clear_ends();
+  finish_fetches();
   block_barrier();
   means.leave_dweight_parts(b, work, tile, dz);
 }
@@ -224,16 +236,17 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   typename Column<T, kDepth>::Held x;
   column.load_from(f.x, x);
   if (here.rescales) {
-    if (thread_index() == 0) counters.wait();
-    block_barrier();
-    if (!column.any()) return;
-    const Vector<A, V> gate = numbers_from<V, A>(f.gate, here.sample * p.channels + column.channel);
-    const auto result = step.forward(f.y, column);
-    column.for_each([&](int i) { result.put(i, x[i], gate); });
-    return;
+    counters.wait();
+    const uint32_t passed = counters.pass();
+    if (column.any()) {
+      const Vector<A, V> gate =
+          numbers_from<V, A>(f.gate, here.sample * p.channels + column.channel);
+      const auto result = step.forward(f.y, column);
+      column.for_each([&](int i) { result.put(i, x[i], gate); });
+    }
+    return counters.leave(passed);
   }
 
-  const NearTaps<T> taps(p, f.weight, s);
   const auto parts = sums_in<T, Layout::kPixels>(t, s);
   Vector<A, V> sums{};
 #pragma unroll
@@ -245,7 +258,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
                               column.total(c, t.held, parts));
   if (!counters.arrive(shared_array<uint32_t>(s.flag, 1))) return;
 
-  make_gates_of_sample<T, Layout::kPixels>(f, t, s, work, tile, taps);
+  make_gates_of_sample<T, Layout::kPixels>(f, t, s, work, tile);
   if (thread_index() == 0) counters.set_ready();
 }
 
@@ -267,22 +280,22 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   column.load_from(b.dy, dy);
   const auto gradient = step.gradient(column);
   if (here.rescales) {
-    if (thread_index() == 0) counters.wait();
-    block_barrier();
-    if (!column.any() || !b.dx.data) return;
-    const Vector<A, V> gate = numbers_from<V, A>(b.gate, channels + column.channel);
-    const Vector<A, V> shift = numbers_from<V, A>(work.shift, channels + column.channel);
-    const auto result = step.backward(b.dx, column);
-    column.for_each([&](int i) {
-      gradient(i, dy[i]);
-      result.put(i, dy[i], gate, shift);
-    });
-    return;
+    counters.wait();
+    const uint32_t passed = counters.pass();
+    if (column.any() && b.dx.data) {
+      const Vector<A, V> gate = numbers_from<V, A>(b.gate, channels + column.channel);
+      const Vector<A, V> shift = numbers_from<V, A>(work.shift, channels + column.channel);
+      const auto result = step.backward(b.dx, column);
+      column.for_each([&](int i) {
+        gradient(i, dy[i]);
+        result.put(i, dy[i], gate, shift);
+      });
+    }
+    return counters.leave(passed);
   }
 
   typename Column<T, kDepth>::Held x;
   column.load_from(b.x, x);
-  const NearTaps<T> taps(p, b.weight, s);
   const auto parts = sums_in<T, Layout::kPixels>(t, s);
   Vector<A, V> sums{};
 #pragma unroll
@@ -297,7 +310,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
                               column.total(c, t.held, parts));
   if (!counters.arrive(shared_array<uint32_t>(s.flag, 1))) return;
 
-  make_shifts_of_sample<T, Layout::kPixels>(b, t, s, work, tile, taps, counters);
+  make_shifts_of_sample<T, Layout::kPixels>(b, t, s, work, tile, counters);
 }
 
 }  // namespace eca::cuda

@@ -47,21 +47,20 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   typename Row<T, kDepth>::Held x;
   part.row.load_from(f.x, x);
   if (here.rescales) {
-    if (thread_index() == 0) counters.wait();
-    block_barrier();
+    counters.wait();
+    const uint32_t passed = counters.pass();
     const A gate =
         value_at(static_cast<const A*>(f.gate) + here.sample * p.channels + part.channel);
     const auto result = step.forward(f.y, part.row);
     part.row.for_each([&](int i) { result.put(i, x[i], all_of<V>(gate)); });
-    return;
+    return counters.leave(passed);
   }
 
   ChainedSum<A> sum;
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) sum.add(widen(x[i]));
   if (!give_sum(p, t, s, work, here, part, sum, counters)) return;
-  make_gates_of_sample<T, Layout::kPlanes>(f, t, s, work, HeldTile::whole(p, here.sample),
-                                           NearTaps<T>(p, f.weight, s));
+  make_gates_of_sample<T, Layout::kPlanes>(f, t, s, work, HeldTile::whole(p, here.sample));
   if (thread_index() == 0) counters.set_ready();
 }
 
@@ -80,18 +79,19 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   part.row.load_from(b.dy, dy);
   const auto gradient = step.gradient(part.row);
   if (here.rescales) {
-    if (thread_index() == 0) counters.wait();
-    block_barrier();
-    if (!b.dx.data) return;
-    const int64_t i = here.sample * p.channels + part.channel;
-    const A gate = value_at(static_cast<const A*>(b.gate) + i);
-    const A shift = value_at(static_cast<const A*>(work.shift) + i);
-    const auto result = step.backward(b.dx, part.row);
-    part.row.for_each([&](int i) {
-      gradient(i, dy[i]);
-      result.put(i, dy[i], all_of<V>(gate), all_of<V>(shift));
-    });
-    return;
+    counters.wait();
+    const uint32_t passed = counters.pass();
+    if (b.dx.data) {
+      const int64_t i = here.sample * p.channels + part.channel;
+      const A gate = value_at(static_cast<const A*>(b.gate) + i);
+      const A shift = value_at(static_cast<const A*>(work.shift) + i);
+      const auto result = step.backward(b.dx, part.row);
+      part.row.for_each([&](int i) {
+        gradient(i, dy[i]);
+        result.put(i, dy[i], all_of<V>(gate), all_of<V>(shift));
+      });
+    }
+    return counters.leave(passed);
   }
 
   typename Row<T, kDepth>::Held x;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   }
   if (!give_sum(p, t, s, work, here, part, sum, counters)) return;
   make_shifts_of_sample<T, Layout::kPlanes>(b, t, s, work, HeldTile::whole(p, here.sample),
-                                            NearTaps<T>(p, b.weight, s), counters);
+                                            counters);
 }
 
 }  // namespace eca::cuda

@@ -23,13 +23,13 @@ __device__ inline bool give_sums(const Problem& p, const Tiling& t, const Shared
 }
 
 // The numbers of a tile's channels, and one beyond the last, which the last vector reads too. By
-// all threads, before a barrier.
+// all threads, before finish_fetches() and a barrier.
 template <class A>
-__device__ inline void load_numbers(const HeldTile& tile, const void* numbers, Shared<A> to) {
+__device__ inline void fetch_numbers(const HeldTile& tile, const void* numbers, Shared<A> to) {
   const A* const from = static_cast<const A*>(numbers) + tile.sample * tile.channels + tile.begin;
 #pragma unroll 1
-  for (int c = thread_index(); c <= tile.own; c += kRunThreads)
-    to.set(c, c < tile.own ? value_at(from + c) : A(0));
+  for (int c = thread_index(); c < tile.own; c += kRunThreads) to.template fetch<1>(c, from + c);
+  if (thread_index() == 0) to.set(tile.own, A(0));
 }
 
 template <class T, int kDepth, int kGranule, class Step>
@@ -47,22 +47,22 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   run.load_from_anywhere(f.x, x);
   if (here.rescales) {
     const auto gates = shared_array<A>(s.gate, t.tile + 1);
-    if (thread_index() == 0) counters.wait();
-    block_barrier();
-    load_numbers(tile, f.gate, gates);
+    counters.wait();
+    const uint32_t passed = counters.pass();
+    fetch_numbers(tile, f.gate, gates);
+    finish_fetches();
     block_barrier();
     const auto result = step.forward(f.y, run);
     run.for_each_own(t.by_pixels,
                      [&](int i, auto place) { result.put(i, x[i], run.by_element(gates, place)); });
-    return;
+    return counters.leave(passed);
   }
 
-  const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
+  const auto terms = shared_array<A>(s.terms, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) run.put(i, widen(x[i]), terms);
   if (!give_sums(p, t, s, work, tile, run, terms, counters)) return;
-  make_gates_of_sample<T, Layout::kPlanes>(f, t, s, work, HeldTile::whole(p, here.sample),
-                                           NearTaps<T>(p, f.weight, s));
+  make_gates_of_sample<T, Layout::kPlanes>(f, t, s, work, HeldTile::whole(p, here.sample));
   if (thread_index() == 0) counters.set_ready();
 }
 
@@ -84,23 +84,25 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   if (here.rescales) {
     const auto gates = shared_array<A>(s.gate, t.tile + 1),
                shifts = shared_array<A>(s.shift, t.tile + 1);
-    if (thread_index() == 0) counters.wait();
-    block_barrier();
-    if (!b.dx.data) return;
-    load_numbers(tile, b.gate, gates);
-    load_numbers(tile, work.shift, shifts);
-    block_barrier();
-    const auto result = step.backward(b.dx, run);
-    run.for_each_own(t.by_pixels, [&](int i, auto place) {
-      gradient(i, dy[i]);
-      result.put(i, dy[i], run.by_element(gates, place), run.by_element(shifts, place));
-    });
-    return;
+    counters.wait();
+    const uint32_t passed = counters.pass();
+    if (b.dx.data) {
+      fetch_numbers(tile, b.gate, gates);
+      fetch_numbers(tile, work.shift, shifts);
+      finish_fetches();
+      block_barrier();
+      const auto result = step.backward(b.dx, run);
+      run.for_each_own(t.by_pixels, [&](int i, auto place) {
+        gradient(i, dy[i]);
+        result.put(i, dy[i], run.by_element(gates, place), run.by_element(shifts, place));
+      });
+    }
+    return counters.leave(passed);
   }
 
   typename Run<T, kDepth, kGranule>::Held x;
   run.load_from_anywhere(b.x, x);
-  const auto terms = shared_array<A>(s.scratch, kDepth * kRunThreads * V / kGranule);
+  const auto terms = shared_array<A>(s.terms, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
     if (run.has(i)) gradient(i, dy[i]);
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   }
   if (!give_sums(p, t, s, work, tile, run, terms, counters)) return;
   make_shifts_of_sample<T, Layout::kPlanes>(b, t, s, work, HeldTile::whole(p, here.sample),
-                                            NearTaps<T>(p, b.weight, s), counters);
+                                            counters);
 }
 
 }  // namespace eca::cuda

@@ -463,7 +463,7 @@ assert torch.equal(y, eca_fused.eca(x, weight))
 
 def test_the_first_call_of_a_process_may_be_captured():
     """Within a capture, CUDA refuses calls that load code, unless a thread asks for them."""
-    done = python("-c", FIRST_CALL)
+    done = python(FIRST_CALL)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

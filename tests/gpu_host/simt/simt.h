@@ -173,6 +173,10 @@ inline uint32_t fetch_add(uint32_t* counter, uint32_t value, Place place = Place
   return before;
 }
 
+inline uint32_t fetch_add_alone(uint32_t* counter, uint32_t value, Place place = Place::here()) {
+  return fetch_add(counter, value, place);
+}
+
 inline uint32_t load_acquire(const uint32_t* counter, Place place = Place::here()) {
   check_aligned(counter, sizeof *counter, place);
   if (simt::counting)
@@ -222,12 +226,14 @@ class Shared {
 
   template <int V>
   void fetch(int i, const T* from, Place place = Place::here()) const {
-    static_assert(sizeof(T) * V == 16);
+    constexpr int kBytes = int(sizeof(T)) * V;
+    static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
     check_index(i, V, place);
-    check_aligned(data_ + i, 16, place);
-    check_aligned(from, 16, place);
-    if (simt::counting) simt::count_access(from, 16, simt::Direction::kLoad, true, place);
-    simt::fetch(data_ + i, from, 16, place);
+    check_aligned(data_ + i, kBytes, place);
+    check_aligned(from, kBytes, place);
+    if (simt::counting)
+      simt::count_access(from, kBytes, simt::Direction::kLoad, kBytes == 16, place);
+    simt::fetch(data_ + i, from, kBytes, place);
   }
 
  private:
