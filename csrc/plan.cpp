@@ -47,9 +47,9 @@ constexpr double kMicrosecond = 32e3;       // bytes of DRAM traffic, for one mu
 constexpr double kLaunch = 2.0;             // microseconds
 constexpr double kLastWave = 0.5;
 constexpr double kAlone = 0.95;  // the speed of a block that is alone on its multiprocessor
-// The speed of S, and that assumed of C, relative to a copy, which moves two thirds as much;
+// The speed of S, and of C without its launches, relative to a copy, which moves two thirds as much;
 // backward three quarters.
-constexpr double kStreamForwardSpeed = 0.74, kStreamBackwardSpeed = 0.66;
+constexpr double kStreamForwardSpeed = 0.74, kStreamBackwardSpeed = 0.66, kTwoPassSpeed = 0.47;
 constexpr double kStreamInFlight = 48 << 10;  // S: bytes, as of R, F and P below
 // K and S: microseconds from the last sum of a sample until its blocks go on, and what each channel
 // adds to that. Each wave of blocks of K pays it, S pays it once.
@@ -230,8 +230,7 @@ struct Planner {
            multiprocessors / kOneMultiprocessor;
   }
 
-  // Where a map is read again from L2.
-  double speed_from_l2() const { return backward ? kStreamBackwardSpeed : kStreamForwardSpeed; }
+  double stream_speed() const { return backward ? kStreamBackwardSpeed : kStreamForwardSpeed; }
 
   double microseconds(double time) const { return time * kMicrosecond * multiprocessors; }
 
@@ -424,7 +423,7 @@ struct Planner {
     const double idle =
         std::max(1.0, multiprocessors / kOneMultiprocessor / (double(plan.blocks) / 2));
     const double under_way = double(plan.occupancy) * double(bytes);
-    const double speed = speed_from_l2() * std::min(1.0, under_way / kStreamInFlight);
+    const double speed = stream_speed() * std::min(1.0, under_way / kStreamInFlight);
     const double cost = slower(&plan, double(plan.dram_bytes) / speed * idle);
     return Candidate{plan, cost + gates_of_sample()};
   }
@@ -499,7 +498,7 @@ struct Planner {
     plan.l2_bytes = (maps + 2) * map_bytes + small_bytes(plan);
     plan.dram_bytes = (maps + (reused ? 1 : 2)) * map_bytes + small_bytes(plan);
     const double idle = std::max(1.0, multiprocessors / kOneMultiprocessor / double(plan.blocks));
-    const double cost = slower(&plan, double(plan.dram_bytes) / speed_from_l2() * idle);
+    const double cost = slower(&plan, double(plan.dram_bytes) / kTwoPassSpeed * idle);
     return {plan, cost + gates_of_channels()};
   }
 
