@@ -91,10 +91,18 @@ class Usage:
 
 
 def usage(kernel: Any, folder: Path) -> Usage:
-    file = folder / "kernel.cubin"
-    file.write_bytes(kernel.asm["cubin"])
-    text = subprocess.run(
-        [CUOBJDUMP, "--dump-resource-usage", file], check=True, capture_output=True, text=True
-    ).stdout
+    text = dump(kernel, folder, "--dump-resource-usage")
     found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return Usage(found["REG"], found["STACK"] + found["LOCAL"], kernel.metadata.shared)
+
+
+def machine_code(kernel: Any, folder: Path) -> str:
+    """What cuobjdump prints of a kernel's instructions."""
+    return dump(kernel, folder, "-sass")
+
+
+def dump(kernel: Any, folder: Path, option: str) -> str:
+    file = folder / "kernel.cubin"
+    file.write_bytes(kernel.asm["cubin"])
+    command = [CUOBJDUMP, option, file]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -2,6 +2,7 @@
 and the common suite in Triton's interpreter."""
 
 import functools
+import math
 import os
 import types
 import warnings
@@ -9,6 +10,7 @@ import warnings
 import pytest
 import torch
 
+from eca_fused import kernel_size
 from eca_fused.ops import backend as backend_module
 from eca_fused.ops import native
 from helpers.cases import LAYOUTS, READ_IN_PLACE, in_layout, name_of
@@ -291,6 +293,65 @@ def test_pooling_and_rescaling_compile_without_spills(layout, tmp_path, monkeypa
     names = [one.kernel.__name__ for one in launches]
     assert names == ["sums", "finish", "scale", "sums", "finish", "scale"]
     check_code(launches, 90, tmp_path, whole_lines=True)
+
+
+# Warp instructions in the machine code of sm_90 for 512 bytes of x, forward and backward, for these
+# releases of Triton. Hardly anything of a kernel with tiles in registers is a loop or a branch, so
+# each of its instructions is executed once. 256 samples.
+RELEASES = ["3.6", "3.8"]
+COUNTED = {
+    (256, 56, "contiguous", torch.float32): ((83.3, 147.4), (81.3, 152.7)),
+    (256, 56, "contiguous", torch.bfloat16): ((175.2, 303.0), (177.3, 320.7)),
+    (512, 28, "contiguous", torch.float32): ((140.1, 145.0), (149.7, 152.0)),
+    (512, 28, "contiguous", torch.bfloat16): ((235.1, 260.2), (231.2, 262.5)),
+    (1024, 14, "contiguous", torch.float32): ((141.1, 139.8), (142.0, 144.2)),
+    (1024, 14, "contiguous", torch.bfloat16): ((301.4, 313.1), (307.6, 322.6)),
+    (2048, 7, "contiguous", torch.float32): ((270.2, 247.8), (310.9, 297.8)),
+    (2048, 7, "contiguous", torch.bfloat16): ((565.2, 530.6), (644.9, 632.2)),
+    (1024, 14, "channels_last", torch.float32): ((112.5, 121.0), (111.3, 124.1)),
+    (1024, 14, "channels_last", torch.bfloat16): ((155.8, 273.3), (156.6, 273.0)),
+    (2048, 7, "channels_last", torch.float32): ((106.8, 118.9), (120.5, 136.3)),
+    (2048, 7, "channels_last", torch.bfloat16): ((259.3, 290.0), (281.1, 302.4)),
+}
+
+
+@compiles
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("layer", COUNTED, ids=str)
+def test_instructions(layer, backward, tmp_path, monkeypatch):
+    """5 % more than above are too many; a tenth less asks for the number to be renewed."""
+    import triton
+
+    from eca_fused.ops.triton import launch
+    from helpers.sass_text import read_kernel
+    from helpers.triton_aot import compiled, machine_code, recorded
+
+    release = ".".join(triton.__version__.split(".")[:2])
+    if release not in RELEASES:
+        pytest.skip(f"numbers are of Triton {' and '.join(RELEASES)}; this is {release}")
+    channels, side, layout, dtype = layer
+    x = in_layout(torch.empty(256, channels, side, side, dtype=dtype, device="meta"), layout)
+    x = x.to("meta")
+    weight = torch.empty(1, 1, kernel_size(channels), device="meta")
+    mean = torch.empty(x.shape[:2], device="meta")
+
+    def call():
+        if backward:
+            outputs = torch.empty_like(x), torch.empty_like(weight)
+            launch.backward(x, x, weight, mean, mean, False, *outputs)
+        else:
+            launch.forward(x, weight, False, torch.empty_like(x), keep=True)
+
+    resident = recorded(call, monkeypatch)[0]
+    assert resident.kernel.__name__ == ("backward_resident" if backward else "forward_resident")
+    kernel = compiled(resident, 90)
+    code = read_kernel(machine_code(kernel, tmp_path))
+    # Behind the last exit there is padding.
+    count = 1 + max(i for i, a in enumerate(sorted(code)) if code[a].opcode == "EXIT")
+    warps = kernel.metadata.num_warps * math.prod(resident.grid)
+    found = count * warps / (x.numel() * x.element_size() / 512)
+    number = COUNTED[layer][RELEASES.index(release)][backward]
+    assert 0.9 * number <= found <= 1.05 * number, f"{found:.1f} instead of {number}"
 
 
 # ---- the common suite ----

@@ -6,7 +6,7 @@ Names: i, c and s are vectors of positions in a tile, channels and pixels; q is 
 that a tap reads. Names in capitals are compile-time constants:
     PLANES    a map's rows are planes (contiguous), else pixels (channels_last)
     ALIGN     1 to 16, a power of two that divides every stride and the length of the rows
-    WIDE      indices of channels or pixels may overflow int32: there are 2^30 or more
+    WIDE      positions in a sample may overflow int32: it has 2^30 elements or more
     HALO      places for the 2r neighbours outside a tile, a power of two; 0 if there are none
     BLOCK_C, BLOCK_S   channels and pixels of a tile
 """
@@ -91,17 +91,31 @@ def wide(index, WIDE: tl.constexpr):
 
 
 @triton.jit
-def offsets(n, c, s, sample_stride, row_stride, PLANES: tl.constexpr, ALIGN: tl.constexpr):
-    """Offsets of the elements of a tile (channels, pixels) of sample n, an int64.
+def pointers(
+    map_,
+    n,
+    c,
+    s,
+    sample_stride,
+    row_stride,
+    PLANES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Pointers to the elements of a tile (channels, pixels) of sample n, an int64.
 
-    Dividing and multiplying by ALIGN tells the compiler how much it may load at once.
+    Dividing and multiplying by ALIGN tells the compiler how much it may load at once. Within a
+    sample, positions of 32 bits take fewer instructions.
     """
     row = row_stride // ALIGN * ALIGN
-    start = n * (sample_stride // ALIGN * ALIGN)
+    sample = map_ + n * (sample_stride // ALIGN * ALIGN)
+    if WIDE:
+        c = c.to(tl.int64)
+        s = s.to(tl.int64)
     if PLANES:
-        result = start + c.to(tl.int64)[:, None] * row + s[None, :]
+        result = sample + (c[:, None] * row + s[None, :])
     else:
-        result = start + s.to(tl.int64)[None, :] * row + c[:, None]
+        result = sample + (s[None, :] * row + c[:, None])
     return result
 
 

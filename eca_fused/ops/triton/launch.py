@@ -72,9 +72,10 @@ def _problem(
     x = maps[0]
     samples, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     k = 1 if weight is None else weight.shape[2]
-    numbers = [pixels if planes else channels]
-    for map_ in maps:
-        numbers.extend(_strides(map_, planes))
+    length, count = (pixels, channels) if planes else (channels, pixels)  # of a row, and of rows
+    strides = [_strides(map_, planes) for map_ in maps]
+    numbers = [length, *(stride for pair in strides for stride in pair)]
+    far = any(count * row >= WIDE_FROM for _, row in strides)
     align = 16
     while align > 1 and any(number % align != 0 for number in numbers):
         align //= 2
@@ -83,7 +84,7 @@ def _problem(
         own_taps=weight is not None and weight.shape[0] != 1,
         circular=circular,
         align=align,
-        wide=bool(channels >= WIDE_FROM or pixels >= WIDE_FROM),
+        wide=bool(far or channels >= WIDE_FROM or pixels >= WIDE_FROM),
     )
 
 

@@ -14,7 +14,7 @@ from eca_fused.ops.triton.common import (
     divide,
     inside,
     narrow,
-    offsets,
+    pointers,
     sigmoid,
     tap,
     wide,
@@ -53,11 +53,13 @@ def sums(
         s = (wide(split, WIDE) * BLOCKS + block) * BLOCK_S + tl.arange(0, BLOCK_S)
         mask = inside(c, s, channels, pixels, PLANES, ALIGN)
         values = widen(
-            tl.load(x + offsets(n, c, s, x_sample, x_row, PLANES, ALIGN), mask=mask, other=0.0)
+            tl.load(
+                pointers(x, n, c, s, x_sample, x_row, PLANES, ALIGN, WIDE), mask=mask, other=0.0
+            )
         )
         if DOT:
             g = tl.load(
-                dy + offsets(n, c, s, dy_sample, dy_row, PLANES, ALIGN), mask=mask, other=0.0
+                pointers(dy, n, c, s, dy_sample, dy_row, PLANES, ALIGN, WIDE), mask=mask, other=0.0
             )
             values = widen(g) * values
         accumulator += values
@@ -207,13 +209,15 @@ def scale(
         s = block * BLOCK_S + tl.arange(0, BLOCK_S)
         mask = inside(c, s, channels, pixels, PLANES, ALIGN)
         values = widen(
-            tl.load(x + offsets(n, c, s, x_sample, x_row, PLANES, ALIGN), mask=mask, other=0.0)
+            tl.load(
+                pointers(x, n, c, s, x_sample, x_row, PLANES, ALIGN, WIDE), mask=mask, other=0.0
+            )
         )
         values = values * a[:, None]
         if SHIFT:
             values += tl.load(shift + n * channels + c, mask=here, other=0.0)[:, None]
         tl.store(
-            y + offsets(n, c, s, y_sample, y_row, PLANES, ALIGN),
+            pointers(y, n, c, s, y_sample, y_row, PLANES, ALIGN, WIDE),
             narrow(values, y.dtype.element_ty),
             mask=mask,
         )

@@ -16,7 +16,7 @@ from eca_fused.ops.triton.common import (
     inside,
     narrow,
     neighbour,
-    offsets,
+    pointers,
     sigmoid,
     tap,
     wide,
@@ -60,7 +60,7 @@ def forward_resident(
 
     mask = inside(c, s, channels, pixels, PLANES, ALIGN)
     tile = tl.load(
-        x + offsets(n, c, s, x_sample, x_row, PLANES, ALIGN), mask=mask, other=0.0
+        pointers(x, n, c, s, x_sample, x_row, PLANES, ALIGN, WIDE), mask=mask, other=0.0
     )  # (C, S)
     total = tl.sum(widen(tile), 1)
     count = tl.cast(pixels, total.dtype)
@@ -69,7 +69,7 @@ def forward_resident(
     if HALO > 0:
         h, there = halo(first, length, channels, R, HALO, CIRCULAR)
         beside = tl.load(
-            x + offsets(n, h, s, x_sample, x_row, PLANES, 1),
+            pointers(x, n, h, s, x_sample, x_row, PLANES, 1, WIDE),
             mask=there[:, None] & (s < pixels)[None, :],
             other=0.0,
         )
@@ -86,7 +86,7 @@ def forward_resident(
         tl.store(mean + n * channels + c, own, mask=here)
         tl.store(gate + n * channels + c, a, mask=here)
     tl.store(
-        y + offsets(n, c, s, y_sample, y_row, PLANES, ALIGN),
+        pointers(y, n, c, s, y_sample, y_row, PLANES, ALIGN, WIDE),
         narrow(widen(tile) * a[:, None], y.dtype.element_ty),
         mask=mask,
     )
@@ -131,9 +131,11 @@ def backward_resident(
 
     mask = inside(c, s, channels, pixels, PLANES, ALIGN)
     tile = tl.load(
-        dy + offsets(n, c, s, dy_sample, dy_row, PLANES, ALIGN), mask=mask, other=0.0
+        pointers(dy, n, c, s, dy_sample, dy_row, PLANES, ALIGN, WIDE), mask=mask, other=0.0
     )  # (C, S)
-    other = tl.load(x + offsets(n, c, s, x_sample, x_row, PLANES, ALIGN), mask=mask, other=0.0)
+    other = tl.load(
+        pointers(x, n, c, s, x_sample, x_row, PLANES, ALIGN, WIDE), mask=mask, other=0.0
+    )
     total = tl.sum(widen(tile) * widen(other), 1)
     here = c < channels
     a = tl.load(gate + n * channels + c, mask=here, other=0.0)
@@ -145,8 +147,12 @@ def backward_resident(
         if HALO > 0:
             h, there = halo(first, length, channels, R, HALO, CIRCULAR)
             around = there[:, None] & (s < pixels)[None, :]
-            g = tl.load(dy + offsets(n, h, s, dy_sample, dy_row, PLANES, 1), mask=around, other=0.0)
-            v = tl.load(x + offsets(n, h, s, x_sample, x_row, PLANES, 1), mask=around, other=0.0)
+            g = tl.load(
+                pointers(dy, n, h, s, dy_sample, dy_row, PLANES, 1, WIDE), mask=around, other=0.0
+            )
+            v = tl.load(
+                pointers(x, n, h, s, x_sample, x_row, PLANES, 1, WIDE), mask=around, other=0.0
+            )
             b = tl.load(gate + n * channels + h, mask=there, other=0.0)
             outer = tl.sum(widen(g) * widen(v), 1) * b * (1.0 - b)
 
@@ -162,7 +168,7 @@ def backward_resident(
             dm += tl.where(exists, term, 0.0)
         shift = divide(dm, tl.cast(pixels, dm.dtype))
         tl.store(
-            dx + offsets(n, c, s, dx_sample, dx_row, PLANES, ALIGN),
+            pointers(dx, n, c, s, dx_sample, dx_row, PLANES, ALIGN, WIDE),
             narrow(widen(tile) * a[:, None] + shift[:, None], dx.dtype.element_ty),
             mask=mask,
         )
