@@ -51,6 +51,12 @@ MUTATIONS = [
         "  for (int h = thread_index(); h < tile.held; h += thread_count())\n    means",
     ),
     Mutation(
+        "a copy to shared memory that nobody waits for",
+        "cuda/columns.h",
+        "  taps.put();\n  finish_fetches();\n  block_barrier();",
+        "  taps.put();\n  block_barrier();",
+    ),
+    Mutation(
         "a barrier that only some threads reach",
         "cuda/columns.h",
         "    small.put(c, means.get(h), gate);\n  }\n  block_barrier();",
