@@ -47,8 +47,8 @@ constexpr double kMicrosecond = 32e3;       // bytes of DRAM traffic, for one mu
 constexpr double kLaunch = 2.0;             // microseconds
 constexpr double kLastWave = 0.5;
 constexpr double kAlone = 0.95;  // the speed of a block that is alone on its multiprocessor
-// The speed of S, and of C without its launches, relative to a copy, which moves two thirds as much;
-// backward three quarters.
+// The speed of S, and of C without its launches, relative to a copy, which moves two thirds as
+// much; backward three quarters.
 constexpr double kStreamForwardSpeed = 0.74, kStreamBackwardSpeed = 0.66, kTwoPassSpeed = 0.47;
 constexpr double kStreamInFlight = 48 << 10;  // S: bytes, as of R, F and P below
 // K and S: microseconds from the last sum of a sample until its blocks go on, and what each channel

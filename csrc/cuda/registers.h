@@ -65,8 +65,8 @@ struct Neighbours {
   __device__ A over_tap(int held, int j) const { return values.get(place(held) + radius - j); }
 };
 
-// The taps: in shared memory, or in global memory where each channel has its own. By all threads: the
-// constructor asks for them, and put() waits for them, before a barrier.
+// The taps: in shared memory, or in global memory where each channel has its own. By all threads:
+// the constructor asks for them, and put() waits for them, before a barrier.
 template <class T>
 class NearTaps {
  public:
@@ -204,8 +204,9 @@ class DweightMeans {
   bool wanted_;
 };
 
-// Of the held channels: the gates, and the means for dweight. By all threads. finish_fetches() and a
-// barrier come later: a thread that waited here would ask for its next numbers a microsecond later.
+// Of the held channels: the gates, and the means for dweight. By all threads. finish_fetches() and
+// a barrier come later: a thread that waited here would ask for its next numbers a microsecond
+// later.
 template <class T>
 __device__ inline void fetch_gates_and_means(const Backward& b, const HeldTile& tile,
                                              Shared<Accumulator<T>> gates,

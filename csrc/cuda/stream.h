@@ -63,7 +63,7 @@ class StreamCounters {
   // between the two calls does not wait for the answer.
   __device__ uint32_t pass() const { return thread_index() == 0 ? fetch_add_alone(ready_, 1) : 0; }
   __device__ void leave(uint32_t passed_before) const {
-    if (passed_before == kReady + uint32_t(parts_ - 1)) put(ready_, 0u);
+    if (passed_before == kReady + uint32_t(parts_ - 1)) fetch_add_alone(ready_, ~passed_before);
   }
 
  private:

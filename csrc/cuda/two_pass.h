@@ -1,7 +1,7 @@
-// Strategy two_pass, for what the others cannot do: maps that begin anywhere in memory or have
-// gaps, planes that no block can hold, float64. One kernel sums, a small one makes the gates, a
-// third rescales. They take a few samples at a time, so that the third finds them in the L2 cache.
-// It starts with what was read last.
+// Strategy two_pass, for what the others cannot do: maps that begin anywhere in memory, rows with
+// gaps, float64. One kernel sums, a small one makes the gates, a third rescales. They take a few
+// samples at a time, so that the third finds them in the L2 cache. It starts with what was read
+// last.
 #pragma once
 
 #include "columns.h"

@@ -74,7 +74,8 @@ class Plan:
         l2_bytes: Modelled: bytes requested from the L2 cache, with halos and second passes.
         instructions: Modelled: instructions that warps issue, without the small kernels that make
             gates and dweight. Within 25 % of what the machine code for sm_90 executes;
-            "two_pass" is assumed to need as many as "stream".
+            "two_pass" is assumed to need as many as "stream" does of whole vectors; where planes do
+            not begin at multiples of 16 bytes it needs several times as many.
     """
 
     strategy: str

@@ -20,6 +20,8 @@ IN_REGISTERS = {
     "backward_runs": (2, 4, 8), "forward_columns": (4, 7, 13), "backward_columns": (4, 7),
     "forward_kept": (20,), "backward_kept": (7,),
     "forward_stream": (12,), "backward_stream": (8,),
+    "forward_stream_planes": (13,), "backward_stream_planes": (8,),
+    "forward_stream_runs": (8,), "backward_stream_runs": (8,),
 }  # fmt: skip
 # What __launch_bounds__ of csrc/plan.h leaves a thread.
 REGISTERS = {
@@ -28,6 +30,8 @@ REGISTERS = {
     "forward_runs": 128, "backward_runs": 128, "forward_columns": 128, "backward_columns": 80,
     "forward_kept": 128, "backward_kept": 80,
     "forward_stream": 80, "backward_stream": 128,
+    "forward_stream_planes": 80, "backward_stream_planes": 128,
+    "forward_stream_runs": 128, "backward_stream_runs": 128,
 }  # fmt: skip
 
 

@@ -332,23 +332,66 @@ def test_in_place(gpu, layout, of, shape):
         torch.testing.assert_close(done.tensors[0], y, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize(
-    "forced", [None, Forced("runs", tile=16, threads=128, depth=2), Forced("two_pass")], ids=str
+    ("layout", "shape", "forced"),
+    [
+        ("contiguous", (2, 32, 16), None),
+        ("contiguous", (2, 32, 16), Forced("rows", tile=4, threads=128, depth=7)),
+        ("contiguous", (2, 32, 16), Forced("runs", tile=16, threads=128, depth=2)),
+        ("contiguous", (2, 32, 16), Forced("stream")),  # runs
+        ("contiguous", (2, 3, 16000), Forced("stream")),  # parts of planes
+        ("contiguous", (2, 32, 16), Forced("two_pass")),
+        ("channels_last", (2, 48, 16), Forced("columns", tile=16, threads=64, depth=7)),
+        ("channels_last", (5, 48, 64), Forced("kept", depth=2)),
+        ("channels_last", (5, 48, 64), Forced("stream")),
+        ("channels_last", (2, 48, 16), Forced("two_pass")),
+    ],
+    ids=str,
 )
-def test_what_is_not_wanted_is_not_written(gpu, forced):
-    case = make_case((2, 32, 16), 3)
-    y, mean, gate = gpu.forward(case.x, case.weight, forced=forced).tensors
-    inference = gpu.forward(case.x, case.weight, forced=forced, want_mean=False)
+def test_what_is_not_wanted_is_not_written(gpu, layout, shape, forced, own_taps):
+    case = make_case(shape, 3, torch.float32, layout, own_taps=own_taps)
+    common = {"forced": forced, "channels_last": layout != "contiguous"}
+    y, mean, gate = gpu.forward(case.x, case.weight, **common).tensors
+    inference = gpu.forward(case.x, case.weight, want_mean=False, **common)
     assert torch.equal(inference.tensors[0], y)
     assert all(t.isnan().all() for t in inference.tensors[1:])
-    dx, dweight = gpu.backward(case.dy, case.x, case.weight, mean, gate, forced=forced).tensors
     saved = (case.dy, case.x, case.weight, mean, gate)
-    only_dx = gpu.backward(*saved, forced=forced, want_dweight=False).tensors
+    dx, dweight = gpu.backward(*saved, **common).tensors
+    only_dx = gpu.backward(*saved, want_dweight=False, **common).tensors
     assert torch.equal(only_dx[0], dx)
     assert only_dx[1].isnan().all()
-    only_dweight = gpu.backward(*saved, forced=forced, want_dx=False).tensors
+    only_dweight = gpu.backward(*saved, want_dx=False, **common).tensors
     assert torch.equal(only_dweight[1], dweight)
     assert only_dweight[0].isnan().all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_more_taps_than_threads(gpu, mode):
+    case = make_case((2, 150, 16), 131, torch.float32, "contiguous", mode)
+    done = run(gpu, case, "contiguous", Forced("runs", threads=128, depth=8))
+    assert done is not None
+    assert_as_accurate(done[0], case)
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "forced"),
+    [
+        ("contiguous", (2, 32, 16), Forced("rows", tile=4, threads=128, depth=7)),
+        ("contiguous", (2, 40, 49), Forced("runs", threads=128, depth=8)),
+        ("channels_last", (2, 48, 16), Forced("columns", tile=16, threads=64, depth=7)),
+        ("channels_last", (5, 48, 64), Forced("kept")),
+        ("channels_last", (5, 48, 64), Forced("stream")),
+        ("contiguous", (2, 32, 16), Forced("two_pass")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own"])
+def test_taps_of_float32_for_maps_of_half_precision(gpu, layout, shape, forced, own_taps):
+    case = make_case(shape, 5, torch.bfloat16, layout, own_taps=own_taps, taps_dtype=torch.float32)
+    done = run(gpu, case, layout, forced)
+    assert done is not None
+    assert_as_accurate(done[0], case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)

@@ -167,8 +167,8 @@ MUTATIONS = [
     Mutation(
         "a sample's counter not reset",
         "cuda/stream.h",
-        "kReady + uint32_t(parts_ - 1)) put(ready_, 0u);",
-        "kReady + uint32_t(parts_ - 1)) put(ready_, 1u);",
+        "kReady + uint32_t(parts_ - 1)) fetch_add_alone(ready_, ~passed_before);",
+        "kReady + uint32_t(parts_ - 1)) fetch_add_alone(ready_, -passed_before);",
     ),
     Mutation(
         "a part of a plane taken for another",
