@@ -114,17 +114,17 @@ struct Candidate {
 };
 
 struct Planner {
-  const Problem& p;
+  const Problem& problem;
   const Pass pass;
   const Access& access;
   const Gpu& gpu;
-  const int64_t size = size_of(p.dtype), accumulator = accumulator_size(p.dtype);
+  const int64_t size = size_of(problem.dtype), accumulator = accumulator_size(problem.dtype);
   const int64_t V = 16 / size;  // elements in a vector
-  const bool planes = p.layout == Layout::kPlanes;
+  const bool planes = problem.layout == Layout::kPlanes;
   const bool backward = pass == Pass::kBackward;
   // Taps further out than the number of channels reach none.
-  const int64_t pad = std::min(p.kernel_size / 2, p.channels);
-  const int64_t map_bytes = p.samples * p.channels * p.pixels * size;
+  const int64_t pad = std::min(problem.kernel_size / 2, problem.channels);
+  const int64_t map_bytes = problem.samples * problem.channels * problem.pixels * size;
   const int64_t maps = backward ? 2 : 1;  // that are read
   const double multiprocessors = gpu.multiprocessors;
   // Of each block's shared memory, by the driver.
@@ -132,28 +132,30 @@ struct Planner {
 
   // Parts that are added up where there is one set of taps.
   int64_t dweight_parts(const Plan& plan) const {
-    if (!backward || p.taps_per_channel) return 0;
+    if (!backward || problem.taps_per_channel) return 0;
     const char s = plan.strategy;
     const bool all = s == 'C' || s == 'K' || s == 'S';
-    return p.samples * (all ? ceil_div(p.channels, kDweightTile) : plan.tiling.tiles);
+    return problem.samples * (all ? ceil_div(problem.channels, kDweightTile) : plan.tiling.tiles);
   }
 
   // The bytes of the numbers per channel: mean and gate, taps, dweight, and what it is made from.
   int64_t small_bytes(const Plan& plan) const {
-    const int64_t per_channel = p.samples * p.channels * accumulator;
-    const int64_t taps = (p.taps_per_channel ? p.channels : 1) * p.kernel_size *
-                         (p.taps_dtype == p.dtype ? size : 4);
+    const int64_t per_channel = problem.samples * problem.channels * accumulator;
+    const int64_t taps = (problem.taps_per_channel ? problem.channels : 1) * problem.kernel_size *
+                         (problem.taps_dtype == problem.dtype ? size : 4);
     if (!backward) return 2 * per_channel + taps;
-    const int64_t dz = plan.strategy == 'C' || p.taps_per_channel ? 2 * per_channel : 0;
-    return 2 * per_channel + 2 * taps + dz + 2 * dweight_parts(plan) * p.kernel_size * accumulator;
+    const int64_t dz = plan.strategy == 'C' || problem.taps_per_channel ? 2 * per_channel : 0;
+    return 2 * per_channel + 2 * taps + dz +
+           2 * dweight_parts(plan) * problem.kernel_size * accumulator;
   }
 
   // Channels held by all tiles of a sample, their halos included.
-  int64_t held_in_sample(const Tiling& t) const {
-    if (p.circular) return p.channels + t.tiles * 2 * t.halo;
+  int64_t held_in_sample(const Tiling& tiling) const {
+    if (problem.circular) return problem.channels + tiling.tiles * 2 * tiling.halo;
     int64_t held = 0;
-    for (int64_t begin = 0; begin < p.channels; begin += t.tile)
-      held += std::min(p.channels, begin + t.tile + t.halo) - std::max<int64_t>(0, begin - t.halo);
+    for (int64_t begin = 0; begin < problem.channels; begin += tiling.tile)
+      held += std::min(problem.channels, begin + tiling.tile + tiling.halo) -
+              std::max<int64_t>(0, begin - tiling.halo);
     return held;
   }
 
@@ -162,8 +164,9 @@ struct Planner {
   // What holds for all of them.
   bool registers_fit() const {
     // Taps further out than all channels would need a place of their own.
-    return p.pixels > 0 && p.dtype != Dtype::kFloat64 && p.kernel_size / 2 <= p.channels &&
-           p.kernel_size <= 255 && p.channels < kMostElements && p.pixels < kMostElements;
+    return problem.pixels > 0 && problem.dtype != Dtype::kFloat64 &&
+           problem.kernel_size / 2 <= problem.channels && problem.kernel_size <= 255 &&
+           problem.channels < kMostElements && problem.pixels < kMostElements;
   }
 
   // As in cuda/device.h.
@@ -194,10 +197,10 @@ struct Planner {
 
   // C is counted as S, which is assumed.
   int64_t instructions(const Plan& plan) const {
-    const Tiling& t = plan.tiling;
+    const Tiling& tiling = plan.tiling;
     const char strategy = plan.strategy == 'C' ? 'S' : plan.strategy;
-    const int32_t kind = strategy == 'F'   ? run_granule(p.pixels, int32_t(size))
-                         : strategy == 'S' ? (t.lanes ? 2 : int32_t(planes))
+    const int32_t kind = strategy == 'F'   ? run_granule(problem.pixels, int32_t(size))
+                         : strategy == 'S' ? (tiling.lanes ? 2 : int32_t(planes))
                                            : 0;
     const auto* const counts = std::find_if(std::begin(kCounts), std::end(kCounts), [&](auto& c) {
       return c.strategy == strategy && c.size == std::min<int64_t>(size, 4) && c.kind == kind;
@@ -206,16 +209,19 @@ struct Planner {
     if (plan.strategy == 'C')
       return int64_t(double(map_bytes) / 512 *
                      (count.warp / stream_pixel_depth(false) + count.vector));
-    double blocks = double(plan.blocks), vectors = t.depth;  // of a thread
-    if (strategy == 'K') vectors = t.share;
-    double held = t.held;
+    double blocks = double(plan.blocks), vectors = tiling.depth;  // of a thread
+    if (strategy == 'K') vectors = tiling.share;
+    double held = tiling.held;
     if (strategy == 'S') {
-      blocks = double(p.samples * t.parts * (kind == 2 ? t.tiles : kind == 1 ? p.channels : 1));
-      if (kind == 1) vectors = double(t.share) / t.threads;
-      if (kind == 2) held = t.tile;
+      blocks = double(problem.samples * tiling.parts *
+                      (kind == 2   ? tiling.tiles
+                       : kind == 1 ? problem.channels
+                                   : 1));
+      if (kind == 1) vectors = double(tiling.share) / tiling.threads;
+      if (kind == 2) held = tiling.tile;
     }
-    return int64_t(
-        blocks * (t.threads / 32.0 * (count.warp + count.vector * vectors) + count.channel * held));
+    return int64_t(blocks * (tiling.threads / 32.0 * (count.warp + count.vector * vectors) +
+                             count.channel * held));
   }
 
   // The larger of a plan's time by its bytes and by its instructions.
@@ -234,54 +240,59 @@ struct Planner {
 
   double microseconds(double time) const { return time * kMicrosecond * multiprocessors; }
 
-  double gates_of_channels() const { return microseconds(kGatesOfChannel * double(p.channels)); }
+  double gates_of_channels() const {
+    return microseconds(kGatesOfChannel * double(problem.channels));
+  }
   double gates_of_sample() const { return microseconds(kGatesOfSample) + gates_of_channels(); }
 
   // ---- R, F and P ----
 
   // The tile where `held` channels have room: all channels, or fewer and a halo on either side.
-  std::optional<Candidate> tiled(char strategy, Tiling t, int64_t held, int64_t unit, int64_t halo,
-                                 int64_t most_tile) const {
-    const bool whole = held >= p.channels && (most_tile == 0 || most_tile >= p.channels);
+  std::optional<Candidate> tiled(char strategy, Tiling tiling, int64_t held, int64_t unit,
+                                 int64_t halo, int64_t most_tile) const {
+    const bool whole =
+        held >= problem.channels && (most_tile == 0 || most_tile >= problem.channels);
     if (!whole && halo && access.in_place) return {};
-    int64_t most = whole ? p.channels : std::min(p.channels, (held - 2 * halo) / unit * unit);
+    int64_t most =
+        whole ? problem.channels : std::min(problem.channels, (held - 2 * halo) / unit * unit);
     if (!whole && most_tile) most = std::min(most, most_tile / unit * unit);
     if (most < 1) return {};
-    t.tiles = ceil_div(p.channels, most);
-    const int64_t even = whole ? most : round_up(ceil_div(p.channels, t.tiles), unit);
-    t.vectors = true;
-    t.tile = int32_t(even);
-    t.halo = int32_t(whole ? 0 : halo);
-    t.held = t.tile + 2 * t.halo;
-    t.pad = int32_t(pad);
-    t.chunk = p.samples;
-    t.parts = 1;
-    t.by_tiles = divisor_of(t.tiles);
-    t.by_pixels = divisor_of(p.pixels);
-    t.factor = 1 / float(p.pixels);
-    Plan plan{strategy, t};
-    plan.blocks = p.samples * t.tiles;
+    tiling.tiles = ceil_div(problem.channels, most);
+    const int64_t even = whole ? most : round_up(ceil_div(problem.channels, tiling.tiles), unit);
+    tiling.vectors = true;
+    tiling.tile = int32_t(even);
+    tiling.halo = int32_t(whole ? 0 : halo);
+    tiling.held = tiling.tile + 2 * tiling.halo;
+    tiling.pad = int32_t(pad);
+    tiling.chunk = problem.samples;
+    tiling.parts = 1;
+    tiling.by_tiles = divisor_of(tiling.tiles);
+    tiling.by_pixels = divisor_of(problem.pixels);
+    tiling.factor = 1 / float(problem.pixels);
+    Plan plan{strategy, tiling};
+    plan.blocks = problem.samples * tiling.tiles;
     plan.launches = backward ? 2 : 1;
-    plan.shared_bytes = shared_layout(p, pass, strategy, t).end;
+    plan.shared_bytes = shared_layout(problem, pass, strategy, tiling).end;
     if (plan.blocks > kMostBlocks || !shares_little(plan)) return {};
     return costed(plan);
   }
 
   std::optional<Candidate> costed(Plan plan) const {
-    const Tiling& t = plan.tiling;
-    const InRegisters how = in_registers(plan.strategy, t.depth);
+    const Tiling& tiling = plan.tiling;
+    const InRegisters how = in_registers(plan.strategy, tiling.depth);
     plan.occupancy = occupancy(plan, how.threads,
                                plan.strategy == 'F' ? how.blocks : resident_blocks(how.blocks));
     if (plan.occupancy < 1) return {};
-    const int64_t held_bytes = p.samples * held_in_sample(t) * p.pixels * size * maps;
+    const int64_t held_bytes =
+        problem.samples * held_in_sample(tiling) * problem.pixels * size * maps;
     plan.dram_bytes = (maps + 1) * map_bytes + small_bytes(plan);
     plan.l2_bytes = held_bytes + map_bytes + small_bytes(plan);
-    const double slots = double(plan.blocks) * t.threads * t.depth * 16;
+    const double slots = double(plan.blocks) * tiling.threads * tiling.depth * 16;
     const double idle = 1 - double(held_bytes) / (slots * double(maps));
     // P's halo is half a sector on either side, of which whole ones move.
     const double halo_bytes =
         double(held_bytes - maps * map_bytes) * (plan.strategy == 'P' ? 2 : 1);
-    const double in_flight = double(plan.occupancy) * t.threads * t.depth * 16;
+    const double in_flight = double(plan.occupancy) * tiling.threads * tiling.depth * 16;
     double speed = std::min(1.0, 0.6 + 0.4 * in_flight / how.in_flight);
     if (plan.occupancy == 1) speed *= kAlone;
     const double streaming = (double(plan.dram_bytes) + halo_bytes / how.halo_speed) *
@@ -293,54 +304,55 @@ struct Planner {
 
   std::optional<Candidate> rows(int32_t depth, int32_t threads, int64_t most_tile) const {
     if (!planes || !access.aligned || threads > row_threads(depth)) return {};
-    const int64_t vectors = p.pixels / V;
-    Tiling t{};
-    t.depth = depth;
-    t.threads = threads;
-    t.lanes = 8;
-    while (t.lanes * int64_t(depth) < vectors && t.lanes < threads) t.lanes *= 2;
-    if (t.lanes * int64_t(depth) < vectors) return {};
-    return tiled('R', t, threads / t.lanes, 1, pad, most_tile);
+    const int64_t vectors = problem.pixels / V;
+    Tiling tiling{};
+    tiling.depth = depth;
+    tiling.threads = threads;
+    tiling.lanes = 8;
+    while (tiling.lanes * int64_t(depth) < vectors && tiling.lanes < threads) tiling.lanes *= 2;
+    if (tiling.lanes * int64_t(depth) < vectors) return {};
+    return tiled('R', tiling, threads / tiling.lanes, 1, pad, most_tile);
   }
 
   std::optional<Candidate> runs(int32_t depth, int32_t threads, int64_t most_tile) const {
     const auto found = runs_with(pad, depth, threads, most_tile);
     if (!found || !access.sources_aligned) return {};
     // Others would overwrite the halo, and channels that wrap around are not a part of the run.
-    const bool whole = found->plan.tiling.tile == p.channels;
-    return whole || (!access.in_place && !p.circular) ? found : std::nullopt;
+    const bool whole = found->plan.tiling.tile == problem.channels;
+    return whole || (!access.in_place && !problem.circular) ? found : std::nullopt;
   }
 
   std::optional<Candidate> runs_with(int64_t halo, int32_t depth, int32_t threads,
                                      int64_t most_tile) const {
-    if (!planes || !access.dense || !access.samples_aligned || p.pixels < V) return {};
-    if (threads != kRunThreads || p.channels * p.pixels > kMostElements) return {};
+    if (!planes || !access.dense || !access.samples_aligned || problem.pixels < V) return {};
+    if (threads != kRunThreads || problem.channels * problem.pixels > kMostElements) return {};
     int64_t unit = 1;  // planes that together are whole vectors
-    while (unit * p.pixels % V != 0) unit *= 2;
-    const int64_t terms = p.pixels / run_granule(p.pixels, int32_t(size));
-    Tiling t{};
-    t.depth = depth;
-    t.threads = threads;
-    t.lanes = power_of_two_up_to(std::clamp<int64_t>((terms + 14) / 32, 1, 32));
-    t.share = int32_t(ceil_div(terms, t.lanes) | 1);
+    while (unit * problem.pixels % V != 0) unit *= 2;
+    const int64_t terms = problem.pixels / run_granule(problem.pixels, int32_t(size));
+    Tiling tiling{};
+    tiling.depth = depth;
+    tiling.threads = threads;
+    tiling.lanes = power_of_two_up_to(std::clamp<int64_t>((terms + 14) / 32, 1, 32));
+    tiling.share = int32_t(ceil_div(terms, tiling.lanes) | 1);
     const int64_t capacity = int64_t(threads) * depth * V;
     // The first vector may begin before the first held plane.
-    const bool all = p.channels * p.pixels <= capacity;
-    const int64_t held = all ? p.channels : (capacity - (V - 1)) / p.pixels;
-    return tiled('F', t, held, unit, halo, most_tile);
+    const bool all = problem.channels * problem.pixels <= capacity;
+    const int64_t held = all ? problem.channels : (capacity - (V - 1)) / problem.pixels;
+    return tiled('F', tiling, held, unit, halo, most_tile);
   }
 
   std::optional<Candidate> columns(int32_t depth, int32_t threads, int64_t most_tile) const {
     if (planes || !access.aligned || pad > V) return {};
     // Backward 13 vectors of dy leave too few registers for x.
     if (backward) depth = std::min(depth, 7);
-    const int64_t rows = ceil_div(p.pixels, depth), columns = threads / rows;
+    const int64_t rows = ceil_div(problem.pixels, depth), columns = threads / rows;
     if (columns < 1) return {};
-    Tiling t{};
-    t.depth = depth;
-    t.threads = threads;
-    const auto found = tiled('P', t, columns * V, V, V, most_tile);
-    if (found && threads / (found->plan.tiling.held / V) * int64_t(depth) < p.pixels) return {};
+    Tiling tiling{};
+    tiling.depth = depth;
+    tiling.threads = threads;
+    const auto found = tiled('P', tiling, columns * V, V, V, most_tile);
+    if (found && threads / (found->plan.tiling.held / V) * int64_t(depth) < problem.pixels)
+      return {};
     return found;
   }
 
@@ -348,26 +360,26 @@ struct Planner {
 
   // What they have in common: the last block of a sample makes the gates of all its channels.
   std::optional<Plan> all_channels(char strategy, int32_t depth) const {
-    if (!access.aligned || (!planes && p.channels / V > kColumnThreads)) return {};
+    if (!access.aligned || (!planes && problem.channels / V > kColumnThreads)) return {};
     Plan plan{strategy, {}};
-    Tiling& t = plan.tiling;
-    t.vectors = true;
-    t.tile = t.held = int32_t(p.channels);
-    t.pad = int32_t(pad);
-    t.depth = depth;
-    t.tiles = 1;
-    t.factor = 1 / float(p.pixels);
-    t.chunk = p.samples;
-    t.threads = kColumnThreads;
+    Tiling& tiling = plan.tiling;
+    tiling.vectors = true;
+    tiling.tile = tiling.held = int32_t(problem.channels);
+    tiling.pad = int32_t(pad);
+    tiling.depth = depth;
+    tiling.tiles = 1;
+    tiling.factor = 1 / float(problem.pixels);
+    tiling.chunk = problem.samples;
+    tiling.threads = kColumnThreads;
     plan.launches = backward ? 2 : 1;
     return plan;
   }
 
   // With the sums of the parts.
   void count_bytes_of_sample(Plan* plan) const {
-    const int64_t parts =
-        2 * p.samples * plan->tiling.parts * sums_of_channels(int32_t(p.channels)) * accumulator;
-    const int64_t shift = backward ? 2 * p.samples * p.channels * accumulator : 0;
+    const int64_t parts = 2 * problem.samples * plan->tiling.parts *
+                          sums_of_channels(int32_t(problem.channels)) * accumulator;
+    const int64_t shift = backward ? 2 * problem.samples * problem.channels * accumulator : 0;
     const int64_t small = small_bytes(*plan) + parts + shift;
     plan->dram_bytes = (maps + 1) * map_bytes + small;
     plan->l2_bytes = (maps + (plan->strategy == 'S' ? 2 : 1)) * map_bytes + small;
@@ -380,24 +392,24 @@ struct Planner {
     if (planes) return {};
     std::optional<Plan> plan = all_channels('K', int32_t(depth));
     if (!plan) return {};
-    Tiling& t = plan->tiling;
-    const int64_t threads = t.threads, blocks = resident_blocks(kept_blocks(backward));
+    Tiling& tiling = plan->tiling;
+    const int64_t threads = tiling.threads, blocks = resident_blocks(kept_blocks(backward));
     const int64_t room = std::min(gpu.shared_per_block,
                                   (gpu.shared_per_multiprocessor - for_l1) / blocks - reserved) -
-                         shared_layout(p, pass, 'K', t).end;
+                         shared_layout(problem, pass, 'K', tiling).end;
     const int64_t most = depth + std::max<int64_t>(0, room / (threads * 16));
-    const int64_t in_sample = ceil_div(p.pixels, threads / (p.channels / V));
+    const int64_t in_sample = ceil_div(problem.pixels, threads / (problem.channels / V));
     const int64_t parts = ceil_div(in_sample, std::min(vectors ? vectors : most, most));
-    t.share = int32_t(ceil_div(in_sample, parts));
-    t.spare = int32_t(std::max<int64_t>(0, t.share - depth));
-    t.parts = int32_t(ceil_div(in_sample, t.share));
-    plan->blocks = p.samples * t.parts;
-    plan->shared_bytes = shared_layout(p, pass, 'K', t).end;
+    tiling.share = int32_t(ceil_div(in_sample, parts));
+    tiling.spare = int32_t(std::max<int64_t>(0, tiling.share - depth));
+    tiling.parts = int32_t(ceil_div(in_sample, tiling.share));
+    plan->blocks = problem.samples * tiling.parts;
+    plan->shared_bytes = shared_layout(problem, pass, 'K', tiling).end;
     plan->occupancy = occupancy(*plan, kColumnThreads, blocks);
     // A sample's blocks wait for each other, and so may those of other streams.
-    if (t.share > most || t.parts > kMostParts || plan->blocks > kMostBlocks ||
+    if (tiling.share > most || tiling.parts > kMostParts || plan->blocks > kMostBlocks ||
         plan->shared_bytes > gpu.shared_per_block ||
-        kStreams * t.parts > plan->occupancy * int64_t(gpu.multiprocessors))
+        kStreams * tiling.parts > plan->occupancy * int64_t(gpu.multiprocessors))
       return {};
     count_bytes_of_sample(&*plan);
     const double bytes = double(plan->dram_bytes);
@@ -411,12 +423,13 @@ struct Planner {
   // compiled. `bytes`: that a block has under way.
   std::optional<Candidate> streamed(Plan plan, int64_t sample_blocks, int64_t compiled_for,
                                     int64_t bytes) const {
-    Tiling& t = plan.tiling;
-    t.chunk = std::clamp<int64_t>(gpu.l2 / 4 / (p.channels * p.pixels * size), 1, p.samples);
-    plan.blocks = 2 * (ceil_div(p.samples, t.chunk) + 1) * t.chunk * sample_blocks;
-    plan.shared_bytes = shared_layout(p, pass, 'S', t).end;
-    plan.occupancy = occupancy(plan, t.threads, compiled_for);
-    if (t.parts > kMostParts || plan.blocks > kMostBlocks || plan.occupancy < 1 ||
+    Tiling& tiling = plan.tiling;
+    tiling.chunk = std::clamp<int64_t>(gpu.l2 / 4 / (problem.channels * problem.pixels * size), 1,
+                                       problem.samples);
+    plan.blocks = 2 * (ceil_div(problem.samples, tiling.chunk) + 1) * tiling.chunk * sample_blocks;
+    plan.shared_bytes = shared_layout(problem, pass, 'S', tiling).end;
+    plan.occupancy = occupancy(plan, tiling.threads, compiled_for);
+    if (tiling.parts > kMostParts || plan.blocks > kMostBlocks || plan.occupancy < 1 ||
         !shares_little(plan))
       return {};
     count_bytes_of_sample(&plan);
@@ -433,22 +446,24 @@ struct Planner {
     const int64_t blocks = resident_blocks(stream_blocks(backward)), held = int64_t(depth) * 16;
     std::optional<Plan> plan = all_channels('S', depth);
     if (planes || !plan) return {};
-    Tiling& t = plan->tiling;
-    const int64_t rows = t.threads / (p.channels / V);
-    t.parts = int32_t(std::min<int64_t>(ceil_div(p.pixels, rows * depth), kMostParts + 1));
-    return streamed(*plan, t.parts, blocks, t.threads * held);
+    Tiling& tiling = plan->tiling;
+    const int64_t rows = tiling.threads / (problem.channels / V);
+    tiling.parts =
+        int32_t(std::min<int64_t>(ceil_div(problem.pixels, rows * depth), kMostParts + 1));
+    return streamed(*plan, tiling.parts, blocks, tiling.threads * held);
   }
 
   std::optional<Candidate> stream_parts_of_planes() const {
     const int32_t depth = stream_plane_depth(backward);
     std::optional<Plan> plan = all_channels('S', depth);
     if (!planes || !plan) return {};
-    Tiling& t = plan->tiling;
-    const int64_t vectors = p.pixels / V, parts = ceil_div(vectors, int64_t(t.threads) * depth);
-    t.parts = int32_t(std::min<int64_t>(parts, kMostParts + 1));
-    t.share = int32_t(ceil_div(vectors, t.parts));
-    return streamed(*plan, p.channels * t.parts, resident_blocks(stream_blocks(backward)),
-                    int64_t(t.share) * 16);
+    Tiling& tiling = plan->tiling;
+    const int64_t vectors = problem.pixels / V,
+                  parts = ceil_div(vectors, int64_t(tiling.threads) * depth);
+    tiling.parts = int32_t(std::min<int64_t>(parts, kMostParts + 1));
+    tiling.share = int32_t(ceil_div(vectors, tiling.parts));
+    return streamed(*plan, problem.channels * tiling.parts,
+                    resident_blocks(stream_blocks(backward)), int64_t(tiling.share) * 16);
   }
 
   std::optional<Candidate> stream_runs() const {
@@ -456,10 +471,11 @@ struct Planner {
     const auto tile = runs_with(0, kStreamRunDepth, kRunThreads, 0);
     if (!tile) return {};
     Plan plan = tile->plan;
-    Tiling& t = plan.tiling;
+    Tiling& tiling = plan.tiling;
     plan.strategy = 'S';
-    t.held = int32_t(p.channels);
-    return streamed(plan, t.tiles, run_blocks(t.depth), int64_t(t.tile) * p.pixels * size);
+    tiling.held = int32_t(problem.channels);
+    return streamed(plan, tiling.tiles, run_blocks(tiling.depth),
+                    int64_t(tiling.tile) * problem.pixels * size);
   }
 
   // The best way to split what a sample has.
@@ -474,27 +490,31 @@ struct Planner {
 
   Candidate two_passes() const {
     Plan plan{'C', {}};
-    Tiling& t = plan.tiling;
-    const int64_t sample_bytes = std::max<int64_t>(1, p.channels * p.pixels * size);
-    t.vectors = access.aligned;
-    t.threads = kPassThreads;
-    t.tile = int32_t(p.channels);
-    t.tiles = 1;
-    t.chunk = std::clamp<int64_t>(gpu.l2 / 2 / (sample_bytes * maps), 1, p.samples);
-    const int64_t in_sample = planes ? p.channels : 1;  // rows of blocks or warps
-    t.chunk = std::min(t.chunk, std::max<int64_t>(1, kMostBlocks / 64 / in_sample));
+    Tiling& tiling = plan.tiling;
+    const int64_t sample_bytes = std::max<int64_t>(1, problem.channels * problem.pixels * size);
+    tiling.vectors = access.aligned;
+    tiling.threads = kPassThreads;
+    tiling.tile = int32_t(problem.channels);
+    tiling.tiles = 1;
+    tiling.chunk = std::clamp<int64_t>(gpu.l2 / 2 / (sample_bytes * maps), 1, problem.samples);
+    const int64_t in_sample = planes ? problem.channels : 1;  // rows of blocks or warps
+    tiling.chunk = std::min(tiling.chunk, std::max<int64_t>(1, kMostBlocks / 64 / in_sample));
     // Enough warps to ask for all the bytes that must be under way.
     const int64_t wanted = gpu.multiprocessors * (planes ? 48 : 6);
     const int64_t smallest = planes ? 4 << 10 : 16 << 10;  // bytes of a part
     const int64_t most = std::min<int64_t>(kMostParts, 1 + sample_bytes / in_sample / smallest);
-    t.parts = int32_t(std::clamp<int64_t>(ceil_div(wanted, t.chunk * in_sample), 1, most));
-    t.parts = int32_t(std::max<int64_t>(t.parts, ceil_div(p.pixels, kMostElements)));
-    const int64_t rows = t.chunk * in_sample * t.parts;
-    plan.blocks = planes ? ceil_div(rows, t.threads / 32) : rows;
-    plan.launches = 3 * ceil_div(p.samples, t.chunk) + (!backward ? 0 : p.taps_per_channel ? 1 : 2);
-    plan.shared_bytes = planes ? 0 : t.threads * V * accumulator;
+    tiling.parts =
+        int32_t(std::clamp<int64_t>(ceil_div(wanted, tiling.chunk * in_sample), 1, most));
+    tiling.parts =
+        int32_t(std::max<int64_t>(tiling.parts, ceil_div(problem.pixels, kMostElements)));
+    const int64_t rows = tiling.chunk * in_sample * tiling.parts;
+    plan.blocks = planes ? ceil_div(rows, tiling.threads / 32) : rows;
+    plan.launches = 3 * ceil_div(problem.samples, tiling.chunk) + (!backward                  ? 0
+                                                                   : problem.taps_per_channel ? 1
+                                                                                              : 2);
+    plan.shared_bytes = planes ? 0 : tiling.threads * V * accumulator;
     plan.occupancy = occupancy(plan, kPassThreads, kPassBlocks);
-    const bool reused = t.chunk * sample_bytes * maps <= gpu.l2 / 2;
+    const bool reused = tiling.chunk * sample_bytes * maps <= gpu.l2 / 2;
     plan.l2_bytes = (maps + 2) * map_bytes + small_bytes(plan);
     plan.dram_bytes = (maps + (reused ? 1 : 2)) * map_bytes + small_bytes(plan);
     const double idle = std::max(1.0, multiprocessors / kOneMultiprocessor / double(plan.blocks));
@@ -541,12 +561,13 @@ struct Planner {
       for (int32_t depth : kRunDepths) {
         // A deep tile summed element by element is two planes for each thread. Backward, where
         // fewer blocks have room, that took 58 us instead of 50 (TUNING.md).
-        if (backward && depth > 4 && size == 2 && run_granule(p.pixels, int32_t(size)) == 1)
+        if (backward && depth > 4 && size == 2 && run_granule(problem.pixels, int32_t(size)) == 1)
           continue;
         consider(runs(depth, threads, 0));
       }
       // Narrower columns give more blocks.
-      for (int64_t channels = 0; channels < p.channels; channels = channels ? 2 * channels : V)
+      for (int64_t channels = 0; channels < problem.channels;
+           channels = channels ? 2 * channels : V)
         for (int32_t depth : kColumnDepths) consider(columns(depth, threads, channels));
     }
     return best;
@@ -554,9 +575,9 @@ struct Planner {
 
   Plan complete(Plan plan) const {
     plan.dweight_parts = dweight_parts(plan);
-    if (plan.strategy == 'K' || plan.strategy == 'S') plan.counters = 2 * p.samples;
+    if (plan.strategy == 'K' || plan.strategy == 'S') plan.counters = 2 * problem.samples;
     plan.map_bytes = (maps + 1) * map_bytes;
-    plan.workspace = workspace_layout(p, pass, plan).end;
+    plan.workspace = workspace_layout(problem, pass, plan).end;
     return plan;
   }
 };
@@ -595,10 +616,10 @@ Divisor divisor_of(int64_t divisor) {
   return {uint32_t(((uint64_t(1) << shift) + uint64_t(divisor) - 1) / uint64_t(divisor)), shift};
 }
 
-Access dense_access(const Problem& p) {
-  const int64_t length = p.layout == Layout::kPlanes ? p.pixels : p.channels;
-  const bool samples = p.channels * p.pixels * size_of(p.dtype) % 16 == 0;
-  return {length * size_of(p.dtype) % 16 == 0, true, samples, samples, false};
+Access dense_access(const Problem& problem) {
+  const int64_t length = problem.layout == Layout::kPlanes ? problem.pixels : problem.channels;
+  const bool samples = problem.channels * problem.pixels * size_of(problem.dtype) % 16 == 0;
+  return {length * size_of(problem.dtype) % 16 == 0, true, samples, samples, false};
 }
 
 const char* strategy_name(char letter) {
@@ -629,57 +650,58 @@ Plan make_plan(const Problem& problem, Pass pass, const Access& access, const Gp
   return planner.complete(found->plan);
 }
 
-SharedLayout shared_layout(const Problem& p, Pass pass, char strategy, const Tiling& t) {
-  const int64_t accumulator = accumulator_size(p.dtype), V = 16 / size_of(p.dtype);
-  SharedLayout s{};
+SharedLayout shared_layout(const Problem& problem, Pass pass, char strategy, const Tiling& tiling) {
+  const int64_t accumulator = accumulator_size(problem.dtype), V = 16 / size_of(problem.dtype);
+  SharedLayout shared{};
   int64_t at = 0;
   const auto place = [&](int32_t* where, int64_t numbers) {
     *where = int32_t(at);
     at = std::min<int64_t>(round_up(at + numbers * accumulator, 16),
                            std::numeric_limits<int32_t>::max());
   };
-  const bool planes = p.layout == Layout::kPlanes;
-  const int64_t rows = planes ? 0 : t.threads / std::max<int64_t>(1, t.held / V);
-  const int64_t reached = t.held + (t.halo ? 0 : 2 * int64_t(t.pad));
-  place(&s.padded, reached);
-  place(&s.means, pass == Pass::kBackward ? reached : 0);
-  place(&s.taps, p.taps_per_channel ? 0 : p.kernel_size);
+  const bool planes = problem.layout == Layout::kPlanes;
+  const int64_t rows = planes ? 0 : tiling.threads / std::max<int64_t>(1, tiling.held / V);
+  const int64_t reached = tiling.held + (tiling.halo ? 0 : 2 * int64_t(tiling.pad));
+  place(&shared.padded, reached);
+  place(&shared.means, pass == Pass::kBackward ? reached : 0);
+  place(&shared.taps, problem.taps_per_channel ? 0 : problem.kernel_size);
   // A gate beyond the last, for the last vector of a run.
-  place(&s.gate, strategy == 'R' ? 0 : t.held + 1);
-  place(&s.shift, strategy == 'R' ? 0 : t.tile + 1);
-  place(&s.flag, 1);
-  place(&s.scratch, strategy == 'R'   ? t.threads / 32
-                    : strategy == 'F' ? 0
-                    : planes          ? scratch_of_planes(t)
-                                      : rows * t.held);
-  const bool runs = strategy == 'F' || (strategy == 'S' && t.lanes);
-  const int64_t terms =
-      runs ? V / run_granule(p.pixels, size_of(p.dtype)) * int64_t(t.depth) * t.threads : 0;
+  place(&shared.gate, strategy == 'R' ? 0 : tiling.held + 1);
+  place(&shared.shift, strategy == 'R' ? 0 : tiling.tile + 1);
+  place(&shared.flag, 1);
+  place(&shared.scratch, strategy == 'R'   ? tiling.threads / 32
+                         : strategy == 'F' ? 0
+                         : planes          ? scratch_of_planes(tiling)
+                                           : rows * tiling.held);
+  const bool runs = strategy == 'F' || (strategy == 'S' && tiling.lanes);
+  const int64_t terms = runs ? V / run_granule(problem.pixels, size_of(problem.dtype)) *
+                                   int64_t(tiling.depth) * tiling.threads
+                             : 0;
   if (strategy == 'S') at = std::max(at, terms * accumulator);  // all else comes after their use
-  else place(&s.terms, terms);
-  place(&s.held, ceil_div(int64_t(t.spare) * t.threads * 16, accumulator));
-  s.end = int32_t(at);
-  return s;
+  else place(&shared.terms, terms);
+  place(&shared.held, ceil_div(int64_t(tiling.spare) * tiling.threads * 16, accumulator));
+  shared.end = int32_t(at);
+  return shared;
 }
 
-WorkspaceLayout workspace_layout(const Problem& p, Pass pass, const Plan& plan) {
-  const Tiling& t = plan.tiling;
-  const int64_t accumulator = accumulator_size(p.dtype);
+WorkspaceLayout workspace_layout(const Problem& problem, Pass pass, const Plan& plan) {
+  const Tiling& tiling = plan.tiling;
+  const int64_t accumulator = accumulator_size(problem.dtype);
   const bool two_passes = plan.strategy == 'C', backward = pass == Pass::kBackward;
-  const int64_t per_channel = p.samples * p.channels * accumulator;
+  const int64_t per_channel = problem.samples * problem.channels * accumulator;
   WorkspaceLayout w{};
   const auto place = [&](int64_t* where, int64_t bytes) {
     *where = w.end;
     w.end += round_up(bytes, 16);
   };
   const bool streamed = plan.strategy == 'K' || plan.strategy == 'S';
-  place(&w.sums, two_passes ? t.parts * per_channel
-                 : streamed
-                     ? p.samples * t.parts * sums_of_channels(int32_t(p.channels)) * accumulator
-                     : 0);
-  place(&w.dz, backward && (two_passes || p.taps_per_channel) ? per_channel : 0);
+  place(&w.sums, two_passes ? tiling.parts * per_channel
+                 : streamed ? problem.samples * tiling.parts *
+                                  sums_of_channels(int32_t(problem.channels)) * accumulator
+                            : 0);
+  place(&w.dz, backward && (two_passes || problem.taps_per_channel) ? per_channel : 0);
   place(&w.shift, backward && (two_passes || streamed) ? per_channel : 0);
-  place(&w.dweight, p.kernel_size * plan.dweight_parts * accumulator);
+  place(&w.dweight, problem.kernel_size * plan.dweight_parts * accumulator);
   place(&w.mean, !backward && (two_passes || streamed) ? per_channel : 0);
   place(&w.gate, !backward && (two_passes || streamed) ? per_channel : 0);
   return w;

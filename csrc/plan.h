@@ -166,8 +166,8 @@ SharedLayout shared_layout(const Problem& problem, Pass pass, char strategy, con
 constexpr int32_t sums_of_channels(int32_t channels) { return (channels + 3) & ~3; }
 
 // S, planes: numbers that the last block of a sample adds up at a time.
-constexpr int64_t scratch_of_planes(const Tiling& t) {
-  const int64_t channels = sums_of_channels(t.held), at_once = 4 * int64_t(t.threads);
+constexpr int64_t scratch_of_planes(const Tiling& tiling) {
+  const int64_t channels = sums_of_channels(tiling.held), at_once = 4 * int64_t(tiling.threads);
   return channels > at_once ? channels : at_once;
 }
 

@@ -22,10 +22,11 @@ struct Column {
   int64_t sample;
 
   // For the pixels [begin, end).
-  __device__ Column(const Problem& p, const Tiling& t, const HeldTile& tile, int begin, int end)
+  __device__ Column(const Problem& problem, const Tiling& tiling, const HeldTile& tile, int begin,
+                    int end)
       : sample(tile.sample) {
-    const int columns = t.held / V;
-    rows = t.threads / columns;
+    const int columns = tiling.held / V;
+    rows = tiling.threads / columns;
     row = thread_index() / columns;
     held = (thread_index() - row * columns) * V;
     channel = row < rows && held < tile.held ? tile.channel(held) : -1;
@@ -130,29 +131,29 @@ __device__ inline void add_products(const Column<T, kDepth>& column,
 
 template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(kDepth)))
-    forward_columns(Forward f, Tiling t, SharedLayout s, Step step) {
+    forward_columns(Forward f, Tiling tiling, SharedLayout shared, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
-  const Problem& p = f.problem;
-  const HeldTile tile(p, t);
-  const Column<T, kDepth> column(p, t, tile, 0, int(p.pixels));
+  const Problem& problem = f.problem;
+  const HeldTile tile(problem, tiling);
+  const Column<T, kDepth> column(problem, tiling, tile, 0, int(problem.pixels));
   typename Column<T, kDepth>::Held x;
   column.load_from(f.x, x);
-  const NearTaps<T> taps(p, f.weight, s);
+  const NearTaps<T> taps(problem, f.weight, shared);
   taps.put();
-  const Neighbours<A> means(p, t, s.padded);
-  const auto parts = shared_array<A>(s.scratch, column.rows * t.held);
+  const Neighbours<A> means(problem, tiling, shared.padded);
+  const auto parts = shared_array<A>(shared.scratch, column.rows * tiling.held);
   Vector<A, V> sums{};
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) add_all(sums, widen(x[i]));
-  column.put_parts(sums, t.held, parts);
+  column.put_parts(sums, tiling.held, parts);
   block_barrier();
   for (int h = thread_index(); h < tile.held; h += thread_count())
-    means.set(h, column.total(h, t.held, parts) * t.factor);
+    means.set(h, column.total(h, tiling.held, parts) * tiling.factor);
   means.clear_ends();
   block_barrier();
 
-  const auto gates = shared_array<A>(s.gate, t.tile);
+  const auto gates = shared_array<A>(shared.gate, tiling.tile);
   const MeansAndGates<A> small(f, tile);
   for (int c = thread_index(); c < tile.own; c += thread_count()) {
     const int h = c + tile.halo, channel = tile.begin + c;
@@ -170,29 +171,30 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
 // dx, and what dweight is made from.
 template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(kDepth)))
-    backward_columns(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
+    backward_columns(Backward b, Tiling tiling, SharedLayout shared, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
-  const Problem& p = b.problem;
-  const HeldTile tile(p, t);
-  const Column<T, kDepth> column(p, t, tile, 0, int(p.pixels));
+  const Problem& problem = b.problem;
+  const HeldTile tile(problem, tiling);
+  const Column<T, kDepth> column(problem, tiling, tile, 0, int(problem.pixels));
   typename Column<T, kDepth>::Held dy;
   column.load_from(b.dy, dy);
-  const NearTaps<T> taps(p, b.weight, s);
-  const Neighbours<A> dz(p, t, s.padded);
-  const auto parts = shared_array<A>(s.scratch, column.rows * t.held);
-  const DweightMeans<T> means(b, t, s, tile);
-  const auto gates = shared_array<A>(s.gate, t.held), shifts = shared_array<A>(s.shift, t.tile);
+  const NearTaps<T> taps(problem, b.weight, shared);
+  const Neighbours<A> dz(problem, tiling, shared.padded);
+  const auto parts = shared_array<A>(shared.scratch, column.rows * tiling.held);
+  const DweightMeans<T> means(b, tiling, shared, tile);
+  const auto gates = shared_array<A>(shared.gate, tiling.held),
+             shifts = shared_array<A>(shared.shift, tiling.tile);
   fetch_gates_and_means(b, tile, gates, means);
   Vector<A, V> sums{};
   add_products<4>(column, dy, column.cursor(b.x), step.gradient(column), sums);
-  column.put_parts(sums, t.held, parts);
+  column.put_parts(sums, tiling.held, parts);
   taps.put();
   finish_fetches();
   block_barrier();
   for (int h = thread_index(); h < tile.held; h += thread_count()) {
     const A gate = gates.get(h);
-    dz.set(h, column.total(h, t.held, parts) * gate * (A(1) - gate));
+    dz.set(h, column.total(h, tiling.held, parts) * gate * (A(1) - gate));
   }
   dz.clear_ends();
   means.clear_ends();
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   if (!b.dx.data) return;
 
   for (int c = thread_index(); c < tile.own; c += thread_count())
-    shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) * t.factor);
+    shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) * tiling.factor);
   block_barrier();
   if (!column.any() || !tile.is_own(column.held)) return;
   const Vector<A, V> gate = values_from<V>(gates, column.held);

@@ -22,11 +22,11 @@ __device__ inline void leave_dweight(const Backward& b, const Workspace& work, i
                                      DzOf dz_of, MeanUnder mean_under) {
   using A = Accumulator<T>;
   constexpr int kTaps = 8, kChannels = 32 / kTaps;
-  const Problem& p = b.problem;
-  const int lane = thread_index() % 32, k = int(p.kernel_size);
+  const Problem& problem = b.problem;
+  const int lane = thread_index() % 32, k = int(problem.kernel_size);
   if (!b.dweight) return;
-  if (p.taps_per_channel) {
-    A* const dz = static_cast<A*>(work.dz) + sample * p.channels + begin;
+  if (problem.taps_per_channel) {
+    A* const dz = static_cast<A*>(work.dz) + sample * problem.channels + begin;
     for (int c = warp * 32 + lane; c < own; c += warps * 32) put(dz + c, dz_of(c));
     return;
   }
@@ -47,17 +47,17 @@ template <class T>
 __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
     sum_dweight_parts(Backward b, Workspace work) {
   using A = Accumulator<T>;
-  const Problem& p = b.problem;
+  const Problem& problem = b.problem;
   const int64_t part = block_index() * (thread_count() / 32) + thread_index() / 32;
-  const int64_t tiles = (p.channels + kDweightTile - 1) / kDweightTile;
+  const int64_t tiles = (problem.channels + kDweightTile - 1) / kDweightTile;
   const int64_t sample = part / tiles, begin = part % tiles * kDweightTile;
-  if (sample >= p.samples) return;
-  const int own = int(min(int64_t(kDweightTile), p.channels - begin));
-  const A* const dz = static_cast<const A*>(work.dz) + sample * p.channels + begin;
-  const A* const means = static_cast<const A*>(b.mean) + sample * p.channels;
+  if (sample >= problem.samples) return;
+  const int own = int(min(int64_t(kDweightTile), problem.channels - begin));
+  const A* const dz = static_cast<const A*>(work.dz) + sample * problem.channels + begin;
+  const A* const means = static_cast<const A*>(b.mean) + sample * problem.channels;
   leave_dweight<T>(
       b, work, sample, begin, own, part, 0, 1, [&](int c) { return value_at(dz + c); },
-      [&](int c, int j) { return mean_under_tap(p, means, begin + c, j); });
+      [&](int c, int j) { return mean_under_tap(problem, means, begin + c, j); });
 }
 
 // dweight (1, k) from its parts (k, parts). A block has a tap.
@@ -92,24 +92,26 @@ __global__ void __launch_bounds__(kDweightThreads) add_dweight_parts(Backward b,
 template <class T>
 __global__ void __launch_bounds__(kOwnDweightThreads) sum_own_dweight(Backward b, Workspace work) {
   using A = Accumulator<T>;
-  const Problem& p = b.problem;
+  const Problem& problem = b.problem;
   constexpr int kWarps = kOwnDweightThreads / 32;
   const int lane = thread_index() % 32, warp = thread_index() / 32;
-  const int64_t j = block_index() % p.kernel_size, c = block_index() / p.kernel_size * 32 + lane;
+  const int64_t j = block_index() % problem.kernel_size,
+                c = block_index() / problem.kernel_size * 32 + lane;
   const auto sums = shared_array<A>(0, kOwnDweightThreads);
   A sum = 0;
-  if (c < p.channels) {
+  if (c < problem.channels) {
     const A* const dz = static_cast<const A*>(work.dz) + c;
     const A* const mean = static_cast<const A*>(b.mean);
 #pragma unroll 4
-    for (int64_t n = warp; n < p.samples; n += kWarps)
-      sum += value_at(dz + n * p.channels) * mean_under_tap(p, mean + n * p.channels, c, j);
+    for (int64_t n = warp; n < problem.samples; n += kWarps)
+      sum += value_at(dz + n * problem.channels) *
+             mean_under_tap(problem, mean + n * problem.channels, c, j);
   }
   sums.set(thread_index(), sum);
   block_barrier();
-  if (warp > 0 || c >= p.channels) return;
+  if (warp > 0 || c >= problem.channels) return;
   for (int w = 1; w < kWarps; ++w) sum += sums.get(w * 32 + lane);
-  store_dweight<T>(p, b.dweight, c * p.kernel_size + j, sum);
+  store_dweight<T>(problem, b.dweight, c * problem.kernel_size + j, sum);
 }
 
 }  // namespace eca::cuda

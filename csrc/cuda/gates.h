@@ -22,8 +22,9 @@ __device__ inline int64_t channel_at(int64_t c, int64_t channels, bool circular)
 
 // The mean that tap j of channel c is multiplied with, 0 beyond the ends.
 template <class A>
-__device__ inline A mean_under_tap(const Problem& p, const A* means, int64_t c, int64_t j) {
-  const int64_t from = channel_at(c + j - p.kernel_size / 2, p.channels, p.circular);
+__device__ inline A mean_under_tap(const Problem& problem, const A* means, int64_t c, int64_t j) {
+  const int64_t from =
+      channel_at(c + j - problem.kernel_size / 2, problem.channels, problem.circular);
   return from < 0 ? A(0) : value_at(means + from);
 }
 

@@ -19,9 +19,10 @@ class Spare {
   static constexpr int V = kVector<T>;
   using A = Accumulator<T>;
 
-  __device__ Spare(const Tiling& t, const SharedLayout& s, const Column<T, kDepth>& column)
-      : places_(shared_array<T>(s.held, t.spare * t.threads * V)),
-        end_(min(t.share, (column.left + column.rows - 1) / column.rows)) {}
+  __device__ Spare(const Tiling& tiling, const SharedLayout& shared,
+                   const Column<T, kDepth>& column)
+      : places_(shared_array<T>(shared.held, tiling.spare * tiling.threads * V)),
+        end_(min(tiling.share, (column.left + column.rows - 1) / column.rows)) {}
 
   __device__ void fetch_from(const Cursor<T, int64_t>& from) const {
 #pragma unroll 4
@@ -74,39 +75,40 @@ struct KeptPart {
   int part, begin, end;  // pixels
 
   // Divisions are of 32 bits: one of 64 would take 100 instructions.
-  __device__ KeptPart(const Problem& p, const Tiling& t, int rows)
-      : sample(uint32_t(block_index()) / uint32_t(t.parts)),
-        part(int(uint32_t(block_index()) - uint32_t(sample) * uint32_t(t.parts))),
-        begin(part * t.share * rows), end(min(int(p.pixels), begin + t.share * rows)) {}
+  __device__ KeptPart(const Problem& problem, const Tiling& tiling, int rows)
+      : sample(uint32_t(block_index()) / uint32_t(tiling.parts)),
+        part(int(uint32_t(block_index()) - uint32_t(sample) * uint32_t(tiling.parts))),
+        begin(part * tiling.share * rows),
+        end(min(int(problem.pixels), begin + tiling.share * rows)) {}
 };
 
 // Hands a block's sums to the last block of the sample. True in that one.
 template <class T, int kDepth>
-__device__ inline bool give_sums(const Problem& p, const Tiling& t, const SharedLayout& s,
-                                 const Workspace& work, const KeptPart& here,
-                                 const Column<T, kDepth>& column,
+__device__ inline bool give_sums(const Problem& problem, const Tiling& tiling,
+                                 const SharedLayout& shared, const Workspace& work,
+                                 const KeptPart& here, const Column<T, kDepth>& column,
                                  const Vector<Accumulator<T>, kVector<T>>& sums,
                                  const StreamCounters& counters) {
-  const auto parts = sums_in<T, Layout::kPixels>(t, s);
-  column.put_parts(sums, t.held, parts);
+  const auto parts = sums_in<T, Layout::kPixels>(tiling, shared);
+  column.put_parts(sums, tiling.held, parts);
   block_barrier();
-  for (int c = thread_index(); c < t.held; c += thread_count())
-    put_part<Layout::kPixels>(p, t, work, here.sample, here.part, c,
-                              column.total(c, t.held, parts));
-  return counters.arrive(shared_array<uint32_t>(s.flag, 1));
+  for (int c = thread_index(); c < tiling.held; c += thread_count())
+    put_part<Layout::kPixels>(problem, tiling, work, here.sample, here.part, c,
+                              column.total(c, tiling.held, parts));
+  return counters.arrive(shared_array<uint32_t>(shared.flag, 1));
 }
 
 template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(false)))
-    forward_kept(Forward f, Tiling t, SharedLayout s, Workspace work, Step step) {
+    forward_kept(Forward f, Tiling tiling, SharedLayout shared, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
-  const Problem& p = f.problem;
-  const KeptPart here(p, t, t.threads / (t.held / V));
-  const HeldTile tile(p, t, here.sample, 0);
-  const StreamCounters counters(p, work, here.sample, t.parts);
-  const Column<T, kDepth> column(p, t, tile, here.begin, here.end);
-  const Spare<T, kDepth> spare(t, s, column);
+  const Problem& problem = f.problem;
+  const KeptPart here(problem, tiling, tiling.threads / (tiling.held / V));
+  const HeldTile tile(problem, tiling, here.sample, 0);
+  const StreamCounters counters(problem, work, here.sample, tiling.parts);
+  const Column<T, kDepth> column(problem, tiling, tile, here.begin, here.end);
+  const Spare<T, kDepth> spare(tiling, shared, column);
   typename Column<T, kDepth>::Held x;
   const auto xs = column.cursor(f.x);
   spare.fetch_from(xs);
@@ -119,14 +121,15 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   }
   finish_fetches();
   spare.add_to(sums);
-  if (give_sums<T>(p, t, s, work, here, column, sums, counters)) {
-    make_gates_of_sample<T, Layout::kPixels>(f, t, s, work, tile);
+  if (give_sums<T>(problem, tiling, shared, work, here, column, sums, counters)) {
+    make_gates_of_sample<T, Layout::kPixels>(f, tiling, shared, work, tile);
     if (thread_index() == 0) counters.set_ready();
   }
   counters.wait();
   const uint32_t passed = counters.pass();
   if (column.any()) {
-    const Vector<A, V> gate = numbers_from<V, A>(f.gate, here.sample * p.channels + column.channel);
+    const Vector<A, V> gate =
+        numbers_from<V, A>(f.gate, here.sample * problem.channels + column.channel);
     const auto result = step.forward(f.y, column);
     column.for_each([&](int i) { result.put(i, x[i], gate); });
     spare.for_each([&](int i, const Vector<T, V>& some) { result.put(i, some, gate); });
@@ -137,15 +140,15 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
 // dm / S (samples, channels), dx, and what dweight is made from.
 template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(true)))
-    backward_kept(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
+    backward_kept(Backward b, Tiling tiling, SharedLayout shared, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>, kAtOnce = 4;
-  const Problem& p = b.problem;
-  const KeptPart here(p, t, t.threads / (t.held / V));
-  const HeldTile tile(p, t, here.sample, 0);
-  const StreamCounters counters(p, work, here.sample, t.parts);
-  const Column<T, kDepth> column(p, t, tile, here.begin, here.end);
-  const Spare<T, kDepth> spare(t, s, column);
+  const Problem& problem = b.problem;
+  const KeptPart here(problem, tiling, tiling.threads / (tiling.held / V));
+  const HeldTile tile(problem, tiling, here.sample, 0);
+  const StreamCounters counters(problem, work, here.sample, tiling.parts);
+  const Column<T, kDepth> column(problem, tiling, tile, here.begin, here.end);
+  const Spare<T, kDepth> spare(tiling, shared, column);
   typename Column<T, kDepth>::Held dy;
   const auto dys = column.cursor(b.dy), xs = column.cursor(b.x);
   spare.fetch_from(dys);
@@ -155,12 +158,12 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(tr
   add_products<kAtOnce>(column, dy, xs, gradient, sums);
   finish_fetches();
   spare.template add_products_to<kAtOnce>(xs, gradient, sums);
-  if (give_sums<T>(p, t, s, work, here, column, sums, counters))
-    make_shifts_of_sample<T, Layout::kPixels>(b, t, s, work, tile, counters);
+  if (give_sums<T>(problem, tiling, shared, work, here, column, sums, counters))
+    make_shifts_of_sample<T, Layout::kPixels>(b, tiling, shared, work, tile, counters);
   counters.wait();
   const uint32_t passed = counters.pass();
   if (column.any() && b.dx.data) {
-    const int64_t at = here.sample * p.channels + column.channel;
+    const int64_t at = here.sample * problem.channels + column.channel;
     const Vector<A, V> gate = numbers_from<V, A>(b.gate, at);
     const Vector<A, V> shift = numbers_from<V, A>(work.shift, at);
     const auto result = step.backward(b.dx, column);

@@ -20,10 +20,10 @@ struct Neighbours {
   int channels, pad, halo, radius;
   bool circular;
 
-  __device__ Neighbours(const Problem& p, const Tiling& t, int first_byte)
-      : values(shared_array<A>(first_byte, t.held + (t.halo ? 0 : 2 * t.pad))),
-        channels(int(p.channels)), pad(t.pad), halo(t.halo), radius(int(p.kernel_size / 2)),
-        circular(p.circular) {}
+  __device__ Neighbours(const Problem& problem, const Tiling& tiling, int first_byte)
+      : values(shared_array<A>(first_byte, tiling.held + (tiling.halo ? 0 : 2 * tiling.pad))),
+        channels(int(problem.channels)), pad(tiling.pad), halo(tiling.halo),
+        radius(int(problem.kernel_size / 2)), circular(problem.circular) {}
 
   __device__ int place(int held) const { return halo ? held : held + pad; }
 
@@ -72,10 +72,10 @@ class NearTaps {
  public:
   using A = Accumulator<T>;
 
-  __device__ NearTaps(const Problem& p, const void* weight, const SharedLayout& s)
-      : taps_(p, weight),
-        near_(shared_array<A>(s.taps, p.taps_per_channel ? 0 : int(taps_.size()))),
-        own_(p.taps_per_channel) {
+  __device__ NearTaps(const Problem& problem, const void* weight, const SharedLayout& shared)
+      : taps_(problem, weight),
+        near_(shared_array<A>(shared.taps, problem.taps_per_channel ? 0 : int(taps_.size()))),
+        own_(problem.taps_per_channel) {
     if (!own_ && thread_index() < size()) first_ = taps_.load(0, thread_index());
   }
 
@@ -113,23 +113,24 @@ struct HeldTile {
 
   HeldTile() = default;
 
-  __device__ HeldTile(const Problem& p, const Tiling& t)
-      : HeldTile(p, t, quotient(int(block_index()), t.by_tiles)) {}
+  __device__ HeldTile(const Problem& problem, const Tiling& tiling)
+      : HeldTile(problem, tiling, quotient(int(block_index()), tiling.by_tiles)) {}
 
-  __device__ HeldTile(const Problem& p, const Tiling& t, int sample)
-      : HeldTile(p, t, sample, int(block_index()) - sample * int(t.tiles)) {}
+  __device__ HeldTile(const Problem& problem, const Tiling& tiling, int sample)
+      : HeldTile(problem, tiling, sample, int(block_index()) - sample * int(tiling.tiles)) {}
 
-  __device__ HeldTile(const Problem& p, const Tiling& t, int64_t sample, int tile)
-      : sample(sample), tile(tile), begin(tile * t.tile), own(min(t.tile, int(p.channels) - begin)),
-        halo(t.halo), held(own + 2 * t.halo), channels(int(p.channels)), circular(p.circular) {}
+  __device__ HeldTile(const Problem& problem, const Tiling& tiling, int64_t sample, int tile)
+      : sample(sample), tile(tile), begin(tile * tiling.tile),
+        own(min(tiling.tile, int(problem.channels) - begin)), halo(tiling.halo),
+        held(own + 2 * tiling.halo), channels(int(problem.channels)), circular(problem.circular) {}
 
   // All channels of a sample, by the block that makes their gates.
-  __device__ static HeldTile whole(const Problem& p, int64_t sample) {
+  __device__ static HeldTile whole(const Problem& problem, int64_t sample) {
     HeldTile tile;
     tile.sample = sample;
     tile.tile = tile.begin = tile.halo = 0;
-    tile.own = tile.held = tile.channels = int(p.channels);
-    tile.circular = p.circular;
+    tile.own = tile.held = tile.channels = int(problem.channels);
+    tile.circular = problem.circular;
     return tile;
   }
 
@@ -154,9 +155,9 @@ class DweightMeans {
  public:
   using A = Accumulator<T>;
 
-  __device__ DweightMeans(const Backward& b, const Tiling& t, const SharedLayout& s,
+  __device__ DweightMeans(const Backward& b, const Tiling& tiling, const SharedLayout& shared,
                           const HeldTile& tile)
-      : means_(b.problem, t, s.means),
+      : means_(b.problem, tiling, shared.means),
         row_(static_cast<const A*>(b.mean) + tile.sample * tile.channels),
         wanted_(b.dweight && !b.problem.taps_per_channel) {}
 

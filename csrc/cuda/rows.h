@@ -20,10 +20,10 @@ struct Row {
   int left;               // vectors from there on
   int64_t sample;
 
-  __device__ Row(const Problem& p, const Tiling& t, const HeldTile& tile)
-      : lanes(t.lanes), lane(thread_index() % t.lanes), held(thread_index() / t.lanes),
-        channel(tile.channel(held)), begin(lane), left(channel < 0 ? 0 : int(p.pixels) / V - lane),
-        sample(tile.sample) {}
+  __device__ Row(const Problem& problem, const Tiling& tiling, const HeldTile& tile)
+      : lanes(tiling.lanes), lane(thread_index() % tiling.lanes),
+        held(thread_index() / tiling.lanes), channel(tile.channel(held)), begin(lane),
+        left(channel < 0 ? 0 : int(problem.pixels) / V - lane), sample(tile.sample) {}
 
   // For all threads of a block: `count` vectors of a plane from `first` on.
   __device__ Row(int threads, int64_t sample, int channel, int first, int count)
@@ -73,22 +73,23 @@ struct Row {
 
 template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_blocks(kDepth)))
-    forward_rows(Forward f, Tiling t, SharedLayout s, Step step) {
+    forward_rows(Forward f, Tiling tiling, SharedLayout shared, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
-  const Problem& p = f.problem;
-  const HeldTile tile(p, t);
-  const Row<T, kDepth> row(p, t, tile);
+  const Problem& problem = f.problem;
+  const HeldTile tile(problem, tiling);
+  const Row<T, kDepth> row(problem, tiling, tile);
   typename Row<T, kDepth>::Held x;
   row.load_from(f.x, x);
-  const NearTaps<T> taps(p, f.weight, s);
+  const NearTaps<T> taps(problem, f.weight, shared);
   taps.put();
-  const Neighbours<A> means(p, t, s.padded);
+  const Neighbours<A> means(problem, tiling, shared.padded);
 
   ChainedSum<A> sum;
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) sum.add(widen(x[i]));
-  const A mean = row.total(sum.total(), shared_array<A>(s.scratch, t.threads / 32)) * t.factor;
+  const A mean =
+      row.total(sum.total(), shared_array<A>(shared.scratch, tiling.threads / 32)) * tiling.factor;
   if (row.lane == 0 && row.held < tile.held) means.set(row.held, row.channel < 0 ? A(0) : mean);
   means.clear_ends();
   block_barrier();
@@ -103,21 +104,21 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
 // dx, and what dweight is made from.
 template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_blocks(kDepth)))
-    backward_rows(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
+    backward_rows(Backward b, Tiling tiling, SharedLayout shared, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
-  const Problem& p = b.problem;
-  const HeldTile tile(p, t);
-  const Row<T, kDepth> row(p, t, tile);
+  const Problem& problem = b.problem;
+  const HeldTile tile(problem, tiling);
+  const Row<T, kDepth> row(problem, tiling, tile);
   typename Row<T, kDepth>::Held dy, x;
   row.load_from(b.dy, dy);
   row.load_from(b.x, x);
   const auto gradient = step.gradient(row);
-  const int64_t i_channel = row.sample * p.channels + row.channel;
+  const int64_t i_channel = row.sample * problem.channels + row.channel;
   const A gate = row.channel < 0 ? A(0) : value_at(static_cast<const A*>(b.gate) + i_channel);
-  const NearTaps<T> taps(p, b.weight, s);
-  const Neighbours<A> dz(p, t, s.padded);
-  const DweightMeans<T> means(b, t, s, tile);
+  const NearTaps<T> taps(problem, b.weight, shared);
+  const Neighbours<A> dz(problem, tiling, shared.padded);
+  const DweightMeans<T> means(b, tiling, shared, tile);
   if (row.lane == 0 && row.held < tile.held) means.fetch(row.held, row.channel);
 
   ChainedSum<A> sum;
@@ -127,8 +128,8 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
     sum.add(products_of(dy[i], x[i]));
     if constexpr (kShortOfRegisters) forget(dy[i]);
   }
-  const A own_dz =
-      row.total(sum.total(), shared_array<A>(s.scratch, t.threads / 32)) * gate * (A(1) - gate);
+  const A own_dz = row.total(sum.total(), shared_array<A>(shared.scratch, tiling.threads / 32)) *
+                   gate * (A(1) - gate);
   if (row.lane == 0 && row.held < tile.held) dz.set(row.held, row.channel < 0 ? A(0) : own_dz);
   dz.clear_ends();
   means.clear_ends();
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
 
   means.leave_dweight(b, work, tile, dz);
   if (!tile.is_own(row.held) || !b.dx.data) return;
-  const A shift = dm_of(tile, dz, taps, row.held) * t.factor;
+  const A shift = dm_of(tile, dz, taps, row.held) * tiling.factor;
   const auto result = step.backward(b.dx, row);
   row.for_each([&](int i) { result.put(i, dy[i], all_of<V>(gate), all_of<V>(shift)); });
 }

@@ -25,8 +25,8 @@ struct Run {
   int own_begin, own_elements;  // of the tile itself, which is whole vectors, in the run
   int64_t sample;
 
-  __device__ Run(const Problem& p, const HeldTile& tile)
-      : pixels(int(p.pixels)), sample(tile.sample) {
+  __device__ Run(const Problem& problem, const HeldTile& tile)
+      : pixels(int(problem.pixels)), sample(tile.sample) {
     const int from = max(0, tile.begin - tile.halo);
     const int to = min(tile.channels, tile.begin + tile.own + tile.halo);
     first = from - (tile.begin - tile.halo);
@@ -115,14 +115,14 @@ struct Run {
 
   // body(held, sum) for each held plane, once its terms are there. By all threads.
   template <class Body>
-  __device__ void for_each_total(const HeldTile& tile, const Tiling& t, Shared<A> terms,
+  __device__ void for_each_total(const HeldTile& tile, const Tiling& tiling, Shared<A> terms,
                                  Body body) const {
-    const int shift = log2_of(t.lanes);
+    const int shift = log2_of(tiling.lanes);
 #pragma unroll 1
     for (int h = thread_index() >> shift; h < tile.held_up(kRunThreads >> shift);
          h += kRunThreads >> shift) {
-      const A sum = total(h, t.lanes, t.share, terms);
-      if ((thread_index() & (t.lanes - 1)) == 0 && h < tile.held) body(h, sum);
+      const A sum = total(h, tiling.lanes, tiling.share, terms);
+      if ((thread_index() & (tiling.lanes - 1)) == 0 && h < tile.held) body(h, sum);
     }
   }
 
@@ -159,28 +159,28 @@ struct Run {
 
 template <class T, int kDepth, int kGranule, class Step>
 __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
-    forward_runs(Forward f, Tiling t, SharedLayout s, Step step) {
+    forward_runs(Forward f, Tiling tiling, SharedLayout shared, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
-  const Problem& p = f.problem;
-  const HeldTile tile(p, t);
-  const Run<T, kDepth, kGranule> run(p, tile);
+  const Problem& problem = f.problem;
+  const HeldTile tile(problem, tiling);
+  const Run<T, kDepth, kGranule> run(problem, tile);
   typename Run<T, kDepth, kGranule>::Held x;
   run.load_from(f.x, x);
-  const NearTaps<T> taps(p, f.weight, s);
+  const NearTaps<T> taps(problem, f.weight, shared);
   taps.put();
-  const Neighbours<A> means(p, t, s.padded);
-  const auto terms = shared_array<A>(s.terms, kDepth * kRunThreads * V / kGranule);
+  const Neighbours<A> means(problem, tiling, shared.padded);
+  const auto terms = shared_array<A>(shared.terms, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) run.put(i, widen(x[i]), terms);
   block_barrier();
 
-  run.for_each_total(tile, t, terms, [&](int h, A sum) { means.set(h, sum * t.factor); });
+  run.for_each_total(tile, tiling, terms, [&](int h, A sum) { means.set(h, sum * tiling.factor); });
   means.clear_ends();
   block_barrier();
 
   // One gate beyond the last, which the last vector reads too.
-  const auto gates = shared_array<A>(s.gate, t.tile + 1);
+  const auto gates = shared_array<A>(shared.gate, tiling.tile + 1);
   if (thread_index() == 0) gates.set(tile.own, A(0));
   const MeansAndGates<A> small(f, tile);
 #pragma unroll 1
@@ -193,31 +193,31 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   block_barrier();
 
   const auto result = step.forward(f.y, run);
-  run.for_each_own(t.by_pixels,
+  run.for_each_own(tiling.by_pixels,
                    [&](int i, auto place) { result.put(i, x[i], run.by_element(gates, place)); });
 }
 
 // dx, and what dweight is made from.
 template <class T, int kDepth, int kGranule, class Step>
 __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
-    backward_runs(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
+    backward_runs(Backward b, Tiling tiling, SharedLayout shared, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
-  const Problem& p = b.problem;
-  const HeldTile tile(p, t);
-  const Run<T, kDepth, kGranule> run(p, tile);
+  const Problem& problem = b.problem;
+  const HeldTile tile(problem, tiling);
+  const Run<T, kDepth, kGranule> run(problem, tile);
   typename Run<T, kDepth, kGranule>::Held dy, x;
   run.load_from(b.dy, dy);
   run.load_from(b.x, x);
   const auto gradient = step.gradient(run);
-  const NearTaps<T> taps(p, b.weight, s);
-  const Neighbours<A> dz(p, t, s.padded);
-  const DweightMeans<T> means(b, t, s, tile);
-  const auto gates = shared_array<A>(s.gate, t.held + 1),
-             shifts = shared_array<A>(s.shift, t.tile + 1);
+  const NearTaps<T> taps(problem, b.weight, shared);
+  const Neighbours<A> dz(problem, tiling, shared.padded);
+  const DweightMeans<T> means(b, tiling, shared, tile);
+  const auto gates = shared_array<A>(shared.gate, tiling.held + 1),
+             shifts = shared_array<A>(shared.shift, tiling.tile + 1);
   if (thread_index() == 0) gates.set(tile.held, A(0)), shifts.set(tile.own, A(0));
   fetch_gates_and_means(b, tile, gates, means);
-  const auto terms = shared_array<A>(s.terms, kDepth * kRunThreads * V / kGranule);
+  const auto terms = shared_array<A>(shared.terms, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
     if (run.has(i)) gradient(i, dy[i]);
@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   finish_fetches();
   block_barrier();
 
-  run.for_each_total(tile, t, terms, [&](int h, A sum) {
+  run.for_each_total(tile, tiling, terms, [&](int h, A sum) {
     const A gate = gates.get(h);
     dz.set(h, sum * gate * (A(1) - gate));
   });
@@ -239,11 +239,11 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
 
 #pragma unroll 1
   for (int c = thread_index(); c < tile.own; c += kRunThreads)
-    shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) * t.factor);
+    shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) * tiling.factor);
   block_barrier();
   const auto result = step.backward(b.dx, run);
   const Shared<A> own_gates = gates.from(tile.halo);
-  run.for_each_own(t.by_pixels, [&](int i, auto place) {
+  run.for_each_own(tiling.by_pixels, [&](int i, auto place) {
     result.put(i, dy[i], run.by_element(own_gates, place), run.by_element(shifts, place));
   });
 }

@@ -19,22 +19,24 @@ struct StreamPart {
   int part;
 
   // `parts`: of a sample.
-  __device__ StreamPart(const Problem& p, const Tiling& t, int parts) {
-    const auto block = uint32_t(block_index()), group_parts = uint32_t(t.chunk * parts);
+  __device__ StreamPart(const Problem& problem, const Tiling& tiling, int parts) {
+    const auto block = uint32_t(block_index()), group_parts = uint32_t(tiling.chunk * parts);
     const uint32_t step = block / (2 * group_parts), within = block - step * 2 * group_parts;
     rescales = within % 2 != 0;
     const uint32_t in_group = within / 2 / uint32_t(parts);
-    sample = (int64_t(step) - (rescales ? 1 : 0)) * t.chunk + in_group;
+    sample = (int64_t(step) - (rescales ? 1 : 0)) * tiling.chunk + in_group;
     part = int(within / 2 - in_group * uint32_t(parts));
-    exists = sample >= 0 && sample < p.samples;
+    exists = sample >= 0 && sample < problem.samples;
   }
 };
 
 // A sample's counters: how many parts have been summed, and whether the gates are there.
 class StreamCounters {
  public:
-  __device__ StreamCounters(const Problem& p, const Workspace& work, int64_t sample, int parts)
-      : arrived_(work.counters.arrived(sample)), ready_(arrived_ + p.samples), parts_(parts) {}
+  __device__ StreamCounters(const Problem& problem, const Workspace& work, int64_t sample,
+                            int parts)
+      : arrived_(work.counters.arrived(sample)), ready_(arrived_ + problem.samples), parts_(parts) {
+  }
 
   // True in all threads of the last block to arrive, which sees what the others wrote. By all
   // threads.
@@ -75,16 +77,17 @@ class StreamCounters {
 // Where the last block of a sample adds up the sums of all; for pixels, also where a block adds up
 // its own, (rows, channels).
 template <class T, Layout kLayout>
-__device__ inline Shared<Accumulator<T>> sums_in(const Tiling& t, const SharedLayout& s) {
-  const int count = kLayout == Layout::kPlanes ? int(scratch_of_planes(t))
-                                               : t.threads / (t.held / kVector<T>)*t.held;
-  return shared_array<Accumulator<T>>(s.scratch, count);
+__device__ inline Shared<Accumulator<T>> sums_in(const Tiling& tiling, const SharedLayout& shared) {
+  const int count = kLayout == Layout::kPlanes
+                        ? int(scratch_of_planes(tiling))
+                        : tiling.threads / (tiling.held / kVector<T>)*tiling.held;
+  return shared_array<Accumulator<T>>(shared.scratch, count);
 }
 
 // Numbers from one row of sums to the next. Pixels have whole vectors of channels.
 template <Layout kLayout>
-__device__ inline int64_t stride_of_sums(const Problem& p) {
-  return kLayout == Layout::kPlanes ? sums_of_channels(int(p.channels)) : p.channels;
+__device__ inline int64_t stride_of_sums(const Problem& problem) {
+  return kLayout == Layout::kPlanes ? sums_of_channels(int(problem.channels)) : problem.channels;
 }
 
 // The sums of a sample's parts, added up by its last block. Threads share the parts too, so that
@@ -93,25 +96,26 @@ template <Layout kLayout>
 class SampleTotals {
  public:
   // By all threads. `scratch` has room for the channels, or for four numbers of each thread.
-  __device__ SampleTotals(const Problem& p, const Tiling& t, const Workspace& work, int64_t sample,
-                          Shared<float> scratch)
-      : scratch_(scratch), channels_(int(stride_of_sums<kLayout>(p))) {
+  __device__ SampleTotals(const Problem& problem, const Tiling& tiling, const Workspace& work,
+                          int64_t sample, Shared<float> scratch)
+      : scratch_(scratch), channels_(int(stride_of_sums<kLayout>(problem))) {
     constexpr int W = 4, kAtOnce = 8;
     const int columns = channels_ / W;
     groups_ = max(1, thread_count() / columns);
     const int group = thread_index() / columns;
-    const float* const sums = static_cast<const float*>(work.sums) + sample * t.parts * channels_;
+    const float* const sums =
+        static_cast<const float*>(work.sums) + sample * tiling.parts * channels_;
     if (group < groups_) {
       for (int column = thread_index() - group * columns; column < columns;
            column += thread_count()) {
         Vector<float, W> total{};
 #pragma unroll 1
-        for (int first = group; first < t.parts; first += kAtOnce * groups_) {
+        for (int first = group; first < tiling.parts; first += kAtOnce * groups_) {
           Vector<float, W> some[kAtOnce] = {};
 #pragma unroll
           for (int u = 0; u < kAtOnce; ++u) {
             const int part = first + u * groups_;
-            if (part < t.parts)
+            if (part < tiling.parts)
               some[u] = load_from_other_block(sums + int64_t(part) * channels_ + column * W);
           }
 #pragma unroll
@@ -136,9 +140,11 @@ class SampleTotals {
 
 // This block's sum of a channel, for the sample's last block.
 template <Layout kLayout, class A>
-__device__ inline void put_part(const Problem& p, const Tiling& t, const Workspace& work,
+__device__ inline void put_part(const Problem& problem, const Tiling& tiling, const Workspace& work,
                                 int64_t sample, int part, int c, A sum) {
-  put(static_cast<A*>(work.sums) + (sample * t.parts + part) * stride_of_sums<kLayout>(p) + c, sum);
+  put(static_cast<A*>(work.sums) +
+          (sample * tiling.parts + part) * stride_of_sums<kLayout>(problem) + c,
+      sum);
 }
 
 // The numbers of V channels from a multiple of V on, 16 bytes at a time. If another block wrote
@@ -159,17 +165,18 @@ __device__ inline Vector<A, V> numbers_from(const void* numbers, int64_t at) {
 
 // By the last block of a sample: mean and gate of all its channels.
 template <class T, Layout kLayout>
-__device__ inline void make_gates_of_sample(const Forward& f, const Tiling& t,
-                                            const SharedLayout& s, const Workspace& work,
+__device__ inline void make_gates_of_sample(const Forward& f, const Tiling& tiling,
+                                            const SharedLayout& shared, const Workspace& work,
                                             const HeldTile& tile) {
   using A = Accumulator<T>;
-  const Problem& p = f.problem;
-  const NearTaps<T> taps(p, f.weight, s);
-  const Neighbours<A> means(p, t, s.padded);
-  const SampleTotals<kLayout> totals(p, t, work, tile.sample, sums_in<T, kLayout>(t, s));
+  const Problem& problem = f.problem;
+  const NearTaps<T> taps(problem, f.weight, shared);
+  const Neighbours<A> means(problem, tiling, shared.padded);
+  const SampleTotals<kLayout> totals(problem, tiling, work, tile.sample,
+                                     sums_in<T, kLayout>(tiling, shared));
   taps.put();
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    means.set(c, totals.get(c) * t.factor);
+    means.set(c, totals.get(c) * tiling.factor);
   means.clear_ends();
   block_barrier();
   const MeansAndGates<A> small(f, tile);
@@ -181,24 +188,25 @@ __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& t,
 // By the last block of a sample: dm / S of all its channels and then, when the other blocks go on,
 // its part of dweight.
 template <class T, Layout kLayout>
-__device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
-                                             const SharedLayout& s, const Workspace& work,
+__device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& tiling,
+                                             const SharedLayout& shared, const Workspace& work,
                                              const HeldTile& tile, const StreamCounters& counters) {
   using A = Accumulator<T>;
-  const Problem& p = b.problem;
-  const NearTaps<T> taps(p, b.weight, s);
-  const int64_t channels = tile.sample * p.channels;
-  const Neighbours<A> dz(p, t, s.padded);
-  const auto gates = shared_array<A>(s.gate, t.held);
+  const Problem& problem = b.problem;
+  const NearTaps<T> taps(problem, b.weight, shared);
+  const int64_t channels = tile.sample * problem.channels;
+  const Neighbours<A> dz(problem, tiling, shared.padded);
+  const auto gates = shared_array<A>(shared.gate, tiling.held);
   constexpr int W = 16 / int(sizeof(A));
   const A* const sample_gates = static_cast<const A*>(b.gate) + channels;
-  if (t.held % W == 0)
-    for (int c = thread_index() * W; c < t.held; c += thread_count() * W)
+  if (tiling.held % W == 0)
+    for (int c = thread_index() * W; c < tiling.held; c += thread_count() * W)
       gates.template fetch<W>(c, sample_gates + c);
   else
-    for (int c = thread_index(); c < t.held; c += thread_count())
+    for (int c = thread_index(); c < tiling.held; c += thread_count())
       gates.template fetch<1>(c, sample_gates + c);
-  const SampleTotals<kLayout> totals(p, t, work, tile.sample, sums_in<T, kLayout>(t, s));
+  const SampleTotals<kLayout> totals(problem, tiling, work, tile.sample,
+                                     sums_in<T, kLayout>(tiling, shared));
   taps.put();
   finish_fetches();
   block_barrier();
@@ -209,11 +217,11 @@ __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
   dz.clear_ends();
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    put(static_cast<A*>(work.shift) + channels + c, dm_of(tile, dz, taps, c) * t.factor);
+    put(static_cast<A*>(work.shift) + channels + c, dm_of(tile, dz, taps, c) * tiling.factor);
   block_barrier();
   if (thread_index() == 0) counters.set_ready();
 
-  const DweightMeans<T> means(b, t, s, tile);
+  const DweightMeans<T> means(b, tiling, shared, tile);
   for (int c = thread_index(); c < tile.held; c += thread_count()) means.fetch(c, c);
   means.clear_ends();
   finish_fetches();
@@ -223,16 +231,17 @@ __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& t,
 
 template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(false)))
-    forward_stream(Forward f, Tiling t, SharedLayout s, Workspace work, Step step) {
+    forward_stream(Forward f, Tiling tiling, SharedLayout shared, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
-  const Problem& p = f.problem;
-  const StreamPart here(p, t, t.parts);
+  const Problem& problem = f.problem;
+  const StreamPart here(problem, tiling, tiling.parts);
   if (!here.exists) return;
-  const HeldTile tile = HeldTile::whole(p, here.sample);
-  const StreamCounters counters(p, work, here.sample, t.parts);
-  const int rows = t.threads / (t.held / V);
-  const Column<T, kDepth> column(p, t, tile, here.part * kDepth * rows, int(p.pixels));
+  const HeldTile tile = HeldTile::whole(problem, here.sample);
+  const StreamCounters counters(problem, work, here.sample, tiling.parts);
+  const int rows = tiling.threads / (tiling.held / V);
+  const Column<T, kDepth> column(problem, tiling, tile, here.part * kDepth * rows,
+                                 int(problem.pixels));
   typename Column<T, kDepth>::Held x;
   column.load_from(f.x, x);
   if (here.rescales) {
@@ -240,42 +249,43 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
     const uint32_t passed = counters.pass();
     if (column.any()) {
       const Vector<A, V> gate =
-          numbers_from<V, A>(f.gate, here.sample * p.channels + column.channel);
+          numbers_from<V, A>(f.gate, here.sample * problem.channels + column.channel);
       const auto result = step.forward(f.y, column);
       column.for_each([&](int i) { result.put(i, x[i], gate); });
     }
     return counters.leave(passed);
   }
 
-  const auto parts = sums_in<T, Layout::kPixels>(t, s);
+  const auto parts = sums_in<T, Layout::kPixels>(tiling, shared);
   Vector<A, V> sums{};
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) add_all(sums, widen(x[i]));
-  column.put_parts(sums, t.held, parts);
+  column.put_parts(sums, tiling.held, parts);
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    put_part<Layout::kPixels>(p, t, work, here.sample, here.part, c,
-                              column.total(c, t.held, parts));
-  if (!counters.arrive(shared_array<uint32_t>(s.flag, 1))) return;
+    put_part<Layout::kPixels>(problem, tiling, work, here.sample, here.part, c,
+                              column.total(c, tiling.held, parts));
+  if (!counters.arrive(shared_array<uint32_t>(shared.flag, 1))) return;
 
-  make_gates_of_sample<T, Layout::kPixels>(f, t, s, work, tile);
+  make_gates_of_sample<T, Layout::kPixels>(f, tiling, shared, work, tile);
   if (thread_index() == 0) counters.set_ready();
 }
 
 // dm / S (samples, channels), dx, and what dweight is made from.
 template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(true)))
-    backward_stream(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
+    backward_stream(Backward b, Tiling tiling, SharedLayout shared, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
-  const Problem& p = b.problem;
-  const StreamPart here(p, t, t.parts);
+  const Problem& problem = b.problem;
+  const StreamPart here(problem, tiling, tiling.parts);
   if (!here.exists) return;
-  const HeldTile tile = HeldTile::whole(p, here.sample);
-  const StreamCounters counters(p, work, here.sample, t.parts);
-  const int rows = t.threads / (t.held / V);
-  const Column<T, kDepth> column(p, t, tile, here.part * kDepth * rows, int(p.pixels));
-  const int64_t channels = here.sample * p.channels;
+  const HeldTile tile = HeldTile::whole(problem, here.sample);
+  const StreamCounters counters(problem, work, here.sample, tiling.parts);
+  const int rows = tiling.threads / (tiling.held / V);
+  const Column<T, kDepth> column(problem, tiling, tile, here.part * kDepth * rows,
+                                 int(problem.pixels));
+  const int64_t channels = here.sample * problem.channels;
   typename Column<T, kDepth>::Held dy;
   column.load_from(b.dy, dy);
   const auto gradient = step.gradient(column);
@@ -296,21 +306,21 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
 
   typename Column<T, kDepth>::Held x;
   column.load_from(b.x, x);
-  const auto parts = sums_in<T, Layout::kPixels>(t, s);
+  const auto parts = sums_in<T, Layout::kPixels>(tiling, shared);
   Vector<A, V> sums{};
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
     if (column.has(i)) gradient(i, dy[i]);
     add_all(sums, products_of(dy[i], x[i]));
   }
-  column.put_parts(sums, t.held, parts);
+  column.put_parts(sums, tiling.held, parts);
   block_barrier();
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    put_part<Layout::kPixels>(p, t, work, here.sample, here.part, c,
-                              column.total(c, t.held, parts));
-  if (!counters.arrive(shared_array<uint32_t>(s.flag, 1))) return;
+    put_part<Layout::kPixels>(problem, tiling, work, here.sample, here.part, c,
+                              column.total(c, tiling.held, parts));
+  if (!counters.arrive(shared_array<uint32_t>(shared.flag, 1))) return;
 
-  make_shifts_of_sample<T, Layout::kPixels>(b, t, s, work, tile, counters);
+  make_shifts_of_sample<T, Layout::kPixels>(b, tiling, shared, work, tile, counters);
 }
 
 }  // namespace eca::cuda

@@ -13,44 +13,46 @@ struct RowPart {
   int channel, part;  // of the plane
   Row<T, kDepth> row;
 
-  __device__ RowPart(const Problem& p, const Tiling& t, const StreamPart& here)
-      : channel(int(uint32_t(here.part) / uint32_t(t.parts))), part(here.part - channel * t.parts),
-        row(thread_count(), here.sample, channel, part * t.share,
-            min(t.share, int(p.pixels) / kVector<T> - part * t.share)) {}
+  __device__ RowPart(const Problem& problem, const Tiling& tiling, const StreamPart& here)
+      : channel(int(uint32_t(here.part) / uint32_t(tiling.parts))),
+        part(here.part - channel * tiling.parts),
+        row(thread_count(), here.sample, channel, part * tiling.share,
+            min(tiling.share, int(problem.pixels) / kVector<T> - part * tiling.share)) {}
 };
 
 // Adds up the terms that the threads hold and hands the sum to the sample's last block. True in
 // that one.
 template <class T, int kDepth>
-__device__ inline bool give_sum(const Problem& p, const Tiling& t, const SharedLayout& s,
-                                const Workspace& work, const StreamPart& here,
-                                const RowPart<T, kDepth>& part,
+__device__ inline bool give_sum(const Problem& problem, const Tiling& tiling,
+                                const SharedLayout& shared, const Workspace& work,
+                                const StreamPart& here, const RowPart<T, kDepth>& part,
                                 const ChainedSum<Accumulator<T>>& sum,
                                 const StreamCounters& counters) {
   using A = Accumulator<T>;
-  const A total = part.row.total(sum.total(), shared_array<A>(s.scratch, t.threads / 32));
+  const A total = part.row.total(sum.total(), shared_array<A>(shared.scratch, tiling.threads / 32));
   if (thread_index() == 0)
-    put_part<Layout::kPlanes>(p, t, work, here.sample, part.part, part.channel, total);
-  return counters.arrive(shared_array<uint32_t>(s.flag, 1));
+    put_part<Layout::kPlanes>(problem, tiling, work, here.sample, part.part, part.channel, total);
+  return counters.arrive(shared_array<uint32_t>(shared.flag, 1));
 }
 
 template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(false)))
-    forward_stream_planes(Forward f, Tiling t, SharedLayout s, Workspace work, Step step) {
+    forward_stream_planes(Forward f, Tiling tiling, SharedLayout shared, Workspace work,
+                          Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
-  const Problem& p = f.problem;
-  const StreamPart here(p, t, int(p.channels) * t.parts);
+  const Problem& problem = f.problem;
+  const StreamPart here(problem, tiling, int(problem.channels) * tiling.parts);
   if (!here.exists) return;
-  const StreamCounters counters(p, work, here.sample, int(p.channels) * t.parts);
-  const RowPart<T, kDepth> part(p, t, here);
+  const StreamCounters counters(problem, work, here.sample, int(problem.channels) * tiling.parts);
+  const RowPart<T, kDepth> part(problem, tiling, here);
   typename Row<T, kDepth>::Held x;
   part.row.load_from(f.x, x);
   if (here.rescales) {
     counters.wait();
     const uint32_t passed = counters.pass();
     const A gate =
-        value_at(static_cast<const A*>(f.gate) + here.sample * p.channels + part.channel);
+        value_at(static_cast<const A*>(f.gate) + here.sample * problem.channels + part.channel);
     const auto result = step.forward(f.y, part.row);
     part.row.for_each([&](int i) { result.put(i, x[i], all_of<V>(gate)); });
     return counters.leave(passed);
@@ -59,22 +61,24 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   ChainedSum<A> sum;
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) sum.add(widen(x[i]));
-  if (!give_sum(p, t, s, work, here, part, sum, counters)) return;
-  make_gates_of_sample<T, Layout::kPlanes>(f, t, s, work, HeldTile::whole(p, here.sample));
+  if (!give_sum(problem, tiling, shared, work, here, part, sum, counters)) return;
+  make_gates_of_sample<T, Layout::kPlanes>(f, tiling, shared, work,
+                                           HeldTile::whole(problem, here.sample));
   if (thread_index() == 0) counters.set_ready();
 }
 
 // dm / S (samples, channels), dx, and what dweight is made from.
 template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(true)))
-    backward_stream_planes(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
+    backward_stream_planes(Backward b, Tiling tiling, SharedLayout shared, Workspace work,
+                           Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
-  const Problem& p = b.problem;
-  const StreamPart here(p, t, int(p.channels) * t.parts);
+  const Problem& problem = b.problem;
+  const StreamPart here(problem, tiling, int(problem.channels) * tiling.parts);
   if (!here.exists) return;
-  const StreamCounters counters(p, work, here.sample, int(p.channels) * t.parts);
-  const RowPart<T, kDepth> part(p, t, here);
+  const StreamCounters counters(problem, work, here.sample, int(problem.channels) * tiling.parts);
+  const RowPart<T, kDepth> part(problem, tiling, here);
   typename Row<T, kDepth>::Held dy;
   part.row.load_from(b.dy, dy);
   const auto gradient = step.gradient(part.row);
@@ -82,7 +86,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
     counters.wait();
     const uint32_t passed = counters.pass();
     if (b.dx.data) {
-      const int64_t i = here.sample * p.channels + part.channel;
+      const int64_t i = here.sample * problem.channels + part.channel;
       const A gate = value_at(static_cast<const A*>(b.gate) + i);
       const A shift = value_at(static_cast<const A*>(work.shift) + i);
       const auto result = step.backward(b.dx, part.row);
@@ -102,9 +106,9 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
     if (part.row.has(i)) gradient(i, dy[i]);
     sum.add(products_of(dy[i], x[i]));
   }
-  if (!give_sum(p, t, s, work, here, part, sum, counters)) return;
-  make_shifts_of_sample<T, Layout::kPlanes>(b, t, s, work, HeldTile::whole(p, here.sample),
-                                            counters);
+  if (!give_sum(problem, tiling, shared, work, here, part, sum, counters)) return;
+  make_shifts_of_sample<T, Layout::kPlanes>(b, tiling, shared, work,
+                                            HeldTile::whole(problem, here.sample), counters);
 }
 
 }  // namespace eca::cuda

@@ -11,15 +11,15 @@ namespace eca::cuda {
 // Hands the sums of a tile's planes to the sample's last block, from the terms that all threads
 // have put. True in that one.
 template <class T, int kDepth, int kGranule>
-__device__ inline bool give_sums(const Problem& p, const Tiling& t, const SharedLayout& s,
-                                 const Workspace& work, const HeldTile& tile,
-                                 const Run<T, kDepth, kGranule>& run, Shared<Accumulator<T>> terms,
-                                 const StreamCounters& counters) {
+__device__ inline bool give_sums(const Problem& problem, const Tiling& tiling,
+                                 const SharedLayout& shared, const Workspace& work,
+                                 const HeldTile& tile, const Run<T, kDepth, kGranule>& run,
+                                 Shared<Accumulator<T>> terms, const StreamCounters& counters) {
   block_barrier();
-  run.for_each_total(tile, t, terms, [&](int c, auto sum) {
-    put_part<Layout::kPlanes>(p, t, work, tile.sample, 0, tile.begin + c, sum);
+  run.for_each_total(tile, tiling, terms, [&](int c, auto sum) {
+    put_part<Layout::kPlanes>(problem, tiling, work, tile.sample, 0, tile.begin + c, sum);
   });
-  return counters.arrive(shared_array<uint32_t>(s.flag, 1));
+  return counters.arrive(shared_array<uint32_t>(shared.flag, 1));
 }
 
 // The numbers of a tile's channels, and one beyond the last, which the last vector reads too. By
@@ -34,56 +34,58 @@ __device__ inline void fetch_numbers(const HeldTile& tile, const void* numbers, 
 
 template <class T, int kDepth, int kGranule, class Step>
 __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
-    forward_stream_runs(Forward f, Tiling t, SharedLayout s, Workspace work, Step step) {
+    forward_stream_runs(Forward f, Tiling tiling, SharedLayout shared, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
-  const Problem& p = f.problem;
-  const StreamPart here(p, t, int(t.tiles));
+  const Problem& problem = f.problem;
+  const StreamPart here(problem, tiling, int(tiling.tiles));
   if (!here.exists) return;
-  const StreamCounters counters(p, work, here.sample, int(t.tiles));
-  const HeldTile tile(p, t, here.sample, here.part);
-  const Run<T, kDepth, kGranule> run(p, tile);
+  const StreamCounters counters(problem, work, here.sample, int(tiling.tiles));
+  const HeldTile tile(problem, tiling, here.sample, here.part);
+  const Run<T, kDepth, kGranule> run(problem, tile);
   typename Run<T, kDepth, kGranule>::Held x;
   run.load_from_anywhere(f.x, x);
   if (here.rescales) {
-    const auto gates = shared_array<A>(s.gate, t.tile + 1);
+    const auto gates = shared_array<A>(shared.gate, tiling.tile + 1);
     counters.wait();
     const uint32_t passed = counters.pass();
     fetch_numbers(tile, f.gate, gates);
     finish_fetches();
     block_barrier();
     const auto result = step.forward(f.y, run);
-    run.for_each_own(t.by_pixels,
+    run.for_each_own(tiling.by_pixels,
                      [&](int i, auto place) { result.put(i, x[i], run.by_element(gates, place)); });
     return counters.leave(passed);
   }
 
-  const auto terms = shared_array<A>(s.terms, kDepth * kRunThreads * V / kGranule);
+  const auto terms = shared_array<A>(shared.terms, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) run.put(i, widen(x[i]), terms);
-  if (!give_sums(p, t, s, work, tile, run, terms, counters)) return;
-  make_gates_of_sample<T, Layout::kPlanes>(f, t, s, work, HeldTile::whole(p, here.sample));
+  if (!give_sums(problem, tiling, shared, work, tile, run, terms, counters)) return;
+  make_gates_of_sample<T, Layout::kPlanes>(f, tiling, shared, work,
+                                           HeldTile::whole(problem, here.sample));
   if (thread_index() == 0) counters.set_ready();
 }
 
 // dm / S (samples, channels), dx, and what dweight is made from.
 template <class T, int kDepth, int kGranule, class Step>
 __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
-    backward_stream_runs(Backward b, Tiling t, SharedLayout s, Workspace work, Step step) {
+    backward_stream_runs(Backward b, Tiling tiling, SharedLayout shared, Workspace work,
+                         Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
-  const Problem& p = b.problem;
-  const StreamPart here(p, t, int(t.tiles));
+  const Problem& problem = b.problem;
+  const StreamPart here(problem, tiling, int(tiling.tiles));
   if (!here.exists) return;
-  const StreamCounters counters(p, work, here.sample, int(t.tiles));
-  const HeldTile tile(p, t, here.sample, here.part);
-  const Run<T, kDepth, kGranule> run(p, tile);
+  const StreamCounters counters(problem, work, here.sample, int(tiling.tiles));
+  const HeldTile tile(problem, tiling, here.sample, here.part);
+  const Run<T, kDepth, kGranule> run(problem, tile);
   typename Run<T, kDepth, kGranule>::Held dy;
   run.load_from_anywhere(b.dy, dy);
   const auto gradient = step.gradient(run);
   if (here.rescales) {
-    const auto gates = shared_array<A>(s.gate, t.tile + 1),
-               shifts = shared_array<A>(s.shift, t.tile + 1);
+    const auto gates = shared_array<A>(shared.gate, tiling.tile + 1),
+               shifts = shared_array<A>(shared.shift, tiling.tile + 1);
     counters.wait();
     const uint32_t passed = counters.pass();
     if (b.dx.data) {
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
       finish_fetches();
       block_barrier();
       const auto result = step.backward(b.dx, run);
-      run.for_each_own(t.by_pixels, [&](int i, auto place) {
+      run.for_each_own(tiling.by_pixels, [&](int i, auto place) {
         gradient(i, dy[i]);
         result.put(i, dy[i], run.by_element(gates, place), run.by_element(shifts, place));
       });
@@ -102,15 +104,15 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
 
   typename Run<T, kDepth, kGranule>::Held x;
   run.load_from_anywhere(b.x, x);
-  const auto terms = shared_array<A>(s.terms, kDepth * kRunThreads * V / kGranule);
+  const auto terms = shared_array<A>(shared.terms, kDepth * kRunThreads * V / kGranule);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
     if (run.has(i)) gradient(i, dy[i]);
     run.put(i, products_of(dy[i], x[i]), terms);
   }
-  if (!give_sums(p, t, s, work, tile, run, terms, counters)) return;
-  make_shifts_of_sample<T, Layout::kPlanes>(b, t, s, work, HeldTile::whole(p, here.sample),
-                                            counters);
+  if (!give_sums(problem, tiling, shared, work, tile, run, terms, counters)) return;
+  make_shifts_of_sample<T, Layout::kPlanes>(b, tiling, shared, work,
+                                            HeldTile::whole(problem, here.sample), counters);
 }
 
 }  // namespace eca::cuda

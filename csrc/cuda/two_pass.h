@@ -48,16 +48,17 @@ struct PlanePart {
   int part, count;
   bool exists;
 
-  __device__ PlanePart(const Problem& p, const Tiling& t, const Chunk& chunk, bool from_behind) {
-    const int64_t all = chunk.count * p.channels * t.parts;
+  __device__ PlanePart(const Problem& problem, const Tiling& tiling, const Chunk& chunk,
+                       bool from_behind) {
+    const int64_t all = chunk.count * problem.channels * tiling.parts;
     int64_t i = block_index() * (thread_count() / 32) + thread_index() / 32;
     exists = i < all;
     if (from_behind) i = all - 1 - i;
-    part = int(i % t.parts);
-    channel = i / t.parts % p.channels;
-    sample = chunk.first + i / t.parts / p.channels;
-    begin = part_begin(p.pixels, t.parts, part);
-    count = int(part_begin(p.pixels, t.parts, part + 1) - begin);
+    part = int(i % tiling.parts);
+    channel = i / tiling.parts % problem.channels;
+    sample = chunk.first + i / tiling.parts / problem.channels;
+    begin = part_begin(problem.pixels, tiling.parts, part);
+    count = int(part_begin(problem.pixels, tiling.parts, part + 1) - begin);
   }
 
   __device__ Cursor<T, std::integral_constant<int, 1>> cursor(const Map& map) const {
@@ -83,9 +84,10 @@ __device__ inline void make_terms(const Where& x, const Where& dy, const Gradien
 // sums (Sum::kSums, parts, samples, channels). dy is read if the sum takes the gradient.
 template <class T, class Sum, class Step>
 __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
-    sum_planes(Problem p, Map x, Map dy, Tiling t, Chunk chunk, Workspace work, Step step) {
+    sum_planes(Problem problem, Map x, Map dy, Tiling tiling, Chunk chunk, Workspace work,
+               Step step) {
   using A = Accumulator<T>;
-  const PlanePart<T> here(p, t, chunk, false);
+  const PlanePart<T> here(problem, tiling, chunk, false);
   if (!here.exists) return;
   const int lane = thread_index() % 32;
   const auto xs = here.cursor(x), dys = here.cursor(Sum::kTakesGradient ? dy : x);
@@ -101,8 +103,8 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
 #pragma unroll
   for (int s = 0; s < Sum::kSums; ++s) {
     const A total = warp_sum(sums[s].total());
-    const int64_t row = (int64_t(s) * t.parts + here.part) * p.samples + here.sample;
-    if (lane == 0) put(static_cast<A*>(work.sums) + row * p.channels + here.channel, total);
+    const int64_t row = (int64_t(s) * tiling.parts + here.part) * problem.samples + here.sample;
+    if (lane == 0) put(static_cast<A*>(work.sums) + row * problem.channels + here.channel, total);
   }
 }
 
@@ -112,13 +114,15 @@ struct PixelPart {
   int part;
 
   // Divisions are of 32 bits, as in KeptPart.
-  __device__ PixelPart(const Problem& p, const Tiling& t, const Chunk& chunk, bool from_behind) {
+  __device__ PixelPart(const Problem& problem, const Tiling& tiling, const Chunk& chunk,
+                       bool from_behind) {
     const auto blocks = uint32_t(block_count()), block = uint32_t(block_index());
-    const uint32_t i = from_behind ? blocks - 1 - block : block, in_chunk = i / uint32_t(t.parts);
-    part = int(i - in_chunk * uint32_t(t.parts));
+    const uint32_t i = from_behind ? blocks - 1 - block : block,
+                   in_chunk = i / uint32_t(tiling.parts);
+    part = int(i - in_chunk * uint32_t(tiling.parts));
     sample = chunk.first + in_chunk;
-    begin = part_begin(p.pixels, t.parts, part);
-    end = part_begin(p.pixels, t.parts, part + 1);
+    begin = part_begin(problem.pixels, tiling.parts, part);
+    end = part_begin(problem.pixels, tiling.parts, part + 1);
   }
 
   __device__ int rows() const { return int(end - begin); }
@@ -149,11 +153,11 @@ struct PixelColumn {
 };
 
 template <class Sum, int V, class T, class Step>
-__device__ void sum_pixel_part(const Problem& p, const Map& x, const Map& dy, const Tiling& t,
-                               const PixelPart& here, Shared<Accumulator<T>> scratch,
-                               const Workspace& work, Step step) {
+__device__ void sum_pixel_part(const Problem& problem, const Map& x, const Map& dy,
+                               const Tiling& tiling, const PixelPart& here,
+                               Shared<Accumulator<T>> scratch, const Workspace& work, Step step) {
   using A = Accumulator<T>;
-  const int64_t all_columns = p.channels / V;
+  const int64_t all_columns = problem.channels / V;
   for (int64_t base = 0; base < all_columns; base += thread_count()) {
     const ColumnLanes lanes(int(min(all_columns - base, int64_t(thread_count()))));
     const bool has_column = lanes.column < lanes.columns;
@@ -177,11 +181,11 @@ __device__ void sum_pixel_part(const Problem& p, const Map& x, const Map& dy, co
         for (int e = 0; e < V; ++e)
           scratch.set((lanes.row * lanes.columns + lanes.column) * V + e, sums[s].element[e]);
       block_barrier();
-      const int64_t row = (int64_t(s) * t.parts + here.part) * p.samples + here.sample;
+      const int64_t row = (int64_t(s) * tiling.parts + here.part) * problem.samples + here.sample;
       for (int i = thread_index(); i < lanes.columns * V; i += thread_count()) {
         A sum = 0;
         for (int r = 0; r < lanes.row_count; ++r) sum += scratch.get(r * lanes.columns * V + i);
-        put(static_cast<A*>(work.sums) + row * p.channels + base * V + i, sum);
+        put(static_cast<A*>(work.sums) + row * problem.channels + base * V + i, sum);
       }
       block_barrier();
     }
@@ -190,20 +194,22 @@ __device__ void sum_pixel_part(const Problem& p, const Map& x, const Map& dy, co
 
 template <class T, class Sum, class Step>
 __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
-    sum_pixels(Problem p, Map x, Map dy, Tiling t, Chunk chunk, Workspace work, Step step) {
-  const PixelPart here(p, t, chunk, false);
-  const auto scratch = shared_array<Accumulator<T>>(0, t.threads * kVector<T>);
-  if (t.vectors) sum_pixel_part<Sum, kVector<T>, T>(p, x, dy, t, here, scratch, work, step);
-  else sum_pixel_part<Sum, 1, T>(p, x, dy, t, here, scratch, work, step);
+    sum_pixels(Problem problem, Map x, Map dy, Tiling tiling, Chunk chunk, Workspace work,
+               Step step) {
+  const PixelPart here(problem, tiling, chunk, false);
+  const auto scratch = shared_array<Accumulator<T>>(0, tiling.threads * kVector<T>);
+  if (tiling.vectors)
+    sum_pixel_part<Sum, kVector<T>, T>(problem, x, dy, tiling, here, scratch, work, step);
+  else sum_pixel_part<Sum, 1, T>(problem, x, dy, tiling, here, scratch, work, step);
 }
 
 // A warp's channel in a launch with one warp for each channel of each sample.
-inline __device__ bool find_channel(const Problem& p, const Chunk& chunk, int64_t* sample,
+inline __device__ bool find_channel(const Problem& problem, const Chunk& chunk, int64_t* sample,
                                     int64_t* channel) {
   const int64_t i = block_index() * (thread_count() / 32) + thread_index() / 32;
-  *sample = chunk.first + i / p.channels;
-  *channel = i % p.channels;
-  return i < chunk.count * p.channels;
+  *sample = chunk.first + i / problem.channels;
+  *channel = i % problem.channels;
+  return i < chunk.count * problem.channels;
 }
 
 // The parts of the sums of a sample's channels.
@@ -213,9 +219,10 @@ struct SampleParts {
   int64_t stride;
   int parts;
 
-  __device__ SampleParts(const Problem& p, const Tiling& t, const Workspace& work, int64_t sample)
-      : sums(static_cast<const A*>(work.sums) + sample * p.channels),
-        stride(p.samples * p.channels), parts(t.parts) {}
+  __device__ SampleParts(const Problem& problem, const Tiling& tiling, const Workspace& work,
+                         int64_t sample)
+      : sums(static_cast<const A*>(work.sums) + sample * problem.channels),
+        stride(problem.samples * problem.channels), parts(tiling.parts) {}
 
   // A channel's total, in all lanes. By all lanes of a warp, which share the parts.
   __device__ A total(int64_t channel) const {
@@ -250,71 +257,76 @@ struct SampleParts {
 // result (samples, channels): the total of each channel's parts, divided.
 template <class T>
 __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
-    add_parts(Problem p, Tiling t, Chunk chunk, Workspace work, void* result, int64_t divisor) {
+    add_parts(Problem problem, Tiling tiling, Chunk chunk, Workspace work, void* result,
+              int64_t divisor) {
   using A = Accumulator<T>;
   int64_t sample, c;
-  if (!find_channel(p, chunk, &sample, &c)) return;
-  const A total = SampleParts<A>(p, t, work, sample).total(c);
+  if (!find_channel(problem, chunk, &sample, &c)) return;
+  const A total = SampleParts<A>(problem, tiling, work, sample).total(c);
   if (thread_index() % 32 == 0)
-    put(static_cast<A*>(result) + sample * p.channels + c, total / A(divisor));
+    put(static_cast<A*>(result) + sample * problem.channels + c, total / A(divisor));
 }
 
 // mean and gate (samples, channels), of all samples.
 template <class T>
 __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
-    make_gates(Forward f, Tiling t, Chunk chunk, Workspace work) {
+    make_gates(Forward f, Tiling tiling, Chunk chunk, Workspace work) {
   using A = Accumulator<T>;
-  const Problem& p = f.problem;
+  const Problem& problem = f.problem;
   int64_t sample, c;
-  if (!find_channel(p, chunk, &sample, &c)) return;
-  const Taps<T> taps(p, f.weight);
-  const SampleParts<A> parts(p, t, work, sample);
-  const A mean = parts.total(c) / A(p.pixels);
+  if (!find_channel(problem, chunk, &sample, &c)) return;
+  const Taps<T> taps(problem, f.weight);
+  const SampleParts<A> parts(problem, tiling, work, sample);
+  const A mean = parts.total(c) / A(problem.pixels);
   // The zeros beyond the ends take part, so that a tap there shows if it is not finite.
   const A z = parts.weighted(
       taps.size(),
-      [&](int64_t j) { return channel_at(c + j - taps.size() / 2, p.channels, p.circular); },
+      [&](int64_t j) {
+        return channel_at(c + j - taps.size() / 2, problem.channels, problem.circular);
+      },
       [&](int64_t j, int64_t) { return taps.get(c, j); });
   if (thread_index() % 32 != 0) return;
-  put(static_cast<A*>(f.mean) + sample * p.channels + c, mean);
-  put(static_cast<A*>(f.gate) + sample * p.channels + c, sigmoid(z / A(p.pixels)));
+  put(static_cast<A*>(f.mean) + sample * problem.channels + c, mean);
+  put(static_cast<A*>(f.gate) + sample * problem.channels + c, sigmoid(z / A(problem.pixels)));
 }
 
 // dz and dm / S (samples, channels).
 template <class T>
 __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
-    make_shifts(Backward b, Tiling t, Chunk chunk, Workspace work) {
+    make_shifts(Backward b, Tiling tiling, Chunk chunk, Workspace work) {
   using A = Accumulator<T>;
-  const Problem& p = b.problem;
+  const Problem& problem = b.problem;
   int64_t sample, c;
-  if (!find_channel(p, chunk, &sample, &c)) return;
-  const Taps<T> taps(p, b.weight);
-  const SampleParts<A> parts(p, t, work, sample);
+  if (!find_channel(problem, chunk, &sample, &c)) return;
+  const Taps<T> taps(problem, b.weight);
+  const SampleParts<A> parts(problem, tiling, work, sample);
   const auto slope = [&](int64_t channel) {
-    const A gate = value_at(static_cast<const A*>(b.gate) + sample * p.channels + channel);
+    const A gate = value_at(static_cast<const A*>(b.gate) + sample * problem.channels + channel);
     return gate * (A(1) - gate);
   };
   // Beyond the ends there are no channels whose taps could lie over this one.
   const A dm = parts.weighted(
       taps.size(),
-      [&](int64_t j) { return channel_at(c - j + taps.size() / 2, p.channels, p.circular); },
+      [&](int64_t j) {
+        return channel_at(c - j + taps.size() / 2, problem.channels, problem.circular);
+      },
       [&](int64_t j, int64_t from) { return from < 0 ? A(0) : taps.get(from, j) * slope(from); });
   const A dz = parts.total(c) * slope(c);
   if (thread_index() % 32 != 0) return;
-  put(static_cast<A*>(work.dz) + sample * p.channels + c, dz);
-  put(static_cast<A*>(work.shift) + sample * p.channels + c, dm / A(p.pixels));
+  put(static_cast<A*>(work.dz) + sample * problem.channels + c, dz);
+  put(static_cast<A*>(work.shift) + sample * problem.channels + c, dm / A(problem.pixels));
 }
 
 // y from x where there are no shifts, or dx from dy. gates and shifts (samples, channels).
 template <class T, bool kShifts, class Step>
 __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
-    rescale_planes(Problem p, Map from, Map to, const void* gates, const void* shifts, Tiling t,
-                   Chunk chunk, Step step) {
+    rescale_planes(Problem problem, Map from, Map to, const void* gates, const void* shifts,
+                   Tiling tiling, Chunk chunk, Step step) {
   using A = Accumulator<T>;
-  const PlanePart<T> here(p, t, chunk, true);
+  const PlanePart<T> here(problem, tiling, chunk, true);
   if (!here.exists) return;
   const auto source = here.cursor(from);
-  const int64_t channel = here.sample * p.channels + here.channel;
+  const int64_t channel = here.sample * problem.channels + here.channel;
   const A gate = value_at(static_cast<const A*>(gates) + channel);
   const Stretch<T> stretch(here.count, here.cursor(to).first);
   const int lane = thread_index() % 32;
@@ -347,16 +359,16 @@ __device__ inline Vector<A, V> numbers_of(const void* numbers, int64_t at) {
 }
 
 template <bool kShifts, int V, class T, class Step>
-__device__ void rescale_pixel_part(const Problem& p, const Map& from, const Map& to,
+__device__ void rescale_pixel_part(const Problem& problem, const Map& from, const Map& to,
                                    const void* gates, const void* shifts, const PixelPart& here,
                                    Step step) {
   using A = Accumulator<T>;
-  const int64_t all_columns = p.channels / V;
+  const int64_t all_columns = problem.channels / V;
   for (int64_t base = 0; base < all_columns; base += thread_count()) {
     const ColumnLanes lanes(int(min(all_columns - base, int64_t(thread_count()))));
     if (lanes.column >= lanes.columns) continue;
     const PixelColumn<T> column{here.sample, (base + lanes.column) * V, here.begin};
-    const int64_t channel = here.sample * p.channels + column.channel;
+    const int64_t channel = here.sample * problem.channels + column.channel;
     const Vector<A, V> gate = numbers_of<V, A>(gates, channel);
     const auto source = column.cursor(from);
     if constexpr (kShifts) {
@@ -380,11 +392,12 @@ __device__ void rescale_pixel_part(const Problem& p, const Map& from, const Map&
 
 template <class T, bool kShifts, class Step>
 __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
-    rescale_pixels(Problem p, Map from, Map to, const void* gates, const void* shifts, Tiling t,
-                   Chunk chunk, Step step) {
-  const PixelPart here(p, t, chunk, true);
-  if (t.vectors) rescale_pixel_part<kShifts, kVector<T>, T>(p, from, to, gates, shifts, here, step);
-  else rescale_pixel_part<kShifts, 1, T>(p, from, to, gates, shifts, here, step);
+    rescale_pixels(Problem problem, Map from, Map to, const void* gates, const void* shifts,
+                   Tiling tiling, Chunk chunk, Step step) {
+  const PixelPart here(problem, tiling, chunk, true);
+  if (tiling.vectors)
+    rescale_pixel_part<kShifts, kVector<T>, T>(problem, from, to, gates, shifts, here, step);
+  else rescale_pixel_part<kShifts, 1, T>(problem, from, to, gates, shifts, here, step);
 }
 
 }  // namespace eca::cuda

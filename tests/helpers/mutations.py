@@ -45,9 +45,9 @@ MUTATIONS = [
     Mutation(
         "no barrier between a block's partial sums",
         "cuda/columns.h",
-        "  column.put_parts(sums, t.held, parts);\n  block_barrier();\n"
+        "  column.put_parts(sums, tiling.held, parts);\n  block_barrier();\n"
         "  for (int h = thread_index(); h < tile.held; h += thread_count())\n    means",
-        "  column.put_parts(sums, t.held, parts);\n"
+        "  column.put_parts(sums, tiling.held, parts);\n"
         "  for (int h = thread_index(); h < tile.held; h += thread_count())\n    means",
     ),
     Mutation(
@@ -101,8 +101,8 @@ MUTATIONS = [
     Mutation(
         "taps not mirrored in the gradient",
         "cuda/two_pass.h",
-        "return channel_at(c - j + taps.size() / 2, p.channels, p.circular);",
-        "return channel_at(c + j - taps.size() / 2, p.channels, p.circular);",
+        "return channel_at(c - j + taps.size() / 2, problem.channels, problem.circular);",
+        "return channel_at(c + j - taps.size() / 2, problem.channels, problem.circular);",
     ),
     Mutation(
         "a pixel row of a part left out",
@@ -173,7 +173,7 @@ MUTATIONS = [
     Mutation(
         "a part of a plane taken for another",
         "cuda/stream_planes.h",
-        "part(here.part - channel * t.parts)",
+        "part(here.part - channel * tiling.parts)",
         "part(0)",
     ),
     Mutation(
@@ -203,14 +203,14 @@ MUTATIONS = [
     Mutation(
         "a sum taken for a mean",
         "cuda/launch.h",
-        "r.dy.data ? int64_t(1) : p.pixels",
+        "r.dy.data ? int64_t(1) : problem.pixels",
         "int64_t(1)",
     ),
     Mutation(
         "shared memory one number short",
         "plan.cpp",
-        "place(&s.gate, strategy == 'R' ? 0 : t.held + 1);",
-        "place(&s.gate, strategy == 'R' ? 0 : t.held - 3);",
+        "place(&shared.gate, strategy == 'R' ? 0 : tiling.held + 1);",
+        "place(&shared.gate, strategy == 'R' ? 0 : tiling.held - 3);",
     ),
 ]
 
