@@ -121,10 +121,8 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   }
   finish_fetches();
   spare.add_to(sums);
-  if (give_sums<T>(problem, tiling, shared, work, here, column, sums, counters)) {
-    make_gates_of_sample<T, Layout::kPixels>(f, tiling, shared, work, tile);
-    if (thread_index() == 0) counters.set_ready();
-  }
+  if (give_sums<T>(problem, tiling, shared, work, here, column, sums, counters))
+    make_gates_of_sample<T, Layout::kPixels>(f, tiling, shared, work, tile, counters);
   counters.wait();
   const uint32_t passed = counters.pass();
   if (column.any()) {

@@ -163,11 +163,11 @@ __device__ inline Vector<A, V> numbers_from(const void* numbers, int64_t at) {
   return v;
 }
 
-// By the last block of a sample: mean and gate of all its channels.
+// By the last block of a sample: mean and gate of all its channels. Then the other blocks go on.
 template <class T, Layout kLayout>
 __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& tiling,
                                             const SharedLayout& shared, const Workspace& work,
-                                            const HeldTile& tile) {
+                                            const HeldTile& tile, const StreamCounters& counters) {
   using A = Accumulator<T>;
   const Problem& problem = f.problem;
   const NearTaps<T> taps(problem, f.weight, shared);
@@ -183,6 +183,7 @@ __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& tili
   for (int c = thread_index(); c < tile.held; c += thread_count())
     small.put(c, means.get(c), gate_of(means, taps, c, c));
   block_barrier();
+  if (thread_index() == 0) counters.set_ready();
 }
 
 // By the last block of a sample: dm / S of all its channels and then, when the other blocks go on,
@@ -267,8 +268,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
                               column.total(c, tiling.held, parts));
   if (!counters.arrive(shared_array<uint32_t>(shared.flag, 1))) return;
 
-  make_gates_of_sample<T, Layout::kPixels>(f, tiling, shared, work, tile);
-  if (thread_index() == 0) counters.set_ready();
+  make_gates_of_sample<T, Layout::kPixels>(f, tiling, shared, work, tile, counters);
 }
 
 // dm / S (samples, channels), dx, and what dweight is made from.

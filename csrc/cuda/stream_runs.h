@@ -63,8 +63,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   for (int i = 0; i < kDepth; ++i) run.put(i, widen(x[i]), terms);
   if (!give_sums(problem, tiling, shared, work, tile, run, terms, counters)) return;
   make_gates_of_sample<T, Layout::kPlanes>(f, tiling, shared, work,
-                                           HeldTile::whole(problem, here.sample));
-  if (thread_index() == 0) counters.set_ready();
+                                           HeldTile::whole(problem, here.sample), counters);
 }
 
 // dm / S (samples, channels), dx, and what dweight is made from.
