@@ -316,7 +316,7 @@ struct Planner {
 
   std::optional<Candidate> runs(int32_t depth, int32_t threads, int64_t most_tile) const {
     const auto found = runs_with(pad, depth, threads, most_tile);
-    if (!found || !access.sources_aligned) return {};
+    if (!found || !access.sources_aligned || !access.samples_aligned) return {};
     // Others would overwrite the halo, and channels that wrap around are not a part of the run.
     const bool whole = found->plan.tiling.tile == problem.channels;
     return whole || (!access.in_place && !problem.circular) ? found : std::nullopt;
@@ -324,7 +324,7 @@ struct Planner {
 
   std::optional<Candidate> runs_with(int64_t halo, int32_t depth, int32_t threads,
                                      int64_t most_tile) const {
-    if (!planes || !access.dense || !access.samples_aligned || problem.pixels < V) return {};
+    if (!planes || !access.dense || problem.pixels < V) return {};
     if (threads != kRunThreads || problem.channels * problem.pixels > kMostElements) return {};
     int64_t unit = 1;  // planes that together are whole vectors
     while (unit * problem.pixels % V != 0) unit *= 2;
@@ -473,6 +473,7 @@ struct Planner {
     Plan plan = tile->plan;
     Tiling& tiling = plan.tiling;
     plan.strategy = 'S';
+    tiling.vectors = access.samples_aligned;
     tiling.held = int32_t(problem.channels);
     return streamed(plan, tiling.tiles, run_blocks(tiling.depth),
                     int64_t(tiling.tile) * problem.pixels * size);

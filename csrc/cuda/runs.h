@@ -9,6 +9,38 @@
 
 namespace eca::cuda {
 
+// Whose elements a vector holds: the channel in the tile of its first one, and how many elements of
+// that channel follow.
+struct PlaneAt {
+  int channel, left;
+
+  __device__ PlaneAt(int element, int pixels, const Divisor& by_pixels)
+      : channel(quotient(element, by_pixels)), left((channel + 1) * pixels - element) {}
+};
+
+// Each element's value: those of the vector's first channel, then those of the next one. From a
+// multiple of kSame in the vector on, so many elements belong to the same channel.
+template <int V, int kSame, class A>
+__device__ inline Vector<A, V> by_element(Shared<A> values, const PlaneAt& place) {
+  const Shared<A> at = values.from(place.channel);
+  const A here = at.get(0), next = at.get(1);
+  Vector<A, V> v;
+#pragma unroll
+  for (int e = 0; e < V; ++e)
+    v.element[e] = e < kSame || e / kSame * kSame < place.left ? here : next;
+  return v;
+}
+
+// The first `count` of V elements, and zeros.
+template <int V, class T>
+__device__ inline Vector<T, V> load_first(const T* from, int count) {
+  Vector<T, V> v{};
+#pragma unroll
+  for (int e = 0; e < V; ++e)
+    if (e < count) v.element[e] = load<1>(from + e).element[0];
+  return v;
+}
+
 // A run of held planes, in vectors. kGranule consecutive elements, from a multiple of so many on,
 // belong to the same plane.
 template <class T, int kDepth, int kGranule>
@@ -38,11 +70,6 @@ struct Run {
     own_elements = tile.own * pixels;
   }
 
-  // The channel in the tile of a vector's first element, and how many elements of it follow.
-  struct Place {
-    int channel, left;
-  };
-
   __device__ bool has(int i) const { return i * kRunThreads < vectors - thread_index(); }
 
   // From a map whose samples begin at multiples of 16 bytes. Behind the run's end a vector is not
@@ -54,14 +81,18 @@ struct Run {
     for (int i = 0; i < kDepth; ++i) to[i] = load_if_below<V>(from.at(i), i * kRunThreads, left);
   }
 
-  // From a map that begins anywhere.
+  // From a map whose samples begin and end anywhere, for a tile without a halo. Nothing behind the
+  // tile's last element is read: it may be the last of its memory.
   __device__ void load_from_anywhere(const Map& map, Held& to) const {
     const auto from = cursor(map);
-    if (place_in_line(from.first) == 0) return load_from(map, to);
-    const int left = vectors - thread_index();
+    if (place_in_line(from.first) == 0 && own_elements % V == 0) return load_from(map, to);
+    const int whole = own_elements / V, left = whole - thread_index();
+    Vector<T, V> last{};
+    if (left % kRunThreads == 0)
+      last = load_first<V>(from.first + left * V, own_elements - whole * V);
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
-      to[i] = {};
+      to[i] = last;
       if (i * kRunThreads < left) to[i] = load_anywhere<V>(from.at(i));
     }
   }
@@ -134,8 +165,7 @@ struct Run {
     for (int i = 0; i < kDepth; ++i) {
       const int element = begin + i * kRunThreads * V;
       if (uint32_t(element) >= uint32_t(own_elements)) continue;
-      const int channel = quotient(element, by_pixels);
-      body(i, Place{channel, (channel + 1) * pixels - element});
+      body(i, PlaneAt(element, pixels, by_pixels));
     }
   }
 
@@ -143,17 +173,6 @@ struct Run {
     return {
         pinned(static_cast<T*>(map.data) + sample * map.sample_stride + begin + thread_index() * V),
         {}};
-  }
-
-  // Each element's value: those of the vector's first channel, then those of the next one.
-  __device__ Vector<A, V> by_element(Shared<A> values, const Place& place) const {
-    const Shared<A> at = values.from(place.channel);
-    const A here = at.get(0), next = at.get(1);
-    Vector<A, V> v;
-#pragma unroll
-    for (int e = 0; e < V; ++e)
-      v.element[e] = e < kGranule || e / kGranule * kGranule < place.left ? here : next;
-    return v;
   }
 };
 
@@ -193,8 +212,9 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   block_barrier();
 
   const auto result = step.forward(f.y, run);
-  run.for_each_own(tiling.by_pixels,
-                   [&](int i, auto place) { result.put(i, x[i], run.by_element(gates, place)); });
+  run.for_each_own(tiling.by_pixels, [&](int i, auto at) {
+    result.put(i, x[i], by_element<V, kGranule>(gates, at));
+  });
 }
 
 // dx, and what dweight is made from.
@@ -243,8 +263,9 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   block_barrier();
   const auto result = step.backward(b.dx, run);
   const Shared<A> own_gates = gates.from(tile.halo);
-  run.for_each_own(tiling.by_pixels, [&](int i, auto place) {
-    result.put(i, dy[i], run.by_element(own_gates, place), run.by_element(shifts, place));
+  run.for_each_own(tiling.by_pixels, [&](int i, auto at) {
+    result.put(i, dy[i], by_element<V, kGranule>(own_gates, at),
+               by_element<V, kGranule>(shifts, at));
   });
 }
 

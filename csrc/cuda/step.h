@@ -28,6 +28,28 @@ struct Cursor {
   __device__ T* at(int i) const { return first + i * distance; }
 };
 
+// Consecutive elements that several threads share: vectors that begin at whole lines of one map, and
+// single elements before and after them. Other maps may lie differently within their lines.
+template <class T>
+struct Stretch {
+  static constexpr int V = kVector<T>;
+  int head, vectors, count;
+
+  __device__ Stretch(int count, const T* address)
+      : head(min(count, (V - place_in_line(address)) % V)), vectors((count - head) / V),
+        count(count) {}
+
+  // body(i, width) for each single element and each vector of thread `thread` of `threads`.
+  template <class Body>
+  __device__ void for_each(int thread, int threads, Body body) const {
+    for (int e = thread; e < count - vectors * V; e += threads)
+      body(e < head ? e : e + vectors * V, std::integral_constant<int, 1>{});
+#pragma unroll 4
+    for (int v = thread; v < vectors; v += threads)
+      body(head + v * V, std::integral_constant<int, V>{});
+  }
+};
+
 template <class T, int V>
 __device__ inline Vector<T, V> rescaled(const Vector<T, V>& x,
                                         const Vector<Accumulator<T>, V>& gate) {

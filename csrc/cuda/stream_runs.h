@@ -1,5 +1,5 @@
 // Strategy stream for small planes whose tiles cannot have a halo, because the result is written
-// over x or channels wrap around; and where x begins anywhere in memory, such as a slice of
+// over x or channels wrap around; and where maps begin anywhere in memory, such as slices of
 // channels. As in stream.h, but a block has the planes of a tile as a run of runs.h.
 #pragma once
 
@@ -32,6 +32,35 @@ __device__ inline void fetch_numbers(const HeldTile& tile, const void* numbers, 
   if (thread_index() == 0) to.set(tile.own, A(0));
 }
 
+// The elements of a tile, counted from its first one on. For a result that begins or ends within a
+// line of 16 bytes: its lines decide where vectors begin, and the sources are read from anywhere.
+template <class T>
+struct TileElements {
+  int64_t sample;
+  int pixels, begin, count;
+
+  __device__ TileElements(const Problem& problem, const HeldTile& tile)
+      : sample(tile.sample), pixels(int(problem.pixels)), begin(tile.begin * pixels),
+        count(tile.own * pixels) {}
+
+  __device__ Cursor<T, std::integral_constant<int, 1>> cursor(const Map& map) const {
+    return {static_cast<T*>(map.data) + sample * map.sample_stride + begin, {}};
+  }
+
+  // Whether they are whole lines of 16 bytes of a map.
+  __device__ bool are_lines_of(const Map& map) const {
+    return count % kVector<T> == 0 && place_in_line(cursor(map).first) == 0;
+  }
+
+  // body(i, width, place) for each vector, and for each single element at the ends.
+  template <class Body>
+  __device__ void for_each(const Map& result, const Divisor& by_pixels, Body body) const {
+    Stretch<T>(count, cursor(result).first)
+        .for_each(thread_index(), kRunThreads,
+                  [&](int i, auto width) { body(i, width, PlaneAt(i, pixels, by_pixels)); });
+  }
+};
+
 template <class T, int kDepth, int kGranule, class Step>
 __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
     forward_stream_runs(Forward f, Tiling tiling, SharedLayout shared, Workspace work, Step step) {
@@ -52,9 +81,20 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
     fetch_numbers(tile, f.gate, gates);
     finish_fetches();
     block_barrier();
-    const auto result = step.forward(f.y, run);
-    run.for_each_own(tiling.by_pixels,
-                     [&](int i, auto place) { result.put(i, x[i], run.by_element(gates, place)); });
+    const TileElements<T> elements(problem, tile);
+    if (elements.are_lines_of(f.y)) {
+      const auto result = step.forward(f.y, run);
+      run.for_each_own(tiling.by_pixels, [&](int i, auto at) {
+        result.put(i, x[i], by_element<V, kGranule>(gates, at));
+      });
+    } else {
+      const auto source = elements.cursor(f.x);
+      const auto result = step.forward(f.y, elements);
+      elements.for_each(f.y, tiling.by_pixels, [&](int i, auto width, auto at) {
+        constexpr int W = decltype(width)::value;
+        result.put(i, load_anywhere<W>(source.at(i)), by_element<W, 1>(gates, at));
+      });
+    }
     return counters.leave(passed);
   }
 
@@ -92,11 +132,25 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
       fetch_numbers(tile, work.shift, shifts);
       finish_fetches();
       block_barrier();
-      const auto result = step.backward(b.dx, run);
-      run.for_each_own(tiling.by_pixels, [&](int i, auto place) {
-        gradient(i, dy[i]);
-        result.put(i, dy[i], run.by_element(gates, place), run.by_element(shifts, place));
-      });
+      const TileElements<T> elements(problem, tile);
+      if (elements.are_lines_of(b.dx)) {
+        const auto result = step.backward(b.dx, run);
+        run.for_each_own(tiling.by_pixels, [&](int i, auto at) {
+          gradient(i, dy[i]);
+          result.put(i, dy[i], by_element<V, kGranule>(gates, at),
+                     by_element<V, kGranule>(shifts, at));
+        });
+      } else {
+        const auto source = elements.cursor(b.dy);
+        const auto gradient_at = step.gradient(elements);
+        const auto result = step.backward(b.dx, elements);
+        elements.for_each(b.dx, tiling.by_pixels, [&](int i, auto width, auto at) {
+          constexpr int W = decltype(width)::value;
+          Vector<T, W> g = load_anywhere<W>(source.at(i));
+          gradient_at(i, g);
+          result.put(i, g, by_element<W, 1>(gates, at), by_element<W, 1>(shifts, at));
+        });
+      }
     }
     return counters.leave(passed);
   }

@@ -13,27 +13,6 @@ struct Chunk {
   int64_t first, count;
 };
 
-// A part of a row that a warp walks: vectors that begin at whole lines of one map, and single
-// elements before and after them. Other maps may lie differently within their lines.
-template <class T>
-struct Stretch {
-  static constexpr int V = kVector<T>;
-  int head, vectors, count;
-
-  __device__ Stretch(int count, const T* address)
-      : head(min(count, (V - place_in_line(address)) % V)), vectors((count - head) / V),
-        count(count) {}
-
-  // body(i, width) for each single element and each vector, by the lanes of a warp.
-  template <class Body>
-  __device__ void for_each(int lane, Body body) const {
-    for (int e = lane; e < count - vectors * V; e += 32)
-      body(e < head ? e : e + vectors * V, std::integral_constant<int, 1>{});
-#pragma unroll 4
-    for (int v = lane; v < vectors; v += 32) body(head + v * V, std::integral_constant<int, V>{});
-  }
-};
-
 // Where part `part` of `parts` of a length begins: at a multiple of 16.
 __device__ inline int64_t part_begin(int64_t length, int parts, int part) {
   const int64_t share = ((length + parts - 1) / parts + 15) / 16 * 16;
@@ -93,7 +72,7 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
   const auto xs = here.cursor(x), dys = here.cursor(Sum::kTakesGradient ? dy : x);
   const auto gradient = step.gradient(here);
   ChainedSum<A> sums[Sum::kSums];
-  Stretch<T>(here.count, xs.first).for_each(lane, [&](int i, auto width) {
+  Stretch<T>(here.count, xs.first).for_each(lane, 32, [&](int i, auto width) {
     constexpr int V = decltype(width)::value;
     Vector<A, V> terms[Sum::kSums];
     make_terms<Sum, V, T>(xs, dys, gradient, i, terms);
@@ -334,7 +313,7 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
     const A shift = value_at(static_cast<const A*>(shifts) + channel);
     const auto gradient = step.gradient(here);
     const auto result = step.backward(to, here);
-    stretch.for_each(lane, [&](int i, auto width) {
+    stretch.for_each(lane, 32, [&](int i, auto width) {
       constexpr int V = decltype(width)::value;
       Vector<T, V> g = load_anywhere<V, T>(source.at(i));
       gradient(i, g);
@@ -342,7 +321,7 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
     });
   } else {
     const auto result = step.forward(to, here);
-    stretch.for_each(lane, [&](int i, auto width) {
+    stretch.for_each(lane, 32, [&](int i, auto width) {
       constexpr int V = decltype(width)::value;
       result.put(i, load_anywhere<V, T>(source.at(i)), all_of<V>(gate));
     });
