@@ -90,10 +90,10 @@ constexpr struct {
     {'F', 4, 1, {214, 31, 4.3}, {326, 35, 9.7}},  {'F', 2, 1, {183, 17, 16}, {284, 21, 24}},
     {'F', 2, 4, {177, 47, 11}, {272, 61, 17}},    {'P', 4, 0, {208, 27, 3.5}, {333, 27, 7.8}},
     {'P', 2, 0, {212, 53, 3.8}, {257, 77, 7.5}},  {'K', 4, 0, {520, 31, 1.2}, {178, 58, 0.9}},
-    {'K', 2, 0, {1030, 51, 0.6}, {359, 84, 0.6}}, {'S', 4, 0, {705, 15, 1.1}, {329, 55, 0.8}},
-    {'S', 2, 0, {962, 24, 0.8}, {911, 23, 0.8}},  {'S', 4, 1, {816, 0, 0}, {655, 0, 0}},
-    {'S', 2, 1, {941, 23, 0}, {775, 24, 0}},      {'S', 4, 2, {731, 0, 0}, {838, 0, 0}},
-    {'S', 2, 2, {823, 0, 5.1}, {953, 0, 8.0}},
+    {'K', 2, 0, {1030, 51, 0.6}, {359, 84, 0.6}}, {'S', 4, 0, {715, 6, 0.9}, {677, 2, 0.9}},
+    {'S', 2, 0, {809, 28, 0.8}, {790, 28, 0.8}},  {'S', 4, 1, {713, 0, 0}, {563, 0, 0}},
+    {'S', 2, 1, {835, 23, 0}, {686, 24, 0}},      {'S', 4, 2, {670, 0, 0}, {800, 0, 0}},
+    {'S', 2, 2, {767, 0, 7.1}, {919, 0, 10.3}},
 };
 // Warp instructions of one multiprocessor in a microsecond: of its 4 at 1.98 GHz, as on an H200,
 // code that waits for memory as ours does issues six tenths.
@@ -266,7 +266,8 @@ struct Planner {
     tiling.pad = int32_t(pad);
     tiling.chunk = problem.samples;
     tiling.parts = 1;
-    tiling.by_tiles = divisor_of(tiling.tiles);
+    tiling.by_blocks = divisor_of(tiling.tiles);
+    if (!planes) tiling.by_columns = divisor_of(tiling.held / V);
     tiling.by_pixels = divisor_of(problem.pixels);
     tiling.factor = 1 / float(problem.pixels);
     Plan plan{strategy, tiling};
@@ -371,6 +372,7 @@ struct Planner {
     tiling.factor = 1 / float(problem.pixels);
     tiling.chunk = problem.samples;
     tiling.threads = kColumnThreads;
+    if (!planes) tiling.by_columns = divisor_of(tiling.held / V);
     plan.launches = backward ? 2 : 1;
     return plan;
   }
@@ -432,6 +434,9 @@ struct Planner {
     if (tiling.parts > kMostParts || plan.blocks > kMostBlocks || plan.occupancy < 1 ||
         !shares_little(plan))
       return {};
+    tiling.by_blocks = divisor_of(sample_blocks);
+    tiling.by_step = divisor_of(2 * tiling.chunk * sample_blocks);
+    tiling.by_parts = divisor_of(tiling.parts);
     count_bytes_of_sample(&plan);
     const double idle =
         std::max(1.0, multiprocessors / kOneMultiprocessor / (double(plan.blocks) / 2));

@@ -88,8 +88,10 @@ struct Tiling {
   int32_t depth;  // vectors in a thread's registers; 0 for C
   int32_t spare;  // K: vectors of a thread in shared memory
   int64_t tiles;  // in a sample
-  Divisor by_tiles, by_pixels;  // R, F and P
-  float factor;                 // of a sum in a mean, 1 / pixels; not for C
+  // By the blocks of a sample (not of K, nor those of S that rescale) and of a step of S, by the
+  // vectors of `held`, by the pixels of a plane (F and S of runs), and by the parts of one (S)
+  Divisor by_blocks, by_step, by_columns, by_pixels, by_parts;
+  float factor;  // of a sum in a mean, 1 / pixels; not for C
 
   // Strategies C, K and S
   int64_t chunk;  // samples in one pair of passes (C), or that are summed before others (S)

@@ -27,7 +27,7 @@ struct Column {
       : sample(tile.sample) {
     const int columns = tiling.held / V;
     rows = tiling.threads / columns;
-    row = thread_index() / columns;
+    row = quotient(thread_index(), tiling.by_columns);
     held = (thread_index() - row * columns) * V;
     channel = row < rows && held < tile.held ? tile.channel(held) : -1;
     first = begin + row;

@@ -114,7 +114,7 @@ struct HeldTile {
   HeldTile() = default;
 
   __device__ HeldTile(const Problem& problem, const Tiling& tiling)
-      : HeldTile(problem, tiling, quotient(int(block_index()), tiling.by_tiles)) {}
+      : HeldTile(problem, tiling, quotient(int(block_index()), tiling.by_blocks)) {}
 
   __device__ HeldTile(const Problem& problem, const Tiling& tiling, int sample)
       : HeldTile(problem, tiling, sample, int(block_index()) - sample * int(tiling.tiles)) {}

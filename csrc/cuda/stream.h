@@ -20,12 +20,12 @@ struct StreamPart {
 
   // `parts`: of a sample.
   __device__ StreamPart(const Problem& problem, const Tiling& tiling, int parts) {
-    const auto block = uint32_t(block_index()), group_parts = uint32_t(tiling.chunk * parts);
-    const uint32_t step = block / (2 * group_parts), within = block - step * 2 * group_parts;
+    const int block = int(block_index()), step = quotient(block, tiling.by_step);
+    const int within = block - step * 2 * int(tiling.chunk) * parts, pair = within / 2;
     rescales = within % 2 != 0;
-    const uint32_t in_group = within / 2 / uint32_t(parts);
+    const int in_group = quotient(pair, tiling.by_blocks);
     sample = (int64_t(step) - (rescales ? 1 : 0)) * tiling.chunk + in_group;
-    part = int(within / 2 - in_group * uint32_t(parts));
+    part = pair - in_group * parts;
     exists = sample >= 0 && sample < problem.samples;
   }
 };

@@ -14,8 +14,7 @@ struct RowPart {
   Row<T, kDepth> row;
 
   __device__ RowPart(const Problem& problem, const Tiling& tiling, const StreamPart& here)
-      : channel(int(uint32_t(here.part) / uint32_t(tiling.parts))),
-        part(here.part - channel * tiling.parts),
+      : channel(quotient(here.part, tiling.by_parts)), part(here.part - channel * tiling.parts),
         row(thread_count(), here.sample, channel, part * tiling.share,
             min(tiling.share, int(problem.pixels) / kVector<T> - part * tiling.share)) {}
 };

@@ -6,6 +6,7 @@ of what was never written or has not arrived. Outputs and shared memory start as
 """
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -316,6 +317,31 @@ def test_maps_at_different_places_of_their_lines(gpu, dtype, layout, pixels):
         done = run(gpu, moved, layout, forced)
         assert done is not None
         assert_as_accurate(done[0], case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("shape", [(3, 60, 49), (2, 37, 25), (2, 9, 784), (2, 24, 8)], ids=name_of)
+def test_results_that_begin_anywhere(gpu, dtype, padding_mode, shape):
+    """The lines of 16 bytes of y decide where vectors begin; those of x, where it is read."""
+    case = make_case(shape, 5, dtype, "contiguous", padding_mode)
+    circular = padding_mode == "circular"
+
+    def at(place):
+        memory = torch.zeros(math.prod(shape) + place, dtype=dtype)
+        return memory.as_strided(shape, case.x.stride(), place)
+
+    for y_at, x_at in ((1, 0), (2, 5), (3, 3), (16 // dtype.itemsize - 1, 1)):
+        x = at(x_at).copy_(case.x)
+        done = gpu.forward(x, case.weight, circular=circular, into=at(y_at))
+        assert done.plan["strategy"] == "stream"
+        y, mean, gate = done.tensors
+        assert int(y._base.isnan().sum()) == y._base.numel() - y.numel()
+        # The samples of dx begin anywhere where a sample is not whole lines.
+        grads = gpu.backward(
+            case.dy, x, case.weight, mean, gate, circular=circular, forced=Forced("stream")
+        )
+        assert_as_accurate((y, *grads.tensors), case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

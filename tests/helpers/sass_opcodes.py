@@ -117,7 +117,9 @@ def load_constant(warp: Warp, i: Instruction) -> None:
 @executes("S2R", "S2UR")
 def special(warp: Warp, i: Instruction) -> None:
     target, source = i.operands
+    lane = np.arange(LANES)
     values = {"SR_TID.X": warp.thread, "SR_CTAID.X": warp.block, "SR_CgaCtaId": 0, "SRZ": 0}
+    values |= {"SR_LANEID": lane, "SR_LTMASK": (1 << lane) - 1}
     if source.text not in values:
         raise Unknown(i, "register")
     warp.put(target, np.broadcast_to(np.asarray(values[source.text]), LANES))
@@ -286,10 +288,14 @@ def check_division(warp: Warp, i: Instruction) -> None:
 
 @executes("VOTEU")
 def vote(warp: Warp, i: Instruction) -> None:
-    target, source = i.operands
-    if i.modifiers != ["ALL"]:
+    target, *none, source = i.operands
+    said = warp.predicate(source) & warp.mask
+    if i.modifiers == ["ALL"]:
+        warp.put_predicate(target, np.full(LANES, (said == warp.mask).all()))
+    elif i.modifiers == ["ANY"] and len(none) == 1:
+        warp.put(target, np.full(LANES, sum(1 << int(lane) for lane in said.nonzero()[0])))
+    else:
         raise Unknown(i, "modifier")
-    warp.put_predicate(target, np.full(LANES, warp.predicate(source)[warp.mask].all()))
 
 
 @executes("P2R")
@@ -305,9 +311,10 @@ def gather_predicates(warp: Warp, i: Instruction) -> None:
 @executes("SHFL")
 def shuffle(warp: Warp, i: Instruction) -> None:
     valid, target, source, distance, _ = i.operands
-    if i.modifiers != ["BFLY"]:
+    if i.modifiers not in (["BFLY"], ["IDX"]):
         raise Unknown(i, "modifier")
-    from_lane = np.arange(LANES, dtype=np.uint32) ^ warp.integer(distance)
+    start = np.arange(LANES, dtype=np.uint32) if i.has("BFLY") else np.zeros(LANES, np.uint32)
+    from_lane = start ^ warp.integer(distance)
     warp.put_predicate(valid, from_lane < LANES)
     warp.put(target, warp.integer(source)[from_lane % LANES])
 
@@ -348,10 +355,19 @@ def reverse_bits(warp: Warp, i: Instruction) -> None:
 
 @executes("FLO")
 def find_leading_one(warp: Warp, i: Instruction) -> None:
-    if i.modifiers != ["U32", "SH"]:  # counted from the upper end; all ones where there is none
+    if i.modifiers not in (["U32", "SH"], ["U32"]):
         raise Unknown(i, "modifier")
-    places = [32 - int(v).bit_length() for v in warp.integer(i.operands[1])]
-    warp.put(i.operands[0], np.array([p if p < 32 else 0xFFFFFFFF for p in places], np.uint32))
+    # From the upper end with SH, else from the lower one; all ones where there is none.
+    lengths = [int(v).bit_length() for v in warp.integer(i.operands[1])]
+    places = [32 - n if i.has("SH") else n - 1 for n in lengths]
+    values = [p if n else 0xFFFFFFFF for p, n in zip(places, lengths, strict=True)]
+    warp.put(i.operands[0], np.array(values, np.uint32))
+
+
+@executes("POPC")
+def count_ones(warp: Warp, i: Instruction) -> None:
+    target, source = i.operands
+    warp.put(target, np.array([int(v).bit_count() for v in warp.integer(source)], np.uint32))
 
 
 @executes("I2F")

@@ -269,6 +269,18 @@ def test_misaligned_storage(name, layout, offset):
     assert_as_accurate(ours(case), case)
 
 
+@pytest.mark.parametrize("offset", range(1, 8))
+@pytest.mark.parametrize("shape", [(3, 60, 7, 7), (5, 37, 5, 5), (3, 48, 14, 14)], ids=name_of)
+def test_results_may_begin_anywhere(shape, offset):
+    case = on_gpu(make_case(shape, k=5, dtype=torch.bfloat16))
+    memory = torch.full((case.x.numel() + offset + 8,), 7, dtype=case.x.dtype, device="cuda")
+    out = memory[offset:-8].view(shape)
+    ops.inference_into(case.x, case.weight, out)
+    assert_as_accurate((out, *ours(case)[1:]), case)
+    assert bool((memory[:offset] == 7).all())
+    assert bool((memory[-8:] == 7).all())
+
+
 @pytest.mark.parametrize("name", ["kept, registers", "stream, pixels", "stream, parts of planes"])
 def test_saved_gates_may_begin_anywhere(name):
     case = forced_case(name)

@@ -220,6 +220,16 @@ def test_no_halo_in_place(gpu: str) -> None:
     assert max(elsewhere) > 0
 
 
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("pixels", [49, 196, 784, 3136])
+def test_small_planes_that_begin_anywhere_are_streamed(pixels: int, backward: bool) -> None:
+    """two_pass would move a few elements at a time."""
+    sample = {"samples": 32, "channels": 512, "pixels": pixels, "kernel_size": 5}
+    sample |= {"dtype": "bfloat16", "backward": backward, "own_taps": False, "circular": False}
+    sample |= {"channels_last": False, "in_place": False, "aligned": False}
+    assert _C.plan(**sample, gpu=_C.gpu_by_name("sm_90"))["strategy"] == "stream"
+
+
 def test_forced_plans_need_room_for_the_blocks_that_wait() -> None:
     """The blocks of a sample wait for each other, beside those of eight streams."""
     sample = {"samples": 4, "channels": 256, "pixels": 3136, "kernel_size": 5, "dtype": "bfloat16"}
