@@ -96,7 +96,7 @@ py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64
   gpu.l2 = g["l2"].cast<int64_t>();
   gpu.threads_per_multiprocessor = g["threads_per_multiprocessor"].cast<int32_t>();
   eca::Access access = eca::dense_access(p);
-  access.aligned = access.aligned && aligned;
+  if (!aligned) access.width = eca::size_of(p.dtype);
   access.samples_aligned = access.samples_aligned && aligned;
   access.sources_aligned = access.samples_aligned;
   access.in_place = in_place;

@@ -304,7 +304,7 @@ struct Planner {
   }
 
   std::optional<Candidate> rows(int32_t depth, int32_t threads, int64_t most_tile) const {
-    if (!planes || !access.aligned || threads > row_threads(depth)) return {};
+    if (!planes || !access.aligned() || threads > row_threads(depth)) return {};
     const int64_t vectors = problem.pixels / V;
     Tiling tiling{};
     tiling.depth = depth;
@@ -343,7 +343,7 @@ struct Planner {
   }
 
   std::optional<Candidate> columns(int32_t depth, int32_t threads, int64_t most_tile) const {
-    if (planes || !access.aligned || pad > V) return {};
+    if (planes || !access.aligned() || pad > V) return {};
     // Backward 13 vectors of dy leave too few registers for x.
     if (backward) depth = std::min(depth, 7);
     const int64_t rows = ceil_div(problem.pixels, depth), columns = threads / rows;
@@ -361,7 +361,7 @@ struct Planner {
 
   // What they have in common: the last block of a sample makes the gates of all its channels.
   std::optional<Plan> all_channels(char strategy, int32_t depth) const {
-    if (!access.aligned || (!planes && problem.channels / V > kColumnThreads)) return {};
+    if (!access.aligned() || (!planes && problem.channels / V > kColumnThreads)) return {};
     Plan plan{strategy, {}};
     Tiling& tiling = plan.tiling;
     tiling.vectors = true;
@@ -498,19 +498,19 @@ struct Planner {
     Plan plan{'C', {}};
     Tiling& tiling = plan.tiling;
     const int64_t sample_bytes = std::max<int64_t>(1, problem.channels * problem.pixels * size);
-    tiling.vectors = access.aligned;
+    tiling.vectors = access.aligned();
+    tiling.width = access.width;
     tiling.threads = kPassThreads;
     tiling.tile = int32_t(problem.channels);
     tiling.tiles = 1;
     tiling.chunk = std::clamp<int64_t>(gpu.l2 / 2 / (sample_bytes * maps), 1, problem.samples);
     const int64_t in_sample = planes ? problem.channels : 1;  // rows of blocks or warps
     tiling.chunk = std::min(tiling.chunk, std::max<int64_t>(1, kMostBlocks / 64 / in_sample));
-    // Enough warps to ask for all the bytes that must be under way.
-    const int64_t wanted = gpu.multiprocessors * (planes ? 48 : 6);
+    // Two waves of blocks, and no third: it would be one with few of them.
+    const int64_t wanted = gpu.multiprocessors * 2 * kPassBlocks * (planes ? kPassThreads / 32 : 1);
     const int64_t smallest = planes ? 4 << 10 : 16 << 10;  // bytes of a part
     const int64_t most = std::min<int64_t>(kMostParts, 1 + sample_bytes / in_sample / smallest);
-    tiling.parts =
-        int32_t(std::clamp<int64_t>(ceil_div(wanted, tiling.chunk * in_sample), 1, most));
+    tiling.parts = int32_t(std::clamp<int64_t>(wanted / (tiling.chunk * in_sample), 1, most));
     tiling.parts =
         int32_t(std::max<int64_t>(tiling.parts, ceil_div(problem.pixels, kMostElements)));
     const int64_t rows = tiling.chunk * in_sample * tiling.parts;
@@ -625,7 +625,7 @@ Divisor divisor_of(int64_t divisor) {
 Access dense_access(const Problem& problem) {
   const int64_t length = problem.layout == Layout::kPlanes ? problem.pixels : problem.channels;
   const bool samples = problem.channels * problem.pixels * size_of(problem.dtype) % 16 == 0;
-  return {length * size_of(problem.dtype) % 16 == 0, true, samples, samples, false};
+  return {access_width(length * size_of(problem.dtype)), true, samples, samples, false};
 }
 
 const char* strategy_name(char letter) {

@@ -78,6 +78,7 @@ Divisor divisor_of(int64_t divisor);
 // What the kernels need to know of a plan. "Held" is what a block has on chip: its tile and a halo.
 struct Tiling {
   bool vectors;   // rows begin at multiples of 16 bytes
+  int32_t width;  // C of pixels: bytes that one access moves
   int32_t tile;   // channels that a block stores; S of parts of planes: all
   int32_t halo;   // channels held on either side of them, 0 where a tile is all channels
   int32_t held;   // tile + 2 * halo
@@ -119,12 +120,19 @@ struct Plan {
 
 // What the addresses of a call's maps allow.
 struct Access {
-  bool aligned;          // every row of every map begins and ends at a multiple of 16 bytes
+  // Every row of every map begins and ends at a multiple of so many bytes: a power of two, at most
+  // 16.
+  int32_t width;
   bool dense;            // the rows of a sample follow one another without a gap, in every map
   bool samples_aligned;  // every sample of the result begins and ends at a multiple of 16 bytes
   bool sources_aligned;  // and so does every sample of what is read
   bool in_place;         // the result is written over what is read
+
+  bool aligned() const { return width == 16; }
 };
+
+// The largest power of two that divides a number of bytes, at most 16.
+inline int32_t access_width(int64_t bytes) { return int32_t((bytes | 16) & -(bytes | 16)); }
 
 // The access of contiguous memory.
 Access dense_access(const Problem& problem);

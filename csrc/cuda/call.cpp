@@ -99,7 +99,7 @@ struct Key {
     return a.dtype == b.dtype && a.layout == b.layout && a.samples == b.samples &&
            a.channels == b.channels && a.pixels == b.pixels && a.taps_dtype == b.taps_dtype &&
            a.kernel_size == b.kernel_size && a.taps_per_channel == b.taps_per_channel &&
-           a.circular == b.circular && pass == o.pass && access.aligned == o.access.aligned &&
+           a.circular == b.circular && pass == o.pass && access.width == o.access.width &&
            access.dense == o.access.dense && access.samples_aligned == o.access.samples_aligned &&
            access.sources_aligned == o.access.sources_aligned &&
            access.in_place == o.access.in_place && device == o.device;

@@ -1,4 +1,5 @@
 // The contract on CUDA: which dtype's kernels, and what the planner needs to know of a call.
+#include <algorithm>
 #include <limits>
 #include <type_traits>
 
@@ -60,17 +61,20 @@ Access access_of(const Problem& p, const Map& map) {
                 length = p.layout == Layout::kPlanes ? p.pixels : p.channels;
   const auto whole = [&](int64_t elements) { return elements * size % 16 == 0; };
   const bool begins = reinterpret_cast<uintptr_t>(map.data) % 16 == 0;
-  const bool aligned = begins && whole(length) && (rows <= 1 || whole(map.row_stride)) &&
-                       (p.samples <= 1 || whole(map.sample_stride));
+  const int64_t row_stride = rows <= 1 ? 0 : map.row_stride,
+                sample_stride = p.samples <= 1 ? 0 : map.sample_stride;
+  const int32_t width = access_width(int64_t(reinterpret_cast<uintptr_t>(map.data)) |
+                                     (length | row_stride | sample_stride) * size);
   const bool samples_aligned =
       begins && whole(rows * length) && (p.samples <= 1 || whole(map.sample_stride));
-  return {aligned, rows <= 1 || map.row_stride == length, samples_aligned, samples_aligned, false};
+  return {width, rows <= 1 || map.row_stride == length, samples_aligned, samples_aligned, false};
 }
 
 // Of a source and a result.
 Access both(const Access& source, const Access& result) {
-  return {source.aligned && result.aligned, source.dense && result.dense, result.samples_aligned,
-          source.samples_aligned && source.sources_aligned, source.in_place || result.in_place};
+  return {std::min(source.width, result.width), source.dense && result.dense,
+          result.samples_aligned, source.samples_aligned && source.sources_aligned,
+          source.in_place || result.in_place};
 }
 
 }  // namespace

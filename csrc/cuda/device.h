@@ -186,26 +186,27 @@ __device__ inline int place_in_line(const T* address) {
   return int(reinterpret_cast<uintptr_t>(address) % 16 / sizeof(T));
 }
 
-// V elements from any address, out of the two lines of 16 bytes in which they lie. All of a line
-// can be read: memory is allocated in whole ones.
+// 16 bytes that are no multiple of that, out of the two lines of 16 bytes in which they lie. All of
+// a line can be read: memory is allocated in whole ones.
+template <int V, class T>
+__device__ inline Vector<T, V> load_across(const T* from) {
+  static_assert(sizeof(T) * V == 16);
+  const auto skip = uint32_t(reinterpret_cast<uintptr_t>(from)) & 15;
+  const auto* const lines =
+      reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(from) - skip);
+  const uint4 first = lines[0], second = lines[1];
+  uint32_t words[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+  take_from(skip, words);
+  Vector<T, V> v;
+  std::memcpy(&v, words, sizeof v);
+  return v;
+}
+
+// V elements from any address.
 template <int V, class T>
 __device__ inline Vector<T, V> load_anywhere(const T* from) {
-  if constexpr (V == 1) {
-    return load<1>(from);
-  } else {
-    static_assert(sizeof(T) * V == 16);
-    const auto skip = uint32_t(reinterpret_cast<uintptr_t>(from)) & 15;
-    if (skip == 0) return load<V>(from);
-    const auto* const lines =
-        reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(from) - skip);
-    const uint4 first = lines[0], second = lines[1];
-    uint32_t words[8] = {first.x,  first.y,  first.z,  first.w,
-                         second.x, second.y, second.z, second.w};
-    take_from(skip, words);
-    Vector<T, V> v;
-    std::memcpy(&v, words, sizeof v);
-    return v;
-  }
+  if (V == 1 || place_in_line(from) == 0) return load<V>(from);
+  return load_across<V>(from);
 }
 
 template <int V, class T>

@@ -28,8 +28,26 @@ struct Cursor {
   __device__ T* at(int i) const { return first + i * distance; }
 };
 
-// Consecutive elements that several threads share: vectors that begin at whole lines of one map, and
-// single elements before and after them. Other maps may lie differently within their lines.
+// use(i, load(i)) for i = first, first + step, ... below end. kAtOnce of them are asked for before
+// the first is used.
+template <int kAtOnce, class Load, class Use>
+__device__ inline void in_batches(int first, int end, int step, Load load, Use use) {
+#pragma unroll 1
+  for (int i = first; i < end; i += kAtOnce * step) {
+    decltype(load(i)) some[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      some[u] = {};
+      if (i + u * step < end) some[u] = load(i + u * step);
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u)
+      if (i + u * step < end) use(i + u * step, some[u]);
+  }
+}
+
+// Consecutive elements that several threads share: vectors that begin at whole lines of one map,
+// and single elements before and after them. Other maps may lie differently within their lines.
 template <class T>
 struct Stretch {
   static constexpr int V = kVector<T>;
@@ -39,16 +57,39 @@ struct Stretch {
       : head(min(count, (V - place_in_line(address)) % V)), vectors((count - head) / V),
         count(count) {}
 
-  // body(i, width) for each single element and each vector of thread `thread` of `threads`.
-  template <class Body>
-  __device__ void for_each(int thread, int threads, Body body) const {
-    for (int e = thread; e < count - vectors * V; e += threads)
-      body(e < head ? e : e + vectors * V, std::integral_constant<int, 1>{});
-#pragma unroll 4
-    for (int v = thread; v < vectors; v += threads)
-      body(head + v * V, std::integral_constant<int, V>{});
+  // use(i, width, load(i, width)) for each single element and each vector of thread `thread` of
+  // `threads`.
+  template <int kAtOnce, class Load, class Use>
+  __device__ void for_each(int thread, int threads, Load load, Use use) const {
+    constexpr std::integral_constant<int, 1> single{};
+    constexpr std::integral_constant<int, V> vector{};
+    const auto element = [&](int e) { return e < head ? e : e + vectors * V; };
+    in_batches<1>(
+        thread, count - vectors * V, threads, [&](int e) { return load(element(e), single); },
+        [&](int e, const auto& some) { use(element(e), single, some); });
+    in_batches<kAtOnce>(
+        thread, vectors, threads, [&](int v) { return load(head + v * V, vector); },
+        [&](int v, const auto& some) { use(head + v * V, vector, some); });
   }
+
+  // Whether the vectors begin at whole lines of another map too.
+  __device__ bool fits(const T* address) const { return place_in_line(address + head) == 0; }
 };
+
+// V elements from any address, or from a multiple of the vector's size.
+template <bool kAligned, int V, class T>
+__device__ inline Vector<T, V> load_from(const T* from) {
+  if constexpr (kAligned || V == 1) return load<V>(from);
+  else return load_across<V>(from);
+}
+
+// body(std::true_type()) or body(std::false_type()): what a warp decides once is no branch between
+// its loads.
+template <class Body>
+__device__ inline void with_choice(bool choice, Body body) {
+  if (choice) body(std::true_type{});
+  else body(std::false_type{});
+}
 
 template <class T, int V>
 __device__ inline Vector<T, V> rescaled(const Vector<T, V>& x,

@@ -52,12 +52,23 @@ struct TileElements {
     return count % kVector<T> == 0 && place_in_line(cursor(map).first) == 0;
   }
 
-  // body(i, width, place) for each vector, and for each single element at the ends.
-  template <class Body>
-  __device__ void for_each(const Map& result, const Divisor& by_pixels, Body body) const {
-    Stretch<T>(count, cursor(result).first)
-        .for_each(thread_index(), kRunThreads,
-                  [&](int i, auto width) { body(i, width, PlaneAt(i, pixels, by_pixels)); });
+  // use(i, width, plane, vector) for each vector of the source, and for each single element at the
+  // ends.
+  template <class Use>
+  __device__ void for_each(const Map& source, const Map& result, const Divisor& by_pixels,
+                           Use use) const {
+    const auto from = cursor(source);
+    const Stretch<T> stretch(count, cursor(result).first);
+    with_choice(stretch.fits(from.first), [&](auto aligned) {
+      stretch.template for_each<4>(
+          thread_index(), kRunThreads,
+          [&](int i, auto width) {
+            return load_from<decltype(aligned)::value, decltype(width)::value>(from.at(i));
+          },
+          [&](int i, auto width, const auto& some) {
+            use(i, width, PlaneAt(i, pixels, by_pixels), some);
+          });
+    });
   }
 };
 
@@ -88,12 +99,11 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
         result.put(i, x[i], by_element<V, kGranule>(gates, at));
       });
     } else {
-      const auto source = elements.cursor(f.x);
       const auto result = step.forward(f.y, elements);
-      elements.for_each(f.y, tiling.by_pixels, [&](int i, auto width, auto at) {
-        constexpr int W = decltype(width)::value;
-        result.put(i, load_anywhere<W>(source.at(i)), by_element<W, 1>(gates, at));
-      });
+      elements.for_each(f.x, f.y, tiling.by_pixels,
+                        [&](int i, auto width, auto at, const auto& some) {
+                          result.put(i, some, by_element<decltype(width)::value, 1>(gates, at));
+                        });
     }
     return counters.leave(passed);
   }
@@ -141,12 +151,10 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
                      by_element<V, kGranule>(shifts, at));
         });
       } else {
-        const auto source = elements.cursor(b.dy);
         const auto gradient_at = step.gradient(elements);
         const auto result = step.backward(b.dx, elements);
-        elements.for_each(b.dx, tiling.by_pixels, [&](int i, auto width, auto at) {
+        elements.for_each(b.dy, b.dx, tiling.by_pixels, [&](int i, auto width, auto at, auto g) {
           constexpr int W = decltype(width)::value;
-          Vector<T, W> g = load_anywhere<W>(source.at(i));
           gradient_at(i, g);
           result.put(i, g, by_element<W, 1>(gates, at), by_element<W, 1>(shifts, at));
         });

@@ -1,7 +1,7 @@
-// Strategy two_pass, for what the others cannot do: maps that begin anywhere in memory, rows with
-// gaps, float64. One kernel sums, a small one makes the gates, a third rescales. They take a few
-// samples at a time, so that the third finds them in the L2 cache. It starts with what was read
-// last.
+// Strategy two_pass, for what the others cannot do: planes with gaps between them, pixels whose
+// channels are not whole vectors, float64. One kernel sums, a small one makes the gates, a third
+// rescales. They take a few samples at a time, so that the third finds them in the L2 cache. It
+// starts with what was read last.
 #pragma once
 
 #include "columns.h"
@@ -13,9 +13,9 @@ struct Chunk {
   int64_t first, count;
 };
 
-// Where part `part` of `parts` of a length begins: at a multiple of 16.
-__device__ inline int64_t part_begin(int64_t length, int parts, int part) {
-  const int64_t share = ((length + parts - 1) / parts + 15) / 16 * 16;
+// Where part `part` of `parts` of a length begins: at a multiple of `unit`.
+__device__ inline int64_t part_begin(int64_t length, int parts, int part, int unit) {
+  const int64_t share = ((length + parts - 1) / parts + unit - 1) / unit * unit;
   return min(share * part, length);
 }
 
@@ -23,21 +23,27 @@ __device__ inline int64_t part_begin(int64_t length, int parts, int part) {
 // part are counted from 0 on.
 template <class T>
 struct PlanePart {
+  static constexpr int kUnit = 16;
+
   int64_t sample, channel, begin;
   int part, count;
   bool exists;
 
+  // Divisions are of 32 bits: one of 64 would take 100 instructions. There are fewer than 2^31
+  // warps with work.
   __device__ PlanePart(const Problem& problem, const Tiling& tiling, const Chunk& chunk,
                        bool from_behind) {
-    const int64_t all = chunk.count * problem.channels * tiling.parts;
-    int64_t i = block_index() * (thread_count() / 32) + thread_index() / 32;
+    const auto parts = uint32_t(tiling.parts), channels = uint32_t(problem.channels);
+    const uint32_t all = uint32_t(chunk.count) * channels * parts;
+    uint32_t i = uint32_t(block_index()) * (thread_count() / 32) + thread_index() / 32;
     exists = i < all;
     if (from_behind) i = all - 1 - i;
-    part = int(i % tiling.parts);
-    channel = i / tiling.parts % problem.channels;
-    sample = chunk.first + i / tiling.parts / problem.channels;
-    begin = part_begin(problem.pixels, tiling.parts, part);
-    count = int(part_begin(problem.pixels, tiling.parts, part + 1) - begin);
+    const uint32_t plane = i / parts;
+    part = int(i - plane * parts);
+    channel = plane % channels;
+    sample = chunk.first + plane / channels;
+    begin = part_begin(problem.pixels, tiling.parts, part, kUnit);
+    count = int(part_begin(problem.pixels, tiling.parts, part + 1, kUnit) - begin);
   }
 
   __device__ Cursor<T, std::integral_constant<int, 1>> cursor(const Map& map) const {
@@ -47,18 +53,37 @@ struct PlanePart {
   }
 };
 
-// A vector of x and, if the sum takes it, one of the gradient, as terms of the sums.
-template <class Sum, int V, class T, class Where, class Gradient>
-__device__ inline void make_terms(const Where& x, const Where& dy, const Gradient& gradient, int i,
-                                  Vector<Accumulator<T>, V> (&terms)[Sum::kSums]) {
-  Vector<Accumulator<T>, V> g{};
-  if constexpr (Sum::kTakesGradient) {
-    Vector<T, V> some = load_anywhere<V, T>(dy.at(i));
-    gradient(i, some);
-    g = widen(some);
+// Vectors that a thread asks for before it uses the first.
+constexpr int kPassAtOnce = 4;
+
+// A vector of x and, if the sum takes it, one of dy.
+template <class Sum, class T, int V>
+struct Terms {
+  Vector<T, V> x, dy;
+
+  // Both from a multiple of the vector's size, but for dy if not kAligned.
+  template <bool kAligned, class Where>
+  __device__ static Terms load(const Where& x, const Where& dy, int i) {
+    if constexpr (Sum::kTakesGradient)
+      return {cuda::load<V>(x.at(i)), load_from<kAligned, V>(dy.at(i))};
+    else return {cuda::load<V>(x.at(i)), {}};
   }
-  Sum::terms(widen(load_anywhere<V, T>(x.at(i))), g, terms);
-}
+
+  // Calls add(s, terms) for each sum s.
+  template <class Gradient, class Add>
+  __device__ void add_up(int i, const Gradient& gradient, Add add) const {
+    using A = Accumulator<T>;
+    Vector<A, V> g{}, terms[Sum::kSums];
+    if constexpr (Sum::kTakesGradient) {
+      Vector<T, V> some = dy;
+      gradient(i, some);
+      g = widen(some);
+    }
+    Sum::terms(widen(x), g, terms);
+#pragma unroll
+    for (int s = 0; s < Sum::kSums; ++s) add(s, terms[s]);
+  }
+};
 
 // sums (Sum::kSums, parts, samples, channels). dy is read if the sum takes the gradient.
 template <class T, class Sum, class Step>
@@ -72,12 +97,17 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
   const auto xs = here.cursor(x), dys = here.cursor(Sum::kTakesGradient ? dy : x);
   const auto gradient = step.gradient(here);
   ChainedSum<A> sums[Sum::kSums];
-  Stretch<T>(here.count, xs.first).for_each(lane, 32, [&](int i, auto width) {
-    constexpr int V = decltype(width)::value;
-    Vector<A, V> terms[Sum::kSums];
-    make_terms<Sum, V, T>(xs, dys, gradient, i, terms);
-#pragma unroll
-    for (int s = 0; s < Sum::kSums; ++s) sums[s].add(terms[s]);
+  const Stretch<T> stretch(here.count, xs.first);
+  with_choice(stretch.fits(dys.first), [&](auto aligned) {
+    stretch.template for_each<kPassAtOnce>(
+        lane, 32,
+        [&](int i, auto width) {
+          return Terms<Sum, T, decltype(width)::value>::template load<decltype(aligned)::value>(
+              xs, dys, i);
+        },
+        [&](int i, auto, const auto& terms) {
+          terms.add_up(i, gradient, [&](int s, const auto& some) { sums[s].add(some); });
+        });
   });
 #pragma unroll
   for (int s = 0; s < Sum::kSums; ++s) {
@@ -92,7 +122,6 @@ struct PixelPart {
   int64_t sample, begin, end;
   int part;
 
-  // Divisions are of 32 bits, as in KeptPart.
   __device__ PixelPart(const Problem& problem, const Tiling& tiling, const Chunk& chunk,
                        bool from_behind) {
     const auto blocks = uint32_t(block_count()), block = uint32_t(block_index());
@@ -100,8 +129,8 @@ struct PixelPart {
                    in_chunk = i / uint32_t(tiling.parts);
     part = int(i - in_chunk * uint32_t(tiling.parts));
     sample = chunk.first + in_chunk;
-    begin = part_begin(problem.pixels, tiling.parts, part);
-    end = part_begin(problem.pixels, tiling.parts, part + 1);
+    begin = part_begin(problem.pixels, tiling.parts, part, 1);
+    end = part_begin(problem.pixels, tiling.parts, part + 1, 1);
   }
 
   __device__ int rows() const { return int(end - begin); }
@@ -131,6 +160,31 @@ struct PixelColumn {
   }
 };
 
+// By vectors of up to 16 bytes, from a multiple of V on.
+template <class A, int V>
+__device__ inline void store_all(int at, const Vector<A, V>& values, Shared<A> to) {
+  constexpr int W = V * int(sizeof(A)) < 16 ? V : 16 / int(sizeof(A));
+#pragma unroll
+  for (int e = 0; e < V; e += W) {
+    Vector<A, W> some;
+#pragma unroll
+    for (int u = 0; u < W; ++u) some.element[u] = values.element[e + u];
+    to.template store<W>(at + e, some);
+  }
+}
+
+// Calls body(integral_constant) with the number of elements that one access moves.
+template <class T, class Body>
+__device__ inline void with_width(int bytes, Body body) {
+  constexpr int V = kVector<T>;
+  if (bytes == 16) return body(std::integral_constant<int, V>{});
+  if constexpr (V >= 4)
+    if (bytes == 8) return body(std::integral_constant<int, V / 2>{});
+  if constexpr (V >= 8)
+    if (bytes == 4) return body(std::integral_constant<int, V / 4>{});
+  body(std::integral_constant<int, 1>{});
+}
+
 template <class Sum, int V, class T, class Step>
 __device__ void sum_pixel_part(const Problem& problem, const Map& x, const Map& dy,
                                const Tiling& tiling, const PixelPart& here,
@@ -145,20 +199,16 @@ __device__ void sum_pixel_part(const Problem& problem, const Map& x, const Map& 
       const PixelColumn<T> column{here.sample, (base + lanes.column) * V, here.begin};
       const auto xs = column.cursor(x), dys = column.cursor(Sum::kTakesGradient ? dy : x);
       const auto gradient = step.gradient(column);
-#pragma unroll 4
-      for (int row = lanes.row; row < here.rows(); row += lanes.row_count) {
-        Vector<A, V> terms[Sum::kSums];
-        make_terms<Sum, V, T>(xs, dys, gradient, row, terms);
-#pragma unroll
-        for (int s = 0; s < Sum::kSums; ++s) add_all(sums[s], terms[s]);
-      }
+      in_batches<kPassAtOnce>(
+          lanes.row, here.rows(), lanes.row_count,
+          [&](int row) { return Terms<Sum, T, V>::template load<true>(xs, dys, row); },
+          [&](int row, const auto& terms) {
+            terms.add_up(row, gradient, [&](int s, const auto& some) { add_all(sums[s], some); });
+          });
     }
 #pragma unroll
     for (int s = 0; s < Sum::kSums; ++s) {
-      if (has_column)
-#pragma unroll
-        for (int e = 0; e < V; ++e)
-          scratch.set((lanes.row * lanes.columns + lanes.column) * V + e, sums[s].element[e]);
+      if (has_column) store_all((lanes.row * lanes.columns + lanes.column) * V, sums[s], scratch);
       block_barrier();
       const int64_t row = (int64_t(s) * tiling.parts + here.part) * problem.samples + here.sample;
       for (int i = thread_index(); i < lanes.columns * V; i += thread_count()) {
@@ -177,9 +227,10 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
                Step step) {
   const PixelPart here(problem, tiling, chunk, false);
   const auto scratch = shared_array<Accumulator<T>>(0, tiling.threads * kVector<T>);
-  if (tiling.vectors)
-    sum_pixel_part<Sum, kVector<T>, T>(problem, x, dy, tiling, here, scratch, work, step);
-  else sum_pixel_part<Sum, 1, T>(problem, x, dy, tiling, here, scratch, work, step);
+  with_width<T>(tiling.width, [&](auto width) {
+    sum_pixel_part<Sum, decltype(width)::value, T>(problem, x, dy, tiling, here, scratch, work,
+                                                   step);
+  });
 }
 
 // A warp's channel in a launch with one warp for each channel of each sample.
@@ -308,22 +359,29 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
   const int64_t channel = here.sample * problem.channels + here.channel;
   const A gate = value_at(static_cast<const A*>(gates) + channel);
   const Stretch<T> stretch(here.count, here.cursor(to).first);
-  const int lane = thread_index() % 32;
+  const auto for_each = [&](auto use) {
+    with_choice(stretch.fits(source.first), [&](auto aligned) {
+      stretch.template for_each<kPassAtOnce>(
+          thread_index() % 32, 32,
+          [&](int i, auto width) {
+            return load_from<decltype(aligned)::value, decltype(width)::value>(source.at(i));
+          },
+          use);
+    });
+  };
   if constexpr (kShifts) {
     const A shift = value_at(static_cast<const A*>(shifts) + channel);
     const auto gradient = step.gradient(here);
     const auto result = step.backward(to, here);
-    stretch.for_each(lane, 32, [&](int i, auto width) {
+    for_each([&](int i, auto width, auto g) {
       constexpr int V = decltype(width)::value;
-      Vector<T, V> g = load_anywhere<V, T>(source.at(i));
       gradient(i, g);
       result.put(i, g, all_of<V>(gate), all_of<V>(shift));
     });
   } else {
     const auto result = step.forward(to, here);
-    stretch.for_each(lane, 32, [&](int i, auto width) {
-      constexpr int V = decltype(width)::value;
-      result.put(i, load_anywhere<V, T>(source.at(i)), all_of<V>(gate));
+    for_each([&](int i, auto width, const auto& some) {
+      result.put(i, some, all_of<decltype(width)::value>(gate));
     });
   }
 }
@@ -350,21 +408,22 @@ __device__ void rescale_pixel_part(const Problem& problem, const Map& from, cons
     const int64_t channel = here.sample * problem.channels + column.channel;
     const Vector<A, V> gate = numbers_of<V, A>(gates, channel);
     const auto source = column.cursor(from);
+    const auto for_each = [&](auto use) {
+      in_batches<kPassAtOnce>(
+          lanes.row, here.rows(), lanes.row_count, [&](int row) { return load<V>(source.at(row)); },
+          use);
+    };
     if constexpr (kShifts) {
       const Vector<A, V> shift = numbers_of<V, A>(shifts, channel);
       const auto gradient = step.gradient(column);
       const auto result = step.backward(to, column);
-#pragma unroll 4
-      for (int row = lanes.row; row < here.rows(); row += lanes.row_count) {
-        Vector<T, V> g = load<V>(source.at(row));
+      for_each([&](int row, Vector<T, V> g) {
         gradient(row, g);
         result.put(row, g, gate, shift);
-      }
+      });
     } else {
       const auto result = step.forward(to, column);
-#pragma unroll 4
-      for (int row = lanes.row; row < here.rows(); row += lanes.row_count)
-        result.put(row, load<V>(source.at(row)), gate);
+      for_each([&](int row, const auto& some) { result.put(row, some, gate); });
     }
   }
 }
@@ -374,9 +433,10 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
     rescale_pixels(Problem problem, Map from, Map to, const void* gates, const void* shifts,
                    Tiling tiling, Chunk chunk, Step step) {
   const PixelPart here(problem, tiling, chunk, true);
-  if (tiling.vectors)
-    rescale_pixel_part<kShifts, kVector<T>, T>(problem, from, to, gates, shifts, here, step);
-  else rescale_pixel_part<kShifts, 1, T>(problem, from, to, gates, shifts, here, step);
+  with_width<T>(tiling.width, [&](auto width) {
+    rescale_pixel_part<kShifts, decltype(width)::value, T>(problem, from, to, gates, shifts, here,
+                                                           step);
+  });
 }
 
 }  // namespace eca::cuda

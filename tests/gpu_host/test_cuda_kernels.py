@@ -319,6 +319,18 @@ def test_maps_at_different_places_of_their_lines(gpu, dtype, layout, pixels):
         assert_as_accurate(done[0], case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("channels", [64, 60, 58, 61])
+@pytest.mark.parametrize("of", [H200, TINY], ids=["h200", "tiny"])
+def test_two_passes_move_the_most_that_divides_a_row(gpu, dtype, channels, of):
+    case = make_case((3, channels, 72), 5, dtype, "channels_last")
+    done = run(gpu, case, "channels_last", Forced("two_pass"), of)
+    assert done is not None
+    assert_as_accurate(done[0], case)
+    whole = math.gcd(channels * dtype.itemsize, 16)
+    assert [o.plan["width"] for o in done[1]] == [whole] * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("padding_mode", MODES)
 @pytest.mark.parametrize("shape", [(3, 60, 49), (2, 37, 25), (2, 9, 784), (2, 24, 8)], ids=name_of)

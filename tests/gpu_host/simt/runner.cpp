@@ -123,6 +123,7 @@ std::string describe(const Plan& plan) {
   return "{\"strategy\": \"" + std::string(strategy_name(plan.strategy)) +
          "\", \"tile\": " + std::to_string(t.tile) + ", \"halo\": " + std::to_string(t.halo) +
          ", \"vectors\": " + (t.vectors ? "true" : "false") +
+         ", \"width\": " + std::to_string(t.width) +
          ", \"blocks\": " + std::to_string(plan.blocks) +
          ", \"launches\": " + std::to_string(plan.launches) +
          ", \"spare\": " + std::to_string(t.spare) + ", \"chunk\": " + std::to_string(t.chunk) +

@@ -128,8 +128,8 @@ inline int place_in_line(const T* address) {
 
 // It reads no more than the elements, so that all others may be someone else's.
 template <int V, class T>
-inline Vector<T, V> load_anywhere(const T* from, Place place = Place::here()) {
-  if (V == 1 || place_in_line(from) == 0) return load<V>(from, place);
+inline Vector<T, V> load_across(const T* from, Place place = Place::here()) {
+  if (place_in_line(from) == 0) simt::fault("aligned access", place, "two lines read for one");
   if (simt::counting)
     for (const T* line : {from - place_in_line(from), from - place_in_line(from) + V})
       simt::count_access(line, 16, simt::Direction::kLoad, true, place);
@@ -141,6 +141,12 @@ inline Vector<T, V> load_anywhere(const T* from, Place place = Place::here()) {
   Vector<T, V> v;
   std::memcpy(&v, words, sizeof v);
   return v;
+}
+
+template <int V, class T>
+inline Vector<T, V> load_anywhere(const T* from, Place place = Place::here()) {
+  if (V == 1 || place_in_line(from) == 0) return load<V>(from, place);
+  return load_across<V>(from, place);
 }
 
 template <int V, class T>
