@@ -15,6 +15,12 @@
 
 namespace eca::cuda {
 
+// What a layout decides, such as which of two kernels.
+template <class Choice>
+Choice by_layout(const Problem& problem, Choice planes, Choice pixels) {
+  return problem.layout == Layout::kPlanes ? planes : pixels;
+}
+
 inline Workspace arrange(const Problem& problem, Pass pass, const Plan& plan,
                          const Memory& memory) {
   const WorkspaceLayout at = workspace_layout(problem, pass, plan);
@@ -36,11 +42,10 @@ struct ChunkLaunches {
                 int accumulator, const Memory& memory) {
     const auto stream = static_cast<Stream>(memory.stream);
     const int64_t warps = tiling.threads / 32, channels = chunk.count * problem.channels;
-    const bool planes = problem.layout == Layout::kPlanes;
     const int64_t blocks =
-        planes ? ceil_div(channels * tiling.parts, warps) : chunk.count * tiling.parts;
-    sums = {blocks, tiling.threads, planes ? 0 : int64_t(tiling.threads) * vector * accumulator,
-            stream};
+        by_layout(problem, ceil_div(channels * tiling.parts, warps), chunk.count * tiling.parts);
+    sums = {blocks, tiling.threads,
+            by_layout<int64_t>(problem, 0, int64_t(tiling.threads) * vector * accumulator), stream};
     gates = {ceil_div(channels, warps), tiling.threads, 0, stream};
     rescale = {blocks, tiling.threads, 0, stream};
   }
@@ -58,17 +63,16 @@ void for_each_chunk(const Problem& problem, const Tiling& tiling, const Memory& 
 template <class T, class Sum, class Step>
 void sum(const ChunkLaunches& how, const Problem& problem, const Map& x, const Map& dy,
          const Tiling& tiling, const Chunk& chunk, const Workspace& work, Step step) {
-  const bool planes = problem.layout == Layout::kPlanes;
-  launch(how.sums, planes ? sum_planes<T, Sum, Step> : sum_pixels<T, Sum, Step>, problem, x, dy,
-         tiling, chunk, work, step);
+  launch(how.sums, by_layout(problem, sum_planes<T, Sum, Step>, sum_pixels<T, Sum, Step>), problem,
+         x, dy, tiling, chunk, work, step);
 }
 
 template <class T, bool kShifts, class Step>
 void rescale(const ChunkLaunches& how, const Problem& problem, const Map& from, const Map& to,
              const void* gates, const void* shifts, const Tiling& tiling, const Chunk& chunk,
              Step step) {
-  const bool planes = problem.layout == Layout::kPlanes;
-  launch(how.rescale, planes ? rescale_planes<T, kShifts, Step> : rescale_pixels<T, kShifts, Step>,
+  launch(how.rescale,
+         by_layout(problem, rescale_planes<T, kShifts, Step>, rescale_pixels<T, kShifts, Step>),
          problem, from, to, gates, shifts, tiling, chunk, step);
 }
 
@@ -113,9 +117,9 @@ void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const W
           return with_granule<T>(f.problem, [&](auto granule) {
             start_sharing(forward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Step>);
           });
-        return start_sharing(f.problem.layout == Layout::kPlanes
-                                 ? forward_stream_planes<T, stream_plane_depth(false), Step>
-                                 : forward_stream<T, stream_pixel_depth(false), Step>);
+        return start_sharing(by_layout(f.problem,
+                                       forward_stream_planes<T, stream_plane_depth(false), Step>,
+                                       forward_stream<T, stream_pixel_depth(false), Step>));
       case 'R':
         return start(tiling.depth == 7 ? forward_rows<T, 7, Step> : forward_rows<T, 13, Step>);
       case 'F':
@@ -146,9 +150,8 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
           return with_granule<T>(b.problem, [&](auto granule) {
             start(backward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Step>);
           });
-        return start(b.problem.layout == Layout::kPlanes
-                         ? backward_stream_planes<T, stream_plane_depth(true), Step>
-                         : backward_stream<T, stream_pixel_depth(true), Step>);
+        return start(by_layout(b.problem, backward_stream_planes<T, stream_plane_depth(true), Step>,
+                               backward_stream<T, stream_pixel_depth(true), Step>));
       case 'R':
         return start(tiling.depth == 7 ? backward_rows<T, 7, Step> : backward_rows<T, 13, Step>);
       case 'F':

@@ -69,6 +69,12 @@ MUTATIONS = [
         "    v.element[e]",
     ),
     Mutation(
+        "a batch that forgets its last vectors",
+        "cuda/step.h",
+        "if (i + u * step < end) use(i + u * step, some[u]);",
+        "if (i + (u + 1) * step < end) use(i + u * step, some[u]);",
+    ),
+    Mutation(
         "a barrier that only some threads reach",
         "cuda/columns.h",
         "    small.put(c, means.get(h), gate);\n  }\n  block_barrier();",
@@ -76,15 +82,15 @@ MUTATIONS = [
     ),
     Mutation(
         "the tail of a plane left out",
-        "cuda/two_pass.h",
-        "for (int e = lane; e < count - vectors * V; e += 32)",
-        "for (int e = lane; e < count - vectors * V - 1; e += 32)",
+        "cuda/step.h",
+        "thread, count - vectors * V, threads",
+        "thread, count - vectors * V - 1, threads",
     ),
     Mutation(
         "the head of a plane taken for its tail",
-        "cuda/two_pass.h",
-        "body(e < head ? e : e + vectors * V,",
-        "body(e <= head ? e : e + vectors * V,",
+        "cuda/step.h",
+        "return e < head ? e : e + vectors * V;",
+        "return e <= head ? e : e + vectors * V;",
     ),
     Mutation(
         "a vector of two lines taken from the wrong place",
