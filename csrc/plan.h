@@ -77,7 +77,7 @@ Divisor divisor_of(int64_t divisor);
 
 // What the kernels need to know of a plan. "Held" is what a block has on chip: its tile and a halo.
 struct Tiling {
-  bool vectors;   // rows begin at multiples of 16 bytes
+  bool vectors;   // all accesses move 16 bytes: for who reads the plan
   int32_t width;  // C of pixels: bytes that one access moves
   int32_t tile;   // channels that a block stores; S of parts of planes: all
   int32_t halo;   // channels held on either side of them, 0 where a tile is all channels

@@ -1,6 +1,9 @@
 // Launchers: from a call and its plan to kernels. Instantiated once for each dtype.
 #pragma once
 
+#include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "columns.h"
@@ -42,6 +45,9 @@ struct ChunkLaunches {
                 int accumulator, const Memory& memory) {
     const auto stream = static_cast<Stream>(memory.stream);
     const int64_t warps = tiling.threads / 32, channels = chunk.count * problem.channels;
+    if (channels * tiling.parts > UINT32_MAX)  // the kernels count them in 32 bits
+      throw std::runtime_error("eca_fused: expected fewer than 2^32 planes in a launch, got " +
+                               std::to_string(channels * tiling.parts) + "; use a smaller batch");
     const int64_t blocks =
         by_layout(problem, ceil_div(channels * tiling.parts, warps), chunk.count * tiling.parts);
     sums = {blocks, tiling.threads,

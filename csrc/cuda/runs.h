@@ -72,6 +72,26 @@ struct Run {
 
   __device__ bool has(int i) const { return i * kRunThreads < vectors - thread_index(); }
 
+  // gradient(i, dy[i]) for each vector of dy; for a tile without a halo that ends within a vector,
+  // `single` for each element of the last one.
+  template <class Gradient, class Single>
+  __device__ void make_gradients(const Gradient& gradient, const Single& single, Held& dy) const {
+    const int left = own_elements - thread_index() * V;
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      const int count = left - i * kRunThreads * V;
+      if (count >= V) gradient(i, dy[i]);
+      else
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          if (e >= count) continue;
+          Vector<T, 1> one{dy[i].element[e]};
+          single(own_elements - count + e, one);
+          dy[i].element[e] = one.element[0];
+        }
+    }
+  }
+
   // From a map whose samples begin at multiples of 16 bytes. Behind the run's end a vector is not
   // defined, and nothing uses it.
   __device__ void load_from(const Map& map, Held& to) const {

@@ -10,8 +10,9 @@
 //                        gradient
 //
 // The gradient is made once before each use, and only of vectors that the part has. A part is a
-// Row, a Column, a Run, or a part of two_pass.h. Its cursor(map) says where a thread's vectors lie
-// in any map of x's shape, which may have strides of its own.
+// Row, a Column, a Run, TileElements of stream_runs.h, or a part of two_pass.h. Its cursor(map)
+// says where a thread's vectors lie in any map of x's shape, which may have strides of its own. Of
+// maps that a step stores, each must lie within its lines of 16 bytes as the result does.
 #pragma once
 
 #include "../eca.h"

@@ -166,11 +166,9 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   typename Run<T, kDepth, kGranule>::Held x;
   run.load_from_anywhere(b.x, x);
   const auto terms = shared_array<A>(shared.terms, kDepth * kRunThreads * V / kGranule);
+  run.make_gradients(gradient, step.gradient(TileElements<T>(problem, tile)), dy);
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) {
-    if (run.has(i)) gradient(i, dy[i]);
-    run.put(i, products_of(dy[i], x[i]), terms);
-  }
+  for (int i = 0; i < kDepth; ++i) run.put(i, products_of(dy[i], x[i]), terms);
   if (!give_sums(problem, tiling, shared, work, tile, run, terms, counters)) return;
   make_shifts_of_sample<T, Layout::kPlanes>(b, tiling, shared, work,
                                             HeldTile::whole(problem, here.sample), counters);

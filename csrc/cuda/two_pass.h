@@ -29,8 +29,8 @@ struct PlanePart {
   int part, count;
   bool exists;
 
-  // Divisions are of 32 bits: one of 64 would take 100 instructions. There are fewer than 2^31
-  // warps with work.
+  // Divisions are of 32 bits: one of 64 would take 100 instructions. The launcher refuses more
+  // warps than that.
   __device__ PlanePart(const Problem& problem, const Tiling& tiling, const Chunk& chunk,
                        bool from_behind) {
     const auto parts = uint32_t(tiling.parts), channels = uint32_t(problem.channels);

@@ -50,7 +50,7 @@ class Plan:
 
     Attributes:
         strategy: One of these.
-        vectors: Whether rows begin at multiples of 16 bytes and are read in 16-byte vectors.
+        vectors: Whether all accesses move 16 bytes.
         tile: Channels that a block stores; all of them for "two_pass", and for "stream" if its
             blocks have parts of planes.
         halo: Channels held on each side of a tile for the taps that reach there; 0 if a tile has
