@@ -7,6 +7,19 @@
 
 namespace eca::cuda {
 
+// By vectors of up to 16 bytes, from a multiple of V on.
+template <class A, int V>
+__device__ inline void store_all(int at, const Vector<A, V>& values, Shared<A> to) {
+  constexpr int W = V * int(sizeof(A)) < 16 ? V : 16 / int(sizeof(A));
+#pragma unroll
+  for (int e = 0; e < V; e += W) {
+    Vector<A, W> some;
+#pragma unroll
+    for (int u = 0; u < W; ++u) some.element[u] = values.element[e + u];
+    to.template store<W>(at + e, some);
+  }
+}
+
 // A thread's part of the held columns.
 template <class T, int kDepth>
 struct Column {
@@ -66,15 +79,7 @@ struct Column {
 
   // Each thread's sums of its channels, for total(). `parts` is (rows, held).
   __device__ void put_parts(const Vector<A, V>& sums, int all_held, Shared<A> parts) const {
-    if (row >= rows) return;
-    constexpr int W = V < 4 ? V : 4;
-#pragma unroll
-    for (int e = 0; e < V; e += W) {
-      Vector<A, W> some;
-#pragma unroll
-      for (int u = 0; u < W; ++u) some.element[u] = sums.element[e + u];
-      parts.template store<W>(row * all_held + held + e, some);
-    }
+    if (row < rows) store_all(row * all_held + held, sums, parts);
   }
 
   __device__ A total(int h, int all_held, Shared<A> parts) const {

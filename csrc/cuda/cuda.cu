@@ -59,15 +59,15 @@ namespace {
 Access access_of(const Problem& p, const Map& map) {
   const int64_t size = size_of(p.dtype), rows = p.layout == Layout::kPlanes ? p.channels : p.pixels,
                 length = p.layout == Layout::kPlanes ? p.pixels : p.channels;
-  const auto whole = [&](int64_t elements) { return elements * size % 16 == 0; };
-  const bool begins = reinterpret_cast<uintptr_t>(map.data) % 16 == 0;
   const int64_t row_stride = rows <= 1 ? 0 : map.row_stride,
                 sample_stride = p.samples <= 1 ? 0 : map.sample_stride;
-  const int32_t width = access_width(int64_t(reinterpret_cast<uintptr_t>(map.data)) |
-                                     (length | row_stride | sample_stride) * size);
-  const bool samples_aligned =
-      begins && whole(rows * length) && (p.samples <= 1 || whole(map.sample_stride));
-  return {width, rows <= 1 || map.row_stride == length, samples_aligned, samples_aligned, false};
+  // Divides the map's address and each of the numbers of elements that | joins.
+  const auto width = [&](int64_t elements) {
+    return access_width(int64_t(reinterpret_cast<uintptr_t>(map.data)) | elements * size);
+  };
+  const bool samples_aligned = width(rows * length | sample_stride) == 16;
+  return {width(length | row_stride | sample_stride), rows <= 1 || map.row_stride == length,
+          samples_aligned, samples_aligned, false};
 }
 
 // Of a source and a result.

@@ -160,19 +160,6 @@ struct PixelColumn {
   }
 };
 
-// By vectors of up to 16 bytes, from a multiple of V on.
-template <class A, int V>
-__device__ inline void store_all(int at, const Vector<A, V>& values, Shared<A> to) {
-  constexpr int W = V * int(sizeof(A)) < 16 ? V : 16 / int(sizeof(A));
-#pragma unroll
-  for (int e = 0; e < V; e += W) {
-    Vector<A, W> some;
-#pragma unroll
-    for (int u = 0; u < W; ++u) some.element[u] = values.element[e + u];
-    to.template store<W>(at + e, some);
-  }
-}
-
 // Calls body(integral_constant) with the number of elements that one access moves.
 template <class T, class Body>
 __device__ inline void with_width(int bytes, Body body) {
