@@ -77,4 +77,112 @@ struct Scale {
   const void* shift;  // (samples, channels), likewise
 };
 
+// ---- the tail of a residual block ----
+//
+// y = act(v),  v = p * (x - centre) + q + identity_scale * (identity - identity_centre)
+//
+// Batch norms, a gate and a factor of each sample all end up in these coefficients. The centres are
+// the batch norms' means: sums about them lose no digits, however far the means are from zero.
+
+enum class Activation { kNone, kRelu, kSilu, kGelu };
+
+// Each is float, or double for float64 maps.
+struct TailCoefficients {
+  const void* p;                // (samples, channels)
+  const void* q;                // (samples, channels)
+  const void* centre;           // (channels)
+  const void* identity_scale;   // (channels)
+  const void* identity_centre;  // (channels)
+};
+
+// ReLU's gradient needs one bit of each element: whether v > 0, or v is NaN. Each row of a map, a
+// plane or a pixel, begins with a new byte, and bit j of byte i is for element 8 i + j of the row.
+inline int64_t mask_row_bytes(const Problem& p) {
+  return ((p.layout == Layout::kPlanes ? p.pixels : p.channels) + 7) / 8;
+}
+
+// The mean and the sum of the squared distances from it, of each plane.
+struct Moments {
+  Problem problem;  // without taps
+  Map x;            // (samples, channels, pixels)
+  double* mean;     // (samples, channels), written
+  double* squares;  // (samples, channels), written
+};
+
+struct Tail {
+  Problem problem;  // without taps
+  Activation activation;
+  TailCoefficients coefficients;
+  Map x;          // (samples, channels, pixels)
+  Map identity;   // (samples, channels, pixels), or a null pointer
+  Map y;          // (samples, channels, pixels), written
+  uint8_t* mask;  // rows of mask_row_bytes(), written, or null
+};
+
+// With g = dy * act'(v), the sums over the pixels of g, g * (x - centre) and
+// g * (identity - identity_centre).
+struct TailSums {
+  Problem problem;  // without taps
+  Activation activation;
+  TailCoefficients coefficients;
+  Map dy;               // (samples, channels, pixels)
+  Map x;                // (samples, channels, pixels)
+  Map identity;         // (samples, channels, pixels), or a null pointer
+  const uint8_t* mask;  // of the forward pass; read for ReLU
+  double* sums;         // (2, or 3 with an identity norm, samples, channels), written
+  bool identity_sum;    // whether the third is asked for
+};
+
+// dx = p * g + q * (x - centre) + r, and the same for the identity with its own coefficients.
+struct TailGradients {
+  Problem problem;  // without taps
+  Activation activation;
+  TailCoefficients coefficients;
+  Map dy;                  // (samples, channels, pixels)
+  Map x;                   // (samples, channels, pixels)
+  Map identity;            // (samples, channels, pixels), or a null pointer
+  const uint8_t* mask;     // of the forward pass; read for ReLU
+  Map dx;                  // (samples, channels, pixels), written, or a null pointer
+  Map d_identity;          // (samples, channels, pixels), written, or a null pointer
+  const void* p;           // (samples, channels)
+  const void* q;           // (channels), or null for zero, and x is not read
+  const void* r;           // (samples, channels)
+  const void* identity_p;  // (channels)
+  const void* identity_q;  // (channels), or null for zero, and the identity is not read
+  const void* identity_r;  // (channels), or null with identity_q
+};
+
+// The tail with ECA's gate and no statistics of the batch, in one pass:
+//
+// u = alpha * (x - centre) + beta,  gate = sigmoid(conv(mean(u))),
+// v = gate * scale * u + shift + identity_scale * (identity - identity_centre)
+struct BlockTail {
+  Problem problem;  // with taps
+  Activation activation;
+  const void* weight;     // (1 or channels, k)
+  const void* scale;      // (samples), this and the next three float or double
+  const void* alpha;      // (channels)
+  const void* beta;       // (channels)
+  const void* shift;      // (channels)
+  TailCoefficients rest;  // without p and q
+  Map x;                  // (samples, channels, pixels)
+  Map identity;           // (samples, channels, pixels), or a null pointer
+  Map y;                  // (samples, channels, pixels), written
+  uint8_t* mask;          // rows of mask_row_bytes(), written, or null
+  void* distance;         // (samples, channels), the mean of x - centre, written
+  void* gate;             // (samples, channels), written
+};
+
+// Its gradients; d_identity = identity_scale * g. The sums are those of TailSums.
+struct BlockTailBackward {
+  BlockTail forward;  // y is not read
+  Map dy;             // (samples, channels, pixels)
+  Map dx;             // (samples, channels, pixels), written, or a null pointer
+  Map d_identity;     // (samples, channels, pixels), written, or a null pointer
+  double* sums;       // (2, or 3 where the identity's is asked for, samples, channels), written
+  bool identity_sum;
+  void* dmean;    // (samples, channels) of the loss for mean, written
+  void* dweight;  // (1 or channels, k), written, or null
+};
+
 }  // namespace eca

@@ -6,8 +6,8 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/cpu.h"
 #include "cuda/call.h"
+#include "run.h"
 #include "tensors.h"
 
 namespace eca {
@@ -15,33 +15,6 @@ namespace {
 
 // ---- the operators ----
 // x, y, dy, dx, out (N, C, *spatial); weight, dweight (1 or C, 1, k); mean, gate, shift (N, C)
-
-const cpu::ThreadPool& thread_pool() {
-  // Per thread, because the number of threads is a setting of the calling thread.
-  static thread_local cpu::ThreadPool pool;
-  pool.threads = torch::stable::get_num_threads();
-  pool.run = [](int64_t begin, int64_t end, int64_t grain, cpu::ThreadPool::Body body,
-                void* context) {
-    if (end - begin <= grain || pool.threads == 1) {
-      if (begin < end) body(begin, end, context);
-      return;
-    }
-    ECA_TORCH_CHECK(torch_parallel_for(begin, end, grain, body, context));
-  };
-  return pool;
-}
-
-// Runs work that the C++ library allocates memory for: the library's own error says nothing.
-template <class Work>
-void on_cpu(const Work& work) {
-  bool enough = true;
-  try {
-    work();
-  } catch (const std::bad_alloc&) {
-    enough = false;
-  }
-  check(enough, "can't allocate memory for the sums and gates of x; use a smaller batch");
-}
 
 // The kernels for the device. On CUDA, mean and gate may be null.
 void run_kernels(const Forward& f, const Device& device) {

@@ -19,8 +19,9 @@ if (
 
 from eca_fused import reference
 from eca_fused._version import __version__
+from eca_fused.attention.residual_tail import ResidualTail
 from eca_fused.conversion import CheckpointError, Conversion, convert, load_checkpoint, revert
-from eca_fused.functional import ECAFunction, eca, eca_, pool, rescale
+from eca_fused.functional import ECAFunction, eca, eca_, pool, rescale, residual_tail
 from eca_fused.layer import ECALayer
 from eca_fused.ops.backend import Backend, backends, use_backend
 from eca_fused.ops.cuda_plan import Plan, plan
@@ -35,6 +36,7 @@ __all__ = [
     "ECAFunction",
     "ECALayer",
     "Plan",
+    "ResidualTail",
     "__version__",
     "adaptive_kernel_size",
     "backends",
@@ -47,6 +49,7 @@ __all__ = [
     "pool",
     "reference",
     "rescale",
+    "residual_tail",
     "revert",
     "use_backend",
 ]

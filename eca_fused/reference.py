@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["convolve", "eca", "gate", "pool", "rescale"]
+__all__ = ["convolve", "eca", "gate", "pool", "rescale", "residual_tail"]
 
 
 def pool(x: Tensor) -> Tensor:
@@ -76,3 +76,43 @@ def eca(x: Tensor, weight: Tensor, *, padding_mode: str = "zeros") -> Tensor:
         A tensor of the shape and dtype of x.
     """
     return rescale(x, gate(x, weight, padding_mode))
+
+
+ACTIVATIONS = {"none": lambda v: v, "relu": torch.relu, "silu": F.silu, "gelu": F.gelu}
+
+
+def residual_tail(
+    x: Tensor,
+    identity: Tensor | None,
+    weight: Tensor | None,
+    *,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+    activation: str = "relu",
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """The end of a residual block, act(gate * scale * x + identity), as plain PyTorch computes it.
+
+    Args:
+        x: (N, C, *spatial).
+        identity: (N, C, *spatial), or None for zero.
+        weight: taps of ECA's gate, (1, 1, k) or (C, 1, k); or None.
+        gate: (N, C), instead of taps; or None.
+        scale: (N,), a factor of each sample; None for one.
+        activation: "none", "relu", "silu" or "gelu".
+        padding_mode: "zeros" or "circular".
+
+    Returns:
+        A tensor of the shape and dtype of x.
+    """
+    y = x
+    if weight is not None:
+        y = eca(x, weight, padding_mode=padding_mode)
+    elif gate is not None:
+        y = rescale(x, gate)
+    if scale is not None:
+        y = y * scale.to(y.dtype).reshape((-1,) + (1,) * (y.dim() - 1))
+    if identity is not None:
+        y = y + identity
+    result: Tensor = ACTIVATIONS[activation](y)
+    return result

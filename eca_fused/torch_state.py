@@ -25,6 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 __all__ = [
     "BatchNorm",  # of any number of dimensions, and SyncBatchNorm
     "Convolution",
+    "add_over_processes",
     "batched",
     "batched_by_autograd",
     "child",
@@ -33,6 +34,7 @@ __all__ = [
     "folded",
     "forget_compiled",
     "functionalized",
+    "gather_over_processes",
     "has_hooks_of_its_own",
     "has_tangent",
     "is_compiled",
@@ -44,6 +46,7 @@ __all__ = [
     "overrides_torch",
     "own_parameters",
     "primal",
+    "processes_of",
     "quietly",
     "replace_submodules",
     "submodules",
@@ -210,6 +213,34 @@ def has_tangent(t: Tensor) -> bool:
 def primal(t: Tensor) -> Tensor:
     """t without its tangent of the innermost level."""
     return torch._VF._unpack_dual(t, level=0)[0]
+
+
+def add_over_processes(t: Tensor, group: Any) -> Tensor:
+    """The sum of t over the processes of a group."""
+    import torch.distributed as dist
+
+    t = t.contiguous()
+    dist.all_reduce(t, group=group)
+    return t
+
+
+def gather_over_processes(t: Tensor, group: Any) -> Tensor:
+    """The vectors t of all processes of a group, as rows."""
+    import torch.distributed as dist
+
+    rows = [torch.empty_like(t) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, t.contiguous(), group=group)
+    return torch.stack(rows)
+
+
+def processes_of(bn: Any) -> Any:
+    """The group of a SyncBatchNorm if there are several processes in it, else None."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
 
 
 def keep_saved_tensors() -> None:

@@ -32,6 +32,12 @@ struct Pointee<T*> {
   using type = T;
 };
 
+// A value as a type, for a function that is compiled for it.
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
+};
+
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 

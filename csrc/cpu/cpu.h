@@ -20,6 +20,12 @@ struct Kernels {
   void (*backward)(const Backward&, const ThreadPool&);
   void (*reduce)(const Reduce&, const ThreadPool&);
   void (*scale)(const Scale&, const ThreadPool&);
+  void (*moments)(const Moments&, const ThreadPool&);
+  void (*tail)(const Tail&, const ThreadPool&);
+  void (*tail_sums)(const TailSums&, const ThreadPool&);
+  void (*tail_gradients)(const TailGradients&, const ThreadPool&);
+  void (*block_tail)(const BlockTail&, const ThreadPool&);
+  void (*block_tail_backward)(const BlockTailBackward&, const ThreadPool&);
 };
 
 namespace baseline {

@@ -16,7 +16,9 @@
 namespace eca::cpu::avx2 {
 #include "simd.h"
 #include "kernels.h"
-const Kernels kernels{"avx2", forward, backward, reduce, scale};
+const Kernels kernels{
+    "avx2",         forward,    backward,           reduce, scale, moments, tail, tail_sums,
+    tail_gradients, block_tail, block_tail_backward};
 }  // namespace eca::cpu::avx2
 
 #if defined(__clang__)

@@ -6,5 +6,7 @@
 namespace eca::cpu::baseline {
 #include "simd.h"
 #include "kernels.h"
-const Kernels kernels{"baseline", forward, backward, reduce, scale};
+const Kernels kernels{
+    "baseline",     forward,    backward,           reduce, scale, moments, tail, tail_sums,
+    tail_gradients, block_tail, block_tail_backward};
 }  // namespace eca::cpu::baseline

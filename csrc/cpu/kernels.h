@@ -13,6 +13,9 @@
 #include "planes.h"
 #include "pixels.h"
 #include "apart.h"
+#include "tail_rows.h"
+#include "tail.h"
+#include "moments.h"
 
 template <class T>
 void forward_as(const Forward& f, const ThreadPool& pool) {

@@ -17,10 +17,12 @@ struct PixelRows {
 
 // reduce(n, row, end, total) adds rows into total. settle(n, sums, scale, shift) turns the sums of
 // the channels into scale and shift of one pixel. rescale(n, row, end, scale, shift) writes rows.
-// reduce and rescale include the rest where `end` is g.rows.
+// reduce and rescale include the rest where `end` is g.rows. With several kinds of sums, total has
+// g.length of each, and sums has those of the channels, kind by kind.
 template <class A, class Reduce, class Settle, class Rescale>
 void walk_pixels(const Problem& p, const PixelRows& g, int64_t element_size, const ThreadPool& pool,
-                 const Reduce& reduce, const Settle& settle, const Rescale& rescale) {
+                 const Reduce& reduce, const Settle& settle, const Rescale& rescale,
+                 int64_t kinds = 1) {
   const int64_t N = p.samples, C = p.channels, L = g.length;
   const int64_t work = max_of(p.pixels * C, 1);
   // With fewer samples than threads, a sample is split into slabs and the threads meet in between.
@@ -30,12 +32,17 @@ void walk_pixels(const Problem& p, const PixelRows& g, int64_t element_size, con
           : max_of(1, min_of(min_of((pool.threads + N - 1) / max_of(N, 1), work / kGrain), g.rows));
   const auto start = [&](int64_t slab) { return g.rows * slab / slabs; };
   const auto sums = [&](int64_t n, int64_t slab, double* total) {
-    for (int64_t i = 0; i < L; ++i) total[i] = 0;
+    for (int64_t i = 0; i < kinds * L; ++i) total[i] = 0;
     reduce(n, start(slab), start(slab + 1), total);
   };
   const auto gates = [&](int64_t n, double* total, A* scale, A* shift) {
-    for (int64_t pixel = C; pixel < slabs * L; pixel += C)  // L is a multiple of C
-      for (int64_t c = 0; c < C; ++c) total[c] += total[pixel + c];
+    for (int64_t kind = 0; kind < kinds; ++kind)
+      for (int64_t slab = 0; slab < slabs; ++slab)
+        for (int64_t pixel = 0; pixel < L; pixel += C) {  // L is a multiple of C
+          const double* from = total + (slab * kinds + kind) * L + pixel;
+          double* to = total + kind * C;  // what is there has been added before
+          for (int64_t c = 0; c < C; ++c) to[c] = (slab || pixel ? to[c] : 0) + from[c];
+        }
     settle(n, total, scale, shift);
     for (int64_t i = C; i < L; ++i) scale[i] = scale[i - C], shift[i] = shift[i - C];
   };
@@ -49,7 +56,7 @@ void walk_pixels(const Problem& p, const PixelRows& g, int64_t element_size, con
     const int64_t most = pieces_in_cache(work * element_size);
     parallel(pool, N, max_of(kGrain / work, 1), [&](int64_t begin, int64_t end) {
       const int64_t group = min_of(most, end - begin);
-      Array<double> total(L);
+      Array<double> total(kinds * L);
       Array<A> scale(group * L), shift(group * L);
       for (int64_t first = begin; first < end; first += group) {
         const int64_t count = min_of(group, end - first);
@@ -62,14 +69,14 @@ void walk_pixels(const Problem& p, const PixelRows& g, int64_t element_size, con
     });
     return;
   }
-  Array<double> total(N * slabs * L);
+  Array<double> total(N * slabs * kinds * L);
   Array<A> scale(N * L), shift(N * L);
   parallel(pool, N * slabs, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) sums(i / slabs, i % slabs, total + i * L);
+    for (int64_t i = begin; i < end; ++i) sums(i / slabs, i % slabs, total + i * kinds * L);
   });
   parallel(pool, N, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n)
-      gates(n, total + n * slabs * L, scale + n * L, shift + n * L);
+      gates(n, total + n * slabs * kinds * L, scale + n * L, shift + n * L);
   });
   parallel(pool, N * slabs, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)

@@ -12,9 +12,26 @@ from eca_fused.autograd.eca import ECAFunction
 from eca_fused.functional import torchscript
 from eca_fused.functional.choice import choose
 from eca_fused.ops import graph
-from eca_fused.ops.checks import autocasts, check_tensor, is_circular
+from eca_fused.ops.checks import (
+    autocasts,
+    check_activation,
+    check_no_gradient,
+    check_out,
+    check_tensor,
+    is_circular,
+)
+from eca_fused.ops.results import sums_dtype
 
-__all__ = ["ECAFunction", "eca", "eca_", "linked_pool", "linked_rescale", "pool", "rescale"]
+__all__ = [
+    "ECAFunction",
+    "eca",
+    "eca_",
+    "linked_pool",
+    "linked_rescale",
+    "pool",
+    "rescale",
+    "residual_tail",
+]
 
 
 T = TypeVar("T")
@@ -174,6 +191,80 @@ def rescale(x: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
     if not (isinstance(x, Tensor) and isinstance(gate, Tensor)) or has_torch_function((x, gate)):
         return _overridden(rescale, x, gate, backend=backend)
     return choose(x, backend).rescale(x, gate)
+
+
+def residual_tail(
+    x: Tensor,
+    identity: Tensor | None,
+    weight: Tensor | None,
+    *,
+    gate: Tensor | None = None,
+    scale: Tensor | float | None = None,
+    activation: str = "relu",
+    padding_mode: str = "zeros",
+    backend: str = "auto",
+    out: Tensor | None = None,
+) -> Tensor:
+    """The end of a residual block in one operation, y = act(gate * scale * x + identity).
+
+    The gate is ECA's, sigmoid(conv1d over channels of mean(x)), or is given, or is 1. Sums and
+    everything else are in float32 (float64 for float64 x), and y is rounded once. On the CPU the
+    kernels read x and the identity once and write y once; backward keeps one bit for each element
+    of y instead of y itself for ReLU. For blocks with batch norm see ResidualTail.
+
+    On other devices eca() or rescale() and plain PyTorch compute it. Plain operations also compute
+    it in torch.compile, which fuses them, inside torch.func's transforms, and for gradients of
+    gradients.
+
+    Args:
+        x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
+        identity: what the block adds, of the shape and dtype of x; None for nothing.
+        weight: taps (1, 1, k) or (C, 1, k) of ECA's gate, as for eca(); None for another gate.
+        gate: (N, C), instead of taps; None for 1.
+        scale: a factor of each sample (N,), such as drop path's, or one number; None for 1.
+        activation: "relu", "silu", "gelu" (the exact one) or "none".
+        padding_mode: "zeros", or "circular" to wrap around at the first and last channel.
+        backend: "native", "triton", "reference", or "auto" for the best of them that works here.
+        out: a preallocated output for inference, like x.
+
+    Returns:
+        y of the shape, dtype and memory format of x; or out.
+
+    Raises:
+        TypeError: an argument is not a tensor or has an unsupported dtype.
+        ValueError: a shape, device, the activation, the padding mode or the backend does not fit,
+            or there are both taps and gates.
+        RuntimeError: the requested backend cannot be used here; or, with out, a gradient is needed.
+    """
+    given = (x, identity, weight, gate, out)
+    if not isinstance(x, Tensor) or has_torch_function(
+        tuple(t for t in given if isinstance(t, Tensor))
+    ):
+        return _overridden(
+            residual_tail,
+            x,
+            identity,
+            weight,
+            gate=gate,
+            scale=scale,
+            activation=activation,
+            padding_mode=padding_mode,
+            backend=backend,
+            out=out,
+        )
+    check_activation(activation)
+    way = choose(x, backend)
+    if weight is not None and isinstance(weight, Tensor) and weight.dtype != x.dtype:
+        weight = _under_autocast(x, weight)
+    if scale is not None and not isinstance(scale, Tensor):
+        scale = x.new_full(x.shape[:1], float(scale), dtype=sums_dtype(x))
+    circular = is_circular(padding_mode)
+    if out is None:
+        return way.residual_tail(x, identity, weight, gate, scale, activation, circular)
+    check_out(x, out)
+    for t in (identity, weight, gate, scale):
+        check_no_gradient(x, x if t is None else t, out)
+    return out.copy_(way.residual_tail(x, identity, weight, gate, scale, activation, circular))
 
 
 # ---- for layers ----

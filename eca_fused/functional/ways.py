@@ -13,6 +13,7 @@ from eca_fused.autograd.eca import ECAFunction
 from eca_fused.autograd.pool_rescale import LinkedPool, LinkedRescale, Pool, Rescale
 from eca_fused.autograd.transforms import transformed_eca
 from eca_fused.functional import torchscript
+from eca_fused.functional.tails import FusedTails, PlainTails, Tails
 from eca_fused.ops import graph
 from eca_fused.ops.checks import (
     check,
@@ -20,12 +21,14 @@ from eca_fused.ops.checks import (
     check_no_gradient,
     check_out,
     check_overwrites,
+    check_tail,
     check_writable,
     check_x,
     needs_grad,
 )
 from eca_fused.ops.kernels import Kernels
 from eca_fused.ops.results import output_strides
+from eca_fused.ops.tail import TailOptions, TailTensors, activate
 from eca_fused.torch_state import quietly
 
 __all__ = [
@@ -50,7 +53,7 @@ def _is_special(t: Tensor) -> bool:
     return not is_compiling() and (t.is_neg() or t.is_inference())
 
 
-class Way:
+class Way(Tails):
     """One way to compute. Maps are x (N, C, *spatial), taps weight (1 or C, 1, k), gates (N, C).
 
     Each method checks its tensors, and raises the errors of the function with the same name.
@@ -89,6 +92,30 @@ class Way:
     def linked_rescale(self, x: Tensor, gate: Tensor, token: Tensor | None) -> Tensor:
         return self.rescale(x, gate)
 
+    def residual_tail(
+        self,
+        x: Tensor,
+        identity: Tensor | None,
+        weight: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor | None,
+        activation: str,
+        circular: bool,
+    ) -> Tensor:
+        """y = activation(gate * scale * x + identity), with taps or a gate (N, C), scale (N,)."""
+        quietly(check_tail, x, identity, weight, gate, scale, circular)
+        if self.has_tails(x):
+            t = TailTensors(x, identity, weight, gate, scale)
+            return self.tail(t, TailOptions(activation, circular))
+        y = x
+        if weight is not None:
+            y = self.eca(x, weight, circular)
+        elif gate is not None:
+            y = self.rescale(x, gate)
+        if scale is not None:
+            y = y * graph.spread(scale.to(y.dtype).unsqueeze(1), y)
+        return activate(activation, y if identity is None else y + identity)
+
 
 # ---- plain PyTorch ----
 
@@ -109,7 +136,7 @@ class Plain(Way):
         return reference.rescale(x, gate)
 
 
-class Graph(Way):
+class Graph(PlainTails, Way):
     """Plain operations that round once, for compilers and exporters that build a graph."""
 
     def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
@@ -212,7 +239,7 @@ class TracedToONNX(Traced):
 # ---- kernels ----
 
 
-class Fused(Way):
+class Fused(FusedTails, Way):
     """A backend's kernels. Its operators check the arguments, so a valid call is checked once."""
 
     def __init__(self, kernels: Kernels) -> None:
@@ -298,7 +325,7 @@ class Fused(Way):
             raise
 
 
-class Compiling(Fused):
+class Compiling(PlainTails, Fused):
     """Kernels inside a graph of torch.compile or torch.export.
 
     It checks before the call, because up to torch 2.13 an operator's error has another type there.

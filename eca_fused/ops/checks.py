@@ -13,6 +13,7 @@ from eca_fused.torch_state import is_scripting, is_tracing
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 PADDING_MODES = ("zeros", "circular")
+ACTIVATIONS = ("none", "relu", "silu", "gelu")  # their order is that of csrc/eca.h
 MAX_SPATIAL_DIMS = 3
 
 
@@ -26,6 +27,14 @@ def is_circular(padding_mode: str) -> bool:
     if padding_mode != "circular":
         raise ValueError(f"expected padding_mode 'zeros' or 'circular', got '{padding_mode}'")
     return True
+
+
+def check_activation(activation: str) -> None:
+    """Raise ValueError unless activation is one of ACTIVATIONS."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"expected activation as one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
 
 
 def check_channels(channels: int) -> None:
@@ -176,6 +185,58 @@ def check_gate(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> None:
             raise ValueError(
                 f"expected the {name} on the device of x, {x.device}, got {t.device}; "
                 f"move it with {name}.to(x.device)"
+            )
+
+
+def check_identity(x: Tensor, identity: Tensor) -> None:
+    """Raise TypeError or ValueError unless the identity has the shape, dtype and device of x."""
+    check_tensor("identity", identity)
+    if identity.shape != x.shape or identity.device != x.device:
+        raise ValueError(
+            f"expected identity of the shape and on the device of x, {_shape(x)} on {x.device}, "
+            f"got {_shape(identity)} on {identity.device}; bring it to that, as a block's "
+            "downsampling does"
+        )
+    if identity.dtype != x.dtype:
+        raise TypeError(
+            f"expected identity of {_dtype(x)}, the dtype of x, got {_dtype(identity)}; "
+            "convert it with identity.to(x.dtype)"
+        )
+
+
+def check_tail(
+    x: Tensor,
+    identity: Tensor | None,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    circular: bool,
+) -> None:
+    """Check the tensors of residual_tail().
+
+    Raises:
+        TypeError: one of them is not a tensor, or has an unsupported dtype.
+        ValueError: a shape or a device does not fit, or there are both taps and gates.
+    """
+    check_x(x)
+    if identity is not None:
+        check_identity(x, identity)
+    if weight is not None and gate is not None:
+        raise ValueError(
+            "expected taps or gates, got both; leave out weight= where the gates are given"
+        )
+    if weight is not None:
+        check(x, weight, circular)
+    if gate is not None:
+        check_gate(x, gate)
+    if scale is not None:
+        check_tensor("scale", scale)
+        _check_floating("scale", scale)
+        if scale.shape != x.shape[:1] or scale.device != x.device:
+            raise ValueError(
+                f"expected scale of shape (N,) = ({x.shape[0]},) on the device of x, {x.device}, "
+                f"or a number, got {_shape(scale)} on {scale.device}; bring it to that with "
+                "flatten()"
             )
 
 

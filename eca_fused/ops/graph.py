@@ -10,7 +10,7 @@ torch.jit.script compiles this file too, and understands only a part of Python.
 import torch
 from torch import Tensor
 
-__all__ = ["eca", "padded", "pool", "rescale", "spread", "widened"]
+__all__ = ["eca", "gate", "mean", "padded", "pool", "rescale", "spread", "widened"]
 
 
 def padded(values: Tensor, r: int, circular: bool) -> Tensor:
@@ -36,7 +36,8 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _mean(x: Tensor) -> Tensor:
+def mean(x: Tensor) -> Tensor:
+    """Means over the spatial positions: (N, C, *spatial) to (N, C), without another dtype."""
     if x.dim() == 2:
         return x
     return x.mean([i for i in range(2, x.dim())])  # noqa: C416  # TorchScript has no list(range())
@@ -44,7 +45,7 @@ def _mean(x: Tensor) -> Tensor:
 
 def pool(x: Tensor) -> Tensor:
     """The operator pool(), but differentiable by autograd: (N, C, *spatial) to (N, C)."""
-    return _mean(widened(x)).to(x.dtype)
+    return mean(widened(x)).to(x.dtype)
 
 
 def rescale(x: Tensor, gate: Tensor) -> Tensor:
@@ -53,11 +54,11 @@ def rescale(x: Tensor, gate: Tensor) -> Tensor:
     return (wide * spread(gate.to(wide.dtype), x)).to(x.dtype)
 
 
-def _gate(x: Tensor, weight: Tensor, circular: bool) -> Tensor:
-    """The gates (N, C), in the dtype of x."""
-    channels, k = x.shape[1], weight.shape[2]
-    rows = padded(_mean(x), k // 2, circular)
-    taps = weight.to(x.dtype)
+def gate(means: Tensor, weight: Tensor, circular: bool) -> Tensor:
+    """The gates (N, C) for the means (N, C), in their dtype."""
+    channels, k = means.shape[1], weight.shape[2]
+    rows = padded(means, k // 2, circular)
+    taps = weight.to(means.dtype)
     z = taps[:, 0, 0] * rows.narrow(1, 0, channels)
     for j in range(1, k):
         z = z + taps[:, 0, j] * rows.narrow(1, j, channels)
@@ -73,4 +74,4 @@ def eca(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
         circular: wrap around at the first and last channel.
     """
     wide = widened(x)
-    return (wide * spread(_gate(wide, weight, circular), x)).to(x.dtype)
+    return (wide * spread(gate(mean(wide), weight, circular), x)).to(x.dtype)

@@ -8,11 +8,13 @@ import re
 
 import torch
 
-from eca_fused.ops import fakes, flops, writing
+from eca_fused.ops import fakes, flops, tail_fakes, writing
 from eca_fused.torch_state import folded
 
 __all__ = [
     "backward",
+    "block_tail",
+    "block_tail_backward",
     "description",
     "devices",
     "forward",
@@ -20,16 +22,22 @@ __all__ = [
     "inference_",
     "inference_into",
     "missing",
+    "moments",
     "name",
     "pool",
     "rescale",
     "rescale_backward",
+    "tail",
+    "tail_devices",
+    "tail_gradients",
+    "tail_sums",
     "unsupported",
 ]
 
 name = "native"
 missing: str | None = None  # the reason why there are no native kernels
 devices: frozenset[str] = frozenset()  # device types that the extension was compiled for
+tail_devices: frozenset[str] = frozenset()  # those with kernels for the tail of a block
 description = ""
 architectures = ""  # of CUDA: compute capabilities, as in TORCH_CUDA_ARCH_LIST; "" if not known
 
@@ -49,8 +57,15 @@ try:
     pool = torch.ops.eca_fused.pool.default
     rescale = torch.ops.eca_fused.rescale.default
     rescale_backward = torch.ops.eca_fused.rescale_backward.default
+    moments = torch.ops.eca_fused.moments.default
+    tail = torch.ops.eca_fused.tail.default
+    tail_sums = torch.ops.eca_fused.tail_sums.default
+    tail_gradients = torch.ops.eca_fused.tail_gradients.default
+    block_tail = torch.ops.eca_fused.block_tail.default
+    block_tail_backward = torch.ops.eca_fused.block_tail_backward.default
+    tail_devices = frozenset({"cpu"})
 except Exception as error:  # a broken build may fail in any way, and must not break the import
-    devices = frozenset()
+    devices = tail_devices = frozenset()
     if "ECA_FUSED_" in str(error):  # a bad value of a setting: building again would not help
         missing = (
             f"the compiled extension does not start: {error}; unset the variable, or give it one "
@@ -65,6 +80,8 @@ except Exception as error:  # a broken build may fail in any way, and must not b
 if missing is None:
     for _operator in fakes.__all__:
         torch.library.register_fake(f"eca_fused::{_operator}")(getattr(fakes, _operator))
+    for _operator in tail_fakes.__all__:
+        torch.library.register_fake(f"eca_fused::{_operator}")(getattr(tail_fakes, _operator))
     writing.register("", inference_, inference_into)
     flops.register("")
 

@@ -1,0 +1,176 @@
+// The mean of each plane and the sum of its squared distances from it, see eca.h, in one pass.
+// Included once per instruction set by kernels.h, inside its namespace.
+
+// The mean of `count` values and the sum of their squared distances from it, in parts that are
+// merged (Chan, Golub and LeVeque, 1979).
+struct Moment {
+  double count = 0, mean = 0, squares = 0;
+
+  // n values whose distances from `pivot` and squared distances have these sums
+  void add(double n, double pivot, double distance, double square) {
+    const double shift = distance / n, total = count + n;
+    const double between = pivot + shift - mean;
+    squares += square - distance * shift + between * between * count * n / total;
+    mean += between * n / total;
+    count = total;
+  }
+};
+
+// Elements of a plane, or bytes of rows of pixels, that are read twice out of the first-level cache.
+constexpr int64_t kMomentBlock = 4096, kMomentBytes = 16384;
+
+template <class T>
+Moment moment_of(const T* x, int64_t length) {
+  using V = Vec<T>;
+  Moment m;
+  for (int64_t first = 0; first < length; first += kMomentBlock) {
+    const int64_t n = min_of(kMomentBlock, length - first);
+    const Acc<T> pivot = Acc<T>(reduce_row<false>(x + first, x, n) / n);
+    const V about = broadcast<V>(pivot);
+    Total distance, square;
+    for (int64_t i = first; i < first + n; i += kTailBlock) {
+      V d[2] = {V{}, V{}}, s[2] = {V{}, V{}};
+      each_piece<T>(i, min_of(i + kTailBlock, first + n), false, [&](int64_t j, auto piece) {
+        V v = piece.load_from(x + j) - about;
+        if (piece.n < kLanes<T>) v = first_lanes<V>(piece.n) ? v : V{};
+        d[j / kLanes<T> % 2] += v;
+        s[j / kLanes<T> % 2] += v * v;
+      });
+      distance.add(sum(d[0] + d[1]));
+      square.add(sum(s[0] + s[1]));
+    }
+    m.add(n, pivot, distance.value(), square.value());
+  }
+  return m;
+}
+
+// The moments of kLanes planes of less than kSmallPlane elements side by side.
+template <class T>
+void small_moments(double* mean, double* squares, const T* x, int64_t stride, int64_t length,
+                   int64_t count) {
+  using V = Vec<T>;
+  constexpr int64_t w = kLanes<T>;
+  const int64_t safe = stride >= length ? overhanging_rows(length, stride, count, w) : 0;
+  for (int64_t c = 0; c < count; c += w) {
+    const int64_t some = min_of(w, count - c);
+    V distance[w], square[w];
+    Acc<T> pivot[w];
+    reduce_small_planes<false>(pivot, x + c * stride, stride, x, stride, length, some);
+    for (int64_t j = 0; j < w; ++j) {
+      V d[2] = {V{}, V{}}, s[2] = {V{}, V{}};
+      if (j < some) {
+        pivot[j] /= length;
+        const V about = broadcast<V>(pivot[j]);
+        const T* row = x + (c + j) * stride;
+        each_piece<T>(0, length, c + j < safe, [&](int64_t i, auto piece) {
+          V v = piece.load_from(row + i) - about;
+          if (piece.n < w) v = first_lanes<V>(piece.n) ? v : V{};
+          d[i / w % 2] += v;
+          s[i / w % 2] += v * v;
+        });
+      }
+      distance[j] = d[0] + d[1], square[j] = s[0] + s[1];
+    }
+    const V all_d = sums(distance), all_s = sums(square);
+    for (int64_t j = 0; j < some; ++j) {
+      Moment m;
+      m.add(length, pivot[j], all_d[j], all_s[j]);
+      mean[c + j] = m.mean, squares[c + j] = m.squares;
+    }
+  }
+}
+
+// Adds `count` rows of pixels to the moments of each element of a row, one after the other in m:
+// rows.length means, then as many sums of squares, which `before` rows have gone into.
+template <class T>
+void add_pixel_moments(const T* x, int64_t stride, int64_t count, int64_t length, int64_t before,
+                       double* mean, double* squares, Acc<T>* scratch) {
+  using V = Vec<T>;
+  using A = Acc<T>;
+  const int64_t width = (length + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  A *pivot = scratch, *distance = scratch + width, *square = scratch + 2 * width;
+  for (int64_t i = 0; i < 3 * width; i += kLanes<T>) store<false>(scratch + i, V{});
+  for (int64_t row = 0; row < count; ++row)
+    each_piece<T>(0, length, false, [&](int64_t i, auto piece) {
+      store<false>(pivot + i, load(pivot + i) + piece.load_from(x + row * stride + i));
+    });
+  for (int64_t i = 0; i < width; ++i) pivot[i] /= count;
+  for (int64_t row = 0; row < count; ++row)
+    each_piece<T>(0, length, false, [&](int64_t i, auto piece) {
+      const V v = piece.load_from(x + row * stride + i) - load(pivot + i);
+      store<false>(distance + i, load(distance + i) + v);
+      store<false>(square + i, load(square + i) + v * v);
+    });
+  for (int64_t i = 0; i < length; ++i) {
+    Moment m{double(before), mean[i], squares[i]};
+    m.add(count, pivot[i], distance[i], square[i]);
+    mean[i] = m.mean, squares[i] = m.squares;
+  }
+}
+
+template <class T>
+void moments_as(const Moments& t, const ThreadPool& pool) {
+  using A = Acc<T>;
+  const Problem& p = t.problem;
+  const int64_t C = p.channels, S = p.pixels, N = p.samples;
+  const PixelRows g = tail_pixels(p, is_dense(p, t.x));
+  if (p.layout == Layout::kPlanes) {
+    each_rows<A>(p, g, sizeof(T), false, pool,
+                 [&](int64_t n, int64_t c, int64_t count, int64_t, A*) {
+                   double *mean = t.mean + n * C + c, *squares = t.squares + n * C + c;
+                   if (S < kSmallPlane)
+                     return small_moments<T>(mean, squares, row_of<const T>(t.x, n, c),
+                                             t.x.row_stride, S, count);
+                   for (int64_t i = 0; i < count; ++i) {
+                     const Moment m = moment_of(row_of<const T>(t.x, n, c + i), S);
+                     mean[i] = m.mean, squares[i] = m.squares;
+                   }
+                 });
+    return;
+  }
+  // Each thread has some rows of a sample; with as many samples as threads, all of them.
+  const int64_t L = g.length;
+  const int64_t slabs = N >= pool.threads ? 1 : max_of(1, min_of(pool.threads, S * C / kGrain));
+  Array<double> parts(N * slabs * 2 * L);
+  const auto start = [&](int64_t slab) { return g.rows * slab / slabs; };
+  const int64_t block = max_of(kMomentBytes / (L * (int64_t)sizeof(T)), 8);
+  parallel(pool, N * slabs, 1, [&](int64_t begin, int64_t end) {
+    Array<A> scratch(3 * (L + kLanes<T>));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / slabs, first = start(i % slabs), last = start(i % slabs + 1);
+      double *mean = parts + i * 2 * L, *squares = mean + L;
+      for (int64_t row = first; row < last; row += block)
+        add_pixel_moments<T>(row_of<const T>(t.x, n, row * g.fold), t.x.row_stride * g.fold,
+                             min_of(block, last - row), L, row - first, mean, squares, scratch);
+    }
+  });
+  parallel(pool, N, 1, [&](int64_t begin, int64_t end) {
+    Array<A> scratch(3 * (L + kLanes<T>));
+    Array<double> rest(2 * L);
+    for (int64_t n = begin; n < end; ++n) {
+      if (g.rest) {
+        for (int64_t i = 0; i < 2 * L; ++i) rest[i] = 0;
+        add_pixel_moments<T>(row_of<const T>(t.x, n, g.rows * g.fold), 0, 1, g.rest, 0, rest,
+                             rest + L, scratch);
+      }
+      for (int64_t c = 0; c < C; ++c) {
+        Moment m;
+        const auto merge = [&](double count, double mean, double squares) {
+          if (count > 0) m.add(count, mean, 0, squares);
+        };
+        for (int64_t slab = 0; slab < slabs; ++slab)
+          for (int64_t i = c; i < L; i += C) {
+            const double* part = parts + (n * slabs + slab) * 2 * L;
+            merge(start(slab + 1) - start(slab), part[i], part[L + i]);
+          }
+        for (int64_t i = c; i < g.rest; i += C) merge(1, rest[i], rest[L + i]);
+        t.mean[n * C + c] = m.mean, t.squares[n * C + c] = m.squares;
+      }
+    }
+  });
+}
+
+inline void moments(const Moments& t, const ThreadPool& pool) {
+  visit(t.problem.dtype,
+        [&](auto* type) { moments_as<typename Pointee<decltype(type)>::type>(t, pool); });
+}

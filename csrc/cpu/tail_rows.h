@@ -1,0 +1,322 @@
+// The rows of a residual block's tail, see eca.h: a vector of elements is computed by one expression
+// for both layouts. A row is a plane, whose coefficients are single values, or the channels of a
+// pixel, each with coefficients of its own.
+// Included once per instruction set by kernels.h, inside its namespace.
+
+// ---- pieces of a row ----
+
+// Up to kLanes elements of a row: whole vectors of memory, of which the first n count, or, where
+// kExact, just n elements.
+template <bool kExact, class T>
+struct Piece {
+  int64_t n;
+
+  template <class U>  // U is T, or the accumulator for coefficients
+  Vec<T> load_from(const U* p) const {
+    if constexpr (kExact) return load_first(p, n);
+    else return load(p);
+  }
+  void store_to(T* p, Vec<T> v) const {
+    if constexpr (kExact) store_first(p, v, n);
+    else store<false>(p, v);
+  }
+};
+
+// Calls f(i, piece) for the elements [first, end) of a row. The last piece may overhang into what
+// follows in memory; a processor with masked loads and stores has no use for that.
+template <class T, class F>
+inline void each_piece(int64_t first, int64_t end, bool overhang, F f) {
+  constexpr int64_t w = kLanes<T>;
+  const bool whole = overhang && kVectorBytes < 64;
+  const int64_t stop = whole ? end : end - (end - first) % w;
+  int64_t i = first;
+  for (; i < stop; i += w) f(i, Piece<false, T>{end - i < w ? end - i : w});
+  if (i < end) f(i, Piece<true, T>{end - i});
+}
+
+// v, for a sum: zero where another row's elements are.
+template <bool kExact, class T>
+inline Vec<T> counted(Piece<kExact, T> piece, Vec<T> v) {
+  if (kExact || kVectorBytes == 64 || piece.n == kLanes<T>) return v;
+  return first_lanes<Vec<T>>(piece.n) ? v : Vec<T>{};
+}
+
+// ---- coefficients; a null pointer for one that is not used ----
+
+template <class T>
+struct OfPlane {
+  Vec<T> value;
+  explicit OfPlane(const Acc<T>* of) : value(of ? broadcast<Vec<T>>(*of) : Vec<T>{}) {}
+  template <class P>
+  Vec<T> at(int64_t, P) const {
+    return value;
+  }
+};
+
+template <class T>
+struct OfPixel {
+  const Acc<T>* values;
+  explicit OfPixel(const Acc<T>* of) : values(of) {}
+  template <class P>
+  Vec<T> at(int64_t i, P piece) const {
+    return piece.load_from(values + i);
+  }
+};
+
+// ---- the mask of ReLU ----
+
+template <class V>
+constexpr int kLanesOf = kVectorBytes / sizeof(decltype(V()[0] + 0));
+
+// One bit for each lane.
+template <class V>
+inline uint32_t bits_of(Lanes<V> lanes) {
+#if defined(ECA_AVX512)
+  if constexpr (kLanesOf<V> == 16) return _mm512_movepi32_mask((__m512i)lanes);
+  else return _mm512_movepi64_mask((__m512i)lanes);
+#elif defined(ECA_AVX2)
+  if constexpr (kLanesOf<V> == 8) return _mm256_movemask_ps((__m256)lanes);
+  else return _mm256_movemask_pd((__m256d)lanes);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanesOf<V>; ++i) bits |= (lanes[i] ? 1u : 0u) << i;
+  return bits;
+#endif
+}
+
+template <class V>
+inline Lanes<V> lanes_of(uint32_t bits) {
+#if defined(ECA_AVX512)
+  if constexpr (kLanesOf<V> == 16) return (Lanes<V>)_mm512_movm_epi32(__mmask16(bits));
+  else return (Lanes<V>)_mm512_movm_epi64(__mmask8(bits));
+#else
+  Lanes<V> bit;
+  for (int i = 0; i < kLanesOf<V>; ++i) bit[i] = 1 << i;
+  return ((Lanes<V>{} + (decltype(bit[0] + 0))bits) & bit) != 0;
+#endif
+}
+
+// Bits of the elements from i on, i a multiple of kLanes. A row's bits come in ascending order, and
+// its first ones clear the byte.
+template <class T>
+inline void store_bits_of(uint8_t* mask, int64_t i, int64_t n, uint32_t bits) {
+  constexpr int64_t w = kLanes<T>;
+  if (n < w) bits &= (1u << n) - 1;
+  if constexpr (w < 8) {
+    mask[i / 8] = uint8_t((i % 8 ? mask[i / 8] : 0) | bits << i % 8);
+  } else {
+    mask[i / 8] = uint8_t(bits);
+    if (w == 16 && n > 8) mask[i / 8 + 1] = uint8_t(bits >> 8);
+  }
+}
+
+template <class T>
+inline uint32_t load_bits_of(const uint8_t* mask, int64_t i, int64_t n) {
+  if constexpr (kLanes<T> < 8) return mask[i / 8] >> i % 8;
+  else if (kLanes<T> == 16 && n > 8) return mask[i / 8] | uint32_t(mask[i / 8 + 1]) << 8;
+  return mask[i / 8];
+}
+
+// ---- activations: silu(v) = v * s(v) with the logistic function s, gelu(v) = v * Phi(v) ----
+
+// The cumulative normal distribution Phi(v) = erfc(-v / sqrt(2)) / 2, and its density.
+struct Normal {
+  Vf cumulative, density;
+  // Abramowitz and Stegun, 7.1.26, as PyTorch's vectors have it: within 1e-7.
+  explicit Normal(Vf v) {
+    const Vf z = (v < 0.0f ? -v : v) * 0.70710678f;
+    const Vf t = 1.0f / (1.0f + z * 0.3275911f), e = exp_nonpositive(-z * z);
+    Vf p = broadcast<Vf>(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const Vf above = p * t * e * 0.5f;  // 1 - Phi(|v|)
+    cumulative = v < 0.0f ? above : 1.0f - above;
+    density = e * 0.39894228f;
+  }
+};
+
+struct NormalDouble {
+  Vd cumulative, density;
+  explicit NormalDouble(Vd v) {
+    for (int i = 0; i < kLanes<double>; ++i) {
+      cumulative[i] = __builtin_erfc(-v[i] * 0.70710678118654752) / 2;
+      density[i] = __builtin_exp(-v[i] * v[i] / 2) * 0.39894228040143268;
+    }
+  }
+};
+
+inline Normal normal(Vf v) { return Normal(v); }
+inline NormalDouble normal(Vd v) { return NormalDouble(v); }
+
+// Functions of their own: inlined in every row they would be most of the kernels' code.
+template <class V>
+__attribute__((noinline)) V activated(Activation activation, V v) {
+  return activation == Activation::kSilu ? v * sigmoid(v) : v * normal(v).cumulative;
+}
+
+template <class V>
+__attribute__((noinline)) V slope(Activation activation, V v) {
+  if (activation == Activation::kSilu) {
+    const V s = sigmoid(v), one = broadcast<V>(1);
+    return s * (one + v * (one - s));
+  }
+  const auto at = normal(v);
+  return at.cumulative + v * at.density;
+}
+
+// ---- rows ----
+
+// A row of the maps that a pass reads, and what it needs to compute v.
+template <class T>
+struct TailRow {
+  Activation activation;
+  const T *x, *identity, *dy;
+  uint8_t* mask;
+  const Acc<T>*p, *q, *centre, *identity_scale, *identity_centre;
+};
+
+// Coefficients of the gradients.
+template <class T>
+struct GradientRow {
+  const Acc<T>*p, *q, *r, *identity_p, *identity_q, *identity_r;
+  T *dx, *d_identity;  // of element `first`; null for one that is not asked for
+};
+
+// What is done with a row, compiled for its layout, activation and whether the identity is read.
+template <class T>
+struct RowFunctions {
+  bool reads_identity;
+  // y and the mask; y begins with element `first`.
+  void (*write)(const TailRow<T>&, int64_t first, int64_t end, bool overhang, T* y);
+  void (*gradients)(const TailRow<T>&, int64_t first, int64_t end, bool overhang,
+                    const GradientRow<T>&);
+  // Of a plane: lanes[kind], the lanes' sums of g, g * (x - centre), g * (identity - its centre).
+  void (*sum_plane)(const TailRow<T>&, int64_t first, int64_t end, bool overhang, Vec<T>* lanes);
+  // Of pixels: adds these three to the values at lanes, lanes + width and lanes + 2 * width.
+  void (*add_pixels)(const TailRow<T>&, int64_t length, Acc<T>* lanes, int64_t width);
+};
+
+enum class Shape { kStraight, kReLU, kSmooth };  // of the activation; kSmooth is SiLU or GELU
+
+template <Shape kShape, bool kIdentity, template <class> class Of, class T>
+struct RowKernels {
+  using V = Vec<T>;
+  static constexpr int kKinds = kIdentity ? 3 : 2;
+  const TailRow<T>& row;
+  const Of<T> p{row.p}, q{row.q}, centre{row.centre}, identity_scale{row.identity_scale},
+      identity_centre{row.identity_centre};
+
+  template <class P>
+  V from_centre(int64_t i, P piece) const {
+    return piece.load_from(row.x + i) - centre.at(i, piece);
+  }
+  template <class P>
+  V identity_from_centre(int64_t i, P piece) const {
+    return piece.load_from(row.identity + i) - identity_centre.at(i, piece);
+  }
+  // v
+  template <class P>
+  V argument(int64_t i, P piece) const {
+    const V v = p.at(i, piece) * from_centre(i, piece) + q.at(i, piece);
+    if constexpr (!kIdentity) return v;
+    else return v + identity_scale.at(i, piece) * identity_from_centre(i, piece);
+  }
+  // g = dy * act'(v)
+  template <class P>
+  V gradient(int64_t i, P piece) const {
+    const V g = piece.load_from(row.dy + i);
+    if constexpr (kShape == Shape::kReLU)
+      return lanes_of<V>(load_bits_of<T>(row.mask, i, piece.n)) ? g : V{};
+    else if constexpr (kShape == Shape::kSmooth)
+      return g * slope(row.activation, argument(i, piece));
+    else return g;
+  }
+
+  static void write(const TailRow<T>& row, int64_t first, int64_t end, bool overhang, T* y) {
+    const RowKernels k{row};
+    each_piece<T>(first, end, overhang, [&](int64_t i, auto piece) {
+      V v = k.argument(i, piece);
+      if constexpr (kShape == Shape::kSmooth) v = activated(row.activation, v);
+      if constexpr (kShape == Shape::kReLU) {
+        const Lanes<V> kept = ~(v <= V{});  // NaN is kept
+        v = kept ? v : V{};
+        if (row.mask) store_bits_of<T>(row.mask, i, piece.n, bits_of<V>(kept));
+      }
+      piece.store_to(y + (i - first), v);
+    });
+  }
+
+  static void gradients(const TailRow<T>& row, int64_t first, int64_t end, bool overhang,
+                        const GradientRow<T>& to) {
+    const RowKernels k{row};
+    const Of<T> p(to.p), q(to.q), r(to.r), identity_p(to.identity_p), identity_q(to.identity_q),
+        identity_r(to.identity_r);
+    each_piece<T>(first, end, overhang, [&](int64_t i, auto piece) {
+      const V g = k.gradient(i, piece);
+      if (to.dx) {
+        V d = p.at(i, piece) * g + r.at(i, piece);
+        if (to.q) d += q.at(i, piece) * k.from_centre(i, piece);
+        piece.store_to(to.dx + (i - first), d);
+      }
+      if (!to.d_identity) return;
+      V d = identity_p.at(i, piece) * g;
+      if constexpr (kIdentity)
+        if (to.identity_q)
+          d += identity_q.at(i, piece) * k.identity_from_centre(i, piece) + identity_r.at(i, piece);
+      piece.store_to(to.d_identity + (i - first), d);
+    });
+  }
+
+  static void sum_plane(const TailRow<T>& row, int64_t first, int64_t end, bool overhang,
+                        V* lanes) {
+    const RowKernels k{row};
+    V even[3] = {V{}, V{}, V{}}, odd[3] = {V{}, V{}, V{}};
+    each_piece<T>(first, end, overhang, [&](int64_t i, auto piece) {
+      const V g = counted(piece, k.gradient(i, piece));
+      V(&to)[3] = i / kLanes<T> % 2 ? odd : even;
+      to[0] += g;
+      to[1] += g * counted(piece, k.from_centre(i, piece));
+      if constexpr (kIdentity) to[2] += g * counted(piece, k.identity_from_centre(i, piece));
+    });
+    for (int kind = 0; kind < 3; ++kind) lanes[kind] = even[kind] + odd[kind];
+  }
+
+  static void add_pixels(const TailRow<T>& row, int64_t length, Acc<T>* lanes, int64_t width) {
+    const RowKernels k{row};
+    each_piece<T>(0, length, false, [&](int64_t i, auto piece) {
+      const V g = k.gradient(i, piece);
+      const auto add = [&](int kind, V v) {
+        Acc<T>* to = lanes + kind * width + i;
+        store<false>(to, load(to) + v);
+      };
+      add(0, g);
+      add(1, g * k.from_centre(i, piece));
+      if constexpr (kIdentity) add(2, g * k.identity_from_centre(i, piece));
+    });
+  }
+};
+
+template <Shape kShape, bool kIdentity, class T>
+const RowFunctions<T>& row_functions_for(Layout layout) {
+  using Planes = RowKernels<kShape, kIdentity, OfPlane, T>;
+  using Pixels = RowKernels<kShape, kIdentity, OfPixel, T>;
+  static constexpr RowFunctions<T> planes{kIdentity, Planes::write, Planes::gradients,
+                                          Planes::sum_plane, nullptr};
+  static constexpr RowFunctions<T> pixels{kIdentity, Pixels::write, Pixels::gradients, nullptr,
+                                          Pixels::add_pixels};
+  return layout == Layout::kPlanes ? planes : pixels;
+}
+
+template <class T>
+const RowFunctions<T>& row_functions(const Problem& p, Activation activation, const Map& identity) {
+  const auto with = [&](auto shape) -> const RowFunctions<T>& {
+    constexpr Shape kShape = decltype(shape)::value;
+    return identity.data ? row_functions_for<kShape, true, T>(p.layout)
+                         : row_functions_for<kShape, false, T>(p.layout);
+  };
+  if (activation == Activation::kNone) return with(Constant<Shape::kStraight>());
+  if (activation == Activation::kRelu) return with(Constant<Shape::kReLU>());
+  return with(Constant<Shape::kSmooth>());
+}

@@ -1,0 +1,317 @@
+// The operators of a residual block's tail: schema, checks, dispatch to the kernels. What they
+// compute is in eca.h.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "run.h"
+#include "tensors.h"
+
+namespace eca {
+namespace {
+
+// x, identity, y and their gradients (N, C, *spatial); scale (N,); weight (1 or C, 1, k); mask
+// bytes. Coefficients, in the dtype of the sums: `planes` (2, N, C) has p and q; `channels` (3, C)
+// has centre, identity_scale and identity_centre.
+
+using OptionalTensor = std::optional<Tensor>;
+
+Activation activation_of(int64_t number) {
+  check(number >= 0 && number <= 3,
+        "expected activation from 0 to 3 (none, ReLU, SiLU, GELU), got ", number);
+  return Activation(number);
+}
+
+void check_coefficients(const Tensor& t, const char* name, const Tensor& x, const Sizes& sizes) {
+  bool same = t.dim() == int64_t(sizes.size()) && dtype_code(t) == accumulator_code(x);
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == sizes[i];
+  if (same && device_of(t) == device_of(x) && t.is_contiguous()) return;
+  std::ostringstream expected;
+  for (size_t i = 0; i < sizes.size(); ++i) expected << (i ? ", " : "") << sizes[i];
+  check(false, "expected ", name, " contiguous, of shape (", expected.str(), "), ",
+        dtype{accumulator_code(x)}, ", on ", device_of(x), ", got ", shape{t}, ", ",
+        dtype{dtype_code(t)}, ", on ", device_of(t));
+}
+
+// Enough for either layout, so that the size does not depend on it.
+int64_t mask_bytes(const Problem& p) {
+  return p.samples * std::max(p.channels * ((p.pixels + 7) / 8), p.pixels * ((p.channels + 7) / 8));
+}
+
+Tensor empty_mask(const Tensor& x, const Problem& p, bool needed) {
+  const int64_t size = needed ? mask_bytes(p) : 0, stride = 1;
+  return empty(x, &size, &stride, 1, aoti_torch_dtype_uint8());
+}
+
+uint8_t* bytes_of(const Tensor& mask) {
+  return mask.numel() ? static_cast<uint8_t*>(mask.data_ptr()) : nullptr;
+}
+
+void check_mask(const Tensor& mask, const Tensor& x, const Problem& p, Activation activation) {
+  const int64_t size = activation == Activation::kRelu ? mask_bytes(p) : 0;
+  const bool fits = mask.dim() == 1 && mask.size(0) == size && mask.is_contiguous() &&
+                    dtype_code(mask) == aoti_torch_dtype_uint8() && device_of(mask) == device_of(x);
+  check(fits, "expected mask as the forward operator returned it for x, ", size, " bytes, got ",
+        shape{mask}, ", ", dtype{dtype_code(mask)});
+}
+
+// The k-th of some rows of `size` coefficients.
+const void* row_of(const Tensor& t, int64_t k, int64_t size) {
+  return static_cast<const char*>(t.data_ptr()) + k * size * t.element_size();
+}
+
+TailCoefficients coefficients_of(const Tensor& planes, const Tensor& channels, const Problem& p) {
+  const int64_t C = p.channels, NC = p.samples * C;
+  return {row_of(planes, 0, NC), row_of(planes, 1, NC), row_of(channels, 0, C),
+          row_of(channels, 1, C), row_of(channels, 2, C)};
+}
+
+// The maps of a tail in one layout, copied where they cannot be read in it.
+struct Maps {
+  Problem problem;
+  View view;
+  Tensor x;
+  OptionalTensor identity, dy;
+
+  Maps(const Tensor& given_x, const OptionalTensor& given_identity, const OptionalTensor& given_dy,
+       const Problem& p)
+      : problem(p), view(view_of(given_x, p)), x(given_x) {
+    problem.layout = view.layout;
+    if (given_identity)
+      check_same(*given_identity, "identity", given_x, given_x.dim(), dtype_code(given_x),
+                 "both are added");
+    if (given_dy) check_dy(*given_dy, given_x);
+    if (is_empty()) return;
+    x = in_layout(given_x);
+    if (given_identity) identity = in_layout(*given_identity);
+    if (given_dy) dy = in_layout(*given_dy);
+  }
+  bool is_empty() const { return problem.samples * problem.channels * problem.pixels == 0; }
+  Tensor in_layout(const Tensor& t) const {
+    return readable(t, view_of(t, problem), problem.layout);
+  }
+  Map of(const Tensor& t) const { return map_of(t, problem); }
+  Map of(const OptionalTensor& t) const { return t ? map_of(*t, problem) : Map{nullptr, 0, 0}; }
+};
+
+Tensor empty_doubles(const Tensor& x, int64_t kinds) {
+  const int64_t N = x.size(0), C = x.size(1);
+  const int64_t sizes[] = {kinds, N, C}, strides[] = {N * C, C, 1};
+  return empty(x, sizes, strides, 3, kFloat64Code);
+}
+
+Tensor moments(const Tensor& x) {
+  const Problem p = problem_of(x);
+  const Maps maps(x, {}, {}, p);
+  Tensor found = empty_doubles(x, 2);
+  if (maps.is_empty()) return torch::stable::zero_(found);
+  double* const mean = static_cast<double*>(found.data_ptr());
+  const Moments m{maps.problem, maps.of(maps.x), mean, mean + p.samples * p.channels};
+  on_cpu([&] { cpu::kernels().moments(m, thread_pool()); });
+  return found;
+}
+
+std::tuple<Tensor, Tensor> tail(const Tensor& x, const OptionalTensor& identity,
+                                const Tensor& planes, const Tensor& channels, int64_t activation,
+                                bool need_mask) {
+  const Problem p = problem_of(x);
+  const Activation act = activation_of(activation);
+  check_coefficients(planes, "planes", x, {2, p.samples, p.channels});
+  check_coefficients(channels, "channels", x, {3, p.channels});
+  const Maps maps(x, identity, {}, p);
+  const Tensor y = empty_output(x, maps.view, p),
+               mask = empty_mask(x, p, need_mask && act == Activation::kRelu);
+  if (maps.is_empty()) return {y, mask};
+  const Tail t{maps.problem,
+               act,
+               coefficients_of(planes, channels, p),
+               maps.of(maps.x),
+               maps.of(maps.identity),
+               maps.of(y),
+               bytes_of(mask)};
+  on_cpu([&] { cpu::kernels().tail(t, thread_pool()); });
+  return {y, mask};
+}
+
+Tensor tail_sums(const Tensor& dy, const Tensor& x, const OptionalTensor& identity,
+                 const Tensor& mask, const Tensor& planes, const Tensor& channels,
+                 int64_t activation, bool identity_sum) {
+  const Problem p = problem_of(x);
+  const Activation act = activation_of(activation);
+  check_mask(mask, x, p, act);
+  check_coefficients(planes, "planes", x, {2, p.samples, p.channels});
+  check_coefficients(channels, "channels", x, {3, p.channels});
+  check(identity || !identity_sum, "expected identity for its sum, got none");
+  const Maps maps(x, identity, dy, p);
+  Tensor sums = empty_doubles(x, identity_sum ? 3 : 2);
+  if (maps.is_empty()) return torch::stable::zero_(sums);
+  const TailSums t{maps.problem,
+                   act,
+                   coefficients_of(planes, channels, p),
+                   maps.of(maps.dy),
+                   maps.of(maps.x),
+                   maps.of(maps.identity),
+                   bytes_of(mask),
+                   static_cast<double*>(sums.data_ptr()),
+                   identity_sum};
+  on_cpu([&] { cpu::kernels().tail_sums(t, thread_pool()); });
+  return sums;
+}
+
+// gradient_planes (2, N, C) has p and r; gradient_channels (4, C) has q and the identity's p, q
+// and r. Without by_x, q is not used, and without by_identity, the identity's q and r.
+std::tuple<Tensor, Tensor> tail_gradients(const Tensor& dy, const Tensor& x,
+                                          const OptionalTensor& identity, const Tensor& mask,
+                                          const Tensor& planes, const Tensor& channels,
+                                          const Tensor& gradient_planes,
+                                          const Tensor& gradient_channels, int64_t activation,
+                                          bool by_x, bool by_identity, bool need_dx,
+                                          bool need_d_identity) {
+  const Problem p = problem_of(x);
+  const int64_t C = p.channels, NC = p.samples * C;
+  const Activation act = activation_of(activation);
+  check_mask(mask, x, p, act);
+  check_coefficients(planes, "planes", x, {2, p.samples, C});
+  check_coefficients(channels, "channels", x, {3, C});
+  check_coefficients(gradient_planes, "gradient_planes", x, {2, p.samples, C});
+  check_coefficients(gradient_channels, "gradient_channels", x, {4, C});
+  check(identity || !by_identity, "expected identity for a gradient that it is part of, got none");
+  const Maps maps(x, identity, dy, p);
+  const Tensor dx = need_dx ? empty_output(x, maps.view, p) : empty_unused(x),
+               d_identity = need_d_identity ? empty_output(x, maps.view, p) : empty_unused(x);
+  if (maps.is_empty() || !(need_dx || need_d_identity)) return {dx, d_identity};
+  const auto channel = [&](int64_t k) { return row_of(gradient_channels, k, C); };
+  const TailGradients t{maps.problem,
+                        act,
+                        coefficients_of(planes, channels, p),
+                        maps.of(maps.dy),
+                        maps.of(maps.x),
+                        maps.of(maps.identity),
+                        bytes_of(mask),
+                        need_dx ? maps.of(dx) : Map{nullptr, 0, 0},
+                        need_d_identity ? maps.of(d_identity) : Map{nullptr, 0, 0},
+                        row_of(gradient_planes, 0, NC),
+                        by_x ? channel(0) : nullptr,
+                        row_of(gradient_planes, 1, NC),
+                        channel(1),
+                        by_identity ? channel(2) : nullptr,
+                        by_identity ? channel(3) : nullptr};
+  on_cpu([&] { cpu::kernels().tail_gradients(t, thread_pool()); });
+  return {dx, d_identity};
+}
+
+// ---- with ECA's gate, in one pass; channels (6, C) has alpha, beta, shift, centre,
+// identity_scale and identity_centre ----
+
+BlockTail block_tail_of(const Maps& maps, Activation activation, const Tensor& weight,
+                        const Tensor& scale, const Tensor& channels, const Tensor& mask,
+                        const Tensor& distance, const Tensor& gate) {
+  const int64_t C = maps.problem.channels;
+  const auto channel = [&](int64_t k) { return row_of(channels, k, C); };
+  return {maps.problem,        activation,
+          weight.data_ptr(),   scale.data_ptr(),
+          channel(0),          channel(1),
+          channel(2),          {nullptr, nullptr, channel(3), channel(4), channel(5)},
+          maps.of(maps.x),     maps.of(maps.identity),
+          {nullptr, 0, 0},     bytes_of(mask),
+          distance.data_ptr(), gate.data_ptr()};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> block_tail(const Tensor& x,
+                                                      const OptionalTensor& identity,
+                                                      const Tensor& weight, const Tensor& scale,
+                                                      const Tensor& channels, bool circular,
+                                                      int64_t activation, bool need_mask) {
+  const Problem p = problem_of(x, weight, circular);
+  const Activation act = activation_of(activation);
+  check_coefficients(scale, "scale", x, {p.samples});
+  check_coefficients(channels, "channels", x, {6, p.channels});
+  const Maps maps(x, identity, {}, p);
+  const Tensor y = empty_output(x, maps.view, p), distance = empty_channels(x),
+               gate = empty_channels(x),
+               mask = empty_mask(x, p, need_mask && act == Activation::kRelu);
+  if (p.samples == 0 || p.channels == 0) return {y, mask, distance, gate};
+  const Tensor taps = as_contiguous(weight);
+  BlockTail b = block_tail_of(maps, act, taps, scale, channels, mask, distance, gate);
+  b.y = maps.of(y);
+  on_cpu([&] { cpu::kernels().block_tail(b, thread_pool()); });
+  return {y, mask, distance, gate};
+}
+
+// The gradients of x, the identity and the taps; the sums of TailSums; the gradient of mean.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_tail_backward(
+    const Tensor& dy, const Tensor& x, const OptionalTensor& identity, const Tensor& mask,
+    const Tensor& weight, const Tensor& scale, const Tensor& channels, const Tensor& distance,
+    const Tensor& gate, bool circular, int64_t activation, bool identity_sum, bool need_dx,
+    bool need_d_identity, bool need_dweight) {
+  const Problem p = problem_of(x, weight, circular);
+  const Activation act = activation_of(activation);
+  check_mask(mask, x, p, act);
+  check_coefficients(scale, "scale", x, {p.samples});
+  check_coefficients(channels, "channels", x, {6, p.channels});
+  check_saved(distance, "distance", x);
+  check_saved(gate, "gate", x);
+  check(identity || !identity_sum, "expected identity for its sum, got none");
+  const Maps maps(x, identity, dy, p);
+  const Tensor dx = need_dx ? empty_output(x, maps.view, p) : empty_unused(x),
+               d_identity = need_d_identity ? empty_output(x, maps.view, p) : empty_unused(x);
+  const int64_t k = weight.size(2), strides[] = {k, k, 1};
+  Tensor dweight = need_dweight
+                       ? empty(weight, weight.sizes().data(), strides, 3, dtype_code(weight))
+                       : empty_unused(weight);
+  Tensor sums = empty_doubles(x, identity_sum ? 3 : 2), dmean = empty_channels(x);
+  if (p.samples == 0 || p.channels == 0) {
+    if (need_dweight) torch::stable::zero_(dweight);
+    return {dx, d_identity, torch::stable::zero_(sums), dmean, dweight};
+  }
+  const Tensor taps = as_contiguous(weight), means = as_contiguous(distance),
+               gates = as_contiguous(gate);
+  const BlockTailBackward b{block_tail_of(maps, act, taps, scale, channels, mask, means, gates),
+                            maps.of(maps.dy),
+                            need_dx ? maps.of(dx) : Map{nullptr, 0, 0},
+                            need_d_identity ? maps.of(d_identity) : Map{nullptr, 0, 0},
+                            static_cast<double*>(sums.data_ptr()),
+                            identity_sum,
+                            dmean.data_ptr(),
+                            need_dweight ? dweight.data_ptr() : nullptr};
+  on_cpu([&] { cpu::kernels().block_tail_backward(b, thread_pool()); });
+  return {dx, d_identity, sums, dmean, dweight};
+}
+
+}  // namespace
+}  // namespace eca
+
+STABLE_TORCH_LIBRARY_FRAGMENT(eca_fused, m) {
+  m.def("moments(Tensor x) -> Tensor");
+  m.def(
+      "tail(Tensor x, Tensor? identity, Tensor planes, Tensor channels, int activation, bool "
+      "need_mask) -> (Tensor y, Tensor mask)");
+  m.def(
+      "tail_sums(Tensor dy, Tensor x, Tensor? identity, Tensor mask, Tensor planes, Tensor "
+      "channels, int activation, bool identity_sum) -> Tensor");
+  m.def(
+      "tail_gradients(Tensor dy, Tensor x, Tensor? identity, Tensor mask, Tensor planes, Tensor "
+      "channels, Tensor gradient_planes, Tensor gradient_channels, int activation, bool by_x, bool "
+      "by_identity, bool need_dx, bool need_d_identity) -> (Tensor dx, Tensor d_identity)");
+  m.def(
+      "block_tail(Tensor x, Tensor? identity, Tensor weight, Tensor scale, Tensor channels, bool "
+      "circular, int activation, bool need_mask) -> (Tensor y, Tensor mask, Tensor distance, "
+      "Tensor gate)");
+  m.def(
+      "block_tail_backward(Tensor dy, Tensor x, Tensor? identity, Tensor mask, Tensor weight, "
+      "Tensor scale, Tensor channels, Tensor distance, Tensor gate, bool circular, int activation, "
+      "bool identity_sum, bool need_dx, bool need_d_identity, bool need_dweight) -> (Tensor dx, "
+      "Tensor d_identity, Tensor sums, Tensor dmean, Tensor dweight)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) {
+  m.impl("moments", TORCH_BOX(&eca::moments));
+  m.impl("tail", TORCH_BOX(&eca::tail));
+  m.impl("tail_sums", TORCH_BOX(&eca::tail_sums));
+  m.impl("tail_gradients", TORCH_BOX(&eca::tail_gradients));
+  m.impl("block_tail", TORCH_BOX(&eca::block_tail));
+  m.impl("block_tail_backward", TORCH_BOX(&eca::block_tail_backward));
+}

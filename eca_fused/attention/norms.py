@@ -1,0 +1,128 @@
+"""Batch norms as a residual tail computes them: their statistics, without calling the module."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from eca_fused.functional.tails import Tails
+from eca_fused.ops.tail import Moments, Norm
+from eca_fused.torch_state import (
+    does_more,
+    gather_over_processes,
+    overrides_torch,
+    own_parameters,
+    processes_of,
+)
+
+__all__ = ["GivenNorm", "as_norm", "not_plain"]
+
+# With the numbers of dimensions of their maps.
+KINDS: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.BatchNorm1d: (2, 3),
+    nn.BatchNorm2d: (4,),
+    nn.BatchNorm3d: (5,),
+    nn.SyncBatchNorm: (2, 3, 4, 5),
+}
+
+
+class GivenNorm(NamedTuple):
+    norm: Norm
+    planes: Tensor | None  # (N, C), the means of the planes, if they were computed
+
+
+def not_plain(bn: nn.Module) -> str | None:
+    """Why a batch norm must be called; None if its parameters and buffers say what it does."""
+    name = type(bn).__name__
+    if type(bn) not in KINDS:
+        return f"{name} is not one of PyTorch's batch norms"
+    if does_more(bn):
+        return f"{name} has hooks, or a forward of its own"
+    for parameter in own_parameters(bn).values():
+        if (
+            parameter is not None
+            and type(parameter) is not nn.Parameter
+            and (hasattr(parameter, "__tensor_flatten__") or overrides_torch(parameter))
+        ):
+            return f"{name} has parameters of the class {type(parameter).__name__}"
+    return None
+
+
+def as_norm(bn: Any, x: Tensor, way: Tails) -> GivenNorm | str | None:
+    """A batch norm for a call with x; updates its running statistics as the module's forward does.
+
+    Args:
+        bn: a batch norm for which not_plain() gives no reason; None for none.
+        x: (N, C, *spatial).
+        way: computes the statistics.
+
+    Returns:
+        What to normalise with; as a string, why the module must be called; None without a norm.
+
+    Raises:
+        ValueError: there is one value for each channel, as the module's forward does.
+    """
+    if bn is None:
+        return None
+    if x.dim() not in KINDS[type(bn)] or x.shape[1] != bn.num_features:
+        return "the map does not fit the norm"
+    parameters = own_parameters(bn)
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    for t in (weight, bias, bn.running_mean, bn.running_var):
+        if t is not None and (
+            t.device != x.device
+            or (t.dtype != x.dtype and not (t.dtype == torch.float32 and x.element_size() == 2))
+        ):
+            return "the dtype or device of the norm is not that of the map"
+    use_batch = bn.training or (bn.running_mean is None and bn.running_var is None)
+    if not use_batch:
+        mean, variance = (t.to(_statistics_dtype(x)) for t in (bn.running_mean, bn.running_var))
+        return GivenNorm(Norm(weight, bias, mean, variance, bn.eps, None), None)
+    group = processes_of(bn) if type(bn) is nn.SyncBatchNorm and bn.training else None
+    if group is None and x.numel() == x.shape[1]:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}"
+        )
+    found = way.moments(x)
+    if group is not None:
+        found = _over_processes(found, group)
+    if bn.training and bn.track_running_stats:
+        _update(bn, found)
+    norm = Norm(weight, bias, found.mean, found.variance, bn.eps, found.values, group)
+    return GivenNorm(norm, found.planes)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.is_cpu or x.is_cuda else torch.float32
+
+
+def _over_processes(own: Moments, group: Any) -> Moments:
+    """The statistics of all processes of a group, each with as many values as it has.
+
+    Merged by the formula of Chan, Golub and LeVeque (1979).
+    """
+    count = own.mean.new_tensor([float(own.values)])
+    rows = gather_over_processes(torch.cat([count, own.mean, own.variance]), group)
+    channels = own.mean.shape[0]
+    counts, means, variances = rows[:, :1], rows[:, 1 : channels + 1], rows[:, channels + 1 :]
+    total = counts.sum()
+    weights = counts / total
+    mean = (weights * means).sum(0)
+    variance = (weights * (variances + (means - mean).square())).sum(0)
+    return Moments(own.planes, mean, variance, total)
+
+
+@torch.no_grad()
+def _update(bn: Any, found: Moments) -> None:
+    """Update the running statistics as _BatchNorm.forward does."""
+    factor = bn.momentum
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if factor is None:
+            factor = 1.0 / float(bn.num_batches_tracked)
+    if factor is None:
+        factor = 0.0
+    unbiased = found.variance * (found.values / (found.values - 1))
+    for running, new in ((bn.running_mean, found.mean), (bn.running_var, unbiased)):
+        if running is not None:
+            running.mul_(1 - factor).add_(new.to(running.dtype), alpha=factor)

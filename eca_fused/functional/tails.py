@@ -1,0 +1,131 @@
+"""The ways to compute the tail of a residual block: what functional/ways.py inherits.
+
+A way either has tails, or its callers call a block's modules one after the other.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eca_fused.autograd.tail import (
+    BlockTail,
+    LinkedTail,
+    LinkedTailPool,
+    Tail,
+    block_tail_forward,
+    tail_forward,
+)
+from eca_fused.ops import graph
+from eca_fused.ops.kernels import Kernels, TailKernels
+from eca_fused.ops.tail import (
+    WITH_GRADIENT,
+    Moments,
+    TailOptions,
+    TailTensors,
+    distance,
+    given_mean,
+    merged,
+    plain,
+    plain_mean,
+)
+
+__all__ = ["FusedTails", "PlainTails", "Tails"]
+
+GateOf = Callable[[Tensor], Tensor]  # from means (N, C) to gates (N, C)
+
+
+def pixels_of(x: Tensor) -> int:
+    """S, the number of spatial positions of x (N, C, *spatial)."""
+    return x.shape[2:].numel()
+
+
+class Tails:
+    """How a way computes tails. Tensors and options as in ops/tail.py."""
+
+    def has_tails(self, x: Tensor) -> bool:
+        return False
+
+    def moments(self, x: Tensor) -> Moments:
+        """The statistics of a batch."""
+        raise NotImplementedError
+
+    def tail(self, t: TailTensors, o: TailOptions) -> Tensor:
+        """y, like x."""
+        raise NotImplementedError
+
+    def gated_tail(self, t: TailTensors, o: TailOptions, gate_of: GateOf) -> Tensor:
+        """y with the gates that a network makes from the means of norm(x)."""
+        raise NotImplementedError
+
+
+class PlainTails(Tails):
+    """Plain operations for a compiler, which fuses them, and for torch.func's transforms."""
+
+    def has_tails(self, x: Tensor) -> bool:
+        return True
+
+    def moments(self, x: Tensor) -> Moments:
+        """The statistics, with their gradients."""
+        wide = graph.widened(x)
+        variance, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
+        return Moments(graph.mean(wide), mean, variance, float(x.shape[0] * pixels_of(x)))
+
+    def tail(self, t: TailTensors, o: TailOptions) -> Tensor:
+        return plain(t, o, with_batch=False)
+
+    def gated_tail(self, t: TailTensors, o: TailOptions, gate_of: GateOf) -> Tensor:
+        gate = gate_of(plain_mean(t, o, with_batch=False))
+        return plain(t._replace(gate=gate), o, with_batch=False)
+
+
+class FusedTails(Tails):
+    """A backend's kernels, on the devices where it has them."""
+
+    kernels: Kernels
+
+    def has_tails(self, x: Tensor) -> bool:
+        return x.device.type in self.kernels.tail_devices
+
+    def _kernels(self) -> TailKernels:
+        kernels: Any = self.kernels  # it has them: has_tails() was asked
+        return kernels  # type: ignore[no-any-return]
+
+    def moments(self, x: Tensor) -> Moments:
+        """The statistics, as constants: the functions of autograd/tail.py differentiate them."""
+        with torch.no_grad():
+            planes, squares = self._kernels().moments(x.detach())
+            return merged(planes, squares, pixels_of(x))
+
+    def _with_distance(self, t: TailTensors) -> TailTensors:
+        if t.distance is not None:
+            return t
+        planes = self.moments(t.x).planes
+        return t._replace(distance=distance(planes, t.mean, t.x))
+
+    def tail(self, t: TailTensors, o: TailOptions) -> Tensor:
+        in_one_pass = t.weight is not None and o.values is None and o.identity_values is None
+        if t.weight is not None and not in_one_pass:
+            t = self._with_distance(t)
+        if not _needs_grad(t):
+            forward = block_tail_forward if in_one_pass else tail_forward
+            return forward(t, o, self._kernels(), False)[0]
+        function: Any = BlockTail if in_one_pass else Tail
+        y: Tensor = function.apply(o, self._kernels(), *t)
+        return y
+
+    def gated_tail(self, t: TailTensors, o: TailOptions, gate_of: GateOf) -> Tensor:
+        t, kernels = self._with_distance(t), self._kernels()
+        if not torch.is_grad_enabled():
+            gate = gate_of(given_mean(t, o))
+            return tail_forward(t._replace(gate=gate), o, kernels, False)[0]
+        mean, token = LinkedTailPool.apply(o, kernels, *t._replace(scale=None))
+        y: Tensor = LinkedTail.apply(token, o, kernels, *t._replace(gate=gate_of(mean)))
+        return y
+
+
+def _needs_grad(t: TailTensors) -> bool:
+    return torch.is_grad_enabled() and any(
+        s is not None and s.requires_grad for s in t[:WITH_GRADIENT]
+    )

@@ -1,0 +1,130 @@
+"""Fake (meta) implementations of the operators of a residual block's tail."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from eca_fused.ops.checks import ACTIVATIONS, check, check_dy, check_identity, check_x
+from eca_fused.ops.results import output_strides, sums_dtype
+
+__all__ = ["block_tail", "block_tail_backward", "moments", "tail", "tail_gradients", "tail_sums"]
+
+
+def _like(x: Tensor, needed: bool = True) -> Tensor:
+    return x.new_empty_strided(x.shape, output_strides(x)) if needed else x.new_empty(0)
+
+
+def _doubles(x: Tensor, kinds: int) -> Tensor:
+    return x.new_empty((kinds, *x.shape[:2]), dtype=torch.float64)
+
+
+def _mask(x: Tensor, activation: int, needed: bool) -> Tensor:
+    """Enough bytes for either layout, as in csrc/tail_ops.cpp."""
+    size = 0
+    if needed and ACTIVATIONS[activation] == "relu":
+        n, c, s = *x.shape[:2], math.prod(x.shape[2:])
+        size = n * max(c * ((s + 7) // 8), s * ((c + 7) // 8))
+    return x.new_empty(size, dtype=torch.uint8)
+
+
+def _check(x: Tensor, identity: Tensor | None, dy: Tensor | None = None) -> None:
+    check_x(x)
+    if identity is not None:
+        check_identity(x, identity)
+    if dy is not None:
+        check_dy(x, dy)
+
+
+def moments(x: Tensor) -> Tensor:
+    check_x(x)
+    return _doubles(x, 2)
+
+
+def tail(
+    x: Tensor,
+    identity: Tensor | None,
+    planes: Tensor,
+    channels: Tensor,
+    activation: int,
+    need_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    _check(x, identity)
+    return _like(x), _mask(x, activation, need_mask)
+
+
+def tail_sums(
+    dy: Tensor,
+    x: Tensor,
+    identity: Tensor | None,
+    mask: Tensor,
+    planes: Tensor,
+    channels: Tensor,
+    activation: int,
+    identity_sum: bool,
+) -> Tensor:
+    _check(x, identity, dy)
+    return _doubles(x, 3 if identity_sum else 2)
+
+
+def tail_gradients(
+    dy: Tensor,
+    x: Tensor,
+    identity: Tensor | None,
+    mask: Tensor,
+    planes: Tensor,
+    channels: Tensor,
+    gradient_planes: Tensor,
+    gradient_channels: Tensor,
+    activation: int,
+    by_x: bool,
+    by_identity: bool,
+    need_dx: bool,
+    need_d_identity: bool,
+) -> tuple[Tensor, Tensor]:
+    _check(x, identity, dy)
+    return _like(x, need_dx), _like(x, need_d_identity)
+
+
+def block_tail(
+    x: Tensor,
+    identity: Tensor | None,
+    weight: Tensor,
+    scale: Tensor,
+    channels: Tensor,
+    circular: bool,
+    activation: int,
+    need_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(x, identity)
+    check(x, weight, circular)
+    distance, gate = (x.new_empty(x.shape[:2], dtype=sums_dtype(x)) for _ in range(2))
+    return _like(x), _mask(x, activation, need_mask), distance, gate
+
+
+def block_tail_backward(
+    dy: Tensor,
+    x: Tensor,
+    identity: Tensor | None,
+    mask: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    channels: Tensor,
+    distance: Tensor,
+    gate: Tensor,
+    circular: bool,
+    activation: int,
+    identity_sum: bool,
+    need_dx: bool,
+    need_d_identity: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(x, identity, dy)
+    check(x, weight, circular)
+    return (
+        _like(x, need_dx),
+        _like(x, need_d_identity),
+        _doubles(x, 3 if identity_sum else 2),
+        x.new_empty(x.shape[:2], dtype=sums_dtype(x)),
+        weight.new_empty(weight.shape if need_dweight else 0),
+    )
