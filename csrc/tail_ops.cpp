@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <tuple>
 
@@ -41,9 +42,15 @@ int64_t mask_bytes(const Problem& p) {
   return p.samples * std::max(p.channels * ((p.pixels + 7) / 8), p.pixels * ((p.channels + 7) / 8));
 }
 
+// p has the layout of the kernels; bytes that they do not write are zero.
 Tensor empty_mask(const Tensor& x, const Problem& p, bool needed) {
   const int64_t size = needed ? mask_bytes(p) : 0, stride = 1;
-  return empty(x, &size, &stride, 1, aoti_torch_dtype_uint8());
+  const Tensor mask = empty(x, &size, &stride, 1, aoti_torch_dtype_uint8());
+  const int64_t rows = p.layout == Layout::kPlanes ? p.channels : p.pixels;
+  const int64_t written = p.samples * rows * mask_row_bytes(p);
+  if (needed && size > written)
+    std::memset(static_cast<char*>(mask.data_ptr()) + written, 0, size - written);
+  return mask;
 }
 
 uint8_t* bytes_of(const Tensor& mask) {
@@ -103,11 +110,13 @@ Tensor empty_doubles(const Tensor& x, int64_t kinds) {
   return empty(x, sizes, strides, 3, kFloat64Code);
 }
 
+Tensor zeroed(Tensor t) { return torch::stable::zero_(t); }
+
 Tensor moments(const Tensor& x) {
   const Problem p = problem_of(x);
   const Maps maps(x, {}, {}, p);
   Tensor found = empty_doubles(x, 2);
-  if (maps.is_empty()) return torch::stable::zero_(found);
+  if (maps.is_empty()) return zeroed(found);
   double* const mean = static_cast<double*>(found.data_ptr());
   const Moments m{maps.problem, maps.of(maps.x), mean, mean + p.samples * p.channels};
   on_cpu([&] { cpu::kernels().moments(m, thread_pool()); });
@@ -123,7 +132,7 @@ std::tuple<Tensor, Tensor> tail(const Tensor& x, const OptionalTensor& identity,
   check_coefficients(channels, "channels", x, {3, p.channels});
   const Maps maps(x, identity, {}, p);
   const Tensor y = empty_output(x, maps.view, p),
-               mask = empty_mask(x, p, need_mask && act == Activation::kRelu);
+               mask = empty_mask(x, maps.problem, need_mask && act == Activation::kRelu);
   if (maps.is_empty()) return {y, mask};
   const Tail t{maps.problem,
                act,
@@ -147,7 +156,7 @@ Tensor tail_sums(const Tensor& dy, const Tensor& x, const OptionalTensor& identi
   check(identity || !identity_sum, "expected identity for its sum, got none");
   const Maps maps(x, identity, dy, p);
   Tensor sums = empty_doubles(x, identity_sum ? 3 : 2);
-  if (maps.is_empty()) return torch::stable::zero_(sums);
+  if (maps.is_empty()) return zeroed(sums);
   const TailSums t{maps.problem,
                    act,
                    coefficients_of(planes, channels, p),
@@ -232,8 +241,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_tail(const Tensor& x,
   const Maps maps(x, identity, {}, p);
   const Tensor y = empty_output(x, maps.view, p), distance = empty_channels(x),
                gate = empty_channels(x),
-               mask = empty_mask(x, p, need_mask && act == Activation::kRelu);
-  if (p.samples == 0 || p.channels == 0) return {y, mask, distance, gate};
+               mask = empty_mask(x, maps.problem, need_mask && act == Activation::kRelu);
+  if (maps.is_empty()) return {y, mask, zeroed(distance), zeroed(gate)};
   const Tensor taps = as_contiguous(weight);
   BlockTail b = block_tail_of(maps, act, taps, scale, channels, mask, distance, gate);
   b.y = maps.of(y);
@@ -263,10 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_tail_backward(
                        ? empty(weight, weight.sizes().data(), strides, 3, dtype_code(weight))
                        : empty_unused(weight);
   Tensor sums = empty_doubles(x, identity_sum ? 3 : 2), dmean = empty_channels(x);
-  if (p.samples == 0 || p.channels == 0) {
-    if (need_dweight) torch::stable::zero_(dweight);
-    return {dx, d_identity, torch::stable::zero_(sums), dmean, dweight};
-  }
+  if (maps.is_empty()) return {dx, d_identity, zeroed(sums), zeroed(dmean), zeroed(dweight)};
   const Tensor taps = as_contiguous(weight), means = as_contiguous(distance),
                gates = as_contiguous(gate);
   const BlockTailBackward b{block_tail_of(maps, act, taps, scale, channels, mask, means, gates),

@@ -16,8 +16,8 @@ struct Moment {
   }
 };
 
-// Elements of a plane, or bytes of rows of pixels, that are read twice out of the first-level cache.
-constexpr int64_t kMomentBlock = 4096, kMomentBytes = 16384;
+// Elements of a plane, and rows of pixels, that are read twice out of a core's cache.
+constexpr int64_t kMomentBlock = 4096, kMomentRows = 16;
 
 template <class T>
 Moment moment_of(const T* x, int64_t length) {
@@ -33,6 +33,8 @@ Moment moment_of(const T* x, int64_t length) {
       each_piece<T>(i, min_of(i + kTailBlock, first + n), false, [&](int64_t j, auto piece) {
         V v = piece.load_from(x + j) - about;
         if (piece.n < kLanes<T>) v = first_lanes<V>(piece.n) ? v : V{};
+        // This pass reads the first-level cache. What the next one will read comes meanwhile.
+        __builtin_prefetch(x + j + n);
         d[j / kLanes<T> % 2] += v;
         s[j / kLanes<T> % 2] += v * v;
       });
@@ -51,6 +53,7 @@ void small_moments(double* mean, double* squares, const T* x, int64_t stride, in
   using V = Vec<T>;
   constexpr int64_t w = kLanes<T>;
   const int64_t safe = stride >= length ? overhanging_rows(length, stride, count, w) : 0;
+  const double share = 1.0 / length;
   for (int64_t c = 0; c < count; c += w) {
     const int64_t some = min_of(w, count - c);
     V distance[w], square[w];
@@ -59,7 +62,7 @@ void small_moments(double* mean, double* squares, const T* x, int64_t stride, in
     for (int64_t j = 0; j < w; ++j) {
       V d[2] = {V{}, V{}}, s[2] = {V{}, V{}};
       if (j < some) {
-        pivot[j] /= length;
+        pivot[j] *= Acc<T>(share);
         const V about = broadcast<V>(pivot[j]);
         const T* row = x + (c + j) * stride;
         each_piece<T>(0, length, c + j < safe, [&](int64_t i, auto piece) {
@@ -73,15 +76,28 @@ void small_moments(double* mean, double* squares, const T* x, int64_t stride, in
     }
     const V all_d = sums(distance), all_s = sums(square);
     for (int64_t j = 0; j < some; ++j) {
-      Moment m;
-      m.add(length, pivot[j], all_d[j], all_s[j]);
-      mean[c + j] = m.mean, squares[c + j] = m.squares;
+      const double shift = all_d[j] * share;
+      mean[c + j] = pivot[j] + shift, squares[c + j] = all_s[j] - all_d[j] * shift;
     }
   }
 }
 
-// Adds `count` rows of pixels to the moments of each element of a row, one after the other in m:
-// rows.length means, then as many sums of squares, which `before` rows have gone into.
+// Calls f(i, piece, first, many) for the pieces of `count` rows of pixels. With by_four it gets four
+// rows at a time, and what is left over one by one: `many` is four or one.
+template <class T, class F>
+void each_pixels(int64_t count, int64_t length, bool by_four, const F& f) {
+  for (int64_t row = 0; row < count;) {
+    const bool four = by_four && row + 4 <= count;
+    each_piece<T>(0, length, false, [&](int64_t i, auto piece) {
+      if (four) f(i, piece, row, Constant<4>());
+      else f(i, piece, row, Constant<1>());
+    });
+    row += four ? 4 : 1;
+  }
+}
+
+// Adds `count` rows of pixels to the moments of each element of a row, into which `before` rows
+// have gone.
 template <class T>
 void add_pixel_moments(const T* x, int64_t stride, int64_t count, int64_t length, int64_t before,
                        double* mean, double* squares, Acc<T>* scratch) {
@@ -90,21 +106,31 @@ void add_pixel_moments(const T* x, int64_t stride, int64_t count, int64_t length
   const int64_t width = (length + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   A *pivot = scratch, *distance = scratch + width, *square = scratch + 2 * width;
   for (int64_t i = 0; i < 3 * width; i += kLanes<T>) store<false>(scratch + i, V{});
-  for (int64_t row = 0; row < count; ++row)
-    each_piece<T>(0, length, false, [&](int64_t i, auto piece) {
-      store<false>(pivot + i, load(pivot + i) + piece.load_from(x + row * stride + i));
-    });
-  for (int64_t i = 0; i < width; ++i) pivot[i] /= count;
-  for (int64_t row = 0; row < count; ++row)
-    each_piece<T>(0, length, false, [&](int64_t i, auto piece) {
-      const V v = piece.load_from(x + row * stride + i) - load(pivot + i);
-      store<false>(distance + i, load(distance + i) + v);
-      store<false>(square + i, load(square + i) + v * v);
-    });
+  const bool apart = in_other_pages<T>(stride);
+  each_pixels<T>(count, length, apart, [&](int64_t i, auto piece, int64_t row, auto many) {
+    V v = load(pivot + i);
+    for (int j = 0; j < decltype(many)::value; ++j)
+      v += piece.load_from(x + (row + j) * stride + i);
+    store<false>(pivot + i, v);
+  });
+  const A each = A(1) / count;
+  for (int64_t i = 0; i < width; ++i) pivot[i] *= each;
+  each_pixels<T>(count, length, true, [&](int64_t i, auto piece, int64_t row, auto many) {
+    const V about = load(pivot + i);
+    V d = load(distance + i), s = load(square + i);
+    for (int j = 0; j < decltype(many)::value; ++j) {
+      const V v = piece.load_from(x + (row + j) * stride + i) - about;
+      d += v, s += v * v;
+    }
+    store<false>(distance + i, d);
+    store<false>(square + i, s);
+  });
+  // Moment::add() for all elements: they have the same counts.
+  const double n = count, share = 1 / n, part = n / (before + n), weight = before * part;
   for (int64_t i = 0; i < length; ++i) {
-    Moment m{double(before), mean[i], squares[i]};
-    m.add(count, pivot[i], distance[i], square[i]);
-    mean[i] = m.mean, squares[i] = m.squares;
+    const double shift = distance[i] * share, between = pivot[i] + shift - mean[i];
+    squares[i] += square[i] - distance[i] * shift + between * between * weight;
+    mean[i] += between * part;
   }
 }
 
@@ -133,15 +159,15 @@ void moments_as(const Moments& t, const ThreadPool& pool) {
   const int64_t slabs = N >= pool.threads ? 1 : max_of(1, min_of(pool.threads, S * C / kGrain));
   Array<double> parts(N * slabs * 2 * L);
   const auto start = [&](int64_t slab) { return g.rows * slab / slabs; };
-  const int64_t block = max_of(kMomentBytes / (L * (int64_t)sizeof(T)), 8);
   parallel(pool, N * slabs, 1, [&](int64_t begin, int64_t end) {
     Array<A> scratch(3 * (L + kLanes<T>));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / slabs, first = start(i % slabs), last = start(i % slabs + 1);
       double *mean = parts + i * 2 * L, *squares = mean + L;
-      for (int64_t row = first; row < last; row += block)
+      for (int64_t row = first; row < last; row += kMomentRows)
         add_pixel_moments<T>(row_of<const T>(t.x, n, row * g.fold), t.x.row_stride * g.fold,
-                             min_of(block, last - row), L, row - first, mean, squares, scratch);
+                             min_of(kMomentRows, last - row), L, row - first, mean, squares,
+                             scratch);
     }
   });
   parallel(pool, N, 1, [&](int64_t begin, int64_t end) {

@@ -41,13 +41,12 @@ struct Written {
         direct(!stream && out.data != in.data && out.data != other.data) {}
 };
 
-// Calls f(row, first, end, overhang, to) for the elements [first, end) of `count` rows from `row`
-// on; to[k] is where those of the k-th result go. Results that are not written directly are staged
-// in the first-level cache. `stride` is the smallest one of the maps that f reads.
+// Calls f(row, part, to, strides) for parts of `count` rows from `row` on; to[k] is where the k-th
+// result of the part goes, with strides[k] from a row to the next. Results that are not written
+// directly are staged in the first-level cache. `stride` is the least one of the maps that f reads.
 template <int kResults, class T, class F>
 void write_rows(const TailRows& rows, const Written<T> (&results)[kResults], int64_t sample,
                 int64_t row, int64_t count, int64_t length, int64_t stride, const F& f) {
-  constexpr int64_t w = kLanes<T>;
   constexpr int64_t kStage = 8192 / kResults / sizeof(T);  // they fit into the first-level cache
   alignas(64) T stage[kResults][kStage + 64];
   bool staged = false, staged_dense = true, direct_dense = true;
@@ -60,25 +59,24 @@ void write_rows(const TailRows& rows, const Written<T> (&results)[kResults], int
   }
   // What overhangs is read from, and written to, the next row, which is written after.
   const int64_t safe =
-      stride >= length && direct_dense ? overhanging_rows(length, stride, count, w) : 0;
-  const int64_t together = staged && staged_dense ? max_of(kStage / length, 1) : 1;
+      stride >= length && direct_dense ? overhanging_rows(length, stride, count, kLanes<T>) : 0;
+  const int64_t together = !staged ? count : staged_dense ? max_of(kStage / length, 1) : 1;
   const int64_t part = staged ? min_of(length, kStage) : length;
   for (int64_t i = 0; i < count; i += together) {
-    const int64_t some = min_of(together, count - i);
+    const int64_t some = min_of(together, count - i), at = row + i * rows.step;
     for (int64_t first = 0; first < length; first += part) {
       const int64_t end = min_of(first + part, length);
       T* to[kResults];
-      for (int64_t j = 0; j < some; ++j) {
-        const int64_t at = row + (i + j) * rows.step;
-        for (int k = 0; k < kResults; ++k)
-          to[k] = !results[k].map.data ? nullptr
-                  : results[k].direct  ? row_of<T>(results[k].map, sample, at) + first
-                                       : stage[k] + j * length;
-        f(at, first, end, i + j < safe, to);
+      int64_t strides[kResults];
+      for (int k = 0; k < kResults; ++k) {
+        const Written<T>& r = results[k];
+        to[k] = !r.map.data ? nullptr : r.direct ? row_of<T>(r.map, sample, at) + first : stage[k];
+        strides[k] = r.direct ? r.map.row_stride * rows.step : length;
       }
+      f(at, RowPart{some, first, end, min_of(max_of(safe - i, 0), some)}, to, strides);
       for (int k = 0; k < kResults; ++k) {
         if (!results[k].map.data || results[k].direct) continue;
-        T* out = row_of<T>(results[k].map, sample, row + i * rows.step) + first;
+        T* out = row_of<T>(results[k].map, sample, at) + first;
         const int64_t elements = some > 1 ? some * length : end - first;
         if (results[k].stream) stream_copy(out, stage[k], elements);
         else __builtin_memcpy(out, stage[k], elements * sizeof(T));
@@ -180,6 +178,12 @@ TailRow<T> gradient_row(const Pass& t, const TailRows& rows, const TailValues<Ac
   return found;
 }
 
+inline RowStrides strides_of(const TailRows& rows, const Map& x, const Map& identity, const Map& dy,
+                             bool mask) {
+  const auto of = [&](const Map& map) { return map.data ? map.row_stride * rows.step : 0; };
+  return {of(x), of(identity), of(dy), mask ? rows.mask_bytes * rows.step : 0, rows.planes ? 1 : 0};
+}
+
 // ---- the result ----
 
 inline int64_t least_stride(const TailRows& rows, const Map& a, const Map& b, const Map& c) {
@@ -211,9 +215,10 @@ struct TailPlan {
 
   void write(int64_t n, int64_t row, int64_t count, int64_t length, Acc<T>* scratch) const {
     const TailValues<Acc<T>> k(rows, g, t.coefficients, n, t.problem.channels, scratch);
+    const RowStrides by = strides_of(rows, t.x, t.identity, kNoMap, t.mask);
     write_rows<1, T>(rows, results, n, row, count, length, stride,
-                     [&](int64_t at, int64_t first, int64_t end, bool overhang, T** to) {
-                       functions.write(tail_row<T>(t, rows, k, n, at), first, end, overhang, to[0]);
+                     [&](int64_t at, RowPart part, T** to, const int64_t* strides) {
+                       functions.write(tail_row<T>(t, rows, k, n, at), by, part, to[0], strides[0]);
                      });
   }
 };
@@ -254,28 +259,38 @@ struct SumsPlan {
     constexpr int64_t w = kLanes<T>;
     const int64_t length = rows.length;
     const TailValues<A> k(rows, g, t.coefficients, n, t.problem.channels, nullptr);
+    const RowStrides by = strides_of(rows, t.x, t.identity, t.dy, t.mask);
     const int64_t safe = stride >= length ? overhanging_rows(length, stride, count, w) : 0;
+    V lanes[3 * w];
     for (int64_t i = 0; i < count; i += w) {
       const int64_t some = min_of(w, count - i);
-      V lanes[3][w];
-      Total total[3][w];
-      for (int64_t j = 0; j < w; ++j) {
-        V block[3] = {V{}, V{}, V{}};
-        for (int64_t first = 0; j < some && first < length; first += kTailBlock) {
-          functions.sum_plane(gradient_row<T>(t, rows, k, n, c + i + j), first,
-                              min_of(first + kTailBlock, length), i + j < safe, block);
-          if (length <= kTailBlock) break;
-          for (int kind = 0; kind < kinds; ++kind) total[kind][j].add(sum(block[kind]));
-        }
-        for (int kind = 0; kind < 3; ++kind) lanes[kind][j] = block[kind];
+      if (length > kTailBlock) {
+        for (int64_t j = i; j < i + some; ++j)
+          sum_long_plane(k, by, n, c + j, result + j, distance);
+        continue;
       }
+      functions.sum_planes(gradient_row<T>(t, rows, k, n, c + i), by,
+                           {some, 0, length, min_of(max_of(safe - i, 0), some)}, lanes);
       for (int kind = 0; kind < kinds; ++kind) {
-        double* out = result + kind * distance + i;
-        const V all = sums(lanes[kind]);
-        for (int64_t j = 0; j < some; ++j)
-          out[j] = length > kTailBlock ? total[kind][j].value() : all[j];
+        for (int64_t j = some; j < w; ++j) lanes[kind * w + j] = V{};
+        const V all = sums(lanes + kind * w);
+        for (int64_t j = 0; j < some; ++j) result[kind * distance + i + j] = all[j];
       }
     }
+  }
+
+  // A plane in parts, whose sums meet in double.
+  void sum_long_plane(const TailValues<A>& k, const RowStrides& by, int64_t n, int64_t c,
+                      double* result, int64_t distance) const {
+    Vec<T> lanes[3 * kLanes<T>];
+    Total total[3];
+    const TailRow<T> row = gradient_row<T>(t, rows, k, n, c);
+    for (int64_t first = 0; first < rows.length; first += kTailBlock) {
+      const int64_t end = min_of(first + kTailBlock, rows.length);
+      functions.sum_planes(row, by, {1, first, end, 0}, lanes);
+      for (int kind = 0; kind < kinds; ++kind) total[kind].add(sum(lanes[kind * kLanes<T>]));
+    }
+    for (int kind = 0; kind < kinds; ++kind) result[kind * distance] = total[kind].value();
   }
 
   // total[kind * g.length + i] += the sums over the rows [first, end) of a sample's pixels, with
@@ -284,14 +299,14 @@ struct SumsPlan {
     const int64_t width = g.length + kLanes<T>;
     Array<A> scratch(kScratch * g.length), lanes(3 * width);
     const TailValues<A> k(rows, g, t.coefficients, n, t.problem.channels, scratch);
+    const RowStrides by = strides_of(rows, t.x, t.identity, t.dy, t.mask);
     const int all = functions.reads_identity ? 3 : 2;
     constexpr int64_t kRows = 64;  // added in float before the double total gets them
     const auto add = [&](int64_t row, int64_t count, int64_t length) {
       for (int64_t block = 0; block < count; block += kRows) {
         for (int64_t i = 0; i < 3 * width; ++i) lanes[i] = 0;
-        for (int64_t j = block; j < min_of(block + kRows, count); ++j)
-          functions.add_pixels(gradient_row<T>(t, rows, k, n, (row + j) * g.fold), length, lanes,
-                               width);
+        functions.add_pixels(gradient_row<T>(t, rows, k, n, (row + block) * g.fold), by,
+                             {min_of(kRows, count - block), 0, length, 0}, lanes, width);
         for (int kind = 0; kind < all; ++kind)
           for (int64_t i = 0; i < length; ++i)
             total[kind * g.length + i] += lanes[kind * width + i];
@@ -360,13 +375,14 @@ struct GradientPlan {
     const RowValues<A> p = values((const A*)t.p + n * C, 5), q = values(t.q, 6),
                        r = values((const A*)t.r + n * C, 7), ip = values(t.identity_p, 8),
                        iq = values(t.identity_q, 9), ir = values(t.identity_r, 10);
-    write_rows<2, T>(
-        rows, results, n, row, count, length, stride,
-        [&](int64_t at, int64_t first, int64_t end, bool overhang, T** to) {
-          const GradientRow<T> own{p.of_row(at),  q.of_row(at),  r.of_row(at), ip.of_row(at),
-                                   iq.of_row(at), ir.of_row(at), to[0],        to[1]};
-          functions.gradients(gradient_row<T>(t, rows, k, n, at), first, end, overhang, own);
-        });
+    const RowStrides by = strides_of(rows, t.x, t.identity, t.dy, t.mask);
+    write_rows<2, T>(rows, results, n, row, count, length, stride,
+                     [&](int64_t at, RowPart part, T** to, const int64_t* strides) {
+                       functions.gradients(
+                           gradient_row<T>(t, rows, k, n, at), by, part,
+                           {p.of_row(at), q.of_row(at), r.of_row(at), ip.of_row(at), iq.of_row(at),
+                            ir.of_row(at), to[0], to[1], strides[0], strides[1]});
+                     });
   }
 };
 
@@ -493,7 +509,9 @@ void block_tail_backward_as(const BlockTailBackward& b, const ThreadPool& pool) 
                           A* out) {
     for (int64_t i = 0; i < count; ++i) {
       const A a = gate[n * C + c + i];
-      const double da = scale[n] * (alpha[c + i] * sums[apart + i] + beta[c + i] * sums[i]);
+      // Without a norm, beta is zero, and an infinite sum of g must not become NaN.
+      const double by_beta = beta[c + i] == 0 ? 0 : beta[c + i] * sums[i];
+      const double da = scale[n] * (alpha[c + i] * sums[apart + i] + by_beta);
       out[i] = A(da) * a * (1 - a);
     }
   };

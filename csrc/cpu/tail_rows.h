@@ -45,6 +45,7 @@ inline Vec<T> counted(Piece<kExact, T> piece, Vec<T> v) {
 
 template <class T>
 struct OfPlane {
+  static constexpr bool kPlanes = true;
   Vec<T> value;
   explicit OfPlane(const Acc<T>* of) : value(of ? broadcast<Vec<T>>(*of) : Vec<T>{}) {}
   template <class P>
@@ -55,6 +56,7 @@ struct OfPlane {
 
 template <class T>
 struct OfPixel {
+  static constexpr bool kPlanes = false;
   const Acc<T>* values;
   explicit OfPixel(const Acc<T>* of) : values(of) {}
   template <class P>
@@ -177,25 +179,36 @@ struct TailRow {
   const Acc<T>*p, *q, *centre, *identity_scale, *identity_centre;
 };
 
-// Coefficients of the gradients.
+// From a row to the next, 0 for what is absent.
+struct RowStrides {
+  int64_t x, identity, dy, mask, coefficients;
+};
+
+// The coefficients of the gradients, and where those go.
 template <class T>
 struct GradientRow {
   const Acc<T>*p, *q, *r, *identity_p, *identity_q, *identity_r;
   T *dx, *d_identity;  // of element `first`; null for one that is not asked for
+  int64_t dx_stride, d_identity_stride;
 };
 
-// What is done with a row, compiled for its layout, activation and whether the identity is read.
+// Elements [first, end) of `count` rows, of which the first `safe` may overhang.
+struct RowPart {
+  int64_t count, first, end, safe;
+};
+
+// What is done with rows, compiled for their layout, activation and whether the identity is read.
 template <class T>
 struct RowFunctions {
   bool reads_identity;
-  // y and the mask; y begins with element `first`.
-  void (*write)(const TailRow<T>&, int64_t first, int64_t end, bool overhang, T* y);
-  void (*gradients)(const TailRow<T>&, int64_t first, int64_t end, bool overhang,
-                    const GradientRow<T>&);
-  // Of a plane: lanes[kind], the lanes' sums of g, g * (x - centre), g * (identity - its centre).
-  void (*sum_plane)(const TailRow<T>&, int64_t first, int64_t end, bool overhang, Vec<T>* lanes);
-  // Of pixels: adds these three to the values at lanes, lanes + width and lanes + 2 * width.
-  void (*add_pixels)(const TailRow<T>&, int64_t length, Acc<T>* lanes, int64_t width);
+  // y and the mask; y begins with element `first` of the first row.
+  void (*write)(TailRow<T>, RowStrides, RowPart, T* y, int64_t y_stride);
+  void (*gradients)(TailRow<T>, RowStrides, RowPart, GradientRow<T>);
+  // Of planes: lanes[kind * kLanes + j], the lanes' sums of g, of g * (x - centre) and of
+  // g * (identity - identity_centre) of the j-th one.
+  void (*sum_planes)(TailRow<T>, RowStrides, RowPart, Vec<T>* lanes);
+  // Of pixels: adds these to the values at lanes, lanes + width and lanes + 2 * width.
+  void (*add_pixels)(TailRow<T>, RowStrides, RowPart, Acc<T>* lanes, int64_t width);
 };
 
 enum class Shape { kStraight, kReLU, kSmooth };  // of the activation; kSmooth is SiLU or GELU
@@ -203,99 +216,158 @@ enum class Shape { kStraight, kReLU, kSmooth };  // of the activation; kSmooth i
 template <Shape kShape, bool kIdentity, template <class> class Of, class T>
 struct RowKernels {
   using V = Vec<T>;
-  static constexpr int kKinds = kIdentity ? 3 : 2;
-  const TailRow<T>& row;
-  const Of<T> p{row.p}, q{row.q}, centre{row.centre}, identity_scale{row.identity_scale},
-      identity_centre{row.identity_centre};
+  static constexpr bool kPlanes = Of<T>::kPlanes;
+
+  // The coefficients of v: of a plane, or of all rows of pixels.
+  struct Coefficients {
+    Of<T> p, q, centre, identity_scale, identity_centre;
+
+    explicit Coefficients(const TailRow<T>& row)
+        : p(row.p), q(row.q), centre(row.centre), identity_scale(row.identity_scale),
+          identity_centre(row.identity_centre) {}
+  };
+
+  static void advance(TailRow<T>& row, const RowStrides& by) {
+    row.x += by.x, row.identity += by.identity, row.dy += by.dy, row.mask += by.mask;
+    row.p += by.coefficients, row.q += by.coefficients, row.centre += by.coefficients;
+    row.identity_scale += by.coefficients, row.identity_centre += by.coefficients;
+  }
 
   template <class P>
-  V from_centre(int64_t i, P piece) const {
-    return piece.load_from(row.x + i) - centre.at(i, piece);
+  static V from_centre(const TailRow<T>& row, const Coefficients& k, int64_t i, P piece) {
+    return piece.load_from(row.x + i) - k.centre.at(i, piece);
   }
   template <class P>
-  V identity_from_centre(int64_t i, P piece) const {
-    return piece.load_from(row.identity + i) - identity_centre.at(i, piece);
+  static V identity_from_centre(const TailRow<T>& row, const Coefficients& k, int64_t i, P piece) {
+    return piece.load_from(row.identity + i) - k.identity_centre.at(i, piece);
   }
   // v
   template <class P>
-  V argument(int64_t i, P piece) const {
-    const V v = p.at(i, piece) * from_centre(i, piece) + q.at(i, piece);
+  static V argument(const TailRow<T>& row, const Coefficients& k, int64_t i, P piece) {
+    const V v = k.p.at(i, piece) * from_centre(row, k, i, piece) + k.q.at(i, piece);
     if constexpr (!kIdentity) return v;
-    else return v + identity_scale.at(i, piece) * identity_from_centre(i, piece);
+    else return v + k.identity_scale.at(i, piece) * identity_from_centre(row, k, i, piece);
   }
   // g = dy * act'(v)
   template <class P>
-  V gradient(int64_t i, P piece) const {
+  static V gradient(const TailRow<T>& row, const Coefficients& k, int64_t i, P piece) {
     const V g = piece.load_from(row.dy + i);
     if constexpr (kShape == Shape::kReLU)
       return lanes_of<V>(load_bits_of<T>(row.mask, i, piece.n)) ? g : V{};
     else if constexpr (kShape == Shape::kSmooth)
-      return g * slope(row.activation, argument(i, piece));
+      return g * slope(row.activation, argument(row, k, i, piece));
     else return g;
   }
 
-  static void write(const TailRow<T>& row, int64_t first, int64_t end, bool overhang, T* y) {
-    const RowKernels k{row};
-    each_piece<T>(first, end, overhang, [&](int64_t i, auto piece) {
-      V v = k.argument(i, piece);
-      if constexpr (kShape == Shape::kSmooth) v = activated(row.activation, v);
+  static void write(TailRow<T> row, RowStrides by, RowPart part, T* y, int64_t y_stride) {
+    const auto one = [&](const TailRow<T>& of, const Coefficients& k, int64_t i, auto piece,
+                         T* to) {
+      V v = argument(of, k, i, piece);
+      if constexpr (kShape == Shape::kSmooth) v = activated(of.activation, v);
       if constexpr (kShape == Shape::kReLU) {
         const Lanes<V> kept = ~(v <= V{});  // NaN is kept
         v = kept ? v : V{};
-        if (row.mask) store_bits_of<T>(row.mask, i, piece.n, bits_of<V>(kept));
+        if (of.mask) store_bits_of<T>(of.mask, i, piece.n, bits_of<V>(kept));
       }
-      piece.store_to(y + (i - first), v);
-    });
-  }
-
-  static void gradients(const TailRow<T>& row, int64_t first, int64_t end, bool overhang,
-                        const GradientRow<T>& to) {
-    const RowKernels k{row};
-    const Of<T> p(to.p), q(to.q), r(to.r), identity_p(to.identity_p), identity_q(to.identity_q),
-        identity_r(to.identity_r);
-    each_piece<T>(first, end, overhang, [&](int64_t i, auto piece) {
-      const V g = k.gradient(i, piece);
-      if (to.dx) {
-        V d = p.at(i, piece) * g + r.at(i, piece);
-        if (to.q) d += q.at(i, piece) * k.from_centre(i, piece);
-        piece.store_to(to.dx + (i - first), d);
+      piece.store_to(to + (i - part.first), v);
+    };
+    int64_t j = 0;
+    if constexpr (!kPlanes) {  // two rows share the loads of their coefficients
+      const Coefficients k(row);
+      for (; in_pairs(by) && j + 2 <= part.count; j += 2, y += 2 * y_stride) {
+        TailRow<T> next = row;
+        advance(next, by);
+        each_piece<T>(part.first, part.end, false, [&](int64_t i, auto piece) {
+          one(row, k, i, piece, y);
+          one(next, k, i, piece, y + y_stride);
+        });
+        row = next;
+        advance(row, by);
       }
-      if (!to.d_identity) return;
-      V d = identity_p.at(i, piece) * g;
-      if constexpr (kIdentity)
-        if (to.identity_q)
-          d += identity_q.at(i, piece) * k.identity_from_centre(i, piece) + identity_r.at(i, piece);
-      piece.store_to(to.d_identity + (i - first), d);
-    });
+    }
+    for (; j < part.count; ++j, advance(row, by), y += y_stride) {
+      const Coefficients k(row);
+      each_piece<T>(part.first, part.end, j < part.safe,
+                    [&](int64_t i, auto piece) { one(row, k, i, piece, y); });
+    }
   }
 
-  static void sum_plane(const TailRow<T>& row, int64_t first, int64_t end, bool overhang,
-                        V* lanes) {
-    const RowKernels k{row};
-    V even[3] = {V{}, V{}, V{}}, odd[3] = {V{}, V{}, V{}};
-    each_piece<T>(first, end, overhang, [&](int64_t i, auto piece) {
-      const V g = counted(piece, k.gradient(i, piece));
-      V(&to)[3] = i / kLanes<T> % 2 ? odd : even;
-      to[0] += g;
-      to[1] += g * counted(piece, k.from_centre(i, piece));
-      if constexpr (kIdentity) to[2] += g * counted(piece, k.identity_from_centre(i, piece));
-    });
-    for (int kind = 0; kind < 3; ++kind) lanes[kind] = even[kind] + odd[kind];
+  static void gradients(TailRow<T> row, RowStrides by, RowPart part, GradientRow<T> to) {
+    for (int64_t j = 0; j < part.count; ++j, advance(row, by)) {
+      const Coefficients k(row);
+      const Of<T> p(to.p), q(to.q), r(to.r), identity_p(to.identity_p), identity_q(to.identity_q),
+          identity_r(to.identity_r);
+      const bool by_x = to.q, by_identity = to.identity_q;
+      T *const dx = to.dx, *const d_identity = to.d_identity;
+      each_piece<T>(part.first, part.end, j < part.safe, [&](int64_t i, auto piece) {
+        const V g = gradient(row, k, i, piece);
+        if (dx) {
+          V d = p.at(i, piece) * g + r.at(i, piece);
+          if (by_x) d += q.at(i, piece) * from_centre(row, k, i, piece);
+          piece.store_to(dx + (i - part.first), d);
+        }
+        if (!d_identity) return;
+        V d = identity_p.at(i, piece) * g;
+        if constexpr (kIdentity)
+          if (by_identity)
+            d += identity_q.at(i, piece) * identity_from_centre(row, k, i, piece) +
+                 identity_r.at(i, piece);
+        piece.store_to(d_identity + (i - part.first), d);
+      });
+      to.dx += dx ? to.dx_stride : 0, to.d_identity += d_identity ? to.d_identity_stride : 0;
+      to.p += by.coefficients, to.r += by.coefficients;
+      to.identity_p += to.identity_p ? by.coefficients : 0;
+      if (by_x) to.q += by.coefficients;
+      if (by_identity) to.identity_q += by.coefficients, to.identity_r += by.coefficients;
+    }
   }
 
-  static void add_pixels(const TailRow<T>& row, int64_t length, Acc<T>* lanes, int64_t width) {
-    const RowKernels k{row};
-    each_piece<T>(0, length, false, [&](int64_t i, auto piece) {
-      const V g = k.gradient(i, piece);
-      const auto add = [&](int kind, V v) {
-        Acc<T>* to = lanes + kind * width + i;
-        store<false>(to, load(to) + v);
-      };
-      add(0, g);
-      add(1, g * k.from_centre(i, piece));
-      if constexpr (kIdentity) add(2, g * k.identity_from_centre(i, piece));
-    });
+  static void sum_planes(TailRow<T> row, RowStrides by, RowPart part, V* lanes) {
+    for (int64_t j = 0; j < part.count; ++j, advance(row, by)) {
+      const Coefficients k(row);
+      V even[3] = {V{}, V{}, V{}}, odd[3] = {V{}, V{}, V{}};
+      each_piece<T>(part.first, part.end, j < part.safe, [&](int64_t i, auto piece) {
+        const V g = counted(piece, gradient(row, k, i, piece));
+        V(&to)[3] = i / kLanes<T> % 2 ? odd : even;
+        to[0] += g;
+        to[1] += g * counted(piece, from_centre(row, k, i, piece));
+        if constexpr (kIdentity)
+          to[2] += g * counted(piece, identity_from_centre(row, k, i, piece));
+      });
+      for (int kind = 0; kind < (kIdentity ? 3 : 2); ++kind)
+        lanes[kind * kLanes<T> + j] = even[kind] + odd[kind];
+    }
   }
+
+  static void add_pixels(TailRow<T> row, RowStrides by, RowPart part, Acc<T>* lanes,
+                         int64_t width) {
+    const Coefficients k(row);
+    // Two rows at a time take half of the additions into memory.
+    const int64_t step = in_pairs(by) ? 2 : 1;
+    for (int64_t j = 0; j < part.count; j += step) {
+      const bool two = j + 2 <= part.count && step == 2;
+      TailRow<T> next = row;
+      if (two) advance(next, by);
+      each_piece<T>(0, part.end, false, [&](int64_t i, auto piece) {
+        const V g = gradient(row, k, i, piece), x = from_centre(row, k, i, piece);
+        V sums[3] = {g, g * x, V{}};
+        if constexpr (kIdentity) sums[2] = g * identity_from_centre(row, k, i, piece);
+        if (two) {
+          const V more = gradient(next, k, i, piece);
+          sums[0] += more, sums[1] += more * from_centre(next, k, i, piece);
+          if constexpr (kIdentity) sums[2] += more * identity_from_centre(next, k, i, piece);
+        }
+        for (int kind = 0; kind < (kIdentity ? 3 : 2); ++kind) {
+          Acc<T>* to = lanes + kind * width + i;
+          store<false>(to, load(to) + sums[kind]);
+        }
+      });
+      row = next;
+      advance(row, by);
+    }
+  }
+
+  static bool in_pairs(const RowStrides& by) { return in_other_pages<T>(by.x); }
 };
 
 template <Shape kShape, bool kIdentity, class T>
@@ -303,7 +375,7 @@ const RowFunctions<T>& row_functions_for(Layout layout) {
   using Planes = RowKernels<kShape, kIdentity, OfPlane, T>;
   using Pixels = RowKernels<kShape, kIdentity, OfPixel, T>;
   static constexpr RowFunctions<T> planes{kIdentity, Planes::write, Planes::gradients,
-                                          Planes::sum_plane, nullptr};
+                                          Planes::sum_planes, nullptr};
   static constexpr RowFunctions<T> pixels{kIdentity, Pixels::write, Pixels::gradients, nullptr,
                                           Pixels::add_pixels};
   return layout == Layout::kPlanes ? planes : pixels;

@@ -185,8 +185,10 @@ def _gradient_coefficients(
             found = norm_gradients(own, *_over_processes(o.group, local), o.values)
             assert found.offset is not None, "of a batch"
             slope, offset = found.slope, found.offset
-    if identity is not None and sums is not None and sums.by_identity is not None:
-        local = (sums.g.sum(0), sums.by_identity.sum(0))
+    if identity is not None and sums is not None:
+        # Without the sum by the identity only beta has a gradient.
+        by_distance = sums.g if sums.by_identity is None else sums.by_identity
+        local = (sums.g.sum(0), by_distance.sum(0))
         found = norm_gradients(identity, local[0], local[1], None)
         identity_dgamma, identity_dbeta = found.weight, found.bias
         if o.identity_values is not None:

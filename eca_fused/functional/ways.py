@@ -104,7 +104,7 @@ class Way(Tails):
     ) -> Tensor:
         """y = activation(gate * scale * x + identity), with taps or a gate (N, C), scale (N,)."""
         quietly(check_tail, x, identity, weight, gate, scale, circular)
-        if self.has_tails(x):
+        if self.has_tails(x) and x.numel() > 0:
             t = TailTensors(x, identity, weight, gate, scale)
             return self.tail(t, TailOptions(activation, circular))
         y = x

@@ -237,10 +237,11 @@ class Coefficients(NamedTuple):
 
 
 def factor_of(gate: Tensor | None, scale: Tensor | None) -> Tensor | float:
-    """gate * scale, (N, C) or (N, 1)."""
+    """gate * scale, (N, C) or (N, 1), not in half precision."""
     if scale is None:
-        return 1.0 if gate is None else gate
-    return scale.unsqueeze(1) if gate is None else gate * scale.unsqueeze(1)
+        return 1.0 if gate is None else graph.widened(gate)
+    column = graph.widened(scale).unsqueeze(1)
+    return column if gate is None else graph.widened(gate) * column
 
 
 def coefficients(
