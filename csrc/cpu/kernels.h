@@ -27,16 +27,16 @@ void forward_as(const Forward& f, const ThreadPool& pool) {
   const bool stream = streams<T>(p, f.y, f.x);
   if (p.layout == Layout::kPlanes) {
     walk_planes<A>(
-        p, taps, sizeof(T), f.x.data == f.y.data, pool,
+        p, taps, pieces_in_cache(S * sizeof(T)), f.x.data == f.y.data, pool,
         [&](int64_t n, int64_t c, int64_t count, A* out) {
-          reduce_planes<false, T>(out, f.x, f.x, n, c, count, S);
+          reduce_planes<false, T>(out, f.x, f.x, n, c, count, S, true);
           for (int64_t i = 0; i < count; ++i) out[i] /= S;
         },
-        [&](int64_t n, int64_t c, int64_t count, const A* values, const A* filtered) {
-          A* own = gate + n * C + c;
+        [&](int64_t n, int64_t c, int64_t count, const A* values, A* filtered) {
           __builtin_memcpy(mean + n * C + c, values, count * sizeof(A));
-          sigmoid_row(own, filtered, count);
-          rescale_planes<false, T>(f.y, f.x, n, c, count, S, own, own, stream);
+          sigmoid_row(filtered, filtered, whole_vectors<A>(count));
+          __builtin_memcpy(gate + n * C + c, filtered, count * sizeof(A));
+          rescale_planes<false, T>(f.y, f.x, n, c, count, S, filtered, filtered, stream);
         });
     return;
   }
@@ -68,9 +68,9 @@ void backward_as(const Backward& b, const ThreadPool& pool) {
   const bool stream = b.dx.data && streams<T>(p, b.dx, b.dy);
   if (p.layout == Layout::kPlanes) {
     walk_planes<A>(
-        p, taps, 2 * sizeof(T), false, pool,
+        p, taps, pieces_in_cache(2 * S * sizeof(T)), false, pool,
         [&](int64_t n, int64_t c, int64_t count, A* out) {
-          reduce_planes<true, T>(out, b.dy, b.x, n, c, count, S);
+          reduce_planes<true, T>(out, b.dy, b.x, n, c, count, S, true);
           const A* a = gate + n * C + c;
           for (int64_t i = 0; i < count; ++i) out[i] *= a[i] * (1 - a[i]);
         },

@@ -86,11 +86,12 @@ void affine_row(T* y, const T* x, Acc<T> scale, Acc<T> shift, int64_t length, bo
 
 // ---- planes of less than kSmallPlane elements: many at once ----
 
-// For rows this short the work around a row costs as much as the row. So rows are read and written
-// in whole vectors that overhang into the next row, and the sums of kLanes rows meet in one vector.
+// For rows this short the work around a row costs as much as the row. So they are read and written in
+// whole vectors, and the sums of kLanes rows meet in one vector.
 constexpr int64_t kSmallPlane = 512;
 
-// How many of `count` rows may be read in whole vectors, because enough rows follow them in memory.
+// How many of `count` rows may be read in whole vectors that overhang into the next row, because
+// enough rows follow them in memory.
 inline int64_t overhanging_rows(int64_t length, int64_t stride, int64_t count, int64_t lanes) {
   const int64_t overhang = (lanes - length % lanes) % lanes;
   const int64_t rows = count - (overhang + stride - 1) / stride;
@@ -102,15 +103,18 @@ template <bool kDot, class T, class Last>
 inline Vec<T> lane_sums(const T* p, const T* q, int64_t length, Last last) {
   using V = Vec<T>;
   constexpr int64_t w = kLanes<T>;
-  const int64_t vectors = length / w, whole = vectors * w;
+  const int64_t whole = length / w * w, pairs = whole / (2 * w);
+  const auto term = [=](int64_t i) -> V {
+    if constexpr (kDot) return load_anywhere(p + i) * load_anywhere(q + i);
+    return load_anywhere(p + i);
+  };
   V even = V{}, odd = V{};
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < vectors; ++i) {
-    V v = load(p + i * w);
-    if constexpr (kDot) v *= load(q + i * w);
-    if (i & 1) odd += v;
-    else even += v;
+  int64_t i = 0;
+  for (int64_t pair = 0; pair < pairs; ++pair, i += 2 * w) {
+    even += term(i);
+    odd += term(i + w);
   }
+  if (i < whole) even += term(i);
   if (whole < length) {
     V v = last(p + whole);
     if constexpr (kDot) v *= last(q + whole);
@@ -119,40 +123,74 @@ inline Vec<T> lane_sums(const T* p, const T* q, int64_t length, Last last) {
   return even + odd;
 }
 
-// out[c] = sum over the row c of p, or of p * q, for `count` rows
+// out[c] = sum over the row c of p, or of p * q, for `count` rows. With `room`, out has room for whole
+// vectors and gets them: a load after a masked store waits until that reaches the cache.
 template <bool kDot, class T>
 void reduce_small_planes(Acc<T>* out, const T* p, int64_t p_stride, const T* q, int64_t q_stride,
-                         int64_t length, int64_t count) {
+                         int64_t length, int64_t count, bool room) {
   using V = Vec<T>;
   constexpr int64_t w = kLanes<T>;
-  const int64_t safe = kDot && q_stride < p_stride ? overhanging_rows(length, q_stride, count, w)
-                                                   : overhanging_rows(length, p_stride, count, w);
   const int64_t rest = length % w;
-  const Lanes<V> kept = first_lanes<V>(rest);
-  const auto overhanging = [=](const T* from) { return kept ? load(from) : V{}; };
+  // The last vector of a row ends with the row, and the lanes that were added before are left out. A
+  // row shorter than a vector has no such vector: its only one overhangs into the next row.
+  const int64_t back = length < w ? 0 : w - rest;
+  const Lanes<V> kept = length < w ? first_lanes<V>(rest) : ~first_lanes<V>(back);
+  const int64_t stride = kDot && q_stride < p_stride ? q_stride : p_stride;
+  const int64_t safe = length < w ? overhanging_rows(length, stride, count, w) : count;
+  const auto whole = [=](const T* from) { return kept ? load_anywhere(from - back) : V{}; };
   const auto exact = [=](const T* from) { return load_first(from, rest); };
   V row[w];
-  int64_t c = 0;
-  for (; c + w <= safe; c += w) {
-    for (int64_t j = 0; j < w; ++j, p += p_stride, q += q_stride)
-      row[j] = lane_sums<kDot>(p, q, length, overhanging);
-    store<false>(out + c, sums(row));
-  }
-  while (c < count) {
+  for (int64_t c = 0; c < count; c += w) {
     const int64_t rows = count - c < w ? count - c : w;
-    for (int64_t j = 0; j < w; ++j) {
-      row[j] = V{};
-      if (j >= rows) continue;
-      row[j] = lane_sums<kDot>(p, q, length, exact);
-      p += p_stride, q += q_stride;
-    }
-    if (rows == w) store<false>(out + c, sums(row));
+    const auto add_up = [&](const auto& last) {
+      for (int64_t j = 0; j < rows; ++j, p += p_stride, q += q_stride)
+        row[j] = lane_sums<kDot>(p, q, length, last);
+    };
+    if (c + rows <= safe) add_up(whole);
+    else add_up(exact);
+    for (int64_t j = rows; j < w; ++j) row[j] = V{};
+    if (rows == w || room) store<false>(out + c, sums(row));
     else store_first(out + c, sums(row), rows);
-    c += rows;
   }
 }
 
-// y[c][i] = scale[c] * x[c][i] + shift[c] for `count` rows; y is dense, and is not x
+// y[c][i] = scale[c] * x[c][i] + shift[c] for `count` rows of a vector or more that lie end to end. The
+// vectors begin where y is aligned, whatever row that is: one with the end of a row and the start of
+// the next gets the factors of both. x and y may be the same rows.
+template <bool kShift, bool kStream, class T>
+void affine_dense_planes(T* y, const T* x, const Acc<T>* scale, const Acc<T>* shift, int64_t length,
+                         int64_t count) {
+  using V = Vec<T>;
+  constexpr int64_t w = kLanes<T>;
+  V a = broadcast<V>(scale[0]), b = broadcast<V>(kShift ? shift[0] : 0);
+  const auto whole = [&](int64_t i) {
+    const V v = load(x + i);
+    store<kStream>(y + i, kShift ? a * v + b : a * v);
+  };
+  const auto part = [&](int64_t i, int64_t n) {
+    const V v = load_first(x + i, n);
+    store_first(y + i, kShift ? a * v + b : a * v, n);
+  };
+  int64_t i = (w - (int64_t)((uintptr_t)y / sizeof(T)) % w) % w;
+  if (i > 0) part(0, i);
+  for (int64_t c = 1, end = length;; ++c, end += length) {
+    for (; i + w <= end; i += w) whole(i);
+    if (c == count) {
+      if (i < end) part(i, end - i);
+      return;
+    }
+    const V next_a = broadcast<V>(scale[c]), next_b = broadcast<V>(kShift ? shift[c] : 0);
+    if (i < end) {
+      const Lanes<V> own = first_lanes<V>(end - i);
+      a = own ? a : next_a, b = own ? b : next_b;
+      whole(i);
+      i += w;
+    }
+    a = next_a, b = next_b;
+  }
+}
+
+// The same for rows shorter than a vector, or with gaps in x; y is dense, and is not x.
 template <bool kShift, class T>
 void affine_small_planes(T* y, const T* x, int64_t x_stride, const Acc<T>* scale,
                          const Acc<T>* shift, int64_t length, int64_t count) {
