@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <fstream>
 #include <stdexcept>
 #include <string>
 
@@ -32,11 +33,30 @@ const Kernels& kernels() {
 
 namespace {
 
-int64_t cache_bytes([[maybe_unused]] int level, int64_t otherwise) {
-  long size = 0;
+// A number from a file of the system's about the first processor's index-th cache, such as "32768K";
+// -1 if there is none.
+int64_t read_cache(int index, const char* name) {
+  const std::string path = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+  std::ifstream file(path + name);
+  int64_t number = -1;
+  char unit = 0;
+  if (!(file >> number)) return -1;
+  file >> unit;
+  return number * (unit == 'K' ? 1024 : unit == 'M' ? 1024 * 1024 : 1);
+}
+
+// The size of a cache as a core sees it.
+int64_t cache_bytes(int level, int64_t otherwise) {
+  int64_t size = 0;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
   size = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
 #endif
+  // The C library multiplies a cache that some cores share by their groups: 320 MB for 32 MB.
+  for (int index = 0; index < 8; ++index)
+    if (read_cache(index, "level") == level) {
+      const int64_t found = read_cache(index, "size");
+      if (found > 0 && (size <= 0 || found < size)) size = found;
+    }
   return size > 0 ? size : otherwise;
 }
 

@@ -58,7 +58,7 @@ void small_moments(double* mean, double* squares, const T* x, int64_t stride, in
     const int64_t some = min_of(w, count - c);
     V distance[w], square[w];
     Acc<T> pivot[w];
-    reduce_small_planes<false>(pivot, x + c * stride, stride, x, stride, length, some);
+    reduce_small_planes<false>(pivot, x + c * stride, stride, x, stride, length, some, true);
     for (int64_t j = 0; j < w; ++j) {
       V d[2] = {V{}, V{}}, s[2] = {V{}, V{}};
       if (j < some) {

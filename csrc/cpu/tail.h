@@ -441,9 +441,9 @@ void block_tail_as(const BlockTail& b, const ThreadPool& pool) {
   const TailPlan<T> plan(t);
   if (p.layout == Layout::kPlanes) {
     walk_planes<A>(
-        p, taps, 2 * sizeof(T), b.x.data == b.y.data, pool,
+        p, taps, pieces_in_cache(2 * S * sizeof(T)), b.x.data == b.y.data, pool,
         [&](int64_t n, int64_t c, int64_t count, A* out) {
-          reduce_planes<false, T>(out, b.x, b.x, n, c, count, S);
+          reduce_planes<false, T>(out, b.x, b.x, n, c, count, S, true);
           for (int64_t i = 0; i < count; ++i) {
             const A d = out[i] / S - centre[c + i];
             store_shared(distance + n * C + c + i, d);
@@ -523,7 +523,7 @@ void block_tail_backward_as(const BlockTailBackward& b, const ThreadPool& pool) 
   };
   if (p.layout == Layout::kPlanes) {
     walk_planes<A>(
-        p, taps, 2 * sizeof(T), false, pool,
+        p, taps, pieces_in_cache(2 * S * sizeof(T)), false, pool,
         [&](int64_t n, int64_t c, int64_t count, A* out) {
           Array<double> sums(3 * count);
           sums_plan.sum_planes(n, c, count, sums, count);

@@ -61,7 +61,7 @@ def resnet(
             has kernel sizes; or as for ResNet: a digit for each stage, an int for each block, None
             for the adaptive rule.
         num_classes: number of logits, from 1 up.
-        options: other options of ResNet: options, fused, backend, device, dtype.
+        options: other options of ResNet: options, fused, backend, tails, device, dtype.
 
     Returns:
         A ResNet from images (N, 3, H, W) to logits (N, num_classes).
@@ -98,7 +98,8 @@ def mobilenetv2(
             sizes: 1 below 96 output channels, else 3; or as for MobileNetV2: a digit for each
             stage, an int for each block, None for the adaptive rule.
         num_classes: number of logits, from 1 up.
-        options: other options of MobileNetV2: options, dropout, fused, backend, device, dtype.
+        options: other options of MobileNetV2: options, dropout, fused, backend, tails, device,
+            dtype.
 
     Returns:
         A MobileNetV2 from images (N, 3, H, W) to logits (N, num_classes).

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eca_fused.attention.residual_tail import TailParts, compute
 from eca_fused.models.parts import BlockAttention, block_kernel_sizes, conv
+from eca_fused.torch_state import does_more, is_scripting
 
 __all__ = ["InvertedResidual", "MobileNetV2"]
 
@@ -37,6 +39,7 @@ class InvertedResidual(nn.Module):
         stride: of the depthwise convolution.
         expansion: of the hidden channels; 1 leaves the first convolution out.
         attention: a module from map to map, applied after the last batch norm.
+        tails: compute the end of the block as one operation, see ResidualTail.
         device, dtype: of the parameters.
 
     Shape:
@@ -51,6 +54,7 @@ class InvertedResidual(nn.Module):
         expansion: int,
         attention: nn.Module,
         *,
+        tails: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -67,10 +71,22 @@ class InvertedResidual(nn.Module):
         ]
         self.conv = nn.Sequential(*layers)
         self.added = stride == 1 and inplanes == planes
+        self.tails = tails
 
     def forward(self, x: Tensor) -> Tensor:
+        if not is_scripting():  # noqa: SIM102  # TorchScript compiles both sides of an "and"
+            if self.tails and not does_more(self.conv):
+                return self._with_tail(x)
         out: Tensor = self.conv(x)
         return x + out if self.added else out
+
+    def _with_tail(self, x: Tensor) -> Tensor:
+        *before, bn, attention = self.conv
+        out = x
+        for module in before:
+            out = module(out)
+        parts = TailParts(bn, attention, None, None, "none")
+        return compute(parts, out, x if self.added else None)
 
 
 class MobileNetV2(nn.Module):
@@ -88,6 +104,7 @@ class MobileNetV2(nn.Module):
         options: of the method, such as {"reduction": 8}.
         dropout: probability before the classifier.
         fused, backend: for methods that run on the fused kernels, see ECALayer.
+        tails: compute the end of each block as one operation, see ResidualTail.
         device, dtype: of the parameters.
 
     Shape:
@@ -108,6 +125,7 @@ class MobileNetV2(nn.Module):
         dropout: float = 0.2,
         fused: bool = True,
         backend: str = "auto",
+        tails: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -130,6 +148,7 @@ class MobileNetV2(nn.Module):
                         1 if i else stride,
                         expansion,
                         made,
+                        tails=tails,
                         device=device,
                         dtype=dtype,
                     )

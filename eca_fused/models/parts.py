@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eca_fused import attention
 from eca_fused.ops.checks import check_kernel_size
 from eca_fused.ops.taps import adaptive_kernel_size
+from eca_fused.torch_state import BatchNorm, does_more
 
-__all__ = ["BlockAttention", "block_kernel_sizes", "conv"]
+__all__ = ["BlockAttention", "before_norm", "block_kernel_sizes", "conv"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,19 @@ def conv(
         device=device,
         dtype=dtype,
     )
+
+
+def before_norm(downsample: nn.Module, x: Tensor) -> tuple[Tensor, nn.Module | None]:
+    """What a shortcut gives before its batch norm, and that norm, for a tail that computes it.
+
+    A shortcut that does more than call a convolution and then a batch norm is called, without a
+    norm left.
+    """
+    if type(downsample) is nn.Sequential and not does_more(downsample):
+        parts: list[nn.Module] = list(downsample)
+        if len(parts) == 2 and isinstance(parts[1], BatchNorm):
+            return parts[0](x), parts[1]
+    return downsample(x), None
 
 
 def block_kernel_sizes(

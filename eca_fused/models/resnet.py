@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eca_fused.models.parts import BlockAttention, block_kernel_sizes, conv
+from eca_fused.attention.residual_tail import TailParts, compute
+from eca_fused.models.parts import BlockAttention, before_norm, block_kernel_sizes, conv
+from eca_fused.torch_state import is_scripting
 
 __all__ = ["BasicBlock", "Bottleneck", "ResNet"]
 
@@ -21,11 +23,29 @@ POSITIONS = ("all", "last")
 class _Block(nn.Module):
     """A block with its attention under the name `key`, as in checkpoints of that method."""
 
-    key: str
+    if TYPE_CHECKING:  # TorchScript would read annotations
+        key: str
+        tails: bool
+        relu: nn.ReLU
+        downsample: nn.Module | None
+
+    def _tail(self, x: Tensor, bn: nn.Module, identity: Tensor) -> Tensor:
+        """The block's end as one operation: batch norm, attention, addition, ReLU.
+
+        Args:
+            x: what the last convolution gives.
+            bn: the batch norm after it.
+            identity: the block's input.
+        """
+        norm = None
+        if self.downsample is not None:
+            identity, norm = before_norm(self.downsample, identity)
+        parts = TailParts(bn, getattr(self, self.key), None, norm, self.relu)
+        return compute(parts, x, identity)
 
     def _attend(self, x: Tensor) -> Tensor:
         # TorchScript knows attributes by constant names only.
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if is_scripting():
             for name, module in self.named_children():
                 if name == self.key:
                     x = module(x)
@@ -43,6 +63,7 @@ class BasicBlock(_Block):
         attention: a module from map to map, applied after the last batch norm.
         downsample: brings the input to the shape of the output; None if it already has that shape.
         key: the name of the attention in the block, and so in state dicts.
+        tails: compute the end of the block as one operation, see ResidualTail.
         device, dtype: of the parameters.
 
     Shape:
@@ -60,6 +81,7 @@ class BasicBlock(_Block):
         downsample: nn.Module | None = None,
         *,
         key: str = "eca",
+        tails: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -70,12 +92,16 @@ class BasicBlock(_Block):
         self.conv2 = conv(planes, planes, 3, device=device, dtype=dtype)
         self.bn2 = nn.BatchNorm2d(planes, device=device, dtype=dtype)
         self.key = key
+        self.tails = tails
         self.add_module(key, attention)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        identity: Tensor = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
+        if not is_scripting():  # noqa: SIM102  # TorchScript compiles both sides of an "and"
+            if self.tails:
+                return self._tail(self.conv2(out), self.bn2, x)
+        identity: Tensor = x if self.downsample is None else self.downsample(x)
         out = self._attend(self.bn2(self.conv2(out)))
         out += identity
         return self.relu(out)  # type: ignore[no-any-return]
@@ -100,6 +126,7 @@ class Bottleneck(_Block):
         downsample: nn.Module | None = None,
         *,
         key: str = "eca",
+        tails: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -112,13 +139,17 @@ class Bottleneck(_Block):
         self.bn3 = nn.BatchNorm2d(planes * self.expansion, device=device, dtype=dtype)
         self.relu = nn.ReLU(inplace=True)
         self.key = key
+        self.tails = tails
         self.add_module(key, attention)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        identity: Tensor = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
+        if not is_scripting():  # noqa: SIM102  # TorchScript compiles both sides of an "and"
+            if self.tails:
+                return self._tail(self.conv3(out), self.bn3, x)
+        identity: Tensor = x if self.downsample is None else self.downsample(x)
         out = self._attend(self.bn3(self.conv3(out)))
         out += identity
         return self.relu(out)  # type: ignore[no-any-return]
@@ -144,6 +175,7 @@ class ResNet(nn.Module):
         positions: "all" blocks have attention, or the "last" of each stage.
         last_stride: of the fourth stage, 2 or, as in GSoP-Net1, 1.
         fused, backend: for methods that run on the fused kernels, see ECALayer.
+        tails: compute the end of each block as one operation, see ResidualTail.
         device, dtype: of the parameters.
 
     Shape:
@@ -174,6 +206,7 @@ class ResNet(nn.Module):
         last_stride: int = 2,
         fused: bool = True,
         backend: str = "auto",
+        tails: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -209,6 +242,7 @@ class ResNet(nn.Module):
                         made,
                         downsample,
                         key=method.key,
+                        tails=tails,
                         device=device,
                         dtype=dtype,
                     )

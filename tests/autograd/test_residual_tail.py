@@ -127,9 +127,7 @@ def test_views(which, layout, name):
         key: of(t) if key == which else in_layout(of(t).clone(), "channels_last")
         for key, t in (("x", case.x), ("identity", case.identity), ("dy", case.dy))
     }
-    sliced = TailCase(
-        maps["x"], maps["identity"], case.weight, None, None, maps["dy"], "silu"
-    )
+    sliced = TailCase(maps["x"], maps["identity"], case.weight, None, None, maps["dy"], "silu")
     assert_same(sliced)
     y = eca_fused.residual_tail(maps["x"], maps["identity"], case.weight)
     assert y.shape == like.shape
@@ -219,7 +217,9 @@ def test_transforms(transform):
             maps = torch.stack([case.x, case.x * 2])
             return torch.vmap(lambda x: function(x, case.identity, case.weight))(maps)
         if transform == "jvp":
-            return torch.func.jvp(lambda x: function(x, case.identity, case.weight), (case.x,), (case.dy,))
+            return torch.func.jvp(
+                lambda x: function(x, case.identity, case.weight), (case.x,), (case.dy,)
+            )
         if transform == "hessian":
             one = case.x[:1]
             return torch.func.hessian(
@@ -239,9 +239,7 @@ def test_per_sample_gradients():
         def loss(weight, x, identity):
             return function(x[None], identity[None], weight).square().sum()
 
-        return torch.vmap(torch.func.grad(loss), (None, 0, 0))(
-            case.weight, case.x, case.identity
-        )
+        return torch.vmap(torch.func.grad(loss), (None, 0, 0))(case.weight, case.x, case.identity)
 
     torch.testing.assert_close(gradients(fused()), gradients(plain))
 
@@ -455,7 +453,16 @@ def test_operators_refuse_what_does_not_fit(change, message):
     with pytest.raises(RuntimeError, match=message):
         ops.tail(**(args | {name: make(args[name])}))
     with pytest.raises(RuntimeError, match="expected mask as the forward operator returned it"):
-        ops.tail_sums(x, x, None, torch.empty(1, dtype=torch.uint8), args["planes"], args["channels"], 1, False)
+        ops.tail_sums(
+            x,
+            x,
+            None,
+            torch.empty(1, dtype=torch.uint8),
+            args["planes"],
+            args["channels"],
+            1,
+            False,
+        )
 
 
 def test_the_ways_without_kernels_do_not_claim_them():

@@ -68,8 +68,8 @@ def uses(text: str) -> list[str]:
     return found
 
 
-# sys._getframe() and operators of ours.
-OTHERS = {"_getframe", "_inference_", "_inference_into"}
+# sys._getframe(), a method of named tuples, and operators of ours.
+OTHERS = {"_getframe", "_replace", "_inference_", "_inference_into"}
 OTHERS |= {"_triton_inference_", "_triton_inference_into"}
 
 

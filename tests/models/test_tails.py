@@ -1,0 +1,87 @@
+"""Networks whose blocks end in one operation, against the same networks without it."""
+
+import pytest
+import torch
+
+from eca_fused import models
+from eca_fused.attention import residual_tail
+from helpers.cases import needs_extension
+
+NETWORKS = {
+    "ECA-ResNet-18": lambda **o: models.resnet(18, num_classes=10, **o),
+    "SE-ResNet-50": lambda **o: models.resnet(50, "se", num_classes=10, **o),
+    "ResNet-18": lambda **o: models.resnet(18, "none", num_classes=10, **o),
+    "ECA-MobileNetV2": lambda **o: models.mobilenetv2(num_classes=10, dropout=0.0, **o),
+}
+
+
+def pair(name):
+    """A network with tails and one without, of the same parameters, in float64."""
+    torch.manual_seed(0)
+    with_tails, without = (NETWORKS[name](tails=tails).double() for tails in (True, False))
+    without.load_state_dict(with_tails.state_dict(), strict=True)
+    return with_tails, without
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_training_follows_the_network_without_tails(name, one_thread):
+    """Values, parameters and running statistics over some steps, then evaluation."""
+    networks = pair(name)
+    optimizers = [torch.optim.SGD(n.parameters(), 1e-4, momentum=0.9) for n in networks]
+    for step in range(4):
+        x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+        losses = []
+        for network, optimizer in zip(networks, optimizers, strict=True):
+            loss = network(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses, msg=lambda m, s=step: f"step {s}: {m}")
+    states = [network.state_dict() for network in networks]
+    for key, got in states[0].items():
+        torch.testing.assert_close(got, states[1][key], msg=lambda m, k=key: f"{k}: {m}")
+    with torch.no_grad():
+        torch.testing.assert_close(*(network.eval()(x) for network in networks))
+
+
+@needs_extension
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_tail_calls_its_modules(name, monkeypatch, one_thread):
+    calls = []
+    compute = residual_tail._compute
+    monkeypatch.setattr(residual_tail, "_compute", lambda *a: calls.append(a) or compute(*a))
+    network = NETWORKS[name](tails=True).eval()
+    with torch.no_grad():
+        network(torch.randn(2, 3, 40, 40))
+    blocks = (models.BasicBlock, models.Bottleneck, models.InvertedResidual)
+    assert len(calls) == sum(isinstance(m, blocks) for m in network.modules())
+
+
+def test_a_hook_on_a_shortcut_is_called():
+    network = models.resnet(18, num_classes=4, tails=True)
+    block = network.layer2[0]
+    seen = []
+    block.downsample.register_forward_hook(lambda m, a, out: seen.append("all"))
+    block.downsample[1].register_forward_hook(lambda m, a, out: seen.append("norm"))
+    network(torch.randn(2, 3, 40, 40))
+    assert seen == ["norm", "all"]
+
+
+def test_set_fused_reaches_tails(monkeypatch, one_thread):
+    network = models.resnet(18, num_classes=4, tails=True).eval()
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        want = network(x)
+        models.set_fused(network, False)
+        monkeypatch.setattr(residual_tail, "_compute", lambda *a: pytest.fail("a fused tail"))
+        torch.testing.assert_close(network(x), want)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_torchscript_compiles_the_modules(one_thread):
+    network = models.resnet(18, num_classes=4, tails=True).eval()
+    scripted = torch.jit.script(network)
+    x = torch.randn(2, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(scripted(x), network(x))
