@@ -4,6 +4,7 @@ tests/repository/test_versions.py finds private names elsewhere. Each was tried 
 torch in tools/versions.txt. Where a version lacks a name, its replacement is here too.
 """
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ __all__ = [
     "batched",
     "batched_by_autograd",
     "child",
+    "dictionaries_of_parts",
     "does_more",
     "exporting_to_onnx",
     "folded",
@@ -37,6 +39,7 @@ __all__ = [
     "gather_over_processes",
     "has_hooks_of_its_own",
     "has_tangent",
+    "hooks_of",
     "is_compiled",
     "is_exporting",
     "is_fake",
@@ -45,6 +48,7 @@ __all__ = [
     "keep_saved_tensors",
     "overrides_torch",
     "own_parameters",
+    "parts_apart",
     "primal",
     "processes_of",
     "quietly",
@@ -64,6 +68,9 @@ is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined]
 _HOOKS, _PRE_HOOKS = modules._global_forward_hooks, modules._global_forward_pre_hooks
 _BACKWARD_HOOKS = modules._global_backward_hooks
 _BACKWARD_PRE_HOOKS = modules._global_backward_pre_hooks
+
+
+_PARTS = ("_parameters", "_buffers", "_modules")
 
 
 def has_hooks_of_its_own(module: nn.Module) -> bool:
@@ -111,6 +118,24 @@ def submodules(module: nn.Module) -> dict[str, Any]:
 def replace_submodules(module: nn.Module, by: dict[str, nn.Module]) -> None:
     """Give a module a new dictionary of submodules; a shallow copy shares its original's."""
     module.__dict__["_modules"] = by
+
+
+def parts_apart(module: nn.Module) -> nn.Module:
+    """A shallow copy of a module, with dictionaries of its own for the tensors and submodules."""
+    twin = copy.copy(module)
+    for name in _PARTS:
+        vars(twin)[name] = dict(vars(module)[name])
+    return twin
+
+
+def dictionaries_of_parts(module: nn.Module) -> set[str]:
+    """The names of the attributes that hold a module's tensors, submodules and hooks."""
+    return {name for name in vars(module) if name in _PARTS or ("hooks" in name and name[0] == "_")}
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """All dictionaries of a module's hooks."""
+    return [vars(module)[name] for name in dictionaries_of_parts(module) - set(_PARTS)]
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from eca_fused.attention.norms import full_name
 from eca_fused.torch_state import does_more
 
-__all__ = ["gate_network"]
+__all__ = ["NETWORKS", "gate_network"]
 
 GateOf = Callable[[Tensor], Tensor]
 
@@ -45,8 +46,7 @@ NETWORKS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 def gate_network(module: nn.Module) -> GateOf | str:
     """The gates (N, C) of a module as a function of the means (N, C); or why there is none."""
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    network = NETWORKS.get(name)
+    network = NETWORKS.get(full_name(module))
     if network is None:
         return f"{type(module).__name__} is not a module whose gates are known"
     if getattr(module, "add_maxpool", False):

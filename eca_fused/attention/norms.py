@@ -13,9 +13,10 @@ from eca_fused.torch_state import (
     overrides_torch,
     own_parameters,
     processes_of,
+    submodules,
 )
 
-__all__ = ["GivenNorm", "as_norm", "not_plain"]
+__all__ = ["GivenNorm", "as_norm", "full_name", "not_plain"]
 
 # With the numbers of dimensions of their maps.
 KINDS: dict[type[nn.Module], tuple[int, ...]] = {
@@ -24,6 +25,9 @@ KINDS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.BatchNorm3d: (5,),
     nn.SyncBatchNorm: (2, 3, 4, 5),
 }
+# Batch norms that go on with two modules, by name, so that timm need not be installed.
+WITH_MORE: dict[str, tuple[int, ...]] = {"timm.layers.norm_act.BatchNormAct2d": (4,)}
+MORE = ("drop", "act")
 
 
 class GivenNorm(NamedTuple):
@@ -31,13 +35,27 @@ class GivenNorm(NamedTuple):
     planes: Tensor | None  # (N, C), the means of the planes, if they were computed
 
 
+def full_name(module: object) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _dimensions(bn: nn.Module) -> tuple[int, ...]:
+    """The numbers of dimensions of a batch norm's maps; none for other modules."""
+    return KINDS.get(type(bn)) or WITH_MORE.get(full_name(bn), ())
+
+
 def not_plain(bn: nn.Module) -> str | None:
     """Why a batch norm must be called; None if its parameters and buffers say what it does."""
     name = type(bn).__name__
-    if type(bn) not in KINDS:
+    if not _dimensions(bn):
         return f"{name} is not one of PyTorch's batch norms"
     if does_more(bn):
         return f"{name} has hooks, or a forward of its own"
+    if type(bn) not in KINDS:
+        for part in MORE:
+            more = submodules(bn).get(part)
+            if type(more) is not nn.Identity or does_more(more):
+                return f"{name} goes on with {type(more).__name__}"
     for parameter in own_parameters(bn).values():
         if (
             parameter is not None
@@ -64,7 +82,7 @@ def as_norm(bn: Any, x: Tensor, way: Tails) -> GivenNorm | str | None:
     """
     if bn is None:
         return None
-    if x.dim() not in KINDS[type(bn)] or x.shape[1] != bn.num_features:
+    if x.dim() not in _dimensions(bn) or x.shape[1] != bn.num_features:
         return "the map does not fit the norm"
     parameters = own_parameters(bn)
     weight, bias = parameters.get("weight"), parameters.get("bias")

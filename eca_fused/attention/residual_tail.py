@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from eca_fused.attention.base import BandAttention, ChannelAttention
 from eca_fused.attention.gates import gate_network
-from eca_fused.attention.norms import as_norm, not_plain
+from eca_fused.attention.norms import as_norm, full_name, not_plain
 from eca_fused.functional.choice import choose
 from eca_fused.functional.convolution import plain_taps
 from eca_fused.functional.tails import GateOf, Tails
@@ -17,7 +17,7 @@ from eca_fused.ops.results import sums_dtype
 from eca_fused.ops.tail import Norm, TailOptions, TailTensors, activate, distance
 from eca_fused.torch_state import child, does_more, is_tracing
 
-__all__ = ["ResidualTail", "TailParts", "compute", "why_called"]
+__all__ = ["DROP_PATHS", "ResidualTail", "TailParts", "compute", "why_called"]
 
 MODULES: dict[type[nn.Module], str] = {
     nn.Identity: "none",
@@ -47,10 +47,6 @@ class TailParts(NamedTuple):
 
 
 # ---- which tails are one operation ----
-
-
-def full_name(module: object) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _name_of(activation: nn.Module | str) -> str | None:

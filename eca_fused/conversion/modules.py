@@ -1,13 +1,15 @@
-"""convert() turns other projects' ECA modules into ECALayers in place; revert() undoes it."""
+"""convert() gives a model fused layers and tails of blocks in place; revert() undoes it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from eca_fused.conversion import recognise as recognition
 from eca_fused.conversion.recognise import NotPlainECA
+from eca_fused.conversion.tailed import PROGRAM, former, tailed
+from eca_fused.conversion.tails import examine
 from eca_fused.layer import ECALayer
 from eca_fused.ops.backend import check_backend
 
@@ -26,27 +28,34 @@ class Conversion:
 
     Args:
         converted: the former class of each module that is now a fused ECALayer, by name.
-        left: the reason for each module that looks like ECA but was left unchanged, by name.
-        already_fused: names of the ECALayers that were fused before.
+        left: the reason for each module that looks like ECA, and with tails=True for each residual
+            block, that was left unchanged, by name.
+        already_fused: names of the ECALayers and of the blocks' tails that were fused before.
+        tails: the class and the parts of each block whose tail is now one operation, by name.
     """
 
     converted: Mapping[str, str]
     left: Mapping[str, str]
     already_fused: tuple[str, ...] = ()
+    tails: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        if not (self.converted or self.left or self.already_fused):
+        if not (self.converted or self.left or self.already_fused or self.tails):
             return "no ECA modules found"
-        lines = [f"converted {len(self.converted)}, left {len(self.left)}"]
+        tails = f", tails of blocks {len(self.tails)}" if self.tails else ""
+        lines = [f"converted {len(self.converted)}{tails}, left {len(self.left)}"]
         lines += _grouped(self.converted)
+        lines += [f"  tail of {line.strip()}" for line in _grouped(self.tails)]
         lines += [f"  left {line.strip()}" for line in _grouped(self.left)]
         if self.already_fused:
             lines.append(f"  fused before: {_listed(self.already_fused)}")
         return "\n".join(lines)
 
 
-def convert(model: nn.Module, backend: str = "auto", inplace: bool = False) -> Conversion:
-    """Turn a model's ECA modules into fused ECALayers, in place.
+def convert(
+    model: nn.Module, backend: str = "auto", inplace: bool = False, *, tails: bool = False
+) -> Conversion:
+    """Turn a model's ECA modules into fused ECALayers, and on request its blocks' tails, in place.
 
     It recognises timm's EcaModule and CecaModule, the ECA-Net authors' eca_layer, ECALayers with
     fused=False, and modules built like these: global average pooling (a module or a function), a
@@ -62,11 +71,19 @@ def convert(model: nn.Module, backend: str = "auto", inplace: bool = False) -> C
     changes. Convert before torch.compile, FSDP and torch.jit.script. In DistributedDataParallel and
     compiled models the inner modules are converted.
 
+    With tails=True, residual blocks compute their tail as one operation, as ResidualTail does. The
+    tail is batch norm or attention or both, a drop path, the addition and an activation. Blocks are
+    found by the graph of their forward. For each kind of block, copies run with and without the
+    change, and must give the same output, gradients and running statistics. A block keeps its
+    submodules and stays an instance of its class. Modules of a tail that later get hooks are
+    called.
+
     Args:
         model: any module.
         backend: of the layers, see eca().
         inplace: of the layers, for inference: each overwrites its input, which nothing else may
             need.
+        tails: also make the tails of residual blocks one operation.
 
     Returns:
         What was converted, what was left and why. Print it.
@@ -99,7 +116,17 @@ def convert(model: nn.Module, backend: str = "auto", inplace: bool = False) -> C
         module.__class__ = ECALayer
         own.update(options)
         own[ORIGINAL] = original
-    return Conversion(converted, left, tuple(fused))
+    if not tails:
+        return Conversion(converted, left, tuple(fused))
+    blocks = examine(model)
+    modules = dict(model.named_modules())
+    names = {}
+    for name, program in blocks.programs.items():
+        block: Any = modules[name]
+        names[name] = f"{_class_name(block)}: {program.tail}"
+        vars(block)[PROGRAM] = program
+        block.__class__ = tailed(type(block))
+    return Conversion(converted, left | blocks.left, (*fused, *blocks.tailed), names)
 
 
 def revert(model: nn.Module) -> int:
@@ -112,7 +139,7 @@ def revert(model: nn.Module) -> int:
         model: any module.
 
     Returns:
-        The number of reverted modules.
+        The number of reverted modules, layers and blocks.
 
     Raises:
         TypeError: model is not a module.
@@ -126,13 +153,23 @@ def revert(model: nn.Module) -> int:
                 f"expected {name or 'the model'} as the ECALayer that convert() made, got "
                 f"{type(module).__name__}; undo what came after the conversion first"
             )
+    blocks = {n: m for n, m in model.named_modules() if PROGRAM in vars(m)}
+    for name, block in blocks.items():
+        if former(block) is None:
+            raise RuntimeError(
+                f"expected {name or 'the model'} as the block that convert() made, got "
+                f"{type(block).__name__}; undo what came after the conversion first"
+            )
+    for block in blocks.values():
+        del vars(block)[PROGRAM]
+        block.__class__ = former(block)
     for module in modules.values():
         cls, attributes = vars(module).pop(ORIGINAL)
         for name in (*_options("zeros", "auto", False), "taps_name"):
             vars(module).pop(name, None)
         vars(module).update(attributes)
         module.__class__ = cls
-    return len(modules)
+    return len(modules) + len(blocks)
 
 
 def _as_eca_layer(module: nn.Module, backend: str, inplace: bool) -> dict[str, Any]:

@@ -22,7 +22,16 @@ from eca_fused.torch_state import (
     without_modes,
 )
 
-__all__ = ["NotPlainECA", "check_class", "looks_like_eca", "padding_mode", "taps_name"]
+__all__ = [
+    "NotPlainECA",
+    "apart",
+    "arguments_of",
+    "check_class",
+    "contents",
+    "looks_like_eca",
+    "padding_mode",
+    "taps_name",
+]
 
 # timm's current and former module for ECA; timm need not be installed.
 TIMM = ("timm.layers.eca", "timm.models.layers.eca")
@@ -133,7 +142,7 @@ def check_class(module: nn.Module) -> None:
         raise NotPlainECA("has a forward of its own on the instance, as some wrappers give it")
     if is_compiled(module):
         raise NotPlainECA("was compiled by its compile(); convert the model before that")
-    arguments = _arguments_of(type(module).forward)
+    arguments = arguments_of(type(module).forward)
     if len(arguments) != 1 or arguments[0].startswith("*"):
         raise NotPlainECA(f"its forward takes ({', '.join(arguments)}), not one map alone")
     own = _own_names(type(module))
@@ -144,7 +153,7 @@ def check_class(module: nn.Module) -> None:
         )
 
 
-def _arguments_of(forward: Any) -> list[str]:
+def arguments_of(forward: Any) -> list[str]:
     """The names of a forward's arguments after self; "*" (any) if it is not a function."""
     code = getattr(inspect.unwrap(forward), "__code__", None)
     if code is None:
@@ -283,10 +292,10 @@ def _results(module: Any, dims: int, training: bool) -> tuple[Tensor, ...]:
         parts = {n: copy.deepcopy(m) for n, m in submodules(module).items() if n != place}
         twin = copy.copy(module)
         replace_submodules(twin, {})
-        vars(twin).update({name: _apart(name, value) for name, value in vars(twin).items()})
+        vars(twin).update({name: apart(name, value) for name, value in vars(twin).items()})
         replace_submodules(twin, {**parts, place: conv})
         twin.train(training)
-        before = {name: _contents(value) for name, value in vars(twin).items()}
+        before = {name: contents(value) for name, value in vars(twin).items()}
         y = type(module).forward(twin, x.requires_grad_())
         gradients = torch.autograd.grad(y, (x, conv.weight), dy)
         conv.weight = nn.Parameter(taps.float())
@@ -297,8 +306,8 @@ def _results(module: Any, dims: int, training: bool) -> tuple[Tensor, ...]:
     except Exception as error:
         maps = f"maps of shape {tuple(x.shape)} in float64 and float32, the dtype of its taps"
         raise NotPlainECA(f"its forward fails on {maps}: {error}") from error
-    after = {name: _contents(value) for name, value in vars(twin).items()}
-    stored = [name for name, contents in after.items() if contents != before.get(name)]
+    after = {name: contents(value) for name, value in vars(twin).items()}
+    stored = [name for name, found in after.items() if found != before.get(name)]
     if stored:
         raise NotPlainECA(f"its forward stores {', '.join(stored)}, which ECALayer does not")
     results = {torch.float64: y, torch.float32: single, torch.bfloat16: half}
@@ -332,7 +341,7 @@ class _Foreign:
 
     def _used(self, *_: Any, **__: Any) -> Any:
         what = object.__getattribute__(self, "described")
-        raise NotPlainECA(f"its forward uses {what}, which ECALayer would not")
+        raise NotPlainECA(f"its forward uses {what}, which its fused form would not")
 
     def __getattribute__(self, name: str) -> Any:
         # isinstance() asks for the class, which does not count as a use.
@@ -344,18 +353,18 @@ class _Foreign:
     __truediv__ = __rtruediv__ = __lt__ = __le__ = __gt__ = __ge__ = __int__ = __float__ = _used
 
 
-def _apart(name: str, value: Any) -> Any:
+def apart(name: str, value: Any) -> Any:
     """An attribute's value for the trial: containers are copied, objects get a stand-in."""
     if isinstance(value, dict | list | collections.deque):
         twin: Any = copy.copy(value)
         if isinstance(value, dict):
-            twin.update({key: _apart(name, part) for key, part in value.items()})
+            twin.update({key: apart(name, part) for key, part in value.items()})
         else:
             twin.clear()
-            twin.extend(_apart(name, part) for part in value)
+            twin.extend(apart(name, part) for part in value)
         return twin
     if type(value) in (set, tuple, frozenset):
-        return type(value)(_apart(name, part) for part in value)
+        return type(value)(apart(name, part) for part in value)
     if value is None or isinstance(value, CONSTANTS) or _keeps_nothing(value):
         return value
     return _Foreign(name, type(value).__name__)
@@ -366,13 +375,14 @@ def _keeps_nothing(value: Any) -> bool:
     if isinstance(value, type):
         return value.__module__.partition(".")[0] in ("torch", "builtins")
     if isinstance(value, types.FunctionType):
-        return value.__closure__ is None and not value.__defaults__
+        of_torch = value.__module__.partition(".")[0] == "torch"
+        return of_torch or (value.__closure__ is None and not value.__defaults__)
     return isinstance(value, types.BuiltinFunctionType) and (
         isinstance(value.__self__, type | types.ModuleType | None)
     )
 
 
-def _contents(value: Any) -> list[int]:
+def contents(value: Any) -> list[int]:
     """The ids of a value and, in a container, of its contents; different if either changed."""
     if isinstance(value, dict):
         parts: Any = itertools.chain.from_iterable(value.items())
@@ -380,7 +390,7 @@ def _contents(value: Any) -> list[int]:
         parts = value
     else:
         return [id(value)]
-    return [id(value), *itertools.chain.from_iterable(map(_contents, parts))]
+    return [id(value), *itertools.chain.from_iterable(map(contents, parts))]
 
 
 def _expected(module: nn.Module, dims: int, mode: str) -> tuple[Tensor, ...]:

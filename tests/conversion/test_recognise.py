@@ -197,7 +197,7 @@ LEFT = {
     ),
     "counts in an object": (
         lambda: changed(lambda m: setattr(m, "log", Log()), parts(counting)),
-        r"its forward uses log \(Log\), which ECALayer would not",
+        r"its forward uses log \(Log\), which its fused form would not",
     ),
     "counts in a tensor": (
         lambda: changed(lambda m: setattr(m, "log", torch.zeros(1)), parts(adding)),

@@ -1,0 +1,297 @@
+"""Finds the tail of a residual block in the steps of its forward."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from eca_fused.attention.base import ChannelAttention
+from eca_fused.attention.gates import NETWORKS
+from eca_fused.attention.norms import full_name, not_plain
+from eca_fused.attention.residual_tail import DROP_PATHS, TailParts, why_called
+from eca_fused.conversion.recognise import arguments_of
+from eca_fused.conversion.tailed import (
+    Container,
+    Program,
+    Slice,
+    Step,
+    Tail,
+    Value,
+    module_at,
+    names_of_children,
+    tensor_at,
+)
+from eca_fused.conversion.tracing import (
+    PLAIN,
+    NoTail,
+    Steps,
+    is_container,
+    is_in_place,
+    steps_of,
+    values_in,
+)
+from eca_fused.layer import ECALayer
+from eca_fused.torch_state import BatchNorm, does_more
+
+__all__ = ["is_attention", "program_of"]
+
+ADDITIONS = ("operator.add", "operator.iadd", "torch.add", "add", "add_")
+PRODUCTS = ("operator.mul", "operator.imul", "torch.mul", "mul", "mul_")
+ACTIVATIONS = {
+    "F.relu": "relu",
+    "torch.relu": "relu",
+    "torch.relu_": "relu",
+    "relu": "relu",
+    "relu_": "relu",
+    "F.silu": "silu",
+    "F.gelu": "gelu",
+}
+OF_MODULES = frozenset(vars(nn.Module()))  # such as training, and what hooks change
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module's gates may be known."""
+    return isinstance(module, ECALayer | ChannelAttention) or full_name(module) in NETWORKS
+
+
+class _Branch(NamedTuple):
+    """What was found from an operand of the addition backwards."""
+
+    start: Value  # what the tail begins with
+    members: tuple[int, ...]  # the numbers of the values that the tail replaces
+    names: dict[str, str]  # bn, attention and drop_path
+    factors: tuple[float | str, ...]
+    idle: tuple[str, ...]
+    reason: str  # why it goes no further
+
+    def rank(self) -> tuple[bool, ...]:
+        return tuple(name in self.names for name in ("attention", "drop_path", "bn"))
+
+
+class _Search:
+    def __init__(self, block: nn.Module, steps: Steps) -> None:
+        self.block = block
+        self.steps = steps
+
+    def _called(self, value: Value) -> tuple[str, nn.Module, Value] | None:
+        """The name, the module and the argument of a module that makes a value from one map."""
+        step = self.steps.of(value)
+        if step is None or step.kind != "module" or len(step.args) != 1 or step.kwargs:
+            return None
+        argument = step.args[0]
+        if not isinstance(argument, Value):
+            return None
+        return step.target, module_at(self.block, step.target), argument
+
+    def _used_once(self, value: Value) -> bool:
+        return self.steps.uses[value.number] == 1
+
+    def _factor(self, value: Value) -> tuple[float | str, Value] | None:
+        """The factor of a product, and the map."""
+        step = self.steps.of(value)
+        if step is None or step.target not in PRODUCTS or len(step.args) != 2 or step.kwargs:
+            return None
+        for factor, other in (step.args, step.args[::-1]):
+            if not isinstance(other, Value):
+                continue
+            if isinstance(factor, float | int) and not isinstance(factor, bool):
+                return float(factor), other
+            made = self.steps.of(factor) if isinstance(factor, Value) else None
+            if made is not None and made.kind == "attribute":
+                tensor = tensor_at(self.block, made.target)
+                if tensor.dim() == 0 and tensor.is_floating_point():
+                    return made.target, other
+        return None
+
+    def branch(self, operand: Value) -> _Branch:
+        """The norm, the attention, the drop path and the factors that end in an operand."""
+        value, members = operand, []
+        names: dict[str, str] = {}
+        factors: list[float | str] = []
+        idle: list[str] = []
+        while True:
+            if not self._used_once(value):
+                reason = f"the result of {self._described(value)} has more than one use"
+                break
+            called, product = self._called(value), self._factor(value)
+            if product is not None and "attention" not in names:
+                factor, below = product
+                factors.append(factor)
+            elif called is None:
+                reason = f"its branch ends in {self._described(value)}"
+                break
+            else:
+                name, module, below = called
+                if type(module) is nn.Identity and not does_more(module):
+                    idle.append(name)
+                elif isinstance(module, BatchNorm):
+                    reason = not_plain(module) or ""
+                    if reason:
+                        break
+                    names["bn"] = name
+                    members.append(value.number)
+                    value = below
+                    break
+                elif "attention" in names:
+                    reason = ""
+                    break
+                elif full_name(module) in DROP_PATHS and "drop_path" not in names:
+                    names["drop_path"] = name
+                else:
+                    found = TailParts(None, module, None, None, "none")
+                    reason = (why_called(found) or "") if is_attention(module) else ""
+                    if reason or not is_attention(module):
+                        reason = reason or f"its branch ends in {self._described(value)}"
+                        break
+                    names["attention"] = name
+            members.append(value.number)
+            value = below
+        return _Branch(value, tuple(members), names, tuple(factors), tuple(idle), reason)
+
+    def shortcut(self, operand: Value) -> tuple[Value, str | None, tuple[int, ...]]:
+        """The start of a shortcut, the norm that it ends in, and what the tail replaces of it."""
+        called = self._called(operand)
+        if called is not None and self._used_once(operand):
+            name, module, below = called
+            if isinstance(module, BatchNorm) and not_plain(module) is None:
+                return below, name, (operand.number,)
+        return operand, None, ()
+
+    def _is_made(self, value: Value) -> bool:
+        """Whether a value is surely not the block's input."""
+        called = self._called(value)
+        return called is not None and type(called[1]) is not nn.Identity
+
+    def _described(self, value: Value) -> str:
+        step = self.steps.of(value)
+        if step is None:
+            return "its input"
+        if step.kind != "module":
+            return step.target
+        return f"{step.target} ({type(module_at(self.block, step.target)).__name__})"
+
+    def activation(self) -> tuple[str, bool, Value, tuple[int, ...]]:
+        """The activation after the addition, whether it is a module, and what it is applied to."""
+        output: Value = self.steps.output
+        step, called = self.steps.of(output), self._called(output)
+        if called is not None and not any(True for _ in called[1].parameters()):
+            return called[0], True, called[2], (output.number,)
+        kind = ACTIVATIONS.get(step.target) if step is not None and step.kind != "module" else None
+        if step is None or kind is None or not isinstance(step.args[0], Value):
+            return "none", False, output, ()
+        if kind == "gelu" and (len(step.args) > 1 or step.kwargs):  # approximate
+            return "none", False, output, ()
+        return kind, False, step.args[0], (output.number,)
+
+    def addition(self, value: Value) -> tuple[Value, Value, bool] | None:
+        """The operands of an addition, and whether it is written over the first."""
+        step = self.steps.of(value)
+        if step is None or step.target not in ADDITIONS or step.kwargs or len(step.args) != 2:
+            return None
+        a, b = step.args
+        if not isinstance(a, Value) or not isinstance(b, Value) or a == b:
+            return None
+        return a, b, is_in_place(step)
+
+    def tail(self) -> tuple[Tail, set[int]] | None:
+        """The tail, and the numbers of the values that it replaces; None without an addition.
+
+        Raises:
+            NoTail: there is an addition, but the tail is not one operation.
+        """
+        if not isinstance(self.steps.output, Value):
+            return None
+        activation, is_module, total, after = self.activation()
+        operands = self.addition(total)
+        if operands is None:
+            return None
+        if is_module:
+            module = module_at(self.block, activation)
+            reason = why_called(TailParts(None, None, None, None, module))
+            if reason is not None:
+                raise NoTail(reason, is_residual=True)
+        if after and not self._used_once(total):
+            raise NoTail("the sum has more than one use", is_residual=True)
+        first, second = self.branch(operands[0]), self.branch(operands[1])
+        swap = second.rank() > first.rank()
+        branch, other = (second, operands[0]) if swap else (first, operands[1])
+        if not {"bn", "attention"} & branch.names.keys():
+            computed = [found for found in (first, second) if found.start.number] or [first]
+            raise NoTail(computed[0].reason, is_residual=True)
+        if swap and operands[2] and not self._is_made(other):
+            raise NoTail("the addition is written over the block's input", is_residual=True)
+        shortcut, identity_bn, replaced = self.shortcut(other)
+        tail = Tail(
+            branch.start,
+            shortcut,
+            branch.names.get("bn"),
+            branch.names.get("attention"),
+            branch.names.get("drop_path"),
+            identity_bn,
+            activation,
+            is_module,
+            branch.factors,
+            branch.idle,
+        )
+        return tail, {*after, total.number, *branch.members, *replaced}
+
+
+# ---- the program ----
+
+
+def program_of(block: nn.Module) -> Program | None:
+    """The program of a block; None if it does not end in an addition. The block is not changed.
+
+    Raises:
+        NoTail: it keeps its forward.
+    """
+    if len(arguments_of(type(block).forward)) != 1:
+        raise NoTail("its forward takes more than one map")
+    trained, evaluated = (steps_of(block, training) for training in (True, False))
+    found = _Search(block, trained).tail()
+    if found is None:
+        return None
+    if trained != evaluated:
+        raise NoTail("its forward depends on whether it trains", is_residual=True)
+    tail, replaced = found
+    steps, tail = _without(trained.steps, replaced, tail)
+    plain = {n: v for n, v in vars(block).items() if isinstance(v, PLAIN) and n not in OF_MODULES}
+    constants = tuple(plain.items())
+    return Program(steps, tail, tuple(_containers(block, "")), names_of_children(block), constants)
+
+
+def _containers(block: nn.Module, prefix: str) -> Iterator[Container]:
+    """All containers in a block, outer ones first."""
+    for name, module in block.named_children():
+        if is_container(module):
+            yield Container(prefix + name, type(module), names_of_children(module))
+            yield from _containers(module, f"{prefix}{name}.")
+
+
+def _without(steps: list[Step], replaced: set[int], tail: Tail) -> tuple[tuple[Step, ...], Tail]:
+    """The steps before a tail, numbered anew, with what each of them frees."""
+    kept = [number for number in range(1, len(steps) + 1) if number not in replaced]
+    read = values_in([steps[number - 1][2:4] for number in kept] + [tail.branch, tail.shortcut])
+    numbers = {0: 0}
+    for number in kept:
+        if steps[number - 1].kind != "attribute" or Value(number) in read:
+            numbers[number] = len(numbers)
+
+    def renumbered(argument: Any) -> Any:
+        if isinstance(argument, Value):
+            return Value(numbers[argument.number])
+        if isinstance(argument, tuple):
+            parts = [renumbered(part) for part in argument]
+            return type(argument)(*parts) if isinstance(argument, Slice) else tuple(parts)
+        return argument
+
+    tail = tail._replace(branch=renumbered(tail.branch), shortcut=renumbered(tail.shortcut))
+    needed = {tail.branch.number, tail.shortcut.number}
+    made: list[Step] = []
+    for number in reversed([n for n in numbers if n]):
+        old = steps[number - 1]
+        args, kwargs = renumbered(old.args), renumbered(old.kwargs)
+        used = {value.number for value in values_in((args, kwargs))} | {numbers[number]}
+        made.append(Step(old.kind, old.target, args, kwargs, tuple(sorted(used - needed))))
+        needed |= used
+    return tuple(reversed(made)), tail
