@@ -103,47 +103,60 @@ class _Search:
                     return made.target, other
         return None
 
+    def _part(self, value: Value, names: dict[str, str]) -> tuple[str, str, Value]:
+        """What a value's module is in a tail, its name and its argument.
+
+        Args:
+            value: the value.
+            names: of the parts that come later in the tail.
+
+        Raises:
+            NoTail: it is in no tail.
+        """
+        called = self._called(value)
+        if called is None:
+            raise NoTail(f"its branch ends in {self._described(value)}")
+        name, module, below = called
+        reason = None
+        if type(module) is nn.Identity and not does_more(module):
+            kind = "idle"
+        elif isinstance(module, BatchNorm):
+            kind, reason = "bn", not_plain(module)
+        elif full_name(module) in DROP_PATHS and not names:
+            kind, reason = "drop_path", why_called(TailParts(None, None, module, None, "none"))
+        elif is_attention(module) and "attention" not in names:
+            kind, reason = "attention", why_called(TailParts(None, module, None, None, "none"))
+        else:
+            raise NoTail(f"its branch ends in {self._described(value)}")
+        if reason is not None:
+            raise NoTail(reason)
+        return kind, name, below
+
     def branch(self, operand: Value) -> _Branch:
         """The norm, the attention, the drop path and the factors that end in an operand."""
-        value, members = operand, []
+        value, reason = operand, ""
+        members: list[int] = []
         names: dict[str, str] = {}
         factors: list[float | str] = []
         idle: list[str] = []
-        while True:
+        while "bn" not in names:
             if not self._used_once(value):
                 reason = f"the result of {self._described(value)} has more than one use"
                 break
-            called, product = self._called(value), self._factor(value)
-            if product is not None and "attention" not in names:
+            product = None if "attention" in names else self._factor(value)
+            if product is not None:
                 factor, below = product
                 factors.append(factor)
-            elif called is None:
-                reason = f"its branch ends in {self._described(value)}"
-                break
             else:
-                name, module, below = called
-                if type(module) is nn.Identity and not does_more(module):
+                try:
+                    kind, name, below = self._part(value, names)
+                except NoTail as why:
+                    reason = str(why)
+                    break
+                if kind == "idle":
                     idle.append(name)
-                elif isinstance(module, BatchNorm):
-                    reason = not_plain(module) or ""
-                    if reason:
-                        break
-                    names["bn"] = name
-                    members.append(value.number)
-                    value = below
-                    break
-                elif "attention" in names:
-                    reason = ""
-                    break
-                elif full_name(module) in DROP_PATHS and "drop_path" not in names:
-                    names["drop_path"] = name
                 else:
-                    found = TailParts(None, module, None, None, "none")
-                    reason = (why_called(found) or "") if is_attention(module) else ""
-                    if reason or not is_attention(module):
-                        reason = reason or f"its branch ends in {self._described(value)}"
-                        break
-                    names["attention"] = name
+                    names[kind] = name
             members.append(value.number)
             value = below
         return _Branch(value, tuple(members), names, tuple(factors), tuple(idle), reason)

@@ -12,6 +12,7 @@ from eca_fused.attention.residual_tail import ResidualTail
 from eca_fused.conversion.search import is_attention, program_of
 from eca_fused.conversion.tailed import PROGRAM, Program, former, module_at, tailed
 from eca_fused.conversion.tracing import NoTail, near_modules
+from eca_fused.layer import ECALayer
 from eca_fused.torch_state import BatchNorm, Convolution, hooks_of, is_compiled, without_modes
 
 __all__ = ["Examined", "examine"]
@@ -130,6 +131,7 @@ def _difference(block: nn.Module, program: Program) -> str | None:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
     ):
         try:
             theirs = _copy(block)
@@ -157,7 +159,11 @@ def _copy(block: nn.Module) -> nn.Module:
         memo[id(tensor)] = _random(tensor, generator)
     for module in block.modules():
         memo.update({id(hooks): type(hooks)() for hooks in hooks_of(module)})
-    return copy.deepcopy(block, memo)
+    twin = copy.deepcopy(block, memo)
+    for module in twin.modules():
+        if isinstance(module, ECALayer):  # which would overwrite what a gradient needs
+            module.overwrites = False
+    return twin
 
 
 def _random(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,446 @@
+"""convert(tails=True): residual blocks with their tail as one operation compute the same."""
+
+import copy
+import io
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from eca_fused import convert, models, revert
+from eca_fused.attention import residual_tail
+from eca_fused.conversion import tailed
+from eca_fused.ops import native
+from helpers.cases import needs_extension
+from helpers.residual_blocks import (
+    Block,
+    as_before,
+    assert_the_same,
+    converted,
+    everywhere_something,
+    image,
+    no_norm,
+    steps,
+    with_downsample,
+)
+
+pytestmark = pytest.mark.every_torch
+
+# Without kernels, a tail calls its modules.
+HOW = "fused" if native.missing is None else "called"
+QUARTER = (16, 32, 64, 128)
+NFNET = {"channels": (64, 128, 256, 256), "group_size": 16, "num_features": 256}
+
+
+# ---- families of networks ----
+
+
+def of_timm(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        timm: Any = pytest.importorskip("timm", reason="needs timm: make test installs it")
+        return timm.create_model(name, num_classes=2, **options)  # type: ignore[no-any-return]
+
+    return build
+
+
+def of_torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        network = pytest.importorskip("torchvision.models", reason="needs torchvision")
+        if name != "ResNet":
+            return network.get_model(name, num_classes=2)  # type: ignore[no-any-return]
+        return network.resnet.ResNet(network.resnet.Bottleneck, (1, 2, 1, 1), 2)  # type: ignore[no-any-return]
+
+    return build
+
+
+SMALL: dict[str, Any] = {"layers": (1, 2, 1, 1), "channels": QUARTER}
+# What builds a network, the number of its blocks, and of those that are left.
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "resnet18 of timm": (of_timm("resnet18", **SMALL), 5, 0),
+    "drop paths": (of_timm("resnet18", drop_path_rate=0.2, **SMALL), 5, 0),
+    "anti-aliasing": (of_timm("resnetaa50", **SMALL), 5, 0),
+    "SE": (of_timm("seresnet18", **SMALL), 5, 0),
+    "ECA": (of_timm("ecaresnet26t", **SMALL), 5, 0),
+    "ECA, drop paths": (of_timm("ecaresnet50d", drop_path_rate=0.2, **SMALL), 5, 0),
+    "ResNet-RS": (of_timm("resnetrs50", **SMALL), 5, 0),
+    "ResNeXt": (of_timm("ecaresnext26t_32x4d", **SMALL), 5, 0),
+    "SE between, ByobNet": (of_timm("seresnext26ts"), 8, 0),
+    "NFNet": (of_timm("eca_nfnet_l0", depths=(1, 2, 1, 1), drop_path_rate=0.2, **NFNET), 5, 0),
+    "RegNet": (of_timm("regnety_002"), 13, 0),
+    "EfficientNet": (of_timm("efficientnet_b0", drop_path_rate=0.2), 9, 0),
+    "MobileNetV3": (of_timm("mobilenetv3_small_050"), 7, 0),
+    "Res2Net": (of_timm("res2net50_26w_4s", layers=(1, 2, 1, 1)), 5, 0),
+    "SKNet": (of_timm("skresnet18", **SMALL), 5, 0),
+    "GhostNet": (of_timm("ghostnet_050"), 5, 4),
+    "pre-activation": (of_timm("resnetv2_50", layers=(1, 1, 1, 1)), 0, 4),
+    "resnet18 of torchvision": (of_torchvision("resnet18"), 8, 0),
+    "Bottleneck of torchvision": (of_torchvision("ResNet"), 5, 0),
+    "MobileNetV3 of torchvision": (of_torchvision("mobilenet_v3_small"), 6, 0),
+    "EfficientNet of torchvision": (of_torchvision("efficientnet_b0"), 9, 0),
+    "RegNet of torchvision": (of_torchvision("regnet_y_400mf"), 16, 0),
+    "resnet18": (lambda: models.resnet(18, num_classes=2), 8, 0),
+    "Bottleneck": (lambda: models.ResNet(models.Bottleneck, (1, 2, 1, 1), num_classes=2), 5, 0),
+    "SE-Bottleneck": (
+        lambda: models.ResNet(models.Bottleneck, (1, 1, 1, 1), num_classes=2, attention="se"),
+        4,
+        0,
+    ),
+    "CBAM": (
+        lambda: models.ResNet(models.BasicBlock, (1, 1, 1, 1), num_classes=2, attention="cbam"),
+        3,  # the norm of the shortcut, the addition and the activation
+        1,
+    ),
+    "MobileNetV2": (lambda: models.mobilenetv2(num_classes=2, dropout=0.0), 10, 0),
+    "the authors'": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Block(), with_downsample()), 2, 0),
+}
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A word for each tail that was computed: fused, or by calling its modules."""
+    seen: list[str] = []
+
+    def compute(*arguments: Any) -> Tensor:
+        seen.append("fused")
+        return residual_tail.compute(*arguments)
+
+    def by_calling(*arguments: Any) -> Tensor:
+        seen[-1] = "called"
+        return original(*arguments)
+
+    original = residual_tail.by_calling
+    monkeypatch.setattr(tailed, "compute", compute)
+    monkeypatch.setattr(residual_tail, "by_calling", by_calling)
+    return seen
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training_is_the_same(name: str, computed: list[str]) -> None:
+    build, number, left = FAMILIES[name]
+    model = everywhere_something(build())
+    plain, x = copy.deepcopy(model), torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    report = convert(model, tails=True)
+    assert (len(report.tails), len(report.left)) == (number, left), str(report)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    computed.clear()  # by the trials
+    assert_the_same(steps(model, x), steps(plain, x))
+    assert computed == [HOW] * 3 * number
+    revert(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in plain.modules()]
+    torch.testing.assert_close(model(x), plain(x))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes_are_as_accurate(dtype: torch.dtype) -> None:
+    exact = everywhere_something(nn.Sequential(*(Block() for _ in range(2))))
+    x = torch.randn(2, 8, 16, 16, dtype=torch.float64)
+    plain = copy.deepcopy(exact).to(dtype)
+    ours = copy.deepcopy(plain)
+    exact.load_state_dict(plain.state_dict())  # rounded
+    assert len(convert(ours, tails=True).tails) == 2
+    want = exact(x.to(dtype).double())
+    usual = (plain(x.to(dtype)).double() - want).abs().max()
+    error = (ours(x.to(dtype)).double() - want).abs().max()
+    # Each map between two blocks is rounded once.
+    assert error <= usual + torch.finfo(dtype).eps * want.abs().max()
+
+
+# ---- what a converted model still is ----
+
+
+def test_the_same_objects_before_and_after() -> None:
+    model = nn.Sequential(Block(), with_downsample())
+    modules, parameters = list(model.modules()), list(model.parameters())
+    model[1].bn2.eval()
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    seen: list[str] = []
+    for module in modules:
+        module.register_forward_hook(lambda m, a, y: seen.append(type(m).__name__))
+        module.register_full_backward_hook(lambda m, a, b: seen.append(type(m).__name__))
+    convert(model, tails=True)
+    assert seen == []
+    assert list(model.modules()) == modules
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert not model[1].bn2.training
+    assert model[1].bn1.training
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_block_is_an_instance_of_its_class() -> None:
+    block = converted()
+    assert isinstance(block, Block)
+    assert block.expansion == 1
+    assert torch.equal(block.eval().branch(image()), Block.branch(block, image()))
+    assert "tail: bn2, eca, + shortcut, relu" in repr(block)
+
+
+def test_the_report() -> None:
+    model = nn.Sequential(Block(), with_downsample(), Block(), Block(nn.Identity(), no_norm))
+    report = convert(model, tails=True)
+    assert report.tails["1"] == "Block: bn2, eca, + downsample.1, relu"
+    assert str(report).splitlines() == [
+        "converted 3, tails of blocks 3, left 1",
+        "  eca_layer: 0.eca, 1.eca, 2.eca",
+        "  tail of Block: bn2, eca, + shortcut, relu: 0, 2",
+        "  tail of Block: bn2, eca, + downsample.1, relu: 1",
+        "  left Block: its branch ends in conv2 (Conv2d): 3",
+    ]
+    assert convert(nn.Sequential(Block())).tails == {}
+
+
+def saved_and_loaded(model: nn.Module) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded]
+)
+def test_copies_compute_and_revert(copied: Any) -> None:
+    block = converted()
+    plain = as_before(block)
+    twin = copied(block)
+    assert type(twin) is type(block)
+    assert_the_same(steps(twin, image()), steps(plain, image()))
+    assert revert(twin) == 2
+    assert type(twin) is Block
+
+
+def test_several_conversions() -> None:
+    model = nn.Sequential(Block(), Block())
+    before = [(type(m), list(vars(m))) for m in model.modules()]
+    assert len(convert(model).converted) == 2
+    second = convert(model, tails=True)
+    assert (list(second.tails), second.already_fused) == (["0", "1"], ("0.eca", "1.eca"))
+    third = convert(model, tails=True)
+    assert (third.tails, third.already_fused) == ({}, ("0.eca", "1.eca", "0", "1"))
+    assert revert(model) == 4
+    assert [(type(m), list(vars(m))) for m in model.modules()] == before
+    assert revert(model) == 0
+
+
+def test_a_class_that_was_changed_since() -> None:
+    block = converted()
+    block.__class__ = type("Wrapped", (type(block),), {})
+    with pytest.raises(RuntimeError, match="expected the model as the block that convert"):
+        revert(block)
+
+
+def test_hooks_that_come_later_are_called() -> None:
+    block = converted()
+    plain = as_before(block)
+    seen: list[str] = []
+    handles = [
+        block.get_submodule(name).register_forward_hook(lambda m, a, y, n=name: seen.append(n))
+        for name in ("bn1", "bn2", "eca", "eca.conv")
+    ]
+    torch.testing.assert_close(block(image()), plain(image()))
+    assert seen == ["bn1", "bn2", "eca.conv", "eca"]
+    for handle in handles:
+        handle.remove()
+    block.register_forward_hook(lambda m, a, y: seen.append("block"))
+    torch.testing.assert_close(block(image()), plain(image()))
+    assert seen[4:] == ["block"]
+
+
+def replaced(name: str, module: nn.Module | None) -> Callable[[Any], None]:
+    return lambda block: setattr(block, name, copy.deepcopy(module))
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block, "alpha", 0.25),
+        replaced("downsample", Doubled()),
+        replaced("bn2", nn.Identity()),
+        replaced("bn2", nn.BatchNorm2d(8, eps=0.1).double()),
+        replaced("eca", Doubled()),
+        replaced("relu", nn.SiLU()),
+        replaced("relu", nn.LeakyReLU()),
+        lambda block: block.bn2.eval(),
+        lambda block: block.bn2.register_forward_hook(lambda m, a, y: 2 * y),
+    ],
+)
+def test_what_changes_after_the_conversion_counts(change: Callable[[Any], None]) -> None:
+    class Mine(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            residual = x if self.downsample is None else self.downsample(x)
+            return self.relu(self.alpha * self.branch(x) + residual)  # type: ignore[no-any-return]
+
+    block = converted(Mine())
+    plain = as_before(block)
+    change(block)
+    change(plain)
+    assert_the_same(steps(block, image()), steps(plain, image()))
+
+
+@pytest.mark.parametrize(
+    ("where", "index"),
+    [("downsample", 1), ("downsample", 0), ("downsample", None), ("extra", None)],
+)
+def test_changes_in_containers_count(where: str, index: int | None) -> None:
+    class Mine(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.downsample = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+            self.extra = nn.Identity()
+
+        def branch(self, x: Tensor) -> Tensor:
+            return self.extra(super().branch(x))  # type: ignore[no-any-return]
+
+    def change(block: Any) -> None:
+        if index is None:
+            setattr(block, where, Doubled())
+        else:
+            getattr(block, where)[index].register_forward_hook(lambda m, a, y: 2 * y)
+
+    block = converted(Mine())
+    plain = as_before(block)
+    change(block)
+    change(plain)
+    assert_the_same(steps(block, image()), steps(plain, image()))
+
+
+def test_a_hook_on_a_container_is_called() -> None:
+    block, seen = converted(with_downsample()), []
+    block.downsample.register_forward_hook(lambda m, a, y: seen.append(m))
+    block(image())
+    assert seen == [block.downsample]
+
+
+def test_other_arguments_go_to_the_former_forward() -> None:
+    block = converted().eval()
+    torch.testing.assert_close(block(x=image()), block(image()))
+    with pytest.raises(TypeError, match="positional argument"):
+        block(image(), image())
+
+
+def test_values_are_freed_as_before() -> None:
+    alive: list[Any] = []
+
+    class Watching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            alive.append([made() is not None for made in seen])
+            return x + 0
+
+    seen: list[Any] = []
+    block: Any = Block()
+    block.conv2 = nn.Sequential(block.conv2, Watching())
+    block = converted(block)
+    alive.clear()
+    block.conv1.register_forward_hook(lambda m, a, y: seen.append(weakref.ref(y)))
+    block.relu.inplace = False
+    with torch.no_grad():
+        block(image())
+    assert alive == [[False]]
+
+
+def test_synchronised_batch_norms() -> None:
+    model = nn.Sequential(converted(), converted(with_downsample()))
+    plain = as_before(model)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[0].bn2) is type(model[1].downsample[1]) is nn.SyncBatchNorm
+    assert_the_same(steps(model, image()), steps(plain, image()))
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    if not torch.distributed.is_available():
+        pytest.skip("needs a torch with torch.distributed")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_in_distributed_data_parallel() -> None:
+    model = everywhere_something(nn.Sequential(Block(), with_downsample()))
+    plain = copy.deepcopy(model)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    assert list(convert(wrapped, tails=True).tails) == ["module.0", "module.1"]
+    assert_the_same(steps(wrapped, image()), steps(plain, image()))
+
+
+# ---- compilers ----
+
+
+@needs_extension
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_afterwards(backend: str) -> None:
+    model = nn.Sequential(converted(), converted(with_downsample()))
+    plain = as_before(model)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    assert_the_same(steps(compiled, image()), steps(plain, image()))  # type: ignore[arg-type]
+    graphs: list[str] = []
+
+    def kept(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph
+
+    model.train()
+    torch.compile(model, fullgraph=True, backend=kept)(image())
+    # The tails have no calls of batch norms, of which each block has another.
+    assert graphs[0].count("batch_norm(") == 2
+    plain.train()
+    torch.compile(plain, fullgraph=True, backend=kept)(image())
+    assert graphs[1].count("batch_norm(") == 5
+
+
+def test_of_a_compiled_model_the_inner_modules() -> None:
+    model = everywhere_something(nn.Sequential(Block(), with_downsample()))
+    compiled, plain = torch.compile(model, backend="eager"), copy.deepcopy(model)
+    assert_the_same(steps(compiled, image()), steps(plain, image()))  # type: ignore[arg-type]
+    assert list(convert(compiled, tails=True).tails) == ["_orig_mod.0", "_orig_mod.1"]  # type: ignore[arg-type]
+    assert_the_same(steps(compiled, image()), steps(plain, image()))  # type: ignore[arg-type]
+
+
+def test_scripts_are_refused_and_traces_work() -> None:
+    block = converted().eval()
+    with pytest.raises(RuntimeError, match=r"call eca_fused.revert\(\) before torch.jit.script"):
+        torch.jit.script(block)
+    traced = torch.jit.trace(block, image())
+    torch.testing.assert_close(traced(image()), block(image()))
+    torch.testing.assert_close(
+        torch.fx.symbolic_trace(nn.Sequential(block))(image()), block(image())
+    )
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.device("meta"),
+        torch.autocast("cpu"),
+        FakeTensorMode(),
+    ],
+    ids=lambda mode: type(mode).__name__,
+)
+def test_under_modes(mode: Any) -> None:
+    model = nn.Sequential(Block(), with_downsample())
+    with mode:
+        report = convert(model, tails=True)
+    assert list(report.tails) == ["0", "1"], str(report)
+
+
+def test_modules_without_memory() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(Block(), with_downsample())
+    assert list(convert(model, tails=True).tails) == ["0", "1"]
+    assert model(torch.empty(1, 8, 4, 4, device="meta")).is_meta

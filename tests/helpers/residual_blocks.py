@@ -1,0 +1,105 @@
+"""Residual blocks for convert(tails=True), and how two forms of a network are compared."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eca_fused import convert, revert
+from helpers.eca_modules import eca_layer
+
+
+class Block(nn.Module):
+    """A residual block as the ECA-Net authors write it, with parts that a test can replace."""
+
+    expansion = 1
+
+    def __init__(self, attention: nn.Module | None = None, norm: Any = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn2 = norm(8)
+        self.eca = eca_layer(8) if attention is None else attention
+        self.alpha = 0.5
+        self.downsample: nn.Module | None = None
+
+    def branch(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        return self.eca(self.bn2(self.conv2(out)))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        out = self.branch(x)
+        if self.downsample is not None:
+            residual = self.downsample(x)
+        out += residual
+        return self.relu(out)  # type: ignore[no-any-return]
+
+
+def with_downsample() -> Block:
+    block = Block()
+    block.downsample = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
+    return block
+
+
+def steps(model: nn.Module, x: Tensor, number: int = 2) -> tuple[Tensor, ...]:
+    """The outputs and gradients of some steps of SGD, the state after them, and then eval's y."""
+    torch.manual_seed(1)  # of drop paths
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    found = []
+    for _ in range(number):
+        optimizer.zero_grad()
+        y = model.train()(x)
+        y.square().mean().backward()
+        found += [y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+        optimizer.step()
+    found += [t.clone() for t in model.state_dict().values()]
+    with torch.no_grad():
+        found.append(model.eval()(x))
+    return tuple(found)
+
+
+def assert_the_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        # Relative to the largest value: a sum that cancels keeps the errors of its terms.
+        largest = float(b.abs().max()) if b.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7 * max(largest, 1.0))
+
+
+def everywhere_something(model: nn.Module) -> Any:
+    """The model in float64. No parameter is all zeros, with which timm starts many."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.double().parameters():
+            if not parameter.any():
+                parameter.uniform_(-0.5, 0.5)
+    return model
+
+
+def converted(block: nn.Module | None = None) -> Any:
+    """A block in float64 with its tail as one operation."""
+    block = everywhere_something(Block() if block is None else block)
+    report = convert(block, tails=True)
+    assert list(report.tails) == [""], str(report)
+    return block
+
+
+def image(requires_grad: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(2, 8, 6, 5, dtype=torch.float64, generator=generator)
+    return x.requires_grad_(requires_grad)
+
+
+def as_before(block: nn.Module) -> Any:
+    """A copy of a converted block with its former forward."""
+    plain = copy.deepcopy(block)
+    revert(plain)
+    return plain
+
+
+def no_norm(channels: int) -> nn.Module:
+    return nn.Identity()
