@@ -72,11 +72,11 @@ def convert(
     compiled models the inner modules are converted.
 
     With tails=True, residual blocks compute their tail as one operation, as ResidualTail does. The
-    tail is batch norm or attention or both, a drop path, the addition and an activation. Blocks are
-    found by the graph of their forward. For each kind of block, copies run with and without the
-    change, and must give the same output, gradients and running statistics. A block keeps its
-    submodules and stays an instance of its class. Modules of a tail that later get hooks are
-    called.
+    tail is batch norm or attention or both, a drop path, the addition and an activation. Without an
+    addition, as where MobileNetV2 strides, it is batch norm and attention. Blocks are found by the
+    graph of their forward. For each kind of block, copies run with and without the change, and must
+    give the same output, gradients and running statistics. A block keeps its submodules and stays
+    an instance of its class. Modules of a tail that later get hooks are called.
 
     Args:
         model: any module.

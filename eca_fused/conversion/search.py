@@ -207,7 +207,9 @@ class _Search:
         return a, b, is_in_place(step)
 
     def tail(self) -> tuple[Tail, set[int]] | None:
-        """The tail, and the numbers of the values that it replaces; None without an addition.
+        """The tail, and the numbers of the values that it replaces; None for other forwards.
+
+        Without an addition there is a tail only if a norm and an attention end the forward.
 
         Raises:
             NoTail: there is an addition, but the tail is not one operation.
@@ -216,13 +218,16 @@ class _Search:
             return None
         activation, is_module, total, after = self.activation()
         operands = self.addition(total)
+        module = module_at(self.block, activation) if is_module else activation
+        reason = why_called(TailParts(None, None, None, None, module))
         if operands is None:
-            return None
-        if is_module:
-            module = module_at(self.block, activation)
-            reason = why_called(TailParts(None, None, None, None, module))
-            if reason is not None:
-                raise NoTail(reason, is_residual=True)
+            branch = self.branch(total)
+            if reason is not None or not {"bn", "attention"} <= branch.names.keys():
+                return None
+            replaced = {*after, *branch.members}
+            return _tail(branch, None, None, activation, is_module), replaced
+        if reason is not None:
+            raise NoTail(reason, is_residual=True)
         if after and not self._used_once(total):
             raise NoTail("the sum has more than one use", is_residual=True)
         first, second = self.branch(operands[0]), self.branch(operands[1])
@@ -233,27 +238,37 @@ class _Search:
             raise NoTail(computed[0].reason, is_residual=True)
         if swap and operands[2] and not self._is_made(other):
             raise NoTail("the addition is written over the block's input", is_residual=True)
-        shortcut, identity_bn, replaced = self.shortcut(other)
-        tail = Tail(
-            branch.start,
-            shortcut,
-            branch.names.get("bn"),
-            branch.names.get("attention"),
-            branch.names.get("drop_path"),
-            identity_bn,
-            activation,
-            is_module,
-            branch.factors,
-            branch.idle,
-        )
-        return tail, {*after, total.number, *branch.members, *replaced}
+        shortcut, identity_bn, of_shortcut = self.shortcut(other)
+        replaced = {*after, total.number, *branch.members, *of_shortcut}
+        return _tail(branch, shortcut, identity_bn, activation, is_module), replaced
+
+
+def _tail(
+    branch: _Branch,
+    shortcut: Value | None,
+    identity_bn: str | None,
+    activation: str,
+    calls_activation: bool,
+) -> Tail:
+    return Tail(
+        branch.start,
+        shortcut,
+        branch.names.get("bn"),
+        branch.names.get("attention"),
+        branch.names.get("drop_path"),
+        identity_bn,
+        activation,
+        calls_activation,
+        branch.factors,
+        branch.idle,
+    )
 
 
 # ---- the program ----
 
 
 def program_of(block: nn.Module) -> Program | None:
-    """The program of a block; None if it does not end in an addition. The block is not changed.
+    """The program of a block; None if its forward does not end like that of a residual block.
 
     Raises:
         NoTail: it keeps its forward.
@@ -284,7 +299,8 @@ def _containers(block: nn.Module, prefix: str) -> Iterator[Container]:
 def _without(steps: list[Step], replaced: set[int], tail: Tail) -> tuple[tuple[Step, ...], Tail]:
     """The steps before a tail, numbered anew, with what each of them frees."""
     kept = [number for number in range(1, len(steps) + 1) if number not in replaced]
-    read = values_in([steps[number - 1][2:4] for number in kept] + [tail.branch, tail.shortcut])
+    of_tail = [value for value in (tail.branch, tail.shortcut) if value is not None]
+    read = values_in([steps[number - 1][2:4] for number in kept] + of_tail)
     numbers = {0: 0}
     for number in kept:
         if steps[number - 1].kind != "attribute" or Value(number) in read:
@@ -299,7 +315,7 @@ def _without(steps: list[Step], replaced: set[int], tail: Tail) -> tuple[tuple[S
         return argument
 
     tail = tail._replace(branch=renumbered(tail.branch), shortcut=renumbered(tail.shortcut))
-    needed = {tail.branch.number, tail.shortcut.number}
+    needed = {value.number for value in values_in([tail.branch, tail.shortcut])}
     made: list[Step] = []
     for number in reversed([n for n in numbers if n]):
         old = steps[number - 1]

@@ -110,7 +110,8 @@ class Tail(NamedTuple):
     """The tail by the names of its parts in the block; None for absent ones.
 
     Args:
-        branch, shortcut: the maps that are added.
+        branch: what the tail begins with.
+        shortcut: what is added; None if nothing is.
         activation: the name of a module, or one of ACTIVATIONS.
         calls_activation: whether activation is the name of a module.
         factors: numbers, and names of tensors without dimensions.
@@ -118,7 +119,7 @@ class Tail(NamedTuple):
     """
 
     branch: Value
-    shortcut: Value
+    shortcut: Value | None
     bn: str | None
     attention: str | None
     drop_path: str | None
@@ -129,10 +130,12 @@ class Tail(NamedTuple):
     idle: tuple[str, ...]
 
     def __str__(self) -> str:
-        branch = [name for name in (self.bn, self.attention, self.drop_path) if name is not None]
-        shortcut = "shortcut" if self.identity_bn is None else self.identity_bn
-        after = "" if self.activation == "none" else f", {self.activation}"
-        return f"{', '.join(branch)}, + {shortcut}{after}"
+        names = [name for name in (self.bn, self.attention, self.drop_path) if name is not None]
+        if self.shortcut is not None:
+            names.append(f"+ {self.identity_bn or 'shortcut'}")
+        if self.activation != "none":
+            names.append(self.activation)
+        return ", ".join(names)
 
 
 class Container(NamedTuple):
@@ -262,8 +265,8 @@ class TailedBlock(nn.Module):
             for number in step.free:
                 values[number] = None
         tail = program.tail
-        x, shortcut = values[tail.branch.number], values[tail.shortcut.number]
-        return compute(_parts(self, tail), x, shortcut)
+        shortcut = None if tail.shortcut is None else values[tail.shortcut.number]
+        return compute(_parts(self, tail), values[tail.branch.number], shortcut)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles and copies name the former class, because this one is made at run time."""

@@ -77,7 +77,7 @@ def _has_norm_and_attention(block: nn.Module) -> bool:
 
 
 def _program(block: nn.Module) -> Program | None:
-    """The program of a block; None if it does not end in an addition.
+    """The program of a block; None if its forward does not end like that of a residual block.
 
     Raises:
         NoTail: the block keeps its forward.

@@ -39,6 +39,7 @@ def forwards_of_tails() -> dict[str, Callable[[Any, Tensor], Tensor]]:
         "functions": lambda m, x: F.relu(torch.add(m.branch(x), x)),
         "in place": lambda m, x: m.branch(x).add_(x).relu_(),
         "no activation": lambda m, x: m.branch(x) + x,
+        "no addition": lambda m, x: m.relu(m.branch(x)),
         "silu": lambda m, x: F.silu(m.branch(x) + x, inplace=True),
         "gelu": lambda m, x: F.gelu(m.branch(x) + x),
         "shortcut first": lambda m, x: torch.relu(x + m.branch(x)),
@@ -191,6 +192,9 @@ def test_networks_without_residual_blocks() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), ECALayer(8), layer)
     report = convert(model, tails=True)
+    assert (report.tails, report.left) == ({}, {})
+    plain = type("Plain", (Block,), {"forward": lambda m, x: m.relu(m.bn1(m.conv1(x)))})()
+    report = convert(plain, tails=True)
     assert (report.tails, report.left) == ({}, {})
 
 

@@ -95,7 +95,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
         3,  # the norm of the shortcut, the addition and the activation
         1,
     ),
-    "MobileNetV2": (lambda: models.mobilenetv2(num_classes=2, dropout=0.0), 10, 0),
+    "MobileNetV2": (lambda: models.mobilenetv2(num_classes=2, dropout=0.0), 17, 0),
     "the authors'": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Block(), with_downsample()), 2, 0),
 }
 
