@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from eca_fused import ECALayer, convert, revert
+from eca_fused.conversion import tailed
 from helpers.residual_blocks import (
     Block,
     as_before,
@@ -186,6 +187,24 @@ def test_blocks_that_are_left(name: str) -> None:
     if reason is not None:
         with pytest.raises(AssertionError, match=reason):
             raise AssertionError(report.left["0"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda y: 1.001 * y, "the output differs in a trial"),
+        (lambda y: y + 0.001 * (y - y.detach()), "the gradient of the input differs in a trial"),
+        (lambda y: y.chunk(0), "a trial on small maps fails: chunk expects"),
+    ],
+)
+def test_a_block_that_computes_something_else_is_left(
+    wrong: Callable[[Tensor], Tensor], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = tailed.compute
+    monkeypatch.setattr(tailed, "compute", lambda *arguments: wrong(compute(*arguments)))
+    report = convert(nn.Sequential(Block()), tails=True)
+    assert report.tails == {}
+    assert reason in report.left["0"]
 
 
 def test_networks_without_residual_blocks() -> None:
