@@ -146,7 +146,7 @@ def _scale(parts: TailParts, x: Tensor) -> Tensor | None:
     drop = _drop_factor(parts.drop_path, x)
     own = parts.scale
     if isinstance(own, Tensor):
-        own = own.reshape(()).to(sums_dtype(x)).expand(x.shape[0])
+        own = own.reshape(()).to(x.device, sums_dtype(x)).expand(x.shape[0])
     elif own == 1.0:
         return None if drop is None else drop.to(sums_dtype(x))
     else:

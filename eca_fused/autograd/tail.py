@@ -32,6 +32,7 @@ from eca_fused.autograd.tail_parts import (
     needs_identity,
     needs_sums,
     plain_gradients,
+    plain_gradients_of_tail,
     plainly,
     slope_of_factor,
     stacked,
@@ -49,7 +50,6 @@ from eca_fused.ops.tail import (
     given_mean,
     mean_of_normed,
     norms,
-    plain,
     plain_mean,
 )
 
@@ -99,7 +99,8 @@ class Tail(torch.autograd.Function):
         t, o, kernels = TailTensors(*saved), ctx.options, ctx.kernels
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
         if plainly(dy):
-            return None, None, *plain_gradients(plain, dy, t, o, needed), *(None,) * 5
+            gradients = plain_gradients_of_tail(dy, t, o, needed, kernels, mask)
+            return None, None, *gradients, *(None,) * 5
         own, identity = norms(t, o)
         k = store(t, gate, own, identity)
         sums = None
@@ -173,7 +174,8 @@ class BlockTail(torch.autograd.Function):
         t, o, kernels = TailTensors(*saved), ctx.options, ctx.kernels
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
         if plainly(dy):
-            return None, None, *plain_gradients(plain, dy, t, o, needed), *(None,) * 5
+            gradients = plain_gradients_of_tail(dy, t, o, needed, kernels, mask)
+            return None, None, *gradients, *(None,) * 5
         own, identity = norms(t, o)
         scale, channels = _block_coefficients(t, own, identity)
         with_identity = needs_identity(t, o, needed)
@@ -287,7 +289,8 @@ class LinkedTail(torch.autograd.Function):
         t, o, kernels = TailTensors(*saved), ctx.options, ctx.kernels
         needed = tuple(ctx.needs_input_grad[3 : 3 + WITH_GRADIENT])
         if torch.compiler.is_compiling() or plainly(dy):
-            return None, None, None, *plain_gradients(plain, dy, t, o, needed), *(None,) * 5
+            gradients = plain_gradients_of_tail(dy, t, o, needed, kernels, mask)
+            return None, None, None, *gradients, *(None,) * 5
         own, identity = norms(t, o)
         k = store(t, t.gate, own, identity)
         sums = sum_over_planes(kernels, dy, t, o, mask, k, needed)

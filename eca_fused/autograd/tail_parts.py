@@ -16,6 +16,7 @@ from eca_fused.ops.tail import (
     coefficients,
     factor_of,
     norm_gradients,
+    plain,
 )
 from eca_fused.torch_state import add_over_processes, batched_by_autograd, transformed
 
@@ -35,6 +36,7 @@ __all__ = [
     "needs_identity",
     "needs_sums",
     "plain_gradients",
+    "plain_gradients_of_tail",
     "plainly",
     "slope_of_factor",
     "stacked",
@@ -113,6 +115,8 @@ def plain_gradients(
         views = [
             None if s is None else s.view_as(s) if again else s.detach() for s in t[:WITH_GRADIENT]
         ]
+        if needed[IDENTITY] and views[IDENTITY] is None:  # not kept, as it is only added
+            views[IDENTITY] = t.x.new_zeros(()).expand(t.x.shape)
         for view, need in zip(views, needed, strict=True):
             if view is not None and need and not view.requires_grad:
                 view.requires_grad_()
@@ -120,6 +124,30 @@ def plain_gradients(
         asked = [v for v, need in zip(views, needed, strict=True) if need and v is not None]
         found = iter(torch.autograd.grad(y, asked, dy, create_graph=again, materialize_grads=True))
     return tuple(next(found) if need else None for need in needed)
+
+
+def plain_gradients_of_tail(
+    dy: Tensor,
+    t: TailTensors,
+    o: TailOptions,
+    needed: tuple[bool, ...],
+    kernels: TailKernels,
+    mask: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of y, differentiable again. Raises as plain_gradients()."""
+    if o.activation != "relu":
+        return plain_gradients(plain, dy, t, o, needed)
+    # The mask says where v was positive. The identity, which v needs for that, may not be kept.
+    none, ones = stacked(planes_of(t.x), 0.0, 0.0), stacked(channels_of(t.x), 0.0, 1.0, 0.0, 0.0)
+    args = (torch.ones_like(t.x), t.x, None, mask, none, ones[:3])
+    with torch.no_grad():
+        flags = (False, False, False, True)
+        _, kept_part = kernels.tail_gradients(*args, none, ones, o.number, *flags)
+
+    def masked(views: TailTensors, options: TailOptions) -> Tensor:
+        return plain(views, options._replace(activation="none")) * kept_part
+
+    return plain_gradients(masked, dy, t, o, needed)
 
 
 # ---- the backward pass after the gate's ----

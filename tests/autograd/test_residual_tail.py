@@ -203,6 +203,38 @@ def test_gradcheck(gate, backend):
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
+@each_backend
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_second_order(activation, gate, backend):
+    """Also where the identity is not kept, and where it needs no gradient."""
+    for with_identity, needs in ((False, False), (True, False), (True, True)):
+        case = make_tail((2, 4, 3, 3), gate=gate, with_scale=True, activation=activation)
+        names = ["x", "weight", "gate", "scale"] + ["identity"] * needs
+
+        def second(function, case=case, names=names, with_identity=with_identity):
+            given = {n: getattr(case, n) for n in ("x", "identity", "weight", "gate", "scale")}
+            if not with_identity:
+                given["identity"] = None
+            given = {
+                n: t if t is None else t.detach().requires_grad_(n in names)
+                for n, t in given.items()
+            }
+            asked = [t for n, t in given.items() if t is not None and n in names]
+            rest = {n: given[n] for n in ("gate", "scale")}
+            maps = (given["x"], given["identity"], given["weight"])
+            y = function(*maps, **rest, activation=case.activation)
+            first = torch.autograd.grad(y, asked, case.dy, create_graph=True)
+            two = torch.stack([case.dy, case.x])
+            both = torch.autograd.grad(y, asked, two, is_grads_batched=True, retain_graph=True)
+            loss = sum(g.square().sum() for g in first)
+            return [*first, *both, *torch.autograd.grad(loss, asked, materialize_grads=True)]
+
+        results = second(fused(backend)), second(plain)
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "hessian", "batched gradients"])
 def test_transforms(transform):
     case = make_tail((3, 4, 3, 3), activation="silu")

@@ -184,9 +184,11 @@ def test_without_gradients(no_calls):
     torch.testing.assert_close(tail.bn.running_var, twin.bn.running_var)
 
 
-@pytest.mark.parametrize("name", ["eca", "se"])
-def test_gradients_of_gradients(name):
-    tail = ResidualTail(ATTENTIONS[name](), batch_norm(C), batch_norm(C), "silu").double()
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("other", ["no norm", "training", "evaluation"])
+@pytest.mark.parametrize("name", ["none", "eca", "se"])
+def test_gradients_of_gradients(name, other, activation):
+    tail = ResidualTail(ATTENTIONS[name](), batch_norm(C), NORMS[other](), activation).double()
     twin = copy.deepcopy(tail)
     x, identity = maps()
 
