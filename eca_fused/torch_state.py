@@ -58,6 +58,7 @@ __all__ = [
     "transformed",
     "with_tangents",
     "without_modes",
+    "wrap_in",
 ]
 
 
@@ -266,6 +267,11 @@ def processes_of(bn: Any) -> Any:
         return None
     group = bn.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
+
+
+def wrap_in(tracer: Any, module: Any) -> None:
+    """Let a tracer of torch.fx replace the functions that it wraps in this module too."""
+    tracer._autowrap_search.append(module)
 
 
 def keep_saved_tensors() -> None:

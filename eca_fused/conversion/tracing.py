@@ -11,7 +11,13 @@ from torch import fx, nn
 from eca_fused.attention.norms import full_name
 from eca_fused.conversion.recognise import apart, contents
 from eca_fused.conversion.tailed import FUNCTIONS, METHODS, Slice, Step, Value
-from eca_fused.torch_state import dictionaries_of_parts, does_more, is_compiled, parts_apart
+from eca_fused.torch_state import (
+    dictionaries_of_parts,
+    does_more,
+    is_compiled,
+    parts_apart,
+    wrap_in,
+)
 
 __all__ = [
     "PLAIN",
@@ -95,9 +101,14 @@ class _Tracer(fx.Tracer):
     """Traces a block's own forward: what its modules do is not looked at, except containers."""
 
     def __init__(self) -> None:
-        # Functions of these files become nodes; a checkpoint would be traced through, and lost.
-        files: Any = (math, torch.utils.checkpoint)
-        super().__init__(autowrap_modules=files)
+        # These functions become nodes; a checkpoint would be traced through, and lost. Torch 2.11
+        # cannot wrap everything in its file under Python 3.12.
+        files = torch.utils.checkpoint
+        super().__init__(
+            autowrap_modules=(math,),
+            autowrap_functions=(files.checkpoint, files.checkpoint_sequential),
+        )
+        wrap_in(self, files)
         self.modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
