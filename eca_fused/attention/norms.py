@@ -1,6 +1,6 @@
 """Batch norms as a residual tail computes them: their statistics, without calling the module."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from eca_fused.torch_state import (
     submodules,
 )
 
-__all__ = ["GivenNorm", "as_norm", "full_name", "not_plain"]
+__all__ = ["as_norm", "fits", "full_name", "not_plain"]
 
 # With the numbers of dimensions of their maps.
 KINDS: dict[type[nn.Module], tuple[int, ...]] = {
@@ -28,11 +28,6 @@ KINDS: dict[type[nn.Module], tuple[int, ...]] = {
 # Batch norms that go on with two modules, by name, so that timm need not be installed.
 WITH_MORE: dict[str, tuple[int, ...]] = {"timm.layers.norm_act.BatchNormAct2d": (4,)}
 MORE = ("drop", "act")
-
-
-class GivenNorm(NamedTuple):
-    norm: Norm
-    planes: Tensor | None  # (N, C), the means of the planes, if they were computed
 
 
 def full_name(module: object) -> str:
@@ -66,36 +61,36 @@ def not_plain(bn: nn.Module) -> str | None:
     return None
 
 
-def as_norm(bn: Any, x: Tensor, way: Tails) -> GivenNorm | str | None:
+def fits(bn: Any, x: Tensor | None) -> bool:
+    """Whether a batch norm takes x, so that its module need not be called. True without either."""
+    if bn is None or x is None:
+        return True
+    if x.dim() not in _dimensions(bn) or x.shape[1] != bn.num_features:
+        return False
+    dtypes = (x.dtype, torch.float32) if x.element_size() == 2 else (x.dtype,)
+    return all(
+        t is None or (t.device == x.device and t.dtype in dtypes)
+        for t in (*own_parameters(bn).values(), bn.running_mean, bn.running_var)
+    )
+
+
+def as_norm(bn: Any, x: Tensor, way: Tails) -> Norm:
     """A batch norm for a call with x; updates its running statistics as the module's forward does.
 
     Args:
-        bn: a batch norm for which not_plain() gives no reason; None for none.
+        bn: a batch norm for which not_plain() gives no reason, and which fits().
         x: (N, C, *spatial).
         way: computes the statistics.
-
-    Returns:
-        What to normalise with; as a string, why the module must be called; None without a norm.
 
     Raises:
         ValueError: there is one value for each channel, as the module's forward does.
     """
-    if bn is None:
-        return None
-    if x.dim() not in _dimensions(bn) or x.shape[1] != bn.num_features:
-        return "the map does not fit the norm"
     parameters = own_parameters(bn)
     weight, bias = parameters.get("weight"), parameters.get("bias")
-    for t in (weight, bias, bn.running_mean, bn.running_var):
-        if t is not None and (
-            t.device != x.device
-            or (t.dtype != x.dtype and not (t.dtype == torch.float32 and x.element_size() == 2))
-        ):
-            return "the dtype or device of the norm is not that of the map"
     use_batch = bn.training or (bn.running_mean is None and bn.running_var is None)
     if not use_batch:
         mean, variance = (t.to(_statistics_dtype(x)) for t in (bn.running_mean, bn.running_var))
-        return GivenNorm(Norm(weight, bias, mean, variance, bn.eps, None), None)
+        return Norm(weight, bias, mean, variance, bn.eps)
     group = processes_of(bn) if type(bn) is nn.SyncBatchNorm and bn.training else None
     if group is None and x.numel() == x.shape[1]:
         raise ValueError(
@@ -106,8 +101,7 @@ def as_norm(bn: Any, x: Tensor, way: Tails) -> GivenNorm | str | None:
         found = _over_processes(found, group)
     if bn.training and bn.track_running_stats:
         _update(bn, found)
-    norm = Norm(weight, bias, found.mean, found.variance, bn.eps, found.values, group)
-    return GivenNorm(norm, found.planes)
+    return Norm(weight, bias, found.mean, found.variance, bn.eps, found.values, group, found.planes)
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from eca_fused.attention.base import BandAttention, ChannelAttention
 from eca_fused.attention.gates import gate_network
-from eca_fused.attention.norms import as_norm, full_name, not_plain
+from eca_fused.attention.norms import as_norm, fits, full_name, not_plain
 from eca_fused.functional.choice import choose
 from eca_fused.functional.convolution import plain_taps
 from eca_fused.functional.tails import GateOf, Tails
 from eca_fused.layer import ECALayer
 from eca_fused.ops.checks import ACTIVATIONS, check_activation, check_map, is_circular
 from eca_fused.ops.results import sums_dtype
-from eca_fused.ops.tail import Norm, TailOptions, TailTensors, activate, distance
+from eca_fused.ops.tail import TailOptions, TailTensors, activate, distance
 from eca_fused.torch_state import child, does_more, is_tracing
 
 __all__ = ["DROP_PATHS", "ResidualTail", "TailParts", "compute", "why_called"]
@@ -104,6 +104,12 @@ def _not_a_norm(name: str, bn: nn.Module | None) -> str | None:
 
 def why_called(parts: TailParts) -> str | None:
     """Why the modules of a tail are called one after the other; None if it is one operation."""
+    found = _gate_of_tail(parts)
+    return found if isinstance(found, str) else None
+
+
+def _gate_of_tail(parts: TailParts) -> _Gate | str:
+    """The gate of a tail that is one operation, or why its modules are called."""
     reason = _not_a_norm("bn", parts.bn) or _not_a_norm("identity_bn", parts.identity_bn)
     if reason is not None:
         return reason
@@ -114,10 +120,10 @@ def why_called(parts: TailParts) -> str | None:
         return f"activation: {type(parts.activation).__name__} is not one that the kernels have"
     drop = parts.drop_path
     if drop is None or type(drop) is nn.Identity:
-        return None
+        return gate
     if full_name(drop) not in DROP_PATHS or does_more(drop):
         return f"drop_path: {type(drop).__name__} does more than drop samples"
-    return None
+    return gate
 
 
 # ---- computing them ----
@@ -162,23 +168,18 @@ def compute(parts: TailParts, x: Tensor, identity: Tensor | None) -> Tensor:
         x: (N, C, *spatial).
         identity: of the shape of x; None for nothing.
     """
-    reason = why_called(parts)
-    if reason is not None or not _fit(x, identity):
+    gate = _gate_of_tail(parts)
+    if isinstance(gate, str) or not _fit(x, identity):
         return by_calling(parts, x, identity)
-    gate = _gate_of(parts.attention)
-    assert isinstance(gate, _Gate), "why_called() has asked"
     way = choose(x, gate.backend)
     if not way.has_tails(x) or x.numel() == 0:
         return by_calling(parts, x, identity)
+    # Before the first norm updates its running statistics.
+    if not fits(parts.bn, x) or not fits(parts.identity_bn, identity):
+        return by_calling(parts, x, identity)
     if isinstance(parts.attention, ChannelAttention):
         check_map(x, parts.attention.width())
-    norm = as_norm(parts.bn, x, way)
-    identity_norm = None
-    if identity is not None and parts.identity_bn is not None:
-        identity_norm = as_norm(parts.identity_bn, identity, way)
-    if isinstance(norm, str) or isinstance(identity_norm, str):
-        return by_calling(parts, x, identity)
-    return _compute(parts, gate, way, x, identity, norm, identity_norm)
+    return _compute(parts, gate, way, x, identity)
 
 
 def _fit(x: Any, identity: Any) -> bool:
@@ -196,24 +197,18 @@ def _fit(x: Any, identity: Any) -> bool:
 
 
 def _compute(
-    parts: TailParts,
-    gate: _Gate,
-    way: Tails,
-    x: Tensor,
-    identity: Tensor | None,
-    norm: Any,
-    identity_norm: Any,
+    parts: TailParts, gate: _Gate, way: Tails, x: Tensor, identity: Tensor | None
 ) -> Tensor:
-    own: Norm | None = norm.norm if norm is not None else None
-    other: Norm | None = identity_norm.norm if identity_norm is not None else None
     t = TailTensors(x, identity, scale=_scale(parts, x))
     o = TailOptions(_name_of(parts.activation) or "none", gate.circular)
-    if own is not None:
+    if parts.bn is not None:
+        own = as_norm(parts.bn, x, way)
         t = t._replace(gamma=own.weight, beta=own.bias, mean=own.mean, variance=own.variance)
         o = o._replace(eps=own.eps, values=own.values, group=own.group)
-        if norm.planes is not None:
-            t = t._replace(distance=distance(norm.planes, own.mean, x))
-    if other is not None:
+        if own.planes is not None:
+            t = t._replace(distance=distance(own.planes, own.mean, x))
+    if parts.identity_bn is not None and identity is not None:
+        other = as_norm(parts.identity_bn, identity, way)
         t = t._replace(
             identity_gamma=other.weight,
             identity_beta=other.bias,

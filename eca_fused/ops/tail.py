@@ -123,8 +123,9 @@ class Norm(NamedTuple):
     mean: Tensor  # (C,), of the batch or running
     variance: Tensor  # (C,)
     eps: float
-    values: float | Tensor | None  # see TailOptions
+    values: float | Tensor | None = None  # see TailOptions
     group: Any = None
+    planes: Tensor | None = None  # (N, C), the means of the planes, if they were computed
 
 
 class Affine(NamedTuple):

@@ -321,6 +321,17 @@ def test_maps_that_do_not_fit_get_the_modules_errors():
     assert tail(x, x[:1]).shape == x.shape  # broadcast, as x + identity is
 
 
+def test_an_error_leaves_the_running_statistics():
+    """The modules are called with the shortcut first, whose norm does not fit."""
+    x = torch.randn(2, C, 4, 4)
+    tail = ResidualTail(ECALayer(C), batch_norm(C), batch_norm(C + 1))
+    before = {name: b.clone() for name, b in tail.named_buffers()}
+    with pytest.raises(RuntimeError, match="running_mean should contain"):
+        tail(x, x)
+    for name, b in tail.bn.named_buffers():
+        assert torch.equal(b, before[f"bn.{name}"])
+
+
 def test_errors():
     with pytest.raises(TypeError, match=r"bn as a torch\.nn\.Module or None, got str"):
         ResidualTail(None, "bn")
