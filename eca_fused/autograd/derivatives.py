@@ -9,15 +9,27 @@ from torch import Tensor
 
 from eca_fused.ops.graph import padded, spread
 from eca_fused.ops.results import sums_dtype
+from eca_fused.torch_state import batched_by_autograd, transformed
 
 __all__ = [
     "backward_tangents",
     "double_backward",
     "forward_tangent",
     "plain_backward",
+    "plainly",
     "taps_gradient",
     "total",
 ]
+
+
+def plainly(dy: Tensor) -> bool:
+    """Whether plain PyTorch must compute the gradients in a backward pass.
+
+    It must for create_graph, is_grads_batched, and a transform around this backward pass alone.
+    """
+    if torch.is_grad_enabled():
+        return True
+    return not torch.compiler.is_compiling() and (transformed() or batched_by_autograd(dy))
 
 
 def pixels_of(x: Tensor) -> int:

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eca_fused.autograd.derivatives import total
+from eca_fused.autograd.derivatives import plainly, total
 from eca_fused.ops.graph import spread, widened
 from eca_fused.ops.kernels import Kernels
-from eca_fused.torch_state import batched_by_autograd, transformed
 
 __all__ = ["LinkedPool", "LinkedRescale", "Pool", "Rescale"]
 
@@ -42,16 +41,6 @@ def _plain_backward(
         return dx, None
     assert x is not None, "kept where the gate needs a gradient"
     return dx, total(g * x.to(g.dtype)).to(gate.dtype)
-
-
-def _plainly(dy: Tensor) -> bool:
-    """Whether plain PyTorch must compute the gradients.
-
-    It must for create_graph, is_grads_batched, and a transform around this backward pass alone.
-    """
-    if torch.is_grad_enabled():
-        return True
-    return not torch.compiler.is_compiling() and (transformed() or batched_by_autograd(dy))
 
 
 class Pool(torch.autograd.Function):
@@ -80,7 +69,7 @@ class Rescale(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate = ctx.saved_tensors
         need_dx, need_dgate = ctx.needs_input_grad[:2]
-        if _plainly(dy):
+        if plainly(dy):
             return *_plain_backward(dy, x, gate, need_dx, need_dgate), None
         if not need_dgate:
             return ctx.kernels.rescale(dy, gate), None, None
@@ -129,7 +118,7 @@ class LinkedRescale(torch.autograd.Function):
         x, gate = ctx.saved_tensors
         need_dgate = ctx.needs_input_grad[1]
         # Compiled autograd traces this, and does not know attributes of tensors.
-        if torch.compiler.is_compiling() or _plainly(dy):
+        if torch.compiler.is_compiling() or plainly(dy):
             return *_plain_backward(dy, x, gate, True, need_dgate), None, None
         dgate = ctx.kernels.rescale_backward(dy, x, gate, False)[1] if need_dgate else None
         dtoken: Any = torch.empty(0, dtype=dy.dtype, device=dy.device)

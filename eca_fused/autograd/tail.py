@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eca_fused.autograd.derivatives import convolve, taps_gradient, transposed
+from eca_fused.autograd.derivatives import convolve, plainly, taps_gradient, transposed
 from eca_fused.autograd.tail_parts import (
     GAMMA,
     GATE,
@@ -33,7 +33,6 @@ from eca_fused.autograd.tail_parts import (
     needs_sums,
     plain_gradients,
     plain_gradients_of_tail,
-    plainly,
     slope_of_factor,
     stacked,
     store,

@@ -18,7 +18,7 @@ from eca_fused.ops.tail import (
     norm_gradients,
     plain,
 )
-from eca_fused.torch_state import add_over_processes, batched_by_autograd, transformed
+from eca_fused.torch_state import add_over_processes
 
 __all__ = [
     "GAMMA",
@@ -37,7 +37,6 @@ __all__ = [
     "needs_sums",
     "plain_gradients",
     "plain_gradients_of_tail",
-    "plainly",
     "slope_of_factor",
     "stacked",
     "store",
@@ -87,13 +86,6 @@ def store(
 
 
 # ---- in plain PyTorch ----
-
-
-def plainly(dy: Tensor) -> bool:
-    """Whether plain PyTorch must compute the gradients: create_graph, is_grads_batched, func."""
-    if torch.is_grad_enabled():
-        return True
-    return not torch.compiler.is_compiling() and (transformed() or batched_by_autograd(dy))
 
 
 def plain_gradients(
