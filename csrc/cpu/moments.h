@@ -103,7 +103,7 @@ void add_pixel_moments(const T* x, int64_t stride, int64_t count, int64_t length
                        double* mean, double* squares, Acc<T>* scratch) {
   using V = Vec<T>;
   using A = Acc<T>;
-  const int64_t width = (length + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  const int64_t width = whole_vectors<T>(length);
   A *pivot = scratch, *distance = scratch + width, *square = scratch + 2 * width;
   for (int64_t i = 0; i < 3 * width; i += kLanes<T>) store<false>(scratch + i, V{});
   const bool apart = in_other_pages<T>(stride);
