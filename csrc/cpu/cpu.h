@@ -1,6 +1,7 @@
 // The contract of eca.h on the CPU.
 #pragma once
 
+#include "../coefficients.h"
 #include "../eca.h"
 
 namespace eca::cpu {
@@ -26,6 +27,10 @@ struct Kernels {
   void (*tail_gradients)(const TailGradients&, const ThreadPool&);
   void (*block_tail)(const BlockTail&, const ThreadPool&);
   void (*block_tail_backward)(const BlockTailBackward&, const ThreadPool&);
+  void (*batch_statistics)(const BatchStatistics&, const ThreadPool&);
+  void (*coefficients)(const Coefficients&, const ThreadPool&);
+  void (*totals)(const Totals&, const ThreadPool&);
+  void (*gradient_coefficients)(const GradientCoefficients&, const ThreadPool&);
 };
 
 namespace baseline {

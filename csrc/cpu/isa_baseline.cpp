@@ -6,7 +6,19 @@
 namespace eca::cpu::baseline {
 #include "simd.h"
 #include "kernels.h"
-const Kernels kernels{
-    "baseline",     forward,    backward,           reduce, scale, moments, tail, tail_sums,
-    tail_gradients, block_tail, block_tail_backward};
+const Kernels kernels{"baseline",
+                      forward,
+                      backward,
+                      reduce,
+                      scale,
+                      moments,
+                      tail,
+                      tail_sums,
+                      tail_gradients,
+                      block_tail,
+                      block_tail_backward,
+                      batch_statistics,
+                      coefficients,
+                      totals,
+                      gradient_coefficients};
 }  // namespace eca::cpu::baseline

@@ -16,6 +16,7 @@
 #include "tail_rows.h"
 #include "tail.h"
 #include "moments.h"
+#include "coefficients.h"
 
 template <class T>
 void forward_as(const Forward& f, const ThreadPool& pool) {

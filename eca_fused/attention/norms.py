@@ -89,7 +89,9 @@ def as_norm(bn: Any, x: Tensor, way: Tails) -> Norm:
     weight, bias = parameters.get("weight"), parameters.get("bias")
     use_batch = bn.training or (bn.running_mean is None and bn.running_var is None)
     if not use_batch:
-        mean, variance = (t.to(_statistics_dtype(x)) for t in (bn.running_mean, bn.running_var))
+        mean, variance = bn.running_mean, bn.running_var
+        if torch.is_grad_enabled():  # the backward pass must not see a later update
+            mean, variance = mean.clone(), variance.clone()
         return Norm(weight, bias, mean, variance, bn.eps)
     group = processes_of(bn) if type(bn) is nn.SyncBatchNorm and bn.training else None
     if group is None and x.numel() == x.shape[1]:
@@ -102,10 +104,6 @@ def as_norm(bn: Any, x: Tensor, way: Tails) -> Norm:
     if bn.training and bn.track_running_stats:
         _update(bn, found)
     return Norm(weight, bias, found.mean, found.variance, bn.eps, found.values, group, found.planes)
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.is_cpu or x.is_cuda else torch.float32
 
 
 def _over_processes(own: Moments, group: Any) -> Moments:

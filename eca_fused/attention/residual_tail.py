@@ -14,7 +14,7 @@ from eca_fused.functional.tails import GateOf, Tails
 from eca_fused.layer import ECALayer
 from eca_fused.ops.checks import ACTIVATIONS, check_activation, check_map, is_circular
 from eca_fused.ops.results import sums_dtype
-from eca_fused.ops.tail import TailOptions, TailTensors, activate, distance
+from eca_fused.ops.tail import TailOptions, TailTensors, activate
 from eca_fused.torch_state import child, does_more, is_tracing
 
 __all__ = ["DROP_PATHS", "ResidualTail", "TailParts", "compute", "why_called"]
@@ -203,10 +203,14 @@ def _compute(
     o = TailOptions(_name_of(parts.activation) or "none", gate.circular)
     if parts.bn is not None:
         own = as_norm(parts.bn, x, way)
-        t = t._replace(gamma=own.weight, beta=own.bias, mean=own.mean, variance=own.variance)
+        t = t._replace(
+            gamma=own.weight,
+            beta=own.bias,
+            mean=own.mean,
+            variance=own.variance,
+            means=own.planes,
+        )
         o = o._replace(eps=own.eps, values=own.values, group=own.group)
-        if own.planes is not None:
-            t = t._replace(distance=distance(own.planes, own.mean, x))
     if parts.identity_bn is not None and identity is not None:
         other = as_norm(parts.identity_bn, identity, way)
         t = t._replace(

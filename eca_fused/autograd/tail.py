@@ -16,41 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eca_fused.autograd.derivatives import convolve, plainly, taps_gradient, transposed
+from eca_fused.autograd.derivatives import plainly
 from eca_fused.autograd.tail_parts import (
-    GAMMA,
     GATE,
     IDENTITY,
     SCALE,
     WEIGHT,
-    Sums,
+    Stored,
     X,
-    channels_of,
-    gate_and_scale,
-    gradient_coefficients,
+    gradients_of_norms,
     kept,
-    needs_identity,
     needs_sums,
+    only,
     plain_gradients,
     plain_gradients_of_tail,
-    slope_of_factor,
-    stacked,
-    store,
     sum_over_planes,
-    to_dtype,
+    sums_identity,
     write_gradients,
 )
 from eca_fused.ops.kernels import TailKernels
-from eca_fused.ops.tail import (
-    WITH_GRADIENT,
-    Affine,
-    TailOptions,
-    TailTensors,
-    given_mean,
-    mean_of_normed,
-    norms,
-    plain_mean,
-)
+from eca_fused.ops.results import sums_dtype
+from eca_fused.ops.tail import WITH_GRADIENT, TailOptions, TailTensors, plain_mean
 
 __all__ = [
     "BlockTail",
@@ -58,22 +44,24 @@ __all__ = [
     "LinkedTailPool",
     "Tail",
     "block_tail_forward",
+    "given_mean",
     "tail_forward",
 ]
+
+NOTHING = (None,) * (len(TailTensors._fields) - WITH_GRADIENT)  # gradients of the others
 
 
 def tail_forward(
     t: TailTensors, o: TailOptions, kernels: TailKernels, need_mask: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, the mask, and the gates (N, C) if there are any."""
-    own, identity = norms(t, o)
-    gate = t.gate
-    if t.weight is not None:
-        assert t.distance is not None, "the means that taps take"
-        mean = mean_of_normed(own, t.distance)
-        gate = torch.sigmoid(convolve(mean, t.weight.to(mean.dtype), o.circular))
-    y, mask = kernels.tail(t.x, t.identity, *store(t, gate, own, identity), o.number, need_mask)
-    return y, mask, gate
+) -> tuple[Tensor, Tensor, Stored, Tensor | None, Tensor]:
+    """y, the mask, the coefficients, the gates (N, C) if any, and the means of x - centre."""
+    means = None if t.weight is None else t.means
+    planes, channels, made, distance = kernels.tail_coefficients(
+        t.x, t.weight, means, t.gate, t.scale, *t.own_norm(o), *t.identity_norm(o), o.circular, True
+    )
+    k = Stored(planes, channels)
+    y, mask = kernels.tail(t.x, t.identity, *k, o.number, need_mask)
+    return y, mask, k, t.gate if t.weight is None else made, distance
 
 
 class Tail(torch.autograd.Function):
@@ -87,65 +75,66 @@ class Tail(torch.autograd.Function):
     def forward(ctx: Any, o: TailOptions, kernels: TailKernels, *tensors: Tensor | None) -> Tensor:
         t = TailTensors(*tensors)  # type: ignore[arg-type]
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
-        y, mask, gate = tail_forward(t, o, kernels, True)
-        ctx.save_for_backward(mask, gate, *kept(t, o, needed))
+        y, mask, k, gate, distance = tail_forward(t, o, kernels, True)
+        saved = (mask, k.planes, k.channels, gate, distance, *kept(t, o, needed))
+        ctx.save_for_backward(*saved)
         ctx.options, ctx.kernels = o, kernels
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        mask, gate, *saved = ctx.saved_tensors
+        mask, planes, channels, gate, distance, *saved = ctx.saved_tensors
         t, o, kernels = TailTensors(*saved), ctx.options, ctx.kernels
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
         if plainly(dy):
             gradients = plain_gradients_of_tail(dy, t, o, needed, kernels, mask)
-            return None, None, *gradients, *(None,) * 5
-        own, identity = norms(t, o)
-        k = store(t, gate, own, identity)
-        sums = None
+            return None, None, *gradients, *NOTHING
+        k = Stored(planes, channels)
+        totals = dgate = dscale = dmean = dweight = None
         if needs_sums(t, o, needed):
             sums = sum_over_planes(kernels, dy, t, o, mask, k, needed)
-        dmean = dweight = dgate = dscale = None
-        if (sums is not None and any(needed[WEIGHT : SCALE + 1])) or t.weight is not None:
-            assert sums is not None, "taps need them"
-            dfactor = slope_of_factor(sums, own)
-            dgate, dscale = gate_and_scale(t, gate, dfactor)
-            if t.weight is not None:
-                assert gate is not None, "made by the forward pass"
-                assert t.distance is not None, "taken by it"
-                w, a = t.weight.to(dfactor.dtype), gate.to(dfactor.dtype)
-                dz = dgate * a * (1 - a)
-                dmean = transposed(dz, w, o.circular)
-                if needed[WEIGHT]:
-                    mean = mean_of_normed(own, t.distance).to(dfactor.dtype)
-                    dweight = taps_gradient(dz, mean, w, o.circular)
-        found = gradient_coefficients(t, o, sums, gate, dmean, own, identity)
+            taps = t.weight is not None
+            flags = o.circular, needed[GATE], needed[SCALE], needed[WEIGHT]
+            totals, dgate, dscale, dmean, dweight = kernels.tail_totals(
+                t.x,
+                sums,
+                t.weight,
+                gate,
+                t.scale,
+                None,
+                distance if taps else None,
+                *t.own_norm(o),
+                *flags,
+            )
+            dgate, dscale = only(dgate, needed[GATE]), only(dscale, needed[SCALE])
+            dmean, dweight = only(dmean, taps), only(dweight, needed[WEIGHT])
+        found = gradients_of_norms(kernels, t, o, totals, gate, dmean, needed)
         dx, d_identity = write_gradients(kernels, dy, t, o, mask, k, found, needed)
-        gradients = (dx, d_identity, dweight, dgate, dscale, *found.dnorms)
-        given = zip(t[:WITH_GRADIENT], gradients, needed, strict=True)
-        return None, None, dx, d_identity, *(to_dtype(*g) for g in list(given)[2:]), *(None,) * 5
+        return None, None, dx, d_identity, dweight, dgate, dscale, *found.dnorms, *NOTHING
 
 
 # ---- with ECA's gate and without statistics of the batch ----
 
 
 def _block_coefficients(
-    t: TailTensors, own: Affine | None, identity: Affine | None
+    t: TailTensors, o: TailOptions, kernels: TailKernels
 ) -> tuple[Tensor, Tensor]:
     """scale (N,), and alpha, beta, shift, centre, identity_scale and identity_centre (6, C)."""
-    scale = stacked(t.x.new_empty(t.x.shape[0]), 1.0 if t.scale is None else t.scale)[0]
-    norm = (1.0, 0.0) if own is None else (own.alpha, own.beta)
-    other = (1.0, 0.0) if identity is None else (identity.alpha, identity.centre)
-    shift = 0.0 if identity is None else identity.beta
-    centre = 0.0 if own is None else own.centre
-    return scale, stacked(channels_of(t.x), *norm, shift, centre, *other)
+    dtype = sums_dtype(t.x)
+    if t.scale is None:
+        scale = t.x.new_ones(t.x.shape[0], dtype=dtype)
+    else:
+        scale = t.scale.to(dtype).contiguous()
+    norms = *t.own_norm(o), *t.identity_norm(o)
+    channels = kernels.tail_coefficients(t.x, None, None, None, None, *norms, False, False)[1]
+    return scale, channels
 
 
 def block_tail_forward(
     t: TailTensors, o: TailOptions, kernels: TailKernels, need_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the mask, the means of x - centre (N, C) and the gates (N, C)."""
-    scale, channels = _block_coefficients(t, *norms(t, o))
+    scale, channels = _block_coefficients(t, o, kernels)
     assert t.weight is not None, "ECA's taps"
     return kernels.block_tail(
         t.x, t.identity, t.weight, scale, channels, o.circular, o.number, need_mask
@@ -163,22 +152,20 @@ class BlockTail(torch.autograd.Function):
         t = TailTensors(*tensors)  # type: ignore[arg-type]
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
         y, mask, distance, gate = block_tail_forward(t, o, kernels, True)
-        ctx.save_for_backward(mask, gate, *kept(t, o, needed)._replace(distance=distance))
+        ctx.save_for_backward(mask, gate, distance, *kept(t, o, needed))
         ctx.options, ctx.kernels = o, kernels
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        mask, gate, *saved = ctx.saved_tensors
+        mask, gate, distance, *saved = ctx.saved_tensors
         t, o, kernels = TailTensors(*saved), ctx.options, ctx.kernels
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
         if plainly(dy):
             gradients = plain_gradients_of_tail(dy, t, o, needed, kernels, mask)
-            return None, None, *gradients, *(None,) * 5
-        own, identity = norms(t, o)
-        scale, channels = _block_coefficients(t, own, identity)
-        with_identity = needs_identity(t, o, needed)
-        dx, d_identity, found, dmean, dweight = kernels.block_tail_backward(
+            return None, None, *gradients, *NOTHING
+        scale, channels = _block_coefficients(t, o, kernels)
+        dx, d_identity, sums, dmean, dweight = kernels.block_tail_backward(
             dy,
             t.x,
             t.identity,
@@ -186,36 +173,49 @@ class BlockTail(torch.autograd.Function):
             t.weight,
             scale,
             channels,
-            t.distance,
+            distance,
             gate,
             o.circular,
             o.number,
-            with_identity,
+            sums_identity(t, o, needed),
             needed[X],
             needed[IDENTITY],
             needed[WEIGHT],
         )
-        rest: tuple[Tensor | None, ...] = (None,) * 4
+        dnorms: tuple[Tensor | None, ...] = (None,) * 4
         dscale = None
         if any(needed[SCALE:]):
-            sums = Sums(found[0], found[1], found[2] if with_identity else None)
-            if needed[SCALE]:
-                _, dscale = gate_and_scale(t, gate, slope_of_factor(sums, own))
-            rest = gradient_coefficients(t, o, sums, gate, dmean, own, identity).dnorms
+            totals, _, dscale, _, _ = kernels.tail_totals(
+                t.x,
+                sums,
+                None,
+                gate,
+                t.scale,
+                dmean,
+                distance,
+                *t.own_norm(o),
+                *(False, False, needed[SCALE], False),
+            )
+            dnorms = gradients_of_norms(kernels, t, o, totals, gate, None, needed, False).dnorms
         return (
-            None,
-            None,
-            dx if needed[X] else None,
-            d_identity if needed[IDENTITY] else None,
-            dweight if needed[WEIGHT] else None,
-            None,
-            to_dtype(t.scale, dscale, needed[SCALE]),
-            *(to_dtype(*g) for g in zip(t[GAMMA:WITH_GRADIENT], rest, needed[GAMMA:], strict=True)),
-            *(None,) * 5,
+            *(None, None, only(dx, needed[X]), only(d_identity, needed[IDENTITY])),
+            *(only(dweight, needed[WEIGHT]), None, dscale if needed[SCALE] else None),
+            *dnorms,
+            *NOTHING,
         )
 
 
 # ---- with a gate that a network makes from the means, such as squeeze and excitation ----
+
+
+def given_mean(t: TailTensors, o: TailOptions, kernels: TailKernels) -> tuple[Tensor, Tensor]:
+    """The mean of norm(x) over each plane, (N, C) like x, and that of x - centre, from t.means."""
+    assert t.means is not None, "the means that kernels have found"
+    _, channels, _, distance = kernels.tail_coefficients(
+        t.x, None, t.means, None, None, *t.own_norm(o), *t.identity_norm(o), False, False
+    )
+    mean = distance if t.mean is None else channels[0] * distance + channels[1]
+    return mean.to(t.x.dtype), distance
 
 
 class LinkedTailPool(torch.autograd.Function):
@@ -235,32 +235,31 @@ class LinkedTailPool(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         t = TailTensors(*tensors)  # type: ignore[arg-type]
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
-        ctx.save_for_backward(*kept(t, o, needed))
+        mean, distance = given_mean(t, o, kernels)
+        ctx.save_for_backward(distance, *kept(t, o, needed))
         ctx.options, ctx.kernels = o, kernels
         ctx.set_materialize_grads(False)
-        return given_mean(t, o), t.x.new_empty(0)
+        return mean, t.x.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, dmean: Tensor | None, dtoken: Any) -> tuple[Any, ...]:
-        t, o, kernels = TailTensors(*ctx.saved_tensors), ctx.options, ctx.kernels
+        distance, *saved = ctx.saved_tensors
+        t, o, kernels = TailTensors(*saved), ctx.options, ctx.kernels
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
         if dtoken is None:  # the gradients of LinkedTail were not asked for, or were plain
             if dmean is None:
                 return (None,) * (2 + len(t))
             gradients = plain_gradients(plain_mean, dmean, t, o, needed)
-            return None, None, *gradients, *(None,) * 5
+            return None, None, *gradients, *NOTHING
         dy, mask, gate, scale, sums, k = dtoken.left
         t = t._replace(scale=scale)
-        own, identity = norms(t, o)
-        wide = None if dmean is None else dmean.to(sums.g.dtype)
-        found = gradient_coefficients(t, o, sums, gate, wide, own, identity)
+        norm, flags = t.own_norm(o), (False,) * 4
+        totals = kernels.tail_totals(t.x, sums, None, gate, scale, dmean, distance, *norm, *flags)[
+            0
+        ]
+        found = gradients_of_norms(kernels, t, o, totals, gate, dmean, needed)
         dx, d_identity = write_gradients(kernels, dy, t, o, mask, k, found, needed)
-        rest = zip(t[GAMMA:WITH_GRADIENT], found.dnorms, needed[GAMMA:], strict=True)
-        return (
-            *(None, None, dx, d_identity, None, None, None),
-            *(to_dtype(*g) for g in rest),
-            *(None,) * 5,
-        )
+        return None, None, dx, d_identity, None, None, None, *found.dnorms, *NOTHING
 
 
 class LinkedTail(torch.autograd.Function):
@@ -276,29 +275,31 @@ class LinkedTail(torch.autograd.Function):
     ) -> Tensor:
         t = TailTensors(*tensors)  # type: ignore[arg-type]
         needed = tuple(ctx.needs_input_grad[3 : 3 + WITH_GRADIENT])
-        k = store(t, t.gate, *norms(t, o))
-        y, mask = kernels.tail(t.x, t.identity, *k, o.number, True)
-        ctx.save_for_backward(mask, *kept(t, o, needed))
+        y, mask, k, _, _ = tail_forward(t, o, kernels, True)
+        ctx.save_for_backward(mask, k.planes, k.channels, *kept(t, o, needed))
         ctx.options, ctx.kernels = o, kernels
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        mask, *saved = ctx.saved_tensors
+        mask, planes, channels, *saved = ctx.saved_tensors
         t, o, kernels = TailTensors(*saved), ctx.options, ctx.kernels
         needed = tuple(ctx.needs_input_grad[3 : 3 + WITH_GRADIENT])
         if torch.compiler.is_compiling() or plainly(dy):
             gradients = plain_gradients_of_tail(dy, t, o, needed, kernels, mask)
-            return None, None, None, *gradients, *(None,) * 5
-        own, identity = norms(t, o)
-        k = store(t, t.gate, own, identity)
+            return None, None, None, *gradients, *NOTHING
+        k = Stored(planes, channels)
         sums = sum_over_planes(kernels, dy, t, o, mask, k, needed)
-        dgate, dscale = gate_and_scale(t, t.gate, slope_of_factor(sums, own))
+        flags = False, needed[GATE], needed[SCALE], False
+        _, dgate, dscale, _, _ = kernels.tail_totals(
+            t.x, sums, None, t.gate, t.scale, None, None, *t.own_norm(o), *flags
+        )
         dtoken: Any = torch.empty(0, dtype=dy.dtype, device=dy.device)
         dtoken.left = dy, mask, t.gate, t.scale, sums, k
         return (
             *(dtoken, None, None, None, None, None),
-            to_dtype(t.gate, dgate, needed[GATE]),
-            to_dtype(t.scale, dscale, needed[SCALE]),
-            *(None,) * 9,
+            only(dgate, needed[GATE]),
+            only(dscale, needed[SCALE]),
+            *(None,) * 4,
+            *NOTHING,
         )

@@ -15,6 +15,7 @@ from eca_fused.autograd.tail import (
     LinkedTailPool,
     Tail,
     block_tail_forward,
+    given_mean,
     tail_forward,
 )
 from eca_fused.ops import graph
@@ -24,9 +25,6 @@ from eca_fused.ops.tail import (
     Moments,
     TailOptions,
     TailTensors,
-    distance,
-    given_mean,
-    merged,
     plain,
     plain_mean,
 )
@@ -95,19 +93,21 @@ class FusedTails(Tails):
     def moments(self, x: Tensor) -> Moments:
         """The statistics, as constants: the functions of autograd/tail.py differentiate them."""
         with torch.no_grad():
-            planes, squares = self._kernels().moments(x.detach())
-            return merged(planes, squares, pixels_of(x))
+            kernels = self._kernels()
+            planes, pixels = kernels.moments(x.detach()), pixels_of(x)
+            mean, variance = kernels.batch_statistics(planes, pixels)
+            return Moments(planes[0], mean, variance, float(x.shape[0] * pixels))
 
-    def _with_distance(self, t: TailTensors) -> TailTensors:
-        if t.distance is not None:
+    def _with_means(self, t: TailTensors) -> TailTensors:
+        if t.means is not None:
             return t
-        planes = self.moments(t.x).planes
-        return t._replace(distance=distance(planes, t.mean, t.x))
+        with torch.no_grad():
+            return t._replace(means=self._kernels().moments(t.x.detach())[0])
 
     def tail(self, t: TailTensors, o: TailOptions) -> Tensor:
         in_one_pass = t.weight is not None and o.values is None and o.identity_values is None
         if t.weight is not None and not in_one_pass:
-            t = self._with_distance(t)
+            t = self._with_means(t)
         if not _needs_grad(t):
             forward = block_tail_forward if in_one_pass else tail_forward
             return forward(t, o, self._kernels(), False)[0]
@@ -116,9 +116,9 @@ class FusedTails(Tails):
         return y
 
     def gated_tail(self, t: TailTensors, o: TailOptions, gate_of: GateOf) -> Tensor:
-        t, kernels = self._with_distance(t), self._kernels()
+        t, kernels = self._with_means(t), self._kernels()
         if not torch.is_grad_enabled():
-            gate = gate_of(given_mean(t, o))
+            gate = gate_of(given_mean(t, o, kernels)[0])
             return tail_forward(t._replace(gate=gate), o, kernels, False)[0]
         mean, token = LinkedTailPool.apply(o, kernels, *t._replace(scale=None))
         y: Tensor = LinkedTail.apply(token, o, kernels, *t._replace(gate=gate_of(mean)))

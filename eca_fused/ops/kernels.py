@@ -10,7 +10,8 @@ __all__ = ["Kernels", "TailKernels"]
 class TailKernels(Protocol):
     """The operators of a residual block's tail, on the devices that a backend has them for.
 
-    What they compute is in csrc/eca.h; their schemas are in csrc/tail_ops.cpp. x, the identity and
+    What they compute is in csrc/eca.h and csrc/coefficients.h; their schemas are in
+    csrc/tail_ops.cpp and csrc/coefficient_ops.cpp. x, the identity and
     y are (N, C, *spatial). Coefficients, in the dtype of sums over x: planes (2, N, C) has p and q;
     channels (3, C) has centre, identity_scale and identity_centre. `activation` is a place in
     ACTIVATIONS. The mask, for ReLU, is bytes in an order that only the backend knows.
@@ -105,6 +106,91 @@ class TailKernels(Protocol):
         /,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """dx, d_identity, sums as tail_sums(), the gradient of the means of norm(x), dweight."""
+
+    def batch_statistics(self, planes: Tensor, pixels: int, /) -> tuple[Tensor, Tensor]:
+        """Mean and variance (C,) in float64 of a batch, from moments(); pixels is S."""
+
+    def tail_coefficients(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        means: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        identity_mean: Tensor | None,
+        identity_variance: Tensor | None,
+        identity_gamma: Tensor | None,
+        identity_beta: Tensor | None,
+        identity_eps: float,
+        circular: bool,
+        need_planes: bool,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """planes, channels (6, C) as for block_tail(), the gate of taps, means of x - centre.
+
+        What is not asked for is empty: planes and the gate without need_planes, the means of
+        x - centre without means (N, C), those of x. Of x only shape and dtype are read.
+        """
+
+    def tail_totals(
+        self,
+        x: Tensor,
+        sums: Tensor,
+        weight: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor | None,
+        dmean: Tensor | None,
+        distance: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        circular: bool,
+        need_dgate: bool,
+        need_dscale: bool,
+        need_dweight: bool,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Totals, and the gradients of gate, scale, the means of norm(x) (with taps) and the taps.
+
+        The totals (4, C) are, in float64, the sums over a channel of du, du * (x - centre), g and
+        g * (identity - its centre), with du the gradient of norm(x). dmean is added to du.
+        """
+
+    def tail_gradient_coefficients(
+        self,
+        x: Tensor,
+        totals: Tensor | None,
+        shares: Tensor | None,
+        values: float,
+        identity_values: float,
+        gate: Tensor | None,
+        scale: Tensor | None,
+        dmean: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        identity_mean: Tensor | None,
+        identity_variance: Tensor | None,
+        identity_gamma: Tensor | None,
+        identity_beta: Tensor | None,
+        identity_eps: float,
+        need_planes: bool,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """gradient_planes and gradient_channels, and the gradients of the norms' parameters.
+
+        values says how many of a channel the statistics are of, 0 for running statistics. shares
+        are the totals divided by them, where they are of several processes.
+        """
 
 
 class Kernels(Protocol):

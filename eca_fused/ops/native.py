@@ -13,6 +13,7 @@ from eca_fused.torch_state import folded
 
 __all__ = [
     "backward",
+    "batch_statistics",
     "block_tail",
     "block_tail_backward",
     "description",
@@ -28,9 +29,12 @@ __all__ = [
     "rescale",
     "rescale_backward",
     "tail",
+    "tail_coefficients",
     "tail_devices",
+    "tail_gradient_coefficients",
     "tail_gradients",
     "tail_sums",
+    "tail_totals",
     "unsupported",
 ]
 
@@ -63,6 +67,10 @@ try:
     tail_gradients = torch.ops.eca_fused.tail_gradients.default
     block_tail = torch.ops.eca_fused.block_tail.default
     block_tail_backward = torch.ops.eca_fused.block_tail_backward.default
+    batch_statistics = torch.ops.eca_fused.batch_statistics.default
+    tail_coefficients = torch.ops.eca_fused.tail_coefficients.default
+    tail_totals = torch.ops.eca_fused.tail_totals.default
+    tail_gradient_coefficients = torch.ops.eca_fused.tail_gradient_coefficients.default
     tail_devices = frozenset({"cpu"})
 except Exception as error:  # a broken build may fail in any way, and must not break the import
     devices = tail_devices = frozenset()

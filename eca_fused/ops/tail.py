@@ -21,26 +21,17 @@ from eca_fused.ops.results import sums_dtype
 
 __all__ = [
     "WITH_GRADIENT",
-    "Affine",
-    "Coefficients",
     "Moments",
     "Norm",
     "TailOptions",
     "TailTensors",
     "activate",
-    "centre_of",
-    "coefficients",
-    "distance",
-    "factor_of",
-    "given_mean",
-    "mean_of_normed",
-    "merged",
-    "norm_gradients",
-    "norms",
     "plain",
     "plain_mean",
 ]
 
+# mean, variance, gamma, beta and eps
+NormArguments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
 WITH_GRADIENT = 9  # of TailTensors, the first that can have a gradient
 
 
@@ -60,7 +51,16 @@ class TailTensors(NamedTuple):
     variance: Tensor | None = None  # (C,)
     identity_mean: Tensor | None = None  # (C,)
     identity_variance: Tensor | None = None  # (C,)
-    distance: Tensor | None = None  # (N, C), means over the planes of x - centre
+    means: Tensor | None = None  # (N, C), of the planes of x, if they were computed
+
+    def own_norm(self, o: "TailOptions") -> NormArguments:
+        """The norm of x as TailKernels take it."""
+        return self.mean, self.variance, self.gamma, self.beta, o.eps
+
+    def identity_norm(self, o: "TailOptions") -> NormArguments:
+        """The norm of the identity, likewise."""
+        found = self.identity_mean, self.identity_variance, self.identity_gamma, self.identity_beta
+        return *found, o.identity_eps
 
 
 class TailOptions(NamedTuple):
@@ -99,22 +99,6 @@ class Moments(NamedTuple):
     values: float | Tensor  # how many of a channel
 
 
-def merged(planes: Tensor, squares: Tensor, pixels: int) -> Moments:
-    """The moments of a batch, by the formula of Chan, Golub and LeVeque (1979).
-
-    A sum of squares would lose digits where the mean is far from zero.
-
-    Args:
-        planes: (N, C), the mean of each plane.
-        squares: (N, C), the sum of its values' squared distances from it.
-        pixels: S.
-    """
-    mean = planes.mean(0)
-    between = (planes - mean).square().sum(0) * pixels
-    values = planes.shape[0] * pixels
-    return Moments(planes, mean, (squares.sum(0) + between) / values, float(values))
-
-
 class Norm(NamedTuple):
     """A batch norm in one call: its parameters, and the statistics that it normalises with."""
 
@@ -134,8 +118,6 @@ class Affine(NamedTuple):
     alpha: Tensor
     beta: Tensor
     centre: Tensor
-    shift: Tensor  # mean - centre
-    spread: Tensor  # 1 / sqrt(variance + eps)
 
 
 def _affine(
@@ -150,12 +132,15 @@ def _affine(
 
     What rounding takes from the centre goes into beta.
     """
-    spread = torch.rsqrt(variance + eps)
-    alpha = spread if gamma is None else spread * gamma
-    centre = centre_of(mean, x)
-    shift = mean - centre
-    offset = -alpha * shift
-    return Affine(alpha, offset if beta is None else beta + offset, centre, shift, spread)
+    # Float64 where the device has it: float32 would round alpha, and the distance of the mean.
+    wide = torch.float64 if x.is_cpu or x.is_cuda else torch.float32
+    mean, variance = mean.to(wide), variance.to(wide)
+    alpha = torch.rsqrt(variance + eps)
+    if gamma is not None:
+        alpha = alpha * gamma
+    centre = mean.to(sums_dtype(x)).to(wide)
+    offset = alpha * (centre - mean)
+    return Affine(alpha, offset if beta is None else beta + offset, centre)
 
 
 def norms(t: TailTensors, o: TailOptions) -> tuple[Affine | None, Affine | None]:
@@ -169,59 +154,9 @@ def norms(t: TailTensors, o: TailOptions) -> tuple[Affine | None, Affine | None]
     return own, identity
 
 
-def centre_of(mean: Tensor, x: Tensor) -> Tensor:
-    """The centre for a mean (C,): it has the dtype of the sums over x, so kernels take it as is."""
-    return mean.to(sums_dtype(x)).to(mean.dtype)
-
-
 def mean_of_normed(norm: Affine | None, distance: Tensor) -> Tensor:
     """The means of norm(x) over each plane, from those of x - centre: the norm is affine."""
     return distance if norm is None else norm.alpha * distance + norm.beta
-
-
-def distance(planes: Tensor, mean: Tensor | None, x: Tensor) -> Tensor:
-    """The means of x - centre over each plane, (N, C), in the dtype of sums over x.
-
-    Args:
-        planes: (N, C), the means of x.
-        mean: (C,), what a norm of x subtracts; None without one.
-    """
-    found = planes if mean is None else planes - centre_of(mean, x)
-    return found.to(sums_dtype(x))
-
-
-def given_mean(t: TailTensors, o: TailOptions) -> Tensor:
-    """The mean of norm(x) over each plane, (N, C) like x, from t.distance."""
-    assert t.distance is not None, "the means that kernels have found"
-    return mean_of_normed(norms(t, o)[0], t.distance).to(t.x.dtype)
-
-
-class NormGradients(NamedTuple):
-    weight: Tensor  # (C,)
-    bias: Tensor  # (C,)
-    # What the batch's statistics add to dx is slope * (x - centre) + offset.
-    slope: Tensor | None  # (C,)
-    offset: Tensor | None  # (C,)
-
-
-def norm_gradients(
-    norm: Affine, du: Tensor, by_distance: Tensor, values: float | Tensor | None
-) -> NormGradients:
-    """The gradients of a batch norm (Ioffe and Szegedy, "Batch Normalization", 2015, section 3).
-
-    dbeta = sum(du), dgamma = spread * sum(du * (x - mean)), and the statistics of a batch of M
-    values add -alpha * (dbeta + spread * (x - mean) * dgamma) / M to dx = alpha * du.
-
-    Args:
-        du: (C,), sums over a channel of the gradient of u.
-        by_distance: (C,), the same of the gradient of u times x - centre.
-        values: M, or None for running statistics, which add nothing.
-    """
-    weight = norm.spread * (by_distance - norm.shift * du)
-    if values is None:
-        return NormGradients(weight, du, None, None)
-    slope = -norm.alpha * norm.spread * weight / values
-    return NormGradients(weight, du, slope, -norm.alpha * du / values - slope * norm.shift)
 
 
 # ---- coefficients ----

@@ -8,7 +8,18 @@ from torch import Tensor
 from eca_fused.ops.checks import ACTIVATIONS, check, check_dy, check_identity, check_x
 from eca_fused.ops.results import output_strides, sums_dtype
 
-__all__ = ["block_tail", "block_tail_backward", "moments", "tail", "tail_gradients", "tail_sums"]
+__all__ = [
+    "batch_statistics",
+    "block_tail",
+    "block_tail_backward",
+    "moments",
+    "tail",
+    "tail_coefficients",
+    "tail_gradient_coefficients",
+    "tail_gradients",
+    "tail_sums",
+    "tail_totals",
+]
 
 
 def _like(x: Tensor, needed: bool = True) -> Tensor:
@@ -127,4 +138,123 @@ def block_tail_backward(
         _doubles(x, 3 if identity_sum else 2),
         x.new_empty(x.shape[:2], dtype=sums_dtype(x)),
         weight.new_empty(weight.shape if need_dweight else 0),
+    )
+
+
+# ---- between the passes ----
+
+
+def _rows(x: Tensor, kinds: int, needed: bool = True) -> Tensor:
+    """(kinds, C), in the dtype of sums over x."""
+    return x.new_empty((kinds, x.shape[1]) if needed else 0, dtype=_dtype(x, needed))
+
+
+def _planes(x: Tensor, needed: bool, kinds: int | None = None) -> Tensor:
+    """(N, C) or (kinds, N, C), in the dtype of sums over x."""
+    shape = x.shape[:2] if kinds is None else (kinds, *x.shape[:2])
+    return x.new_empty(shape if needed else 0, dtype=_dtype(x, needed))
+
+
+def _dtype(x: Tensor, needed: bool) -> torch.dtype:
+    return sums_dtype(x) if needed else x.dtype
+
+
+def _gradient(t: Tensor | None, x: Tensor, needed: bool) -> Tensor:
+    if t is None or not needed:
+        return x.new_empty(0)
+    return t.new_empty(t.shape)
+
+
+def batch_statistics(planes: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    mean, variance = (planes.new_empty(planes.shape[2]) for _ in range(2))
+    return mean, variance
+
+
+def tail_coefficients(
+    x: Tensor,
+    weight: Tensor | None,
+    means: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    identity_mean: Tensor | None,
+    identity_variance: Tensor | None,
+    identity_gamma: Tensor | None,
+    identity_beta: Tensor | None,
+    identity_eps: float,
+    circular: bool,
+    need_planes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_x(x)
+    made = weight is not None and need_planes
+    return (
+        _planes(x, need_planes, 2),
+        _rows(x, 6),
+        _planes(x, made),
+        _planes(x, means is not None),
+    )
+
+
+def tail_totals(
+    x: Tensor,
+    sums: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    dmean: Tensor | None,
+    distance: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    circular: bool,
+    need_dgate: bool,
+    need_dscale: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_x(x)
+    return (
+        x.new_empty((4, x.shape[1]), dtype=torch.float64),
+        _gradient(gate, x, need_dgate),
+        _gradient(scale, x, need_dscale),
+        _planes(x, weight is not None),
+        _gradient(weight, x, need_dweight),
+    )
+
+
+def tail_gradient_coefficients(
+    x: Tensor,
+    totals: Tensor | None,
+    shares: Tensor | None,
+    values: float,
+    identity_values: float,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    dmean: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    identity_mean: Tensor | None,
+    identity_variance: Tensor | None,
+    identity_gamma: Tensor | None,
+    identity_beta: Tensor | None,
+    identity_eps: float,
+    need_planes: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_x(x)
+    summed = totals is not None
+    return (
+        _planes(x, need_planes, 2),
+        _rows(x, 4, need_planes),
+        _gradient(gamma, x, summed),
+        _gradient(beta, x, summed),
+        _gradient(identity_gamma, x, summed),
+        _gradient(identity_beta, x, summed),
     )

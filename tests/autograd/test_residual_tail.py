@@ -462,6 +462,72 @@ def test_opcheck(activation, layout):
         check(ops.block_tail_backward, (*backward, True, True, True, True))
 
 
+def operands_between_passes(
+    n: int, c: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, dict[str, Tensor], tuple[object, ...], tuple[object, ...]]:
+    """x, the moments, tensors of planes, and the norms of x and the identity."""
+    x = torch.randn(n, c, 3, 5).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    planes = {
+        "weight": torch.randn(1, 1, 3).to(wide),
+        "means": torch.randn(n, c, dtype=torch.float64),
+        "gate": torch.rand(n, c).to(dtype),
+        "scale": torch.rand(n).to(wide),
+        "distance": torch.randn(n, c).to(wide),
+        "dmean": torch.randn(n, c).to(wide),
+    }
+    norms = [
+        (torch.randn(c), torch.rand(c) + 1, torch.randn(c).to(dtype), torch.randn(c), 1e-5)
+        for _ in range(2)
+    ]
+    return x, torch.rand(2, n, c, dtype=torch.float64), planes, *norms
+
+
+@needs_extension
+@pytest.mark.skipif(DEVICE != "cpu", reason="the kernels of tails run on the CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_opcheck_between_the_passes(dtype):
+    x, found, t, own, other = operands_between_passes(2, 6, dtype)
+    none, check = (None,) * 4, torch.library.opcheck
+    check(ops.batch_statistics, (found, 15))
+    taps = (t["weight"], t["means"], None, t["scale"])
+    for given in (taps, (None, t["means"], t["gate"], None), none):
+        for flags in ((True, True), (False, True)):
+            check(ops.tail_coefficients, (x, *given, *own, *other, *flags))
+    check(ops.tail_coefficients, (x, *none, *own, *other, False, False))
+    sums = torch.randn(3, *x.shape[:2], dtype=torch.float64)
+    with_taps = (t["weight"], t["gate"], t["scale"], None, t["distance"])
+    with_gate = (None, t["gate"], t["scale"], t["dmean"], t["distance"])
+    for given, flags in itertools.product((with_taps, with_gate), ((True,) * 3, (False,) * 3)):
+        check(ops.tail_totals, (x, sums, *given, *own, False, *flags))
+    totals = ops.tail_totals(x, sums, *with_gate, *own, *(False,) * 4)[0]
+    for given in ((totals, None), (totals, totals), (None, None)):
+        for needed in (True, False):
+            rest = (5.0, 0.0, t["gate"], None, t["dmean"], *own, *other, needed)
+            check(ops.tail_gradient_coefficients, (x, *given, *rest))
+
+
+@needs_extension
+@pytest.mark.skipif(DEVICE != "cpu", reason="the kernels of tails run on the CPU")
+def test_operators_between_the_passes_refuse_what_does_not_fit():
+    x, found, t, own, other = operands_between_passes(2, 6, torch.float32)
+    none = (None,) * 4
+    with pytest.raises(RuntimeError, match=r"expected planes \(2, N, C\)"):
+        ops.batch_statistics(found.float(), 15)
+    gamma = (own[0], own[1], torch.ones(5), None, 1e-5)
+    with pytest.raises(RuntimeError, match=r"expected gamma of shape \(6\)"):
+        ops.tail_coefficients(x, *none, *gamma, *other, False, True)
+    with pytest.raises(RuntimeError, match="expected a mean and a variance, or neither"):
+        ops.tail_coefficients(x, *none, own[0], None, None, None, 0.0, *other, False, True)
+    with pytest.raises(RuntimeError, match="expected the means of x for taps"):
+        ops.tail_coefficients(x, t["weight"], None, None, None, *own, *other, False, True)
+    with pytest.raises(RuntimeError, match=r"expected sums of dtype torch\.float64"):
+        ops.tail_totals(x, torch.ones(2, 2, 6), None, None, None, None, None, *own, *(False,) * 4)
+    rest = (t["dmean"], None, *own, *(False,) * 4)
+    with pytest.raises(RuntimeError, match="expected distance, as the forward operator"):
+        ops.tail_totals(x, found, None, t["gate"], None, *rest)
+
+
 @needs_extension
 @pytest.mark.skipif(DEVICE != "cpu", reason="the kernels of tails run on the CPU")
 @pytest.mark.parametrize(

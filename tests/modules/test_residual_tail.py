@@ -321,6 +321,18 @@ def test_maps_that_do_not_fit_get_the_modules_errors():
     assert tail(x, x[:1]).shape == x.shape  # broadcast, as x + identity is
 
 
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_running_statistics_may_change_before_the_backward_pass(dtype):
+    tail = ResidualTail(ECALayer(6), nn.BatchNorm2d(6), nn.BatchNorm2d(6)).to(dtype).eval()
+    x, identity, other = (torch.randn(2, 6, 4, 4, dtype=dtype) for _ in range(3))
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(tail(x, identity).sum(), x)
+    y = tail(x, identity)
+    tail.train()(other, other)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
 def test_an_error_leaves_the_running_statistics():
     """The modules are called with the shortcut first, whose norm does not fit."""
     x = torch.randn(2, C, 4, 4)

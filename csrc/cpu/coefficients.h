@@ -1,0 +1,248 @@
+// The arithmetic between the passes over a tail's maps, see ../coefficients.h.
+// Included once per instruction set by kernels.h, inside its namespace.
+
+// out[i] = values[first + i], or `absent`
+inline void read(double* out, const Values& values, int64_t first, int64_t n, double absent) {
+  if (!values.data) {
+    for (int64_t i = 0; i < n; ++i) out[i] = absent;
+    return;
+  }
+  visit(values.dtype, [&](auto* type) {
+    const auto* from = (decltype(type))values.data + first;
+    for (int64_t i = 0; i < n; ++i) out[i] = to_acc(from[i]);
+  });
+}
+
+inline void write(void* out, Dtype dtype, int64_t first, const double* values, int64_t n) {
+  visit(dtype, [&](auto* type) {
+    auto* to = (decltype(type))out + first;
+    for (int64_t i = 0; i < n; ++i) to[i] = from_double(values[i], type);
+  });
+}
+
+// A norm as u = alpha * (x - centre) + beta. What rounding takes from the centre goes into beta.
+struct NormRows {
+  bool present;
+  Array<double> alpha, beta, centre, shift, spread;
+
+  template <class A>
+  NormRows(const NormValues& norm, int64_t C, A)
+      : present(norm.mean.data), alpha(C), beta(C), centre(C), shift(C), spread(C) {
+    read(alpha, norm.gamma, 0, C, 1);
+    if (!present) return;
+    read(shift, norm.mean, 0, C, 0);
+    read(spread, norm.variance, 0, C, 0);
+    read(beta, norm.beta, 0, C, 0);
+    for (int64_t c = 0; c < C; ++c) {
+      centre[c] = A(shift[c]);
+      shift[c] -= centre[c];
+      spread[c] = 1 / __builtin_sqrt(spread[c] + norm.eps);
+      alpha[c] *= spread[c];
+      beta[c] -= alpha[c] * shift[c];
+    }
+  }
+};
+
+inline int64_t samples_of_grain(int64_t channels) { return max_of(kGrain / 8 / channels, 1); }
+
+inline void batch_statistics(const BatchStatistics& t, const ThreadPool&) {
+  const int64_t N = t.samples, C = t.channels;
+  double *mean = t.mean, *variance = t.variance;
+  for (int64_t c = 0; c < C; ++c) mean[c] = variance[c] = 0;
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t c = 0; c < C; ++c) mean[c] += t.planes[n * C + c];
+  for (int64_t c = 0; c < C; ++c) mean[c] /= N;
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t c = 0; c < C; ++c) {
+      const double between = t.planes[n * C + c] - mean[c];
+      variance[c] += t.planes[(N + n) * C + c] + between * between * t.pixels;
+    }
+  for (int64_t c = 0; c < C; ++c) variance[c] /= double(N) * t.pixels;
+}
+
+// Taps in float64; without taps, one that nothing reads.
+struct GateTaps : Taps<double> {
+  static constexpr float kOne = 1;
+  GateTaps(const Problem& p, const void* weight, bool transposed)
+      : Taps<double>(p, weight ? weight : &kOne, transposed) {}
+};
+
+template <class A>
+void coefficients_as(const Coefficients& t, const ThreadPool& pool) {
+  const Problem& p = t.problem;
+  const int64_t N = p.samples, C = p.channels;
+  const NormRows own(t.norm, C, A()), other(t.identity_norm, C, A());
+  A* const channels = (A*)t.channels;
+  for (int64_t c = 0; c < C; ++c) {
+    channels[c] = own.alpha[c], channels[C + c] = own.beta[c];
+    channels[2 * C + c] = other.beta[c], channels[3 * C + c] = own.centre[c];
+    channels[4 * C + c] = other.alpha[c], channels[5 * C + c] = other.centre[c];
+  }
+  if (!t.planes && !t.distance) return;
+  const GateTaps taps(p, t.weight, false);
+  parallel(pool, N, samples_of_grain(C), [&](int64_t begin, int64_t end) {
+    Array<double> factor(C), row(C);
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t at = n * C;
+      if (t.distance) {
+        A* const distance = (A*)t.distance + at;
+        read(row, t.means, at, C, 0);
+        for (int64_t c = 0; c < C; ++c) distance[c] = row[c] - own.centre[c];
+        for (int64_t c = 0; c < C; ++c) row[c] = own.alpha[c] * distance[c] + own.beta[c];
+      }
+      if (t.weight) {
+        A* const gate = (A*)t.made_gate + at;
+        filter_sample<double>(taps, factor, row);
+        for (int64_t c = 0; c < C; ++c) gate[c] = factor[c];
+        sigmoid_row(gate, gate, C);
+        for (int64_t c = 0; c < C; ++c) factor[c] = gate[c];
+      } else {
+        read(factor, t.gate, at, C, 1);
+      }
+      if (!t.planes) continue;
+      double scale;
+      read(&scale, t.scale, n, 1, 1);
+      A *p_row = (A*)t.planes + at, *q_row = p_row + N * C;
+      for (int64_t c = 0; c < C; ++c) {
+        const double f = factor[c] * scale;
+        p_row[c] = f * own.alpha[c], q_row[c] = f * own.beta[c] + other.beta[c];
+      }
+    }
+  });
+}
+
+template <class A>
+void totals_as(const Totals& t, const ThreadPool& pool) {
+  const Problem& p = t.problem;
+  const int64_t N = p.samples, C = p.channels;
+  const NormRows own(t.norm, C, A());
+  const double *g = t.sums, *by_x = g + N * C, *by_identity = by_x + N * C;
+  const GateTaps taps(p, t.weight, true);
+  const A* const distance = (const A*)t.distance;
+  Array<double> dz(t.weight ? N * C : 0), mean(t.weight ? N * C : 0), dscale(N);
+  parallel(pool, N, samples_of_grain(C), [&](int64_t begin, int64_t end) {
+    Array<double> gate(C), dfactor(C), row(C);
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t at = n * C;
+      double scale;
+      read(&scale, t.scale, n, 1, 1);
+      read(gate, t.gate, at, C, 1);
+      for (int64_t c = 0; c < C; ++c) {
+        dfactor[c] = own.alpha[c] * by_x[at + c] + own.beta[c] * g[at + c];
+        dscale[n] += dfactor[c] * gate[c];
+        dfactor[c] *= scale;
+      }
+      if (t.dgate) write(t.dgate, t.gate.dtype, at, dfactor, C);
+      if (!t.weight) continue;
+      for (int64_t c = 0; c < C; ++c) {
+        dz[at + c] = dfactor[c] * gate[c] * (1 - gate[c]);
+        mean[at + c] = own.alpha[c] * distance[at + c] + own.beta[c];
+      }
+      filter_sample<double>(taps, row, dz + at);
+      A* const dmean = (A*)t.dmean + at;
+      for (int64_t c = 0; c < C; ++c) dmean[c] = row[c];
+    }
+  });
+  if (t.dscale) write(t.dscale, t.scale.dtype, 0, dscale, N);
+  if (t.dweight) taps_gradient<double>(p, taps, dz, mean, t.dweight, pool);
+  const Values dmean = t.weight
+                           ? Values{t.dmean, sizeof(A) == 8 ? Dtype::kFloat64 : Dtype::kFloat32}
+                           : t.given_dmean;
+  parallel(pool, C, samples_of_grain(N), [&](int64_t begin, int64_t end) {
+    const int64_t count = end - begin;
+    Array<double> gate(count), dm(count);
+    double *du = t.totals + begin, *du_x = du + C, *total = du_x + C, *total_i = total + C;
+    for (int64_t k = 0; k < 4; ++k)
+      for (int64_t i = 0; i < count; ++i) du[k * C + i] = 0;
+    for (int64_t n = 0; n < N; ++n) {
+      const int64_t at = n * C + begin;
+      double scale;
+      read(&scale, t.scale, n, 1, 1);
+      read(gate, t.gate, at, count, 1);
+      read(dm, dmean, at, count, 0);
+      for (int64_t i = 0; i < count; ++i) {
+        du[i] += gate[i] * scale * g[at + i] + dm[i];
+        du_x[i] += gate[i] * scale * by_x[at + i];
+        total[i] += g[at + i];
+      }
+      if (dmean.data)
+        for (int64_t i = 0; i < count; ++i) du_x[i] += dm[i] * distance[at + i];
+      if (t.identity_sum)
+        for (int64_t i = 0; i < count; ++i) total_i[i] += by_identity[at + i];
+    }
+  });
+}
+
+// The gradients of a norm's parameters, and what the batch's statistics add to dx: slope *
+// (x - centre) + offset (Ioffe and Szegedy, "Batch Normalization", 2015, section 3).
+struct NormGradientRows {
+  Array<double> dgamma, slope, offset;
+
+  // total: the sums of du, and C on, of du * (x - centre); share: the same per value, or null
+  NormGradientRows(const NormRows& norm, int64_t C, const double* total, const double* share,
+                   double values)
+      : dgamma(C), slope(C), offset(C) {
+    if (!norm.present || !total) return;
+    const double each = values > 0 ? 1 / values : 0;
+    for (int64_t c = 0; c < C; ++c) {
+      const double du = share ? share[c] : total[c] * each;
+      const double by_x = share ? share[C + c] : total[C + c] * each;
+      dgamma[c] = norm.spread[c] * (total[C + c] - norm.shift[c] * total[c]);
+      const double own = norm.spread[c] * (by_x - norm.shift[c] * du);
+      slope[c] = -norm.alpha[c] * norm.spread[c] * own;
+      offset[c] = -norm.alpha[c] * du - slope[c] * norm.shift[c];
+    }
+  }
+};
+
+template <class A>
+void gradient_coefficients_as(const GradientCoefficients& t, const ThreadPool& pool) {
+  const Problem& p = t.problem;
+  const int64_t N = p.samples, C = p.channels;
+  const NormRows own(t.norm, C, A()), other(t.identity_norm, C, A());
+  const double *total = t.totals, *share = t.values > 0 ? t.shares : nullptr;
+  const double *identity_total = total ? total + 2 * C : nullptr,
+               *identity_share = t.identity_values > 0 && t.shares ? t.shares + 2 * C : nullptr;
+  const NormGradientRows mine(own, C, total, share, t.values);
+  const NormGradientRows its(other, C, identity_total, identity_share, t.identity_values);
+  if (t.dgamma) write(t.dgamma, t.norm.gamma.dtype, 0, mine.dgamma, C);
+  if (t.dbeta) write(t.dbeta, t.norm.beta.dtype, 0, total, C);
+  if (t.identity_dgamma) write(t.identity_dgamma, t.identity_norm.gamma.dtype, 0, its.dgamma, C);
+  if (t.identity_dbeta) write(t.identity_dbeta, t.identity_norm.beta.dtype, 0, identity_total, C);
+  if (!t.planes) return;
+  A* const channels = (A*)t.channels;
+  for (int64_t c = 0; c < C; ++c) {
+    channels[c] = mine.slope[c], channels[C + c] = other.alpha[c];
+    channels[2 * C + c] = its.slope[c], channels[3 * C + c] = its.offset[c];
+  }
+  parallel(pool, N, samples_of_grain(C), [&](int64_t begin, int64_t end) {
+    Array<double> gate(C), dmean(C);
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t at = n * C;
+      double scale;
+      read(&scale, t.scale, n, 1, 1);
+      read(gate, t.gate, at, C, 1);
+      read(dmean, t.dmean, at, C, 0);
+      A *p_row = (A*)t.planes + at, *r_row = p_row + N * C;
+      for (int64_t c = 0; c < C; ++c) {
+        p_row[c] = gate[c] * scale * own.alpha[c];
+        r_row[c] = own.alpha[c] * dmean[c] / p.pixels + mine.offset[c];
+      }
+    }
+  });
+}
+
+inline void coefficients(const Coefficients& t, const ThreadPool& pool) {
+  if (t.problem.dtype == Dtype::kFloat64) coefficients_as<double>(t, pool);
+  else coefficients_as<float>(t, pool);
+}
+
+inline void totals(const Totals& t, const ThreadPool& pool) {
+  if (t.problem.dtype == Dtype::kFloat64) totals_as<double>(t, pool);
+  else totals_as<float>(t, pool);
+}
+
+inline void gradient_coefficients(const GradientCoefficients& t, const ThreadPool& pool) {
+  if (t.problem.dtype == Dtype::kFloat64) gradient_coefficients_as<double>(t, pool);
+  else gradient_coefficients_as<float>(t, pool);
+}
