@@ -1,18 +1,21 @@
-"""Times whole networks: without attention, with plain ECA, with fused ECA.
+"""Times whole networks: without attention, with plain attention, with fused attention and tails.
 
     python benchmarks/networks.py                        # ResNet-50 and MobileNetV2, eager
+    python benchmarks/networks.py --network seresnet50 eca_nfnet_l0
     python benchmarks/networks.py --mode eager compiled --output networks.json --plot networks.png
 
 Times inference, and a training step without the optimiser, in both memory layouts. Compiled, fused
 ECA is what backend="auto" chooses, and native ECA always runs the kernels. All weights are the
-same. The fused network's outputs are checked against the plain one's before anything is timed;
-layers.py checks gradients. Convolutions run as PyTorch sets them, on a GPU in TF32. --precision
-bfloat16 is autocast. Memory is the most that a step allocates at a time, beside the weights and the
-images.
+same. "tails" is convert(tails=True): batch norm, attention, addition and activation as one
+operation. The outputs of both fused networks are checked against the plain one's before anything is
+timed; layers.py and tails.py check gradients. Convolutions run as PyTorch sets them, on a GPU in
+TF32. --precision bfloat16 is autocast. Memory is the most that a step allocates at a time, beside
+the weights and the images.
 """
 
 import argparse
 import copy
+import importlib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -25,9 +28,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import report
-from eca_fused import ECALayer
+from eca_fused import ECALayer, convert
+from eca_fused.attention import ChannelAttention
 from eca_fused.cli.common.measure import interleaved, reason
-from eca_fused.models import mobilenetv2, resnet, set_fused
+from eca_fused.models import MobileNetV2, ResNet, mobilenetv2, resnet, set_fused
 from eca_fused.ops import native
 from eca_fused.torch_state import forget_compiled
 from lib.cases import LAYOUTS
@@ -47,31 +51,66 @@ from lib.timing import statistics_of
 
 PASSES = ("inference", "training step")
 MODES = ("eager", "compiled")
-KINDS = ("none", "plain ECA", "fused ECA")
-# backend="native", because in a compiled network "auto" may leave layers to the compiler.
-NATIVE = "native ECA"
 Step = Callable[[], object]
 
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "resnet50": partial(resnet, 50),
-    "mobilenetv2": mobilenetv2,
+def without_attention(network: nn.Module) -> nn.Module:
+    """A copy of a timm network whose blocks have no attention."""
+    found = copy.deepcopy(network)
+    for module in found.modules():
+        if getattr(module, "attn_last", None) is not None:
+            module.attn_last = None
+    return found
+
+
+def of_ours(make: Callable[..., nn.Module], attention: str) -> dict[str, nn.Module]:
+    return {"none": make("none"), "plain": make(attention, fused=False)}
+
+
+def of_timm(name: str) -> dict[str, nn.Module]:
+    network = importlib.import_module("timm").create_model(name)
+    for key, parameter in network.named_parameters():
+        if key.endswith("gain") and not parameter.any():  # would hide what the branch does
+            parameter.data.fill_(0.5)
+    return {"none": without_attention(network), "plain": network}
+
+
+# What makes a network without attention and with plain attention, and the name of the attention.
+NETWORKS: dict[str, tuple[Callable[[], dict[str, nn.Module]], str]] = {
+    "resnet50": (partial(of_ours, partial(resnet, 50), "eca"), "ECA"),
+    "mobilenetv2": (partial(of_ours, mobilenetv2, "eca"), "ECA"),
+    "seresnet50": (partial(of_ours, partial(resnet, 50), "se"), "SE"),
+    "eca_nfnet_l0": (partial(of_timm, "eca_nfnet_l0"), "ECA"),
 }
+USUAL = ("resnet50", "mobilenetv2")
+
+
+def fused(network: nn.Module) -> nn.Module:
+    found = copy.deepcopy(network)
+    if isinstance(network, ResNet | MobileNetV2):
+        set_fused(found, True)
+    else:
+        convert(found)
+    return found
 
 
 def built(name: str, device: Device, layout: str, mode: str) -> dict[str, nn.Module]:
-    """The network in its kinds; those with ECA have the same weights."""
-    found = {"none": NETWORKS[name]("none"), "plain ECA": NETWORKS[name]("eca", fused=False)}
-    unknown = found["none"].load_state_dict(found["plain ECA"].state_dict(), strict=False)
+    """The network in its kinds; those with attention have the same weights."""
+    make, attention = NETWORKS[name]
+    kinds = make()
+    found = {"none": kinds["none"], f"plain {attention}": kinds["plain"]}
+    unknown = found["none"].load_state_dict(kinds["plain"].state_dict(), strict=False)
     if unknown.missing_keys:
         raise RuntimeError(f"without attention, {name} has other weights: {unknown.missing_keys}")
-    found["fused ECA"] = copy.deepcopy(found["plain ECA"])
-    set_fused(found["fused ECA"], True)
+    found[f"fused {attention}"] = fused(kinds["plain"])
     if mode == "compiled" and native.unsupported(torch.device(device.tensors)) is None:
-        found[NATIVE] = copy.deepcopy(found["fused ECA"])
-        for module in found[NATIVE].modules():
-            if isinstance(module, ECALayer):
+        # In a compiled network "auto" may leave layers to the compiler.
+        found[f"native {attention}"] = fused(kinds["plain"])
+        for module in found[f"native {attention}"].modules():
+            if isinstance(module, ECALayer | ChannelAttention):
                 module.backend = "native"
+    found["tails"] = fused(kinds["plain"])
+    convert(found["tails"], tails=True)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     for network in found.values():
         network.to(device.tensors).to(memory_format=memory_format)  # type: ignore[call-overload]
@@ -99,16 +138,19 @@ def train(
 
 
 def difference(networks: dict[str, nn.Module], images: Tensor) -> float:
-    """Largest difference of the logits of plain and fused ECA, relative to the largest logit.
+    """Largest difference of the logits of plain and fused networks, relative to the largest logit.
 
     In float32 without TF32, and in evaluation mode.
     """
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     with torch.no_grad():
-        plain, fused = (networks[kind].eval()(images) for kind in KINDS[1:])
+        plain, *others = (
+            network.eval()(images) for kind, network in networks.items() if kind != "none"
+        )
     torch.backends.cudnn.allow_tf32 = tf32
-    return float((plain - fused).abs().max() / plain.abs().max())
+    found = torch.stack([(plain - other).abs().max() for other in others]).max()
+    return float(found / plain.abs().max())
 
 
 def seconds(step: Step, device: Device) -> float:
@@ -156,7 +198,7 @@ def measure(
     row["difference"] = difference(networks, images)
     # Rounding errors grow over fifty layers; a wrong layer gives differences near one.
     if not row["difference"] < 1e-3:
-        row["failed"].append(f"fused differs from plain by {row['difference']:.2g}")
+        row["failed"].append(f"a fused network differs from plain by {row['difference']:.2g}")
     steps: dict[str, Step] = {}
     for kind, network in networks.items():
         network.train(pass_ == "training step")
@@ -189,7 +231,7 @@ def measure(
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_options(parser, rounds=7)
-    parser.add_argument("--network", choices=NETWORKS, nargs="+", default=list(NETWORKS))
+    parser.add_argument("--network", choices=NETWORKS, nargs="+", default=list(USUAL))
     parser.add_argument("--mode", choices=MODES, nargs="+", default=["eager"])
     parser.add_argument("--pass", dest="passes", choices=PASSES, nargs="+", default=list(PASSES))
     parser.add_argument("--layout", choices=LAYOUTS, nargs="+", default=list(LAYOUTS))

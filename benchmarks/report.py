@@ -90,7 +90,7 @@ def whole(path: Path, make: Callable[[Result], T]) -> T:
         raise NoResultError(path, reason) from reason
 
 
-TABLES = {"networks": tables.networks, "calls": tables.calls}
+TABLES = {"networks": tables.networks, "calls": tables.calls, "tails": tables.tails}
 PLOTS = {"layers": plots.layers, "sizes": plots.sizes, "networks": plots.networks}
 SCRIPTS = ("layers", "sizes", *TABLES)
 

@@ -61,6 +61,21 @@ class Case:
         return f"{self.dtype} {self.layout} {'x'.join(map(str, self.shape))} k={self.k}"
 
 
+@dataclass(frozen=True)
+class TailCase(Case):
+    """A tail behind a stage of a network; the batch norm is in training in a norm tail."""
+
+    tail: str
+
+    def ideal_bytes(self, direction: str) -> int:
+        mask = self.map_bytes // DTYPES[self.dtype].itemsize // 8
+        forward, backward = (4, 6) if self.tail == "norm" else (3, 4)
+        if direction == "forward":  # in inference no mask is kept
+            return forward * self.map_bytes
+        masks = 3 if self.tail == "norm" else 2  # written once, read in each pass
+        return (forward + backward) * self.map_bytes + masks * mask
+
+
 def grid(
     layers: Sequence[Layer],
     batches: Sequence[int],

@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from lib.cases import Case
+from lib.cases import Case, TailCase
 
 Result = dict[str, Any]
 
@@ -54,7 +54,8 @@ def bytes_of(row: Result) -> dict[str, int]:
     """The bytes that follow from the shape; a row of a network, or of small calls, has none."""
     if "shape" not in row or "k" not in row:
         return {}
-    case = Case(tuple(row["shape"]), row["k"], row["dtype"], row["layout"])
+    fields = tuple(row["shape"]), row["k"], row["dtype"], row["layout"]
+    case = TailCase(*fields, row["tail"]) if "tail" in row else Case(*fields)
     found = {"ideal_bytes": case.ideal_bytes(row["direction"].removeprefix("warm "))}
     return found | ({"map_bytes": case.map_bytes} if "axis" in row else {})
 

@@ -180,19 +180,22 @@ def networks(result: Result, path: Path) -> None:
     figure, axes = plt.subplots(len(names), 1, figsize=(11, 3 * len(names) + 1), squeeze=False)
     colors = {
         "none": "#999999",
-        "plain ECA": "#e69f00",
-        "fused ECA": "#0072b2",
-        "native ECA": "#56b4e9",
+        "plain": "#e69f00",
+        "fused": "#0072b2",
+        "native": "#56b4e9",
+        "tails": "#009e73",
     }
     for axis, name in zip(axes[:, 0], names, strict=True):
         rows = [row for row in result["rows"] if row["network"] == name]
-        for i, (kind, color) in enumerate(colors.items()):
+        kinds = list(dict.fromkeys(kind for row in rows for kind in row["contenders"]))
+        for i, kind in enumerate(kinds):
             entries = [row["contenders"].get(kind, {}).get("times_none") for row in rows]
             if not any(entries):  # no line in the legend
                 continue
-            at = [j + 0.22 * (i - 1) for j, entry in enumerate(entries) if entry]
+            width = 0.88 / len(kinds)
+            at = [j + width * (i - (len(kinds) - 1) / 2) for j, e in enumerate(entries) if e]
             ratios = [entry["median"] for entry in entries if entry]
-            axis.bar(at, ratios, 0.2, color=color, label=kind)
+            axis.bar(at, ratios, 0.9 * width, color=colors[kind.split()[0]], label=kind)
             for x, value in zip(at, ratios, strict=True):
                 axis.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=6)
         labels = [f"{row['pass']}\n{row['mode']}\n{row['layout']}" for row in rows]

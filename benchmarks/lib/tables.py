@@ -370,7 +370,23 @@ def profiler(result: Result) -> str:
     return markdown(head, lines) if lines else ""
 
 
-# ---- small calls, networks, sizes ----
+# ---- tails, small calls, networks, sizes ----
+
+
+def tails(result: Result) -> str:
+    """Markdown: tails of residual blocks, our time and those of the others divided by it."""
+    kinds = list(dict.fromkeys(n for row in result["rows"] for n in row["contenders"]))
+    kinds = [kind for kind in kinds if kind not in ("copy", "native")]
+    lines = []
+    for row in result["rows"]:
+        own = row["contenders"].get("native")
+        place = [row["tail"], layer_of(row), row["dtype"], row["layout"], row["direction"]]
+        us, share = ("-", "-")
+        if own:
+            us, share = f"{own['us']['median']:.0f}", f"{own['of_copy']['median']:.2f}"
+        lines.append([*place, us, share, *(text(ratio(row, kind)) for kind in kinds)])
+    head = ["tail", "layer", "dtype", "layout", "direction", "us", "of copy"]
+    return markdown([*head, *(f"{kind} / ours" for kind in kinds)], lines)
 
 
 def calls(result: Result) -> str:

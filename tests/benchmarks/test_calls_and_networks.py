@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import calls
 import networks
@@ -36,7 +37,8 @@ def test_compiled_networks_run_the_kernels_by_name_too():
         for kind, net in found.items()
     }
     assert layers == {
-        "none": set(), "plain ECA": {"auto"}, "fused ECA": {"auto"}, "native ECA": {"native"}
+        "none": set(), "plain ECA": {"auto"}, "fused ECA": {"auto"}, "native ECA": {"native"},
+        "tails": {"auto"},
     }  # fmt: skip
 
 
@@ -48,10 +50,10 @@ def test_whole_networks(tmp_path, capsys):
     assert networks.main(arguments) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [(one["network"], one["pass"]) for one in rows] == [
-        (name, pass_) for name in networks.NETWORKS for pass_ in networks.PASSES
+        (name, pass_) for name in networks.USUAL for pass_ in networks.PASSES
     ]
     for one in rows:
-        assert set(one["contenders"]) == set(networks.KINDS)
+        assert list(one["contenders"]) == ["none", "plain ECA", "fused ECA", "tails"]
         assert 0 < one["difference"] < 1e-3
         memory = {kind: entry["peak_bytes"] for kind, entry in one["contenders"].items()}
         assert all(value > 0 for value in memory.values())
@@ -60,3 +62,16 @@ def test_whole_networks(tmp_path, capsys):
     place = "| mobilenetv2 | 2x3x32x32 | float32 | channels_last | eager | training step |"
     assert f"{place} fused ECA |" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "attention"), [("seresnet50", "SE"), ("eca_nfnet_l0", "ECA")])
+def test_networks_with_other_attention_and_of_timm(name, attention):
+    if name == "eca_nfnet_l0":
+        pytest.importorskip("timm", reason="needs timm: pip install timm")
+    found = networks.built(name, devices.device_named("cpu"), "contiguous", "eager")
+    assert list(found) == ["none", f"plain {attention}", f"fused {attention}", "tails"]
+    parameters = {kind: sum(p.numel() for p in net.parameters()) for kind, net in found.items()}
+    assert parameters["none"] < parameters["tails"]
+    assert len({n for kind, n in parameters.items() if kind != "none"}) == 1
+    difference = networks.difference(found, torch.randn(1, 3, 32, 32))
+    assert 0 < difference < 1e-3
