@@ -45,6 +45,26 @@ def test_training_follows_the_network_without_tails(name, one_thread):
         torch.testing.assert_close(*(network.eval()(x) for network in networks))
 
 
+def test_a_training_run_follows_the_loss_curve_of_the_plain_one(one_thread):
+    """From the first loss to a fifth of it. In float32, rounding alone takes runs apart."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(24, 3, 24, 24, dtype=torch.float64), torch.randint(8, (24,))
+    curves = []
+    for network in pair("ECA-ResNet-18"):
+        optimizer = torch.optim.SGD(network.train().parameters(), 0.02, momentum=0.9)
+        losses = []
+        for step in range(24):
+            batch = torch.arange(8) + 8 * (step % 3)
+            loss = torch.nn.functional.cross_entropy(network(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        curves.append(torch.stack(losses))
+    torch.testing.assert_close(*curves, rtol=1e-6, atol=1e-8)
+    assert curves[0][-3:].mean() < 0.2 * curves[0][:3].mean()
+
+
 @needs_extension
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_tail_calls_its_modules(name, monkeypatch, one_thread):
