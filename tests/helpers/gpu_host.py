@@ -137,14 +137,8 @@ class HostGpu:
     def build(self) -> None:
         common = ["-std=c++17", "-DECA_HOST_SIMT", f"-I{self.sources / 'tests/gpu_host/simt'}"]
         common += [*self.flags.split(), "-Wno-unknown-pragmas"]
-        names = [f"{dtype}.cu" for dtype in self.dtypes] + ["cuda.cu"]
-        sources = [self.sources / "csrc/cuda" / name for name in names]
-        sources += [self.sources / "csrc/plan.cpp"]
-        host = self.sources / "tests/gpu_host/simt"
-        sources += [host / "runtime.cpp", host / "runner.cpp"]
-        sources += [host / "tail.cpp"] if self.tails else []
         self.folder.mkdir(parents=True, exist_ok=True)
-        sources.append(self.absent())
+        sources = self.to_compile()
 
         def compile_one(source: Path) -> Path:
             target = self.folder / f"{source.stem}.o"
@@ -157,6 +151,15 @@ class HostGpu:
             objects = list(pool.map(compile_one, sources))
         self.program = self.folder / "runner"
         subprocess.run([COMPILER, *common, *map(str, objects), "-o", self.program], check=True)
+
+    def to_compile(self) -> list[Path]:
+        names = [f"{dtype}.cu" for dtype in self.dtypes] + ["cuda.cu"]
+        sources = [self.sources / "csrc/cuda" / name for name in names]
+        sources += [self.sources / "csrc/plan.cpp"]
+        host = self.sources / "tests/gpu_host/simt"
+        sources += [host / "runtime.cpp", host / "runner.cpp"]
+        sources += [host / "tail.cpp"] if self.tails else []
+        return [*sources, self.absent()]
 
     def absent(self) -> Path:
         """A source with the functions of what is left out, which are never called."""
@@ -195,7 +198,7 @@ class HostGpu:
             self.process.stdout.close()  # type: ignore[union-attr]
             self.process = None
 
-    def _call(self, request: bytes) -> None:
+    def call(self, request: bytes) -> None:
         if self.process is None:
             self.errors = open(self.folder / "stderr", "w+b")  # noqa: SIM115
             self.process = subprocess.Popen(
@@ -221,11 +224,11 @@ class HostGpu:
             self._fail()
         return data
 
-    def _text(self) -> str:
+    def text(self) -> str:
         (length,) = struct.unpack("q", self._read(8))
         return self._read(length).decode()
 
-    def _tensor(self, like: Tensor) -> Tensor:
+    def tensor(self, like: Tensor) -> Tensor:
         data = bytearray(self._read(like.numel() * like.element_size()))
         return torch.frombuffer(data, dtype=like.dtype) if data else like.new_empty(0)
 
@@ -256,17 +259,17 @@ class HostGpu:
         ]  # fmt: skip
         for v in maps:
             numbers += v.fields()
-        self._call(
+        self.call(
             struct.pack(f"{len(numbers)}q", *map(int, numbers))
             + raw(maps[0].memory)
             + raw(weight)
             + small
         )
-        status = self._text()
+        status = self.text()
         if "cannot run" in status:
             raise Refused(status)
         assert status == "ok", status
-        return json.loads(self._text()), json.loads(self._text())
+        return json.loads(self.text()), json.loads(self.text())
 
     def forward(
         self,
@@ -302,9 +305,9 @@ class HostGpu:
             wants=(in_place, want_mean, False, False), gpu=gpu, forced=forced, seed=seed,
             resident=resident, count=count,
         )  # fmt: skip
-        y = in_shape(self._tensor(out.memory), out, x, channels_last)
+        y = in_shape(self.tensor(out.memory), out, x, channels_last)
         small = torch.empty(x.shape[:2], dtype=_sums_dtype(x))
-        mean, gate = (self._tensor(small).reshape(small.shape) for _ in range(2))
+        mean, gate = (self.tensor(small).reshape(small.shape) for _ in range(2))
         return Outcome((y, mean, gate), plan, traffic)
 
     def backward(
@@ -337,10 +340,10 @@ class HostGpu:
             resident=resident, count=count,
         )  # fmt: skip
         maps = [
-            in_shape(self._tensor(out.memory), out, x, channels_last)
+            in_shape(self.tensor(out.memory), out, x, channels_last)
             for _ in range(1 if result is None else 2)
         ]  # d_identity comes first
-        dweight = self._tensor(weight).reshape(weight.shape)
+        dweight = self.tensor(weight).reshape(weight.shape)
         return Outcome((maps[-1], dweight, *maps[:-1]), plan, traffic)
 
     def sums_of_gradient(
@@ -361,7 +364,7 @@ class HostGpu:
             resident=0, count=False,
         )  # fmt: skip
         small = torch.empty((2, *x.shape[:2]), dtype=torch.float32)
-        return self._tensor(small).reshape(small.shape)
+        return self.tensor(small).reshape(small.shape)
 
     def reduce(
         self,
@@ -383,8 +386,8 @@ class HostGpu:
             wants=(False, dy is not None, gate is not None, False), gpu=gpu, forced=None, seed=seed,
             resident=0, count=False,
         )  # fmt: skip
-        result = self._tensor(small).reshape(small.shape)
-        dx = in_shape(self._tensor(out.memory), out, x, channels_last)
+        result = self.tensor(small).reshape(small.shape)
+        dx = in_shape(self.tensor(out.memory), out, x, channels_last)
         return Outcome((result, dx), plan)
 
     def scale(
@@ -405,7 +408,7 @@ class HostGpu:
             wants=(False, shift is not None, False, False), gpu=gpu, forced=None, seed=seed,
             resident=0, count=False,
         )  # fmt: skip
-        return Outcome((in_shape(self._tensor(out.memory), out, x, channels_last),), plan)
+        return Outcome((in_shape(self.tensor(out.memory), out, x, channels_last),), plan)
 
 
 def check_apart(gpu, x, dy, layout, of):
