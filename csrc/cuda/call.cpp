@@ -151,15 +151,22 @@ void run(const Call& call, Pass pass, int32_t device, Run kernels) {
   kernels(call, plan, memory);
 }
 
-// Pooling or rescaling alone. Their plans are made without a search, so they are not kept.
+int64_t workspace_of(const cuda::TailPlan&) { return 0; }
+template <class SomePlan>
+int64_t workspace_of(const SomePlan& plan) {
+  return plan.workspace;
+}
+
+// Pooling or rescaling alone, or a tail. Their plans are made without a search, so they are not
+// kept.
 template <class Call, class Run>
 void run_apart(const Call& call, int32_t device, Run kernels) {
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Plan plan = cuda::plan_of(call, description(device));
+  const auto plan = cuda::plan_of(call, description(device));
   Tensor keep_workspace;
   cuda::Memory memory{nullptr, nullptr, current_stream(device)};
-  if (plan.workspace > 0) {
-    keep_workspace = bytes_on(device, plan.workspace);
+  if (workspace_of(plan) > 0) {
+    keep_workspace = bytes_on(device, workspace_of(plan));
     memory.workspace = keep_workspace.data_ptr();
   }
   kernels(call, plan, memory);
@@ -192,5 +199,20 @@ void backward(const Backward& b, int32_t device) {
 void reduce(const Reduce& r, int32_t device) { run_apart(r, device, cuda::reduce); }
 
 void scale(const Scale& s, int32_t device) { run_apart(s, device, cuda::scale); }
+
+void moments(const Moments& t, int32_t device) { run_apart(t, device, cuda::moments); }
+
+void tail(const Tail& t, int32_t device) { run_apart(t, device, cuda::tail); }
+
+void tail_sums(const TailSums& t, int32_t device) { run_apart(t, device, cuda::tail_sums); }
+
+void tail_gradients(const TailGradients& t, int32_t device) {
+  run_apart(t, device, cuda::tail_gradients);
+}
+
+void set_to_zero(void* memory, int64_t bytes, int32_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  cuda::set_to_zero(memory, bytes, current_stream(device));
+}
 
 }  // namespace eca::cuda_call

@@ -15,9 +15,18 @@ void backward(const Backward& b, int32_t device);
 void reduce(const Reduce& r, int32_t device);
 void scale(const Scale& s, int32_t device);
 
+// The passes of a residual block's tail.
+void moments(const Moments& t, int32_t device);
+void tail(const Tail& t, int32_t device);
+void tail_sums(const TailSums& t, int32_t device);
+void tail_gradients(const TailGradients& t, int32_t device);
+
 // For tuning and tests: every later call of this process uses these sizes, or, after null, the
 // planner's choice again. A call that cannot run so throws std::invalid_argument.
 void force_plan(const Forced* forced);
+
+// Zeros for memory on the device.
+void set_to_zero(void* memory, int64_t bytes, int32_t device);
 
 // A CUDA device's limits, asked for once.
 const Gpu& description(int32_t device);

@@ -1,11 +1,9 @@
 // The contract on CUDA: which dtype's kernels, and what the planner needs to know of a call.
 #include <algorithm>
 #include <limits>
-#include <type_traits>
 
 #include "cuda.h"
-
-#include "device.h"
+#include "visit.h"
 
 namespace eca::cuda {
 
@@ -17,24 +15,6 @@ template <class T>
 void run_reduce(const Reduce& r, const Plan& plan, const Memory& memory);
 template <class T>
 void run_scale(const Scale& s, const Plan& plan, const Memory& memory);
-
-namespace {
-
-// Calls f with a null pointer of the type that stands for the dtype.
-template <class F>
-void visit(Dtype dtype, F f) {
-  switch (dtype) {
-    case Dtype::kFloat32: return f(static_cast<float*>(nullptr));
-    case Dtype::kFloat64: return f(static_cast<double*>(nullptr));
-    case Dtype::kFloat16: return f(static_cast<half*>(nullptr));
-    case Dtype::kBFloat16: return f(static_cast<bfloat16*>(nullptr));
-  }
-}
-
-template <class T>
-using Pointee = std::remove_pointer_t<T>;
-
-}  // namespace
 
 void forward(const Forward& f, const Plan& plan, const Memory& memory) {
   visit(f.problem.dtype,

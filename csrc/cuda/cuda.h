@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../plan.h"
+#include "tail_plan.h"
 
 namespace eca::cuda {
 
@@ -32,6 +33,12 @@ Plan plan_of(const Scale& s, const Gpu& gpu);
 
 // The planner's pass for a reduction: dy is a second map to read, as backward.
 inline Pass reduce_pass(const Reduce& r) { return r.dy.data ? Pass::kBackward : Pass::kForward; }
+
+// The passes of a residual block's tail.
+void moments(const eca::Moments& t, const TailSumPlan& plan, const Memory& memory);
+void tail(const eca::Tail& t, const TailPlan& plan, const Memory& memory);
+void tail_sums(const TailSums& t, const TailSumPlan& plan, const Memory& memory);
+void tail_gradients(const TailGradients& t, const TailPlan& plan, const Memory& memory);
 
 // How a call's maps lie, for make_plan().
 Access access_of(const Forward& f);

@@ -46,6 +46,9 @@ __device__ inline T narrow(Accumulator<T> x) {
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
 
+__device__ inline float error_function(float x) { return erff(x); }
+__device__ inline double error_function(double x) { return erf(x); }
+
 // V consecutive elements, moved by one instruction.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Vector {
@@ -103,6 +106,12 @@ __device__ inline void forget(Vector<T, V>& v) {
   std::memcpy(&v, words, sizeof v);
 }
 
+// Hides how a number was made: what is computed from it, or loaded, is not kept from before.
+__device__ inline int hidden(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Hides how an address was made from the compiler, which would otherwise make it anew, in 64 bits,
 // for each access at some distance from it.
 template <class T>
@@ -123,7 +132,9 @@ constexpr int kVector = 16 / int(sizeof(T));
 template <int kBytes>
 using Word = std::conditional_t<
     kBytes == 16, uint4,
-    std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t> > >;
+    std::conditional_t<kBytes == 8, uint2,
+                       std::conditional_t<kBytes == 4, uint32_t,
+                                          std::conditional_t<kBytes == 2, uint16_t, uint8_t> > > >;
 
 // Blocks that a multiprocessor shall hold, as an argument of __launch_bounds__. One less from
 // compute capability 10.0 on: there nvcc 13.0 needs more registers for the same kernel than three
@@ -178,6 +189,79 @@ __device__ inline Vector<T, V> load_if_below(const T* from, int i, int end) {
   Vector<T, V> v;
   std::memcpy(&v, word, sizeof v);
   return v;
+}
+
+// V elements in words. As elements, nvcc 13.0 would give each one of two bytes a register of its own
+// where they go from one branch to another, and wait for a load to do so.
+template <class T, int V>
+struct Packed {
+  uint32_t word[sizeof(T) * V < 4 ? 1 : sizeof(T) * V / 4];
+
+  __device__ Accumulator<T> wide(int e) const {
+    if constexpr (sizeof(T) == 2 && V > 1) {
+      Vector<T, 2> pair;
+      std::memcpy(&pair, &word[e / 2], sizeof pair);
+      return widen(pair).element[e % 2];
+    } else {
+      T element;
+      std::memcpy(&element, &word[e * sizeof(T) / 4], sizeof element);
+      return widen(element);
+    }
+  }
+
+  // From element e on, which begins a word.
+  template <int P>
+  __device__ void put(int e, const Vector<T, P>& some) {
+    std::memcpy(&word[e * sizeof(T) / 4], &some, sizeof some);
+  }
+
+  __device__ Vector<T, V> vector() const {
+    Vector<T, V> v;
+    std::memcpy(&v, word, sizeof v);
+    return v;
+  }
+};
+
+// As for vectors.
+template <class T, int V>
+__device__ inline void forget(Packed<T, V>& v) {
+#pragma unroll
+  for (uint32_t& word : v.word) asm volatile("" : "+r"(word));
+}
+
+// load() if `there`, else zeros, without a branch.
+template <int V, class T>
+__device__ inline Packed<T, V> load_if(bool there, const T* from) {
+  constexpr int kBytes = int(sizeof(T)) * V;
+  const size_t at = __cvta_generic_to_global(from);
+  Packed<T, V> v{};
+  uint32_t* const w = v.word;
+  if constexpr (kBytes == 16)
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %5, 0; @p ld.global.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3])
+        : "l"(at), "r"(uint32_t(there)));
+  else if constexpr (kBytes == 8)
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p ld.global.v2.u32 {%0, %1}, [%2]; }"
+                 : "+r"(w[0]), "+r"(w[1])
+                 : "l"(at), "r"(uint32_t(there)));
+  else if constexpr (kBytes == 4)
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.u32 %0, [%1]; }"
+                 : "+r"(w[0])
+                 : "l"(at), "r"(uint32_t(there)));
+  else if constexpr (kBytes == 2)
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.u16 %0, [%1]; }"
+                 : "+r"(w[0])
+                 : "l"(at), "r"(uint32_t(there)));
+  else
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p ld.global.u8 %0, [%1]; }"
+                 : "+r"(w[0])
+                 : "l"(at), "r"(uint32_t(there)));
+  return v;
+}
+
+__device__ inline uint32_t load_byte_if(bool there, const uint8_t* from) {
+  return load_if<1>(there, from).word[0];
 }
 
 // An address's offset within a line of 16 bytes, in elements.

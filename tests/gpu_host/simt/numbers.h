@@ -88,4 +88,7 @@ inline T narrow(Accumulator<T> x) {
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
 
+inline float error_function(float x) { return std::erf(x); }
+inline double error_function(double x) { return std::erf(x); }
+
 }  // namespace eca::cuda

@@ -70,8 +70,8 @@ template <class T>
 constexpr int kVector = 16 / int(sizeof(T));
 
 template <class T, int V>
-constexpr bool kOneInstruction =
-    sizeof(T) * V == 16 || sizeof(T) * V == 8 || sizeof(T) * V == 4 || sizeof(T) * V == 2;
+constexpr bool kOneInstruction = sizeof(T) * V == 16 || sizeof(T) * V == 8 || sizeof(T) * V == 4 ||
+                                 sizeof(T) * V == 2 || sizeof(T) * V == 1;
 
 template <class T, int V>
 inline Vector<Accumulator<T>, V> widen(const Vector<T, V>& v) {
@@ -89,6 +89,8 @@ inline Vector<T, V> narrow(const Vector<Accumulator<T>, V>& wide) {
 
 template <class T, int V>
 inline void forget(Vector<T, V>&) {}
+
+inline int hidden(int value) { return value; }
 
 template <class T>
 inline T* pinned(T* address) {
@@ -119,6 +121,30 @@ inline Vector<T, V> load_if_below(const T* from, int i, int end, Place place = P
   Vector<T, V> undefined;
   std::memset(&undefined, 0xff, sizeof undefined);
   return undefined;
+}
+
+template <class T, int V>
+struct Packed {
+  Vector<T, V> elements;
+  Accumulator<T> wide(int e) const { return widen(elements.element[e]); }
+  template <int P>
+  void put(int e, const Vector<T, P>& some) {
+    for (int i = 0; i < P; ++i) elements.element[e + i] = some.element[i];
+  }
+  Vector<T, V> vector() const { return elements; }
+};
+
+template <class T, int V>
+inline void forget(Packed<T, V>&) {}
+
+template <int V, class T>
+inline Packed<T, V> load_if(bool there, const T* from, Place place = Place::here()) {
+  if (there) return {load<V>(from, place)};
+  return {};
+}
+
+inline uint32_t load_byte_if(bool there, const uint8_t* from, Place place = Place::here()) {
+  return there ? load<1>(from, place).element[0] : 0;
 }
 
 template <class T>
