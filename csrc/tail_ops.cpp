@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 
+#include "cuda/call.h"
 #include "run.h"
 #include "tensors.h"
 
@@ -42,6 +43,44 @@ int64_t mask_bytes(const Problem& p) {
   return p.samples * std::max(p.channels * ((p.pixels + 7) / 8), p.pixels * ((p.channels + 7) / 8));
 }
 
+// ---- the kernels for the device ----
+
+void run(const Moments& t, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::moments(t, device.index);
+#endif
+  on_cpu([&] { cpu::kernels().moments(t, thread_pool()); });
+}
+
+void run(const Tail& t, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::tail(t, device.index);
+#endif
+  on_cpu([&] { cpu::kernels().tail(t, thread_pool()); });
+}
+
+void run(const TailSums& t, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::tail_sums(t, device.index);
+#endif
+  on_cpu([&] { cpu::kernels().tail_sums(t, thread_pool()); });
+}
+
+void run(const TailGradients& t, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::tail_gradients(t, device.index);
+#endif
+  on_cpu([&] { cpu::kernels().tail_gradients(t, thread_pool()); });
+}
+
+void clear(void* memory, int64_t bytes, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::set_to_zero(memory, bytes, device.index);
+#endif
+  (void)device;
+  std::memset(memory, 0, size_t(bytes));
+}
+
 // p has the layout of the kernels; bytes that they do not write are zero.
 Tensor empty_mask(const Tensor& x, const Problem& p, bool needed) {
   const int64_t size = needed ? mask_bytes(p) : 0, stride = 1;
@@ -49,7 +88,7 @@ Tensor empty_mask(const Tensor& x, const Problem& p, bool needed) {
   const int64_t rows = p.layout == Layout::kPlanes ? p.channels : p.pixels;
   const int64_t written = p.samples * rows * mask_row_bytes(p);
   if (needed && size > written)
-    std::memset(static_cast<char*>(mask.data_ptr()) + written, 0, size - written);
+    clear(static_cast<char*>(mask.data_ptr()) + written, size - written, device_of(x));
   return mask;
 }
 
@@ -119,7 +158,7 @@ Tensor moments(const Tensor& x) {
   if (maps.is_empty()) return zeroed(found);
   double* const mean = static_cast<double*>(found.data_ptr());
   const Moments m{maps.problem, maps.of(maps.x), mean, mean + p.samples * p.channels};
-  on_cpu([&] { cpu::kernels().moments(m, thread_pool()); });
+  run(m, device_of(x));
   return found;
 }
 
@@ -141,7 +180,7 @@ std::tuple<Tensor, Tensor> tail(const Tensor& x, const OptionalTensor& identity,
                maps.of(maps.identity),
                maps.of(y),
                bytes_of(mask)};
-  on_cpu([&] { cpu::kernels().tail(t, thread_pool()); });
+  run(t, device_of(x));
   return {y, mask};
 }
 
@@ -166,7 +205,7 @@ Tensor tail_sums(const Tensor& dy, const Tensor& x, const OptionalTensor& identi
                    bytes_of(mask),
                    static_cast<double*>(sums.data_ptr()),
                    identity_sum};
-  on_cpu([&] { cpu::kernels().tail_sums(t, thread_pool()); });
+  run(t, device_of(x));
   return sums;
 }
 
@@ -208,7 +247,7 @@ std::tuple<Tensor, Tensor> tail_gradients(const Tensor& dy, const Tensor& x,
                         channel(1),
                         by_identity ? channel(2) : nullptr,
                         by_identity ? channel(3) : nullptr};
-  on_cpu([&] { cpu::kernels().tail_gradients(t, thread_pool()); });
+  run(t, device_of(x));
   return {dx, d_identity};
 }
 
@@ -313,11 +352,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(eca_fused, m) {
       "Tensor d_identity, Tensor sums, Tensor dmean, Tensor dweight)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) {
+template <class Library>
+static void implement_passes(Library& m) {
   m.impl("moments", TORCH_BOX(&eca::moments));
   m.impl("tail", TORCH_BOX(&eca::tail));
   m.impl("tail_sums", TORCH_BOX(&eca::tail_sums));
   m.impl("tail_gradients", TORCH_BOX(&eca::tail_gradients));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) {
+  implement_passes(m);
   m.impl("block_tail", TORCH_BOX(&eca::block_tail));
   m.impl("block_tail_backward", TORCH_BOX(&eca::block_tail_backward));
 }
+
+#if defined(ECA_FUSED_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(eca_fused, CUDA, m) { implement_passes(m); }
+#endif

@@ -105,7 +105,9 @@ class FusedTails(Tails):
             return t._replace(means=self._kernels().moments(t.x.detach())[0])
 
     def tail(self, t: TailTensors, o: TailOptions) -> Tensor:
-        in_one_pass = t.weight is not None and o.values is None and o.identity_values is None
+        of_batch = o.values is not None or o.identity_values is not None
+        one_pass_devices = self.kernels.one_pass_tail_devices
+        in_one_pass = t.weight is not None and not of_batch and t.x.device.type in one_pass_devices
         if t.weight is not None and not in_one_pass:
             t = self._with_means(t)
         if not _needs_grad(t):

@@ -205,6 +205,7 @@ class Kernels(Protocol):
     description: str  # what it runs on
     devices: frozenset[str]  # types of device that it runs on
     tail_devices: frozenset[str]  # those where it has the operators of TailKernels too
+    one_pass_tail_devices: frozenset[str]  # those where block_tail() is one of them
 
     def forward(
         self, x: Tensor, weight: Tensor, circular: bool, /

@@ -25,6 +25,7 @@ __all__ = [
     "missing",
     "moments",
     "name",
+    "one_pass_tail_devices",
     "pool",
     "rescale",
     "rescale_backward",
@@ -42,6 +43,7 @@ name = "native"
 missing: str | None = None  # the reason why there are no native kernels
 devices: frozenset[str] = frozenset()  # device types that the extension was compiled for
 tail_devices: frozenset[str] = frozenset()  # those with kernels for the tail of a block
+one_pass_tail_devices: frozenset[str] = frozenset()  # those with block_tail()
 description = ""
 architectures = ""  # of CUDA: compute capabilities, as in TORCH_CUDA_ARCH_LIST; "" if not known
 
@@ -71,9 +73,10 @@ try:
     tail_coefficients = torch.ops.eca_fused.tail_coefficients.default
     tail_totals = torch.ops.eca_fused.tail_totals.default
     tail_gradient_coefficients = torch.ops.eca_fused.tail_gradient_coefficients.default
-    tail_devices = frozenset({"cpu"})
+    tail_devices = devices
+    one_pass_tail_devices = frozenset({"cpu"})
 except Exception as error:  # a broken build may fail in any way, and must not break the import
-    devices = tail_devices = frozenset()
+    devices = tail_devices = one_pass_tail_devices = frozenset()
     if "ECA_FUSED_" in str(error):  # a bad value of a setting: building again would not help
         missing = (
             f"the compiled extension does not start: {error}; unset the variable, or give it one "

@@ -296,7 +296,6 @@ def kept_bytes(function, case: TailCase) -> int:
 
 
 @needs_extension
-@pytest.mark.skipif(DEVICE != "cpu", reason="the kernels of tails run on the CPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_keeps_x_and_one_bit_for_each_element(layout):
     case = make_tail((4, 16, 32, 32), torch.float32, layout)
@@ -438,7 +437,6 @@ def test_trace():
 
 
 @needs_extension
-@pytest.mark.skipif(DEVICE != "cpu", reason="the kernels of tails run on the CPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", range(4))
 def test_opcheck(activation, layout):
@@ -455,6 +453,8 @@ def test_opcheck(activation, layout):
         rest = (x.new_ones(2, n, c), x.new_ones(4, c), activation)
         for flags in itertools.product((True, False), repeat=2):
             check(ops.tail_gradients, (*args, *rest, True, True, *flags))
+        if DEVICE not in native.one_pass_tail_devices:
+            continue
         block = (case.weight, x.new_ones(n), x.new_ones(6, c))
         check(ops.block_tail, (x, x, *block, False, activation, True))
         _, mask, distance, gate = ops.block_tail(x, x, *block, False, activation, True)
@@ -529,7 +529,6 @@ def test_operators_between_the_passes_refuse_what_does_not_fit():
 
 
 @needs_extension
-@pytest.mark.skipif(DEVICE != "cpu", reason="the kernels of tails run on the CPU")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -567,4 +566,20 @@ def test_operators_refuse_what_does_not_fit(change, message):
 
 
 def test_the_ways_without_kernels_do_not_claim_them():
-    assert native.tail_devices <= native.devices
+    assert native.one_pass_tail_devices <= native.tail_devices <= native.devices
+
+
+@needs_extension
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_devices_without_the_operator_that_does_all_in_one_pass(
+    monkeypatch, layout, activation, own
+):
+    case = make_tail((3, 12, 5, 6), layout=layout, activation=activation, own_taps=own)
+    monkeypatch.setattr(native, "one_pass_tail_devices", frozenset())
+    monkeypatch.setattr(native, "block_tail", None)
+    assert_same(case, "native")
+    with torch.no_grad():
+        y = fused("native")(case.x, case.identity, case.weight, activation=activation)
+    torch.testing.assert_close(y, plain(case.x, case.identity, case.weight, activation=activation))

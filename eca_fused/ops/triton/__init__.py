@@ -36,6 +36,7 @@ name = "triton"
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU
 devices = frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"})
 tail_devices: frozenset[str] = frozenset()
+one_pass_tail_devices: frozenset[str] = frozenset()
 description = "its interpreter, on any device: slow, for tests" if INTERPRETED else "GPUs"
 
 # torch.compile cannot trace into kernels that the interpreter runs.
