@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cuda/call.h"
 #include "run.h"
 #include "tensors.h"
 
@@ -16,6 +17,36 @@ namespace eca {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
+
+// ---- the kernels for the device ----
+
+void run(const BatchStatistics& t, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::batch_statistics(t, device.index);
+#endif
+  on_cpu([&] { cpu::kernels().batch_statistics(t, thread_pool()); });
+}
+
+void run(const Coefficients& t, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::coefficients(t, device.index);
+#endif
+  on_cpu([&] { cpu::kernels().coefficients(t, thread_pool()); });
+}
+
+void run(const Totals& t, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::totals(t, device.index);
+#endif
+  on_cpu([&] { cpu::kernels().totals(t, thread_pool()); });
+}
+
+void run(const GradientCoefficients& t, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::gradient_coefficients(t, device.index);
+#endif
+  on_cpu([&] { cpu::kernels().gradient_coefficients(t, thread_pool()); });
+}
 
 void check_sizes(const Tensor& t, const char* name, const Tensor& x, const Sizes& sizes) {
   bool same = t.dim() == int64_t(sizes.size()) && device_of(t) == device_of(x);
@@ -103,7 +134,7 @@ std::tuple<Tensor, Tensor> batch_statistics(const Tensor& planes, int64_t pixels
                           static_cast<const double*>(planes.data_ptr()),
                           static_cast<double*>(mean.data_ptr()),
                           static_cast<double*>(variance.data_ptr())};
-  on_cpu([&] { cpu::kernels().batch_statistics(t, thread_pool()); });
+  if (C > 0) run(t, device_of(planes));
   return {mean, variance};
 }
 
@@ -136,7 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tail_coefficients(
       channels.data_ptr(),
       data_of(made),
       data_of(distance)};
-  on_cpu([&] { cpu::kernels().coefficients(t, thread_pool()); });
+  if (C > 0) run(t, device_of(x));
   return {planes, channels, made, distance};
 }
 
@@ -172,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_totals(
                  data_of(dscale),
                  data_of(made),
                  data_of(dweight)};
-  on_cpu([&] { cpu::kernels().totals(t, thread_pool()); });
+  if (C > 0) run(t, device_of(x));
   return {totals, dgate, dscale, made, dweight};
 }
 
@@ -212,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail_gradient_coeffic
                                data_of(dbeta),
                                data_of(identity_dgamma),
                                data_of(identity_dbeta)};
-  on_cpu([&] { cpu::kernels().gradient_coefficients(t, thread_pool()); });
+  if (C > 0) run(t, device_of(x));
   return {planes, channels, dgamma, dbeta, identity_dgamma, identity_dbeta};
 }
 
@@ -243,9 +274,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(eca_fused, m) {
       "identity_dgamma, Tensor identity_dbeta)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) {
+template <class Library>
+static void implement(Library& m) {
   m.impl("batch_statistics", TORCH_BOX(&eca::batch_statistics));
   m.impl("tail_coefficients", TORCH_BOX(&eca::tail_coefficients));
   m.impl("tail_totals", TORCH_BOX(&eca::tail_totals));
   m.impl("tail_gradient_coefficients", TORCH_BOX(&eca::tail_gradient_coefficients));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) { implement(m); }
+
+#if defined(ECA_FUSED_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(eca_fused, CUDA, m) { implement(m); }
+#endif

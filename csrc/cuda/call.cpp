@@ -157,19 +157,25 @@ int64_t workspace_of(const SomePlan& plan) {
   return plan.workspace;
 }
 
+template <class Kernels>
+void with_workspace(int64_t bytes, int32_t device, Kernels kernels) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor keep_workspace;
+  cuda::Memory memory{nullptr, nullptr, current_stream(device)};
+  if (bytes > 0) {
+    keep_workspace = bytes_on(device, bytes);
+    memory.workspace = keep_workspace.data_ptr();
+  }
+  kernels(memory);
+}
+
 // Pooling or rescaling alone, or a tail. Their plans are made without a search, so they are not
 // kept.
 template <class Call, class Run>
 void run_apart(const Call& call, int32_t device, Run kernels) {
-  const torch::stable::accelerator::DeviceGuard guard(device);
   const auto plan = cuda::plan_of(call, description(device));
-  Tensor keep_workspace;
-  cuda::Memory memory{nullptr, nullptr, current_stream(device)};
-  if (workspace_of(plan) > 0) {
-    keep_workspace = bytes_on(device, workspace_of(plan));
-    memory.workspace = keep_workspace.data_ptr();
-  }
-  kernels(call, plan, memory);
+  with_workspace(workspace_of(plan), device,
+                 [&](const cuda::Memory& memory) { kernels(call, plan, memory); });
 }
 
 }  // namespace
@@ -208,6 +214,23 @@ void tail_sums(const TailSums& t, int32_t device) { run_apart(t, device, cuda::t
 
 void tail_gradients(const TailGradients& t, int32_t device) {
   run_apart(t, device, cuda::tail_gradients);
+}
+
+void batch_statistics(const BatchStatistics& t, int32_t device) {
+  with_workspace(0, device, [&](const auto& memory) { cuda::batch_statistics(t, memory); });
+}
+
+void coefficients(const Coefficients& t, int32_t device) {
+  with_workspace(0, device, [&](const auto& memory) { cuda::coefficients(t, memory); });
+}
+
+void totals(const Totals& t, int32_t device) {
+  with_workspace(cuda::workspace_of(t), device,
+                 [&](const auto& memory) { cuda::totals(t, memory); });
+}
+
+void gradient_coefficients(const GradientCoefficients& t, int32_t device) {
+  with_workspace(0, device, [&](const auto& memory) { cuda::gradient_coefficients(t, memory); });
 }
 
 void set_to_zero(void* memory, int64_t bytes, int32_t device) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../coefficients.h"
 #include "../plan.h"
 
 namespace eca::cuda_call {
@@ -20,6 +21,12 @@ void moments(const Moments& t, int32_t device);
 void tail(const Tail& t, int32_t device);
 void tail_sums(const TailSums& t, int32_t device);
 void tail_gradients(const TailGradients& t, int32_t device);
+
+// The arithmetic between them.
+void batch_statistics(const BatchStatistics& t, int32_t device);
+void coefficients(const Coefficients& t, int32_t device);
+void totals(const Totals& t, int32_t device);
+void gradient_coefficients(const GradientCoefficients& t, int32_t device);
 
 // For tuning and tests: every later call of this process uses these sizes, or, after null, the
 // planner's choice again. A call that cannot run so throws std::invalid_argument.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../coefficients.h"
 #include "../plan.h"
 #include "tail_plan.h"
 
@@ -39,6 +40,15 @@ void moments(const eca::Moments& t, const TailSumPlan& plan, const Memory& memor
 void tail(const eca::Tail& t, const TailPlan& plan, const Memory& memory);
 void tail_sums(const TailSums& t, const TailSumPlan& plan, const Memory& memory);
 void tail_gradients(const TailGradients& t, const TailPlan& plan, const Memory& memory);
+
+// The arithmetic between them.
+void batch_statistics(const BatchStatistics& t, const Memory& memory);
+void coefficients(const Coefficients& t, const Memory& memory);
+void totals(const Totals& t, const Memory& memory);
+void gradient_coefficients(const GradientCoefficients& t, const Memory& memory);
+
+// Bytes of Memory::workspace.
+int64_t workspace_of(const Totals& t);
 
 // How a call's maps lie, for make_plan().
 Access access_of(const Forward& f);

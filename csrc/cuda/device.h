@@ -46,6 +46,8 @@ __device__ inline T narrow(Accumulator<T> x) {
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
 
+__device__ inline double square_root(double x) { return sqrt(x); }
+
 __device__ inline float error_function(float x) { return erff(x); }
 __device__ inline double error_function(double x) { return erf(x); }
 

@@ -48,7 +48,7 @@ __all__ = [
     "tail_forward",
 ]
 
-NOTHING = (None,) * (len(TailTensors._fields) - WITH_GRADIENT)  # gradients of the others
+NOTHING = (None,) * 5  # for those of TailTensors that have no gradient
 
 
 def tail_forward(

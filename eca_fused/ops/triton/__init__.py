@@ -26,6 +26,7 @@ __all__ = [
     "inference_",
     "inference_into",
     "name",
+    "one_pass_tail_devices",
     "pool",
     "rescale",
     "rescale_backward",

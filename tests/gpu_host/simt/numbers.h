@@ -88,6 +88,8 @@ inline T narrow(Accumulator<T> x) {
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
 
+inline double square_root(double x) { return std::sqrt(x); }
+
 inline float error_function(float x) { return std::erf(x); }
 inline double error_function(double x) { return std::erf(x); }
 
