@@ -16,9 +16,7 @@ template <class T, bool kSmooth, bool kIdentity>
 struct TailForward {
   using A = Accumulator<T>;
   static constexpr int kResults = 1;
-  // Blocks on a multiprocessor, and channels whose coefficients a thread has at a time: so many that
-  // nothing is spilled.
-  static constexpr int kBlocks = 4, kChannels = kSmooth || kIdentity ? 2 : 4;
+  static constexpr int kFlatBlocks = 4, kColumnsAtOnce = 4;
   Map x, identity, y;
   uint8_t* mask;
   TailCoefficients coefficients;
@@ -85,7 +83,8 @@ struct TailBackward {
   using A = Accumulator<T>;
   using Maps = TailGradientMaps<T, kSmooth, kIdentity>;
   static constexpr int kResults = 2;
-  static constexpr int kBlocks = kIdentity ? 2 : 3, kChannels = 2;
+  static constexpr int kFlatBlocks = kIdentity ? 2 : 3,
+                       kColumnsAtOnce = kSmooth || kIdentity ? 2 : 4;
   Maps maps;
   Map dx, d_identity;                                            // or null pointers
   const void *p, *q, *r, *identity_p, *identity_q, *identity_r;  // see TailGradients
@@ -201,16 +200,16 @@ struct FlatTile {
 
 // V is 1, or whole vectors for planes: these follow one another without a gap, or are whole vectors.
 template <class T, int V, class Pass>
-__global__ void __launch_bounds__(kTailThreads, resident_blocks(Pass::kBlocks))
+__global__ void __launch_bounds__(kTailThreads, resident_blocks(Pass::kFlatBlocks))
     tail_flat(TailGrid grid, Pass pass) {
-  constexpr int kAtOnce = kTailAtOnce<V>;
+  constexpr int kAtOnce = kTailAtOnce<V>, kChunk = kTailThreads * kAtOnce * V;
   const TailShape& shape = grid.shape;
   const FlatTile tile(grid);
   // Bytes of a vector of eight need no other thread.
   const bool whole = V == 8 && grid.octets, staged = pass.mask && !whole;
-  const MaskBits<V> mask(staged);
+  const MaskBits<V, kAtOnce> mask(staged);
 #pragma unroll 1
-  for (int begin = 0; begin < tile.count; begin += kTailChunk<V>) {
+  for (int begin = 0; begin < tile.count; begin += kChunk) {
     const int first = begin + thread_index() * V;
     typename Pass::template Read<V, (V > 1)> read[kAtOnce];
 #pragma unroll
@@ -243,18 +242,19 @@ __global__ void __launch_bounds__(kTailThreads, resident_blocks(Pass::kBlocks))
     if (!staged) continue;
     block_barrier();
     mask.write(pass.mask + int64_t(tile.row) * shape.row_bytes + tile.offset / 8, shape.row_bytes,
-               begin, begin + kTailChunk<V>, tile.count,
+               begin, begin + kChunk, tile.count,
                grid.octets || grid.parts > 1 ? tile.count : shape.length);
   }
 }
 
 // ---- by columns: pixels whose channels are whole vectors ----
 
-// A thread keeps to a column, whose coefficients its vectors share.
+// A thread keeps to a column, whose coefficients its vectors share: in float, those of a vector take
+// more of the L1 cache than the vector does of memory. So it has more vectors at a time than in
+// tail_flat, and a multiprocessor fewer blocks.
 template <class T, class Pass>
-__global__ void __launch_bounds__(kTailThreads, resident_blocks(Pass::kBlocks))
-    tail_columns(TailGrid grid, Pass pass) {
-  constexpr int V = kVector<T>, kAtOnce = kTailAtOnce<V>, W = Pass::kChannels;
+__global__ void __launch_bounds__(kTailThreads, 2) tail_columns(TailGrid grid, Pass pass) {
+  constexpr int V = kVector<T>, kAtOnce = Pass::kColumnsAtOnce, W = 4;
   const TailShape& shape = grid.shape;
   const auto block = uint32_t(block_count() - 1 - block_index()),
              in_part = block / uint32_t(grid.parts);
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kTailThreads, resident_blocks(Pass::kBlocks))
             row = int(uint32_t(thread_index()) / uint32_t(columns)),
             channel = (thread_index() - row * columns) * V;
   const bool staged = V < 8 && pass.mask;
-  const MaskBits<V> mask(staged);
+  const MaskBits<V, kAtOnce> mask(staged);
   // Hidden, because the thread's place in each map would take two registers.
   const auto place = [&](int r) {
     return TailPlace{hidden(sample), first_row + r, hidden(first_channel + channel)};

@@ -53,10 +53,11 @@ void write_tail(const TailPlan& plan, const Pass& pass, const Memory& memory) {
            kernel, plan.grid, pass);
   };
   if constexpr (kTailVectors<T>) {
-    if (plan.way == TailWay::kColumns) return start(tail_columns<T, Pass>, kMaskRing<V>);
-    if (plan.vectors) return start(tail_flat<T, V, Pass>, kMaskRing<V>);
+    if (plan.way == TailWay::kColumns)
+      return start(tail_columns<T, Pass>, kMaskRing<Pass::kColumnsAtOnce>);
+    if (plan.vectors) return start(tail_flat<T, V, Pass>, kMaskRing<kTailAtOnce<V>>);
   }
-  if constexpr (kIdentity) start(tail_flat<T, 1, Pass>, kMaskRing<1>);
+  if constexpr (kIdentity) start(tail_flat<T, 1, Pass>, kMaskRing<kTailAtOnce<1>>);
 }
 
 template <class T>

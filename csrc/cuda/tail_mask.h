@@ -7,14 +7,12 @@
 
 namespace eca::cuda {
 
-// Elements that a block has at a time.
-template <int V>
-constexpr int kTailChunk = kTailThreads * kTailAtOnce<V> * V;
-
-template <int V>
+// Of vectors of V elements, kAtOnce of which a thread has at a time.
+template <int V, int kAtOnce>
 class MaskBits {
  public:
-  __device__ MaskBits(bool staged) : ring_(shared_array<uint8_t>(0, staged ? kMaskRing<V> : 0)) {}
+  __device__ MaskBits(bool staged)
+      : ring_(shared_array<uint8_t>(0, staged ? kMaskRing<kAtOnce> : 0)) {}
 
   // Of the vector that begins with this element of the tile.
   __device__ void put(int element, uint32_t bits) const { ring_.set(place(element), bits); }
@@ -39,7 +37,7 @@ class MaskBits {
   }
 
  private:
-  __device__ static int place(int element) { return element / V & (kMaskRing<V> - 1); }
+  __device__ static int place(int element) { return element / V & (kMaskRing<kAtOnce> - 1); }
 
   __device__ void put_byte(uint8_t* to, int from, int bits) const {
     uint32_t byte = 0;

@@ -87,9 +87,8 @@ TailPlan plan_of(const Problem& p, const Maps& maps, bool coefficients_in_lines)
     plan.vectors = true;
     grid.part = int(std::min(L, kTailThreads * V));
     grid.parts = int(ceil_div(L, grid.part));
-    // As many rows as the threads take at a time.
-    const int64_t at_once = kTailAtOnce<4> * (kTailThreads * V / grid.part);
-    grid.rows = int(std::max(tile / grid.part / at_once, int64_t(1)) * at_once);
+    // Four vectors of each thread are a tile.
+    grid.rows = int(4 * (kTailThreads * V / grid.part));
     grid.tiles = int(ceil_div(maps.rows, grid.rows));
     plan.blocks = p.samples * grid.tiles * grid.parts;
     return plan;

@@ -8,15 +8,15 @@ namespace eca::cuda {
 
 constexpr int kTailThreads = 256;
 
-// Vectors of V elements that a thread asks for, of each map, before it uses the first.
+// Vectors of V elements that a thread of tail_flat asks for, of each map, before it uses the first.
 template <int V>
 constexpr int kTailAtOnce = V == 1 ? 4 : 2;
 
 // Vectors whose bits of the mask there is room for. A byte has bits of the vectors that a block has
 // at a time and of those before. With room for more, threads that are ahead overwrite nothing that
 // others still read.
-template <int V>
-constexpr int kMaskRing = 4 * kTailThreads * kTailAtOnce<V>;
+template <int kAtOnce>
+constexpr int kMaskRing = 4 * kTailThreads * kAtOnce;
 
 constexpr int kTailSumColumns = 32;  // vectors of a pixel that a block of sum_tail_columns takes
 

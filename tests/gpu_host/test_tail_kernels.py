@@ -290,3 +290,53 @@ def test_results_do_not_depend_on_the_order_of_blocks(gpu, layout):
         for seed in (1, 2)
     ]  # fmt: skip
     assert torch.equal(*found)
+
+
+# ---- memory traffic ----
+
+RESNET50 = [(256, 3136), (512, 784), (1024, 196), (2048, 49)]
+
+
+def moved(outcome) -> tuple[int, int]:
+    """Bytes of distinct sectors in each launch, of maps and of the rest."""
+    maps = others = 0
+    for launch in outcome.traffic:
+        for name, (read, written) in launch["buffers"].items():
+            if name in ("x", "identity", "dy", "first", "second", "mask"):
+                maps += 32 * (read + written)
+            else:
+                others += 32 * (read + written)
+    return maps, others
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", RESNET50, ids=name_of)
+def test_traffic(gpu, shape, layout, dtype):
+    """A pass reads each map once and writes each result once, and the mask is one bit an element.
+
+    Partial sums and coefficients come to some percent, where planes are small.
+    """
+    case = Case((1, *shape), dtype, layout)
+    c = shape[0]
+    one = case.x.numel() * case.x.element_size()
+    mask = case.mask(case.kept)
+    every = {"identity": case.identity, "count": True} | case.arguments()
+    backward = every | {"dy": case.dy, "mask": mask}
+    gradients = {"gradient_planes": case.gradient_planes, "by": (True, False)}
+    gradients |= {"gradient_channels": case.gradient_channels}
+    how = {"multiprocessors": 1}  # a sample alone is then in few parts, as in a large batch
+    for operation, given, model in (
+        ("moments", {"count": True}, one),
+        ("tail", every | {"want_mask": True}, 3 * one + mask.numel()),
+        ("tail_sums", backward, 2 * one + mask.numel()),
+        ("tail_gradients", backward | gradients, 4 * one + mask.numel()),
+    ):
+        outcome = gpu.run(operation, case.x, layout, **given, **how)
+        maps, others = moved(outcome)
+        assert outcome.plan["vectors"] or outcome.plan["way"] == "small", (operation, outcome.plan)
+        assert abs(maps / model - 1) <= 0.02, (operation, outcome.plan)
+        # Coefficients, of float32, and sums, of float64, for each plane; twice for parts.
+        parts = outcome.plan["parts"]
+        numbers = 9 * 4 * c + 8 * 2 * c * (1 if parts == 1 else 2 * parts + 1)
+        assert others <= numbers + 256 * 32, (operation, outcome.plan)
