@@ -29,6 +29,7 @@ struct TailMoments {
   using A = Accumulator<T>;
   static constexpr int kSums = 2;
   static constexpr int kChannels = 4;
+  static constexpr bool kZerosAddNothing = false;
   static constexpr bool kHasPivot = true;
   Map x;
 
@@ -85,6 +86,8 @@ struct TailGradientSums {
   using Maps = TailGradientMaps<T, kSmooth, kIdentity>;
   static constexpr int kSums = kIdentity ? 3 : 2;
   static constexpr int kChannels = kSmooth ? 2 : 4;  // whose coefficients a thread has at a time
+  // A vector that is not there need not be told from others. For v, zeros may be out of range.
+  static constexpr bool kZerosAddNothing = !kSmooth;
   static constexpr bool kHasPivot = false;
   Maps maps;
 
@@ -256,7 +259,7 @@ __global__ void __launch_bounds__(kTailThreads, 2)
         if constexpr (Sum::kHasPivot) terms.pivot.element[w] = pivot.element[e + w];
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
-          if (first + u * row_count >= count) continue;
+          if (!Sum::kZerosAddNothing && first + u * row_count >= count) continue;
           A more[kSums];
           if (w % 2 == 0) read[u].pack();
           sum.compute(terms, w, read[u], e + w, bits[u], more);

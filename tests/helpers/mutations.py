@@ -3,8 +3,8 @@
     PYTHONPATH=tests python -m helpers.mutations [NAME...]    # all, or those with NAME in theirs
 
 Each fault is written into a copy of the sources. The copy is built for the host and put through a
-quick version of gpu_host/test_cuda_kernels.py. This is not part of the test suite, as every fault
-needs a build: six minutes in all on two cores.
+quick version of gpu_host/test_cuda_kernels.py or test_tail_kernels.py. This is not part of the test
+suite, as every fault needs a build: seven minutes in all on two cores.
 """
 
 import shutil
@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
+from helpers import tail_passes
 from helpers.cases import LAYOUTS, MODES, assert_as_accurate, make_case
 from helpers.gpu_host import H200, SANITIZED, Fault, Forced, HostGpu, Refused, check_apart
+from helpers.gpu_host_tails import TailGpu
 from helpers.processes import ROOT
 
 
@@ -230,6 +232,30 @@ MUTATIONS = [
         "place(&shared.gate, strategy == 'R' ? 0 : tiling.held + 1);",
         "place(&shared.gate, strategy == 'R' ? 0 : tiling.held - 3);",
     ),
+    Mutation(
+        "a tail's next plane with the coefficients of this one",
+        "cuda/tail_apply.h",
+        "terms = pass.template terms<1>(at.plane(shape) + 1, channel);",
+        "terms = pass.template terms<1>(at.plane(shape), channel);",
+    ),
+    Mutation(
+        "bytes of a tail's mask made before all bits are there",
+        "cuda/tail_apply.h",
+        "    block_barrier();\n    mask.write(pass.mask + int64_t(tile.row)",
+        "    mask.write(pass.mask + int64_t(tile.row)",
+    ),
+    Mutation(
+        "bits of the next plane taken from this one",
+        "cuda/tail_element.h",
+        "if (!kAcross || left >= V) return bits;",
+        "return bits;",
+    ),
+    Mutation(
+        "parts of moments merged without the distance of their means",
+        "cuda/tail_sums.h",
+        "squares += value_at(from.to[1] + i) + between * between * count * more / all;",
+        "squares += value_at(from.to[1] + i);",
+    ),
 ]
 
 
@@ -278,8 +304,12 @@ def check(gpu: HostGpu) -> None:
                 check_apart(gpu, case.x, case.dy, layout, of)
 
 
-def verdict(mutation: Mutation | None, folder: Path) -> str:
-    """What found the mutation, "" if nothing did."""
+def is_of_tails(mutation: Mutation) -> bool:
+    return mutation.file.startswith("cuda/tail_")
+
+
+def verdict(mutation: Mutation | None, folder: Path, tails: bool = False) -> str:
+    """What found the mutation, "" if nothing did. With tails, in the kernels of tails."""
     sources = folder / "sources"
     for part in ("csrc", "tests/gpu_host/simt"):
         shutil.copytree(ROOT / part, sources / part)
@@ -289,9 +319,13 @@ def verdict(mutation: Mutation | None, folder: Path) -> str:
         if text.count(mutation.old) != 1:
             return f"OUT OF DATE: the code to change occurs {text.count(mutation.old)} times"
         target.write_text(text.replace(mutation.old, mutation.new))
-    gpu = HostGpu(folder / "build", SANITIZED, sources, dtypes=("float32",))
+    kind = TailGpu if tails else HostGpu
+    gpu = kind(folder / "build", SANITIZED, sources, dtypes=("float32",))
     try:
-        check(gpu)
+        if isinstance(gpu, TailGpu):
+            tail_passes.check(gpu)
+        else:
+            check(gpu)
     except Fault as fault:
         return str(fault).split("\n")[0][:150]
     except AssertionError as error:
@@ -305,12 +339,13 @@ def main(names: list[str]) -> int:
     chosen = [m for m in MUTATIONS if not names or any(n in m.name for n in names)]
     escaped = []
     with tempfile.TemporaryDirectory() as folder:
-        found = verdict(None, Path(folder) / "none")
-        print(f"{'no fault':45s} {found or 'passes'}", flush=True)
-        if found:
-            return 1
+        for tails in {is_of_tails(mutation) for mutation in chosen}:
+            found = verdict(None, Path(folder) / f"none-{tails}", tails)
+            print(f"{'no fault':45s} {found or 'passes'}", flush=True)
+            if found:
+                return 1
         for i, mutation in enumerate(chosen):
-            found = verdict(mutation, Path(folder) / str(i))
+            found = verdict(mutation, Path(folder) / str(i), is_of_tails(mutation))
             print(f"{mutation.name:45s} {found or 'NOT FOUND'}", flush=True)
             if not found or found.startswith("OUT OF DATE"):
                 escaped.append(mutation.name)

@@ -1,0 +1,94 @@
+"""The machine code of the CUDA kernels of a residual block's tail: as in test_cubins.py."""
+
+import re
+from functools import cache
+
+import pytest
+
+from helpers import cubins
+
+ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
+IN_VECTORS = ["float32", "float16", "bfloat16"]
+# Of the boolean template arguments: SiLU or GELU, and whether the identity is read.
+KINDS = [(smooth, identity) for smooth in (False, True) for identity in (False, True)]
+# Registers that __launch_bounds__ leaves a thread: of forward, backward, sums and moments.
+MOST = {"TailForward": 128, "TailBackward": 128, "TailGradientSums": 128, "TailMoments": 128}
+TEMPLATES = ["tail_flat", "tail_columns", "sum_tail_rows", "sum_tail_columns", "sum_tail_small"]
+
+pytestmark = [pytest.mark.every_torch, pytest.mark.xdist_group("cubins"), *cubins.needs_cubins]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@cache
+def code(architecture: str, name: str) -> list[str]:
+    """The opcodes of a kernel, in their order, with predicates and operands."""
+    lines = cubins.dump(architecture, "-sass", "-fun", name).splitlines()
+    return [m[1] for line in lines if (m := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line))]
+
+
+def kernels(architecture: str, template: str, dtype: str, pass_: str = "") -> list[str]:
+    begin = cubins.mangled(template, dtype)
+    return [n for n in cubins.resources(architecture) if begin in n and pass_ in n]
+
+
+def kind_of(name: str) -> tuple[bool, bool]:
+    smooth, identity = re.findall(r"Lb([01])E", name)
+    return smooth == "1", identity == "1"
+
+
+def test_every_kernel_is_there(architecture):
+    for dtype in cubins.DTYPES:
+        vectors = dtype in IN_VECTORS
+        # Single elements ask at run time whether there is an identity.
+        for pass_ in ("TailForward", "TailBackward"):
+            assert len(kernels(architecture, "tail_flat", dtype, pass_)) == (6 if vectors else 2)
+            found = kernels(architecture, "tail_columns", dtype, pass_)
+            assert sorted(map(kind_of, found)) == (KINDS if vectors else [])
+        for template in ("sum_tail_rows", "sum_tail_columns"):
+            found = kernels(architecture, template, dtype)
+            assert len(found) == (2 + 6 if vectors else 1 + 2)
+        assert len(kernels(architecture, "sum_tail_small", dtype)) == (3 if vectors else 0)
+
+
+def test_nothing_is_spilled(architecture):
+    for template in TEMPLATES:
+        for dtype in cubins.DTYPES:
+            for name in kernels(architecture, template, dtype):
+                used = cubins.resources(architecture)[name]
+                assert used["stack"] == used["local"] == 0, name
+                assert used["registers"] <= 128, name
+
+
+@pytest.mark.parametrize("dtype", IN_VECTORS)
+@pytest.mark.parametrize("template", TEMPLATES[:4])
+def test_loads_of_a_batch_come_before_their_use(architecture, template, dtype):
+    """Between the first and the last wide load of maps nothing uses what one of them loads."""
+    maps = {"TailForward": 1, "TailBackward": 2, "TailGradientSums": 2, "TailMoments": 1}
+    at_once = {"tail_flat": 2, "sum_tail_rows": 4, "sum_tail_columns": 4}
+    for pass_, read in maps.items():
+        for name in kernels(architecture, template, dtype, pass_):
+            if re.search(r"Li1E", name):  # single elements
+                continue
+            smooth, identity = kind_of(name) if "Lb" in name else (False, False)
+            few = pass_ == "TailBackward" and (smooth or identity)
+            wanted = at_once.get(template, 2 if few else 4) * (read + identity)
+            assert longest_batch(code(architecture, name)) >= wanted, name
+
+
+def longest_batch(lines: list[str]) -> int:
+    """Wide loads in a row of which none is used before the last is asked for."""
+    best, loaded, count = 0, set(), 0
+    for line in lines:
+        names = re.findall(r"\bR(\d+)\b", line.replace(".reuse", ""))
+        match = re.match(r"(?:@!?U?P\d\s+)?LDG\S*128\S*\s+R(\d+)", line)
+        read = set(map(int, names[1:] if names else []))
+        if loaded & read:
+            best, loaded, count = max(best, count), set(), 0
+        if match:
+            loaded |= set(range(int(match[1]), int(match[1]) + 4))
+            count += 1
+    return max(best, count)
