@@ -164,7 +164,9 @@ def check_moments(
     eps = torch.finfo(wide).eps
     spread = (exact / x.shape[2]).sqrt()
     assert ((mean - want).abs() <= 8 * eps * spread + 1e-15 * want.abs()).all(), "mean"
-    assert ((squares - exact).abs() <= 16 * eps * exact + 1e-300).all(), "squares"
+    # Parts are merged by their means, which are rounded too.
+    lost = 16 * eps + 2e-16 * want.abs() / spread.clamp(min=1e-300)
+    assert ((squares - exact).abs() <= lost.clamp(max=1) * exact + 1e-300).all(), "squares"
     assert third.isnan().all()
     return outcome.plan
 
