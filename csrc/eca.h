@@ -84,7 +84,8 @@ struct Scale {
 // Batch norms, a gate and a factor of each sample all end up in these coefficients. The centres are
 // the batch norms' means: sums about them lose no digits, however far the means are from zero.
 
-enum class Activation { kNone, kRelu, kSilu, kGelu };
+// A tail has the first four.
+enum class Activation { kNone, kRelu, kSilu, kGelu, kHardSwish };
 
 // Each is float, or double for float64 maps.
 struct TailCoefficients {
@@ -183,6 +184,56 @@ struct BlockTailBackward {
   bool identity_sum;
   void* dmean;    // (samples, channels) of the loss for mean, written
   void* dweight;  // (1 or channels, k), written, or null
+};
+
+// ---- attention after the activation ----
+//
+// z = act(v),  v = p * (x - centre) + q,  y = gate * z
+//
+// p, q and centre are a batch norm. z is never stored: each pass computes it from x.
+
+struct Activated {
+  Problem problem;  // with taps for GatedBlock alone
+  Activation activation;
+  const void* p;       // (channels), this and the next two float, or double for float64 maps
+  const void* q;       // (channels)
+  const void* centre;  // (channels)
+  Map x;               // (samples, channels, pixels)
+};
+
+// The sums over the pixels of z or, with dy, of dy * z. A norm's gradients need four more, with
+// g = dy * act'(v): those of g, g * (x - centre), act'(v) and act'(v) * (x - centre).
+struct ActivatedSums {
+  Activated of;
+  Map dy;         // (samples, channels, pixels), or a null pointer
+  bool for_norm;  // whether the four are asked for
+  double* sums;   // (1 or 5, samples, channels), written
+};
+
+struct Gated {
+  Activated of;
+  const void* gate;  // (samples, channels), of the type of p
+  Map y;             // (samples, channels, pixels), written
+};
+
+// dx = p * (gate * dy + shift) * act'(v) + slope * (x - centre) + offset
+struct GatedGradients {
+  Activated of;
+  Map dy;              // (samples, channels, pixels)
+  const void* gate;    // (samples, channels)
+  const void* shift;   // (samples, channels), of the loss for z through the gates
+  const void* slope;   // (channels), or null for zero
+  const void* offset;  // (channels), or null with slope
+  Map dx;              // (samples, channels, pixels), written
+};
+
+// The same as Gated with ECA's gate, sigmoid(conv(mean(z))), in one pass.
+struct GatedBlock {
+  Activated of;
+  const void* weight;  // (1 or channels, k)
+  Map y;               // (samples, channels, pixels), written
+  void* mean;          // (samples, channels) of z, written
+  void* gate;          // (samples, channels), written
 };
 
 }  // namespace eca

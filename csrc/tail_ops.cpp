@@ -5,10 +5,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <optional>
 #include <tuple>
 
 #include "cuda/call.h"
+#include "maps.h"
 #include "run.h"
 #include "tensors.h"
 
@@ -19,23 +19,10 @@ namespace {
 // bytes. Coefficients, in the dtype of the sums: `planes` (2, N, C) has p and q; `channels` (3, C)
 // has centre, identity_scale and identity_centre.
 
-using OptionalTensor = std::optional<Tensor>;
-
 Activation activation_of(int64_t number) {
   check(number >= 0 && number <= 3,
         "expected activation from 0 to 3 (none, ReLU, SiLU, GELU), got ", number);
   return Activation(number);
-}
-
-void check_coefficients(const Tensor& t, const char* name, const Tensor& x, const Sizes& sizes) {
-  bool same = t.dim() == int64_t(sizes.size()) && dtype_code(t) == accumulator_code(x);
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == sizes[i];
-  if (same && device_of(t) == device_of(x) && t.is_contiguous()) return;
-  std::ostringstream expected;
-  for (size_t i = 0; i < sizes.size(); ++i) expected << (i ? ", " : "") << sizes[i];
-  check(false, "expected ", name, " contiguous, of shape (", expected.str(), "), ",
-        dtype{accumulator_code(x)}, ", on ", device_of(x), ", got ", shape{t}, ", ",
-        dtype{dtype_code(t)}, ", on ", device_of(t));
 }
 
 // Enough for either layout, so that the size does not depend on it.
@@ -104,52 +91,11 @@ void check_mask(const Tensor& mask, const Tensor& x, const Problem& p, Activatio
         shape{mask}, ", ", dtype{dtype_code(mask)});
 }
 
-// The k-th of some rows of `size` coefficients.
-const void* row_of(const Tensor& t, int64_t k, int64_t size) {
-  return static_cast<const char*>(t.data_ptr()) + k * size * t.element_size();
-}
-
 TailCoefficients coefficients_of(const Tensor& planes, const Tensor& channels, const Problem& p) {
   const int64_t C = p.channels, NC = p.samples * C;
   return {row_of(planes, 0, NC), row_of(planes, 1, NC), row_of(channels, 0, C),
           row_of(channels, 1, C), row_of(channels, 2, C)};
 }
-
-// The maps of a tail in one layout, copied where they cannot be read in it.
-struct Maps {
-  Problem problem;
-  View view;
-  Tensor x;
-  OptionalTensor identity, dy;
-
-  Maps(const Tensor& given_x, const OptionalTensor& given_identity, const OptionalTensor& given_dy,
-       const Problem& p)
-      : problem(p), view(view_of(given_x, p)), x(given_x) {
-    problem.layout = view.layout;
-    if (given_identity)
-      check_same(*given_identity, "identity", given_x, given_x.dim(), dtype_code(given_x),
-                 "both are added");
-    if (given_dy) check_dy(*given_dy, given_x);
-    if (is_empty()) return;
-    x = in_layout(given_x);
-    if (given_identity) identity = in_layout(*given_identity);
-    if (given_dy) dy = in_layout(*given_dy);
-  }
-  bool is_empty() const { return problem.samples * problem.channels * problem.pixels == 0; }
-  Tensor in_layout(const Tensor& t) const {
-    return readable(t, view_of(t, problem), problem.layout);
-  }
-  Map of(const Tensor& t) const { return map_of(t, problem); }
-  Map of(const OptionalTensor& t) const { return t ? map_of(*t, problem) : Map{nullptr, 0, 0}; }
-};
-
-Tensor empty_doubles(const Tensor& x, int64_t kinds) {
-  const int64_t N = x.size(0), C = x.size(1);
-  const int64_t sizes[] = {kinds, N, C}, strides[] = {N * C, C, 1};
-  return empty(x, sizes, strides, 3, kFloat64Code);
-}
-
-Tensor zeroed(Tensor t) { return torch::stable::zero_(t); }
 
 Tensor moments(const Tensor& x) {
   const Problem p = problem_of(x);

@@ -31,6 +31,10 @@ struct Kernels {
   void (*coefficients)(const Coefficients&, const ThreadPool&);
   void (*totals)(const Totals&, const ThreadPool&);
   void (*gradient_coefficients)(const GradientCoefficients&, const ThreadPool&);
+  void (*activated_sums)(const ActivatedSums&, const ThreadPool&);
+  void (*gated)(const Gated&, const ThreadPool&);
+  void (*gated_gradients)(const GatedGradients&, const ThreadPool&);
+  void (*gated_block)(const GatedBlock&, const ThreadPool&);
 };
 
 namespace baseline {

@@ -30,7 +30,11 @@ const Kernels kernels{"avx2",
                       batch_statistics,
                       coefficients,
                       totals,
-                      gradient_coefficients};
+                      gradient_coefficients,
+                      activated_sums,
+                      gated,
+                      gated_gradients,
+                      gated_block};
 }  // namespace eca::cpu::avx2
 
 #if defined(__clang__)

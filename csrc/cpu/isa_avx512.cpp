@@ -32,7 +32,11 @@ const Kernels kernels{"avx512",
                       batch_statistics,
                       coefficients,
                       totals,
-                      gradient_coefficients};
+                      gradient_coefficients,
+                      activated_sums,
+                      gated,
+                      gated_gradients,
+                      gated_block};
 }  // namespace eca::cpu::avx512
 
 #if defined(__clang__)

@@ -20,5 +20,9 @@ const Kernels kernels{"baseline",
                       batch_statistics,
                       coefficients,
                       totals,
-                      gradient_coefficients};
+                      gradient_coefficients,
+                      activated_sums,
+                      gated,
+                      gated_gradients,
+                      gated_block};
 }  // namespace eca::cpu::baseline

@@ -17,6 +17,8 @@
 #include "tail.h"
 #include "moments.h"
 #include "coefficients.h"
+#include "gated_rows.h"
+#include "gated.h"
 
 template <class T>
 void forward_as(const Forward& f, const ThreadPool& pool) {

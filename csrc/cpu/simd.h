@@ -324,7 +324,6 @@ inline Vf exp_nonpositive(Vf x) {
   const float shift = 0x1.8p23f;  // adding it rounds to an integer in the low bits
   const Vf shifted = x * 1.44269504f + shift;
   const Vf n = shifted - shift;
-  const Vi exponent = (Vi)shifted - bit_cast<int32_t>(shift);
   // ln(2) in two parts, the first with 16 bits, so that its product with n is exact.
   const Vf r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
   Vf p = broadcast<Vf>(1.0f / 5040);
@@ -335,10 +334,14 @@ inline Vf exp_nonpositive(Vf x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
+#if defined(ECA_AVX512)
+  return (Vf)_mm512_maskz_scalef_ps(__mmask16(-1), (__m512)p, (__m512)n);
+#else
   // Two factors, because 2^exponent alone may be below the smallest normal number.
-  const Vi half = exponent >> 1;
+  const Vi exponent = (Vi)shifted - bit_cast<int32_t>(shift), half = exponent >> 1;
   const Vf scale1 = (Vf)((Vu)(half + 127) << 23), scale2 = (Vf)((Vu)(exponent - half + 127) << 23);
   return p * scale1 * scale2;
+#endif
 }
 
 // 1 / (1 + exp(-z)) without overflow; NaN stays NaN.

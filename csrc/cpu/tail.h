@@ -237,6 +237,58 @@ void tail_as(const Tail& t, const ThreadPool& pool) {
 // Elements that the lanes add up before the totals get them.
 constexpr int64_t kTailBlock = 1024;
 
+// result[kind * distance + i], the sums over `count` planes from c on: kLanes of them side by side,
+// or a long plane in parts, whose sums meet in double. f(plane, part, lanes) gives the lanes' sums,
+// lanes[kind * kLanes + j] of the j-th plane; there are kMost kinds or fewer.
+template <int kMost, class T, class F>
+void sums_of_planes(const TailRows& rows, int64_t stride, int64_t c, int64_t count, int kinds,
+                    double* result, int64_t distance, const F& f) {
+  constexpr int64_t w = kLanes<T>;
+  const int64_t length = rows.length;
+  Vec<T> lanes[kMost * w];
+  if (length > kTailBlock) {
+    for (int64_t i = 0; i < count; ++i) {
+      Total total[kMost];
+      for (int64_t first = 0; first < length; first += kTailBlock) {
+        f(c + i, RowPart{1, first, min_of(first + kTailBlock, length), 0}, lanes);
+        for (int kind = 0; kind < kinds; ++kind) total[kind].add(sum(lanes[kind * w]));
+      }
+      for (int kind = 0; kind < kinds; ++kind) result[kind * distance + i] = total[kind].value();
+    }
+    return;
+  }
+  const int64_t safe = stride >= length ? overhanging_rows(length, stride, count, w) : 0;
+  for (int64_t i = 0; i < count; i += w) {
+    const int64_t some = min_of(w, count - i);
+    f(c + i, RowPart{some, 0, length, min_of(max_of(safe - i, 0), some)}, lanes);
+    for (int kind = 0; kind < kinds; ++kind) {
+      for (int64_t j = some; j < w; ++j) lanes[kind * w + j] = Vec<T>{};
+      const Vec<T> all = sums(lanes + kind * w);
+      for (int64_t j = 0; j < some; ++j) result[kind * distance + i + j] = all[j];
+    }
+  }
+}
+
+// total[kind * g.length + i] += the sums over the rows [first, end) of a sample's pixels, with what
+// follows the last whole row. f(row, part, lanes, width) adds rows to lanes[kind * width + i].
+template <class T, class F>
+void sums_of_pixels(const PixelRows& g, int64_t first, int64_t end, int kinds, double* total,
+                    const F& f) {
+  const int64_t width = g.length + kLanes<T>;
+  Array<Acc<T>> lanes(kinds * width);
+  constexpr int64_t kRows = 64;  // added in float before the double total gets them
+  const auto add = [&](int64_t row, int64_t count, int64_t length) {
+    for (int64_t block = 0; block < count; block += kRows) {
+      for (int64_t i = 0; i < kinds * width; ++i) lanes[i] = 0;
+      f((row + block) * g.fold, RowPart{min_of(kRows, count - block), 0, length, 0}, lanes, width);
+      for (int kind = 0; kind < kinds; ++kind)
+        for (int64_t i = 0; i < length; ++i) total[kind * g.length + i] += lanes[kind * width + i];
+    }
+  };
+  add(first, end - first, g.length);
+  if (end == g.rows && g.rest) add(g.rows, 1, g.rest);
+}
+
 // How the sums are taken.
 template <class T>
 struct SumsPlan {
@@ -253,67 +305,28 @@ struct SumsPlan {
         functions(row_functions<T>(t.problem, t.activation, t.identity)),
         kinds(t.identity_sum ? 3 : 2) {}
 
-  // result[kind * distance + i] of `count` planes from c on: kLanes of them side by side.
+  // result[kind * distance + i] of `count` planes from c on.
   void sum_planes(int64_t n, int64_t c, int64_t count, double* result, int64_t distance) const {
-    using V = Vec<T>;
-    constexpr int64_t w = kLanes<T>;
-    const int64_t length = rows.length;
     const TailValues<A> k(rows, g, t.coefficients, n, t.problem.channels, nullptr);
     const RowStrides by = strides_of(rows, t.x, t.identity, t.dy, t.mask);
-    const int64_t safe = stride >= length ? overhanging_rows(length, stride, count, w) : 0;
-    V lanes[3 * w];
-    for (int64_t i = 0; i < count; i += w) {
-      const int64_t some = min_of(w, count - i);
-      if (length > kTailBlock) {
-        for (int64_t j = i; j < i + some; ++j)
-          sum_long_plane(k, by, n, c + j, result + j, distance);
-        continue;
-      }
-      functions.sum_planes(gradient_row<T>(t, rows, k, n, c + i), by,
-                           {some, 0, length, min_of(max_of(safe - i, 0), some)}, lanes);
-      for (int kind = 0; kind < kinds; ++kind) {
-        for (int64_t j = some; j < w; ++j) lanes[kind * w + j] = V{};
-        const V all = sums(lanes + kind * w);
-        for (int64_t j = 0; j < some; ++j) result[kind * distance + i + j] = all[j];
-      }
-    }
-  }
-
-  // A plane in parts, whose sums meet in double.
-  void sum_long_plane(const TailValues<A>& k, const RowStrides& by, int64_t n, int64_t c,
-                      double* result, int64_t distance) const {
-    Vec<T> lanes[3 * kLanes<T>];
-    Total total[3];
-    const TailRow<T> row = gradient_row<T>(t, rows, k, n, c);
-    for (int64_t first = 0; first < rows.length; first += kTailBlock) {
-      const int64_t end = min_of(first + kTailBlock, rows.length);
-      functions.sum_planes(row, by, {1, first, end, 0}, lanes);
-      for (int kind = 0; kind < kinds; ++kind) total[kind].add(sum(lanes[kind * kLanes<T>]));
-    }
-    for (int kind = 0; kind < kinds; ++kind) result[kind * distance] = total[kind].value();
+    sums_of_planes<3, T>(rows, stride, c, count, kinds, result, distance,
+                         [&](int64_t plane, RowPart part, Vec<T>* lanes) {
+                           functions.sum_planes(gradient_row<T>(t, rows, k, n, plane), by, part,
+                                                lanes);
+                         });
   }
 
   // total[kind * g.length + i] += the sums over the rows [first, end) of a sample's pixels, with
   // what follows the last whole row.
   void sum_pixels(int64_t n, int64_t first, int64_t end, double* total) const {
-    const int64_t width = g.length + kLanes<T>;
-    Array<A> scratch(kScratch * g.length), lanes(3 * width);
+    Array<A> scratch(kScratch * g.length);
     const TailValues<A> k(rows, g, t.coefficients, n, t.problem.channels, scratch);
     const RowStrides by = strides_of(rows, t.x, t.identity, t.dy, t.mask);
-    const int all = functions.reads_identity ? 3 : 2;
-    constexpr int64_t kRows = 64;  // added in float before the double total gets them
-    const auto add = [&](int64_t row, int64_t count, int64_t length) {
-      for (int64_t block = 0; block < count; block += kRows) {
-        for (int64_t i = 0; i < 3 * width; ++i) lanes[i] = 0;
-        functions.add_pixels(gradient_row<T>(t, rows, k, n, (row + block) * g.fold), by,
-                             {min_of(kRows, count - block), 0, length, 0}, lanes, width);
-        for (int kind = 0; kind < all; ++kind)
-          for (int64_t i = 0; i < length; ++i)
-            total[kind * g.length + i] += lanes[kind * width + i];
-      }
-    };
-    add(first, end - first, g.length);
-    if (end == g.rows && g.rest) add(g.rows, 1, g.rest);
+    sums_of_pixels<T>(g, first, end, functions.reads_identity ? 3 : 2, total,
+                      [&](int64_t row, RowPart part, A* lanes, int64_t width) {
+                        functions.add_pixels(gradient_row<T>(t, rows, k, n, row), by, part, lanes,
+                                             width);
+                      });
   }
 };
 

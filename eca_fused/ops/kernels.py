@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Kernels", "TailKernels"]
+__all__ = ["GatingKernels", "Kernels", "TailKernels"]
 
 
 class TailKernels(Protocol):
@@ -193,6 +193,41 @@ class TailKernels(Protocol):
         """
 
 
+class GatingKernels(Protocol):
+    """The operators of attention after an activation, on the devices that a backend has them for.
+
+    What they compute is in csrc/eca.h; their schemas are in csrc/gated_ops.cpp. Coefficients, in
+    the dtype of sums over x: channels (3, C) has p, q and centre. `activation` is a place in
+    ops.gating.ACTIVATIONS.
+    """
+
+    def activated_sums(
+        self, dy: Tensor | None, x: Tensor, channels: Tensor, activation: int, for_norm: bool, /
+    ) -> Tensor:
+        """(1 or 5, N, C) in float64: sums of z, or of dy * z and what a norm's gradients need."""
+
+    def gated(self, x: Tensor, gate: Tensor, channels: Tensor, activation: int, /) -> Tensor:
+        """y like x, for a gate (N, C) in the dtype of sums over x."""
+
+    def gated_gradients(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        planes: Tensor,
+        channels: Tensor,
+        gradient_channels: Tensor,
+        activation: int,
+        by_x: bool,
+        /,
+    ) -> Tensor:
+        """dx; planes (2, N, C) has gate and shift, gradient_channels (2, C) slope and offset."""
+
+    def gated_block(
+        self, x: Tensor, weight: Tensor, channels: Tensor, circular: bool, activation: int, /
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y with ECA's gate, the means of z (N, C) and the gates (N, C)."""
+
+
 class Kernels(Protocol):
     """A backend's operators, implemented by the modules native.py and triton/.
 
@@ -206,6 +241,7 @@ class Kernels(Protocol):
     devices: frozenset[str]  # types of device that it runs on
     tail_devices: frozenset[str]  # those where it has the operators of TailKernels too
     one_pass_tail_devices: frozenset[str]  # those where block_tail() is one of them
+    gating_devices: frozenset[str]  # those where it has TailKernels.moments() and GatingKernels
 
     def forward(
         self, x: Tensor, weight: Tensor, circular: bool, /

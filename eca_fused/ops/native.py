@@ -8,10 +8,11 @@ import re
 
 import torch
 
-from eca_fused.ops import fakes, flops, tail_fakes, writing
+from eca_fused.ops import fakes, flops, gating_fakes, tail_fakes, writing
 from eca_fused.torch_state import folded
 
 __all__ = [
+    "activated_sums",
     "backward",
     "batch_statistics",
     "block_tail",
@@ -19,6 +20,10 @@ __all__ = [
     "description",
     "devices",
     "forward",
+    "gated",
+    "gated_block",
+    "gated_gradients",
+    "gating_devices",
     "inference",
     "inference_",
     "inference_into",
@@ -44,6 +49,7 @@ missing: str | None = None  # the reason why there are no native kernels
 devices: frozenset[str] = frozenset()  # device types that the extension was compiled for
 tail_devices: frozenset[str] = frozenset()  # those with kernels for the tail of a block
 one_pass_tail_devices: frozenset[str] = frozenset()  # those with block_tail()
+gating_devices: frozenset[str] = frozenset()  # those with kernels for attention after activations
 description = ""
 architectures = ""  # of CUDA: compute capabilities, as in TORCH_CUDA_ARCH_LIST; "" if not known
 
@@ -75,8 +81,13 @@ try:
     tail_gradient_coefficients = torch.ops.eca_fused.tail_gradient_coefficients.default
     tail_devices = devices
     one_pass_tail_devices = frozenset({"cpu"})
+    activated_sums = torch.ops.eca_fused.activated_sums.default
+    gated = torch.ops.eca_fused.gated.default
+    gated_gradients = torch.ops.eca_fused.gated_gradients.default
+    gated_block = torch.ops.eca_fused.gated_block.default
+    gating_devices = frozenset({"cpu"})
 except Exception as error:  # a broken build may fail in any way, and must not break the import
-    devices = tail_devices = one_pass_tail_devices = frozenset()
+    devices = tail_devices = one_pass_tail_devices = gating_devices = frozenset()
     if "ECA_FUSED_" in str(error):  # a bad value of a setting: building again would not help
         missing = (
             f"the compiled extension does not start: {error}; unset the variable, or give it one "
@@ -89,10 +100,9 @@ except Exception as error:  # a broken build may fail in any way, and must not b
         )
 
 if missing is None:
-    for _operator in fakes.__all__:
-        torch.library.register_fake(f"eca_fused::{_operator}")(getattr(fakes, _operator))
-    for _operator in tail_fakes.__all__:
-        torch.library.register_fake(f"eca_fused::{_operator}")(getattr(tail_fakes, _operator))
+    for _fakes in (fakes, tail_fakes, gating_fakes):
+        for _operator in _fakes.__all__:
+            torch.library.register_fake(f"eca_fused::{_operator}")(getattr(_fakes, _operator))
     writing.register("", inference_, inference_into)
     flops.register("")
 

@@ -195,11 +195,12 @@ def coefficients(
 
 
 def activate(activation: str, v: Tensor) -> Tensor:
-    """The activation, one of ACTIVATIONS."""
+    """The activation, one of those of csrc/eca.h."""
     if activation == "none":
         return v
-    function = {"relu": torch.relu, "silu": torch.nn.functional.silu}
-    return function.get(activation, torch.nn.functional.gelu)(v)
+    of = torch.nn.functional
+    function = {"relu": torch.relu, "silu": of.silu, "hardswish": of.hardswish}
+    return function.get(activation, of.gelu)(v)
 
 
 def _with_batch(t: TailTensors, o: TailOptions) -> TailTensors:

@@ -22,6 +22,7 @@ __all__ = [
     "description",
     "devices",
     "forward",
+    "gating_devices",
     "inference",
     "inference_",
     "inference_into",
@@ -38,6 +39,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernel
 devices = frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"})
 tail_devices: frozenset[str] = frozenset()
 one_pass_tail_devices: frozenset[str] = frozenset()
+gating_devices: frozenset[str] = frozenset()
 description = "its interpreter, on any device: slow, for tests" if INTERPRETED else "GPUs"
 
 # torch.compile cannot trace into kernels that the interpreter runs.
