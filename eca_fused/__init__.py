@@ -19,6 +19,7 @@ if (
 
 from eca_fused import reference
 from eca_fused._version import __version__
+from eca_fused.attention.norm_act import NormActAttention
 from eca_fused.attention.residual_tail import ResidualTail
 from eca_fused.conversion import CheckpointError, Conversion, convert, load_checkpoint, revert
 from eca_fused.functional import ECAFunction, eca, eca_, pool, rescale, residual_tail
@@ -35,6 +36,7 @@ __all__ = [
     "Conversion",
     "ECAFunction",
     "ECALayer",
+    "NormActAttention",
     "Plan",
     "ResidualTail",
     "__version__",

@@ -1,20 +1,23 @@
-"""Gate networks of other projects' squeeze and excitation modules, as functions of the means.
+"""The gates of attention modules: their taps, or their networks as functions of the means.
 
-Their forward pools, makes gates and rescales. The tail of a block pools and rescales itself, and
-calls the parts in between, so hooks on these parts go on working.
+A module's forward pools, makes gates and rescales. The fused parts of a block pool and rescale
+themselves, and call what lies in between, so hooks on that go on working.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from eca_fused.attention.base import BandAttention, ChannelAttention
 from eca_fused.attention.norms import full_name
-from eca_fused.torch_state import does_more
+from eca_fused.functional.convolution import plain_taps
+from eca_fused.functional.tails import GateOf
+from eca_fused.layer import ECALayer
+from eca_fused.ops.checks import is_circular
+from eca_fused.torch_state import child, does_more
 
-__all__ = ["NETWORKS", "gate_network"]
-
-GateOf = Callable[[Tensor], Tensor]
+__all__ = ["NETWORKS", "Gate", "gate_of"]
 
 
 def _timm_se(module: Any, mean: Tensor) -> Tensor:
@@ -44,7 +47,7 @@ NETWORKS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-def gate_network(module: nn.Module) -> GateOf | str:
+def _gate_network(module: nn.Module) -> GateOf | str:
     """The gates (N, C) of a module as a function of the means (N, C); or why there is none."""
     network = NETWORKS.get(full_name(module))
     if network is None:
@@ -60,3 +63,42 @@ def gate_network(module: nn.Module) -> GateOf | str:
         return found(module, mean[:, :, None, None]).flatten(1)
 
     return gates
+
+
+class Gate(NamedTuple):
+    """Where the gates of a block come from: taps, or a network; neither for a gate of 1."""
+
+    taps: Callable[[], Tensor] | None = None
+    circular: bool = False
+    network: GateOf | None = None
+    backend: str = "auto"
+
+
+def gate_of(attention: nn.Module | None) -> Gate | str:
+    """The gate of an attention module, or why the module must be called."""
+    if attention is None or (type(attention) is nn.Identity and not does_more(attention)):
+        return Gate()
+    name = type(attention).__name__
+    if does_more(attention):
+        return f"{name} has hooks, or a forward of its own"
+    ours = isinstance(attention, ECALayer | ChannelAttention)
+    if ours and (not attention.fused or attention.backend == "reference"):
+        return f"{name} is not fused"
+    if type(attention) is ECALayer:
+        taps = plain_taps(child(attention, attention.taps_name), False, True)
+        if taps is None:
+            return "the convolution of ECALayer does more than apply its taps"
+        return Gate(lambda: taps, is_circular(attention.padding_mode), None, attention.backend)
+    if isinstance(attention, BandAttention) and type(attention).forward is BandAttention.forward:
+        if attention.has_taps():
+            circular = is_circular(attention.padding_mode)
+            return Gate(attention.taps, circular, None, attention.backend)
+    elif not (
+        isinstance(attention, ChannelAttention)
+        and type(attention).forward is ChannelAttention.forward
+    ):
+        network = _gate_network(attention)
+        if isinstance(network, str):
+            return network
+        return Gate(network=network)
+    return Gate(network=attention.gate, backend=attention.backend)

@@ -1,4 +1,4 @@
-"""Batch norms as a residual tail computes them: their statistics, without calling the module."""
+"""Batch norms as the fused parts of a block compute them: without calling the module."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from eca_fused.torch_state import (
     submodules,
 )
 
-__all__ = ["as_norm", "fits", "full_name", "not_plain"]
+__all__ = ["activation_of", "as_norm", "fits", "full_name", "named_reason", "not_plain"]
 
 # With the numbers of dimensions of their maps.
 KINDS: dict[type[nn.Module], tuple[int, ...]] = {
@@ -39,8 +39,21 @@ def _dimensions(bn: nn.Module) -> tuple[int, ...]:
     return KINDS.get(type(bn)) or WITH_MORE.get(full_name(bn), ())
 
 
-def not_plain(bn: nn.Module) -> str | None:
-    """Why a batch norm must be called; None if its parameters and buffers say what it does."""
+def activation_of(bn: nn.Module | None) -> nn.Module | None:
+    """The activation that a batch norm goes on with; None for none."""
+    if bn is None or full_name(bn) not in WITH_MORE:
+        return None
+    found = submodules(bn).get("act")
+    return None if type(found) is nn.Identity else found
+
+
+def not_plain(bn: nn.Module, activated: bool = False) -> str | None:
+    """Why a batch norm must be called; None if its parameters and buffers say what it does.
+
+    Args:
+        bn: the norm.
+        activated: it may go on with an activation, which activation_of() tells.
+    """
     name = type(bn).__name__
     if not _dimensions(bn):
         return f"{name} is not one of PyTorch's batch norms"
@@ -49,6 +62,8 @@ def not_plain(bn: nn.Module) -> str | None:
     if type(bn) not in KINDS:
         for part in MORE:
             more = submodules(bn).get(part)
+            if part == "act" and activated and activation_of(bn) is not None:
+                continue
             if type(more) is not nn.Identity or does_more(more):
                 return f"{name} goes on with {type(more).__name__}"
     for parameter in own_parameters(bn).values():
@@ -59,6 +74,12 @@ def not_plain(bn: nn.Module) -> str | None:
         ):
             return f"{name} has parameters of the class {type(parameter).__name__}"
     return None
+
+
+def named_reason(name: str, bn: nn.Module | None, activated: bool = False) -> str | None:
+    """not_plain() of a part with this name; None without the part."""
+    reason = None if bn is None else not_plain(bn, activated)
+    return None if reason is None else f"{name}: {reason}"
 
 
 def fits(bn: Any, x: Tensor | None) -> bool:

@@ -1,30 +1,22 @@
 """ResidualTail: the end of a residual block, from its last batch norm to its activation."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from eca_fused.attention.base import BandAttention, ChannelAttention
-from eca_fused.attention.gates import gate_network
-from eca_fused.attention.norms import as_norm, fits, full_name, not_plain
+from eca_fused.attention.activations import activation_name
+from eca_fused.attention.base import ChannelAttention
+from eca_fused.attention.gates import Gate, gate_of
+from eca_fused.attention.norms import as_norm, fits, full_name, named_reason
 from eca_fused.functional.choice import choose
-from eca_fused.functional.convolution import plain_taps
-from eca_fused.functional.tails import GateOf, Tails
-from eca_fused.layer import ECALayer
-from eca_fused.ops.checks import ACTIVATIONS, check_activation, check_map, is_circular
+from eca_fused.functional.tails import Tails
+from eca_fused.ops.checks import ACTIVATIONS, check_activation, check_map
 from eca_fused.ops.results import sums_dtype
 from eca_fused.ops.tail import TailOptions, TailTensors, activate
 from eca_fused.torch_state import child, does_more, is_tracing
 
 __all__ = ["DROP_PATHS", "ResidualTail", "TailParts", "compute", "why_called"]
 
-MODULES: dict[type[nn.Module], str] = {
-    nn.Identity: "none",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.GELU: "gelu",
-}
 DROP_PATHS = (
     "timm.layers.drop.DropPath",
     "torchvision.ops.stochastic_depth.StochasticDepth",
@@ -49,74 +41,21 @@ class TailParts(NamedTuple):
 # ---- which tails are one operation ----
 
 
-def _name_of(activation: nn.Module | str) -> str | None:
-    """One of ACTIVATIONS; None if a call of the module does anything else."""
-    if isinstance(activation, str):
-        return activation
-    name = MODULES.get(type(activation))
-    approximate = getattr(activation, "approximate", "none") != "none"
-    return None if name is None or does_more(activation) or approximate else name
-
-
-class _Gate(NamedTuple):
-    """Where a tail's gates come from: taps, or a network; neither for a gate of 1."""
-
-    taps: Callable[[], Tensor] | None = None
-    circular: bool = False
-    network: GateOf | None = None
-    backend: str = "auto"
-
-
-def _gate_of(attention: nn.Module | None) -> _Gate | str:
-    """The gate of an attention module, or why the module must be called."""
-    if attention is None or (type(attention) is nn.Identity and not does_more(attention)):
-        return _Gate()
-    name = type(attention).__name__
-    if does_more(attention):
-        return f"{name} has hooks, or a forward of its own"
-    ours = isinstance(attention, ECALayer | ChannelAttention)
-    if ours and (not attention.fused or attention.backend == "reference"):
-        return f"{name} is not fused"
-    if type(attention) is ECALayer:
-        taps = plain_taps(child(attention, attention.taps_name), False, True)
-        if taps is None:
-            return "the convolution of ECALayer does more than apply its taps"
-        return _Gate(lambda: taps, is_circular(attention.padding_mode), None, attention.backend)
-    if isinstance(attention, BandAttention) and type(attention).forward is BandAttention.forward:
-        if attention.has_taps():
-            circular = is_circular(attention.padding_mode)
-            return _Gate(attention.taps, circular, None, attention.backend)
-    elif not (
-        isinstance(attention, ChannelAttention)
-        and type(attention).forward is ChannelAttention.forward
-    ):
-        network = gate_network(attention)
-        if isinstance(network, str):
-            return network
-        return _Gate(network=network)
-    return _Gate(network=attention.gate, backend=attention.backend)
-
-
-def _not_a_norm(name: str, bn: nn.Module | None) -> str | None:
-    reason = None if bn is None else not_plain(bn)
-    return None if reason is None else f"{name}: {reason}"
-
-
 def why_called(parts: TailParts) -> str | None:
     """Why the modules of a tail are called one after the other; None if it is one operation."""
     found = _gate_of_tail(parts)
     return found if isinstance(found, str) else None
 
 
-def _gate_of_tail(parts: TailParts) -> _Gate | str:
+def _gate_of_tail(parts: TailParts) -> Gate | str:
     """The gate of a tail that is one operation, or why its modules are called."""
-    reason = _not_a_norm("bn", parts.bn) or _not_a_norm("identity_bn", parts.identity_bn)
+    reason = named_reason("bn", parts.bn) or named_reason("identity_bn", parts.identity_bn)
     if reason is not None:
         return reason
-    gate = _gate_of(parts.attention)
+    gate = gate_of(parts.attention)
     if isinstance(gate, str):
         return f"attention: {gate}"
-    if _name_of(parts.activation) is None:
+    if activation_name(parts.activation) not in ACTIVATIONS:
         return f"activation: {type(parts.activation).__name__} is not one that the kernels have"
     drop = parts.drop_path
     if drop is None or type(drop) is nn.Identity:
@@ -197,10 +136,10 @@ def _fit(x: Any, identity: Any) -> bool:
 
 
 def _compute(
-    parts: TailParts, gate: _Gate, way: Tails, x: Tensor, identity: Tensor | None
+    parts: TailParts, gate: Gate, way: Tails, x: Tensor, identity: Tensor | None
 ) -> Tensor:
     t = TailTensors(x, identity, scale=_scale(parts, x))
-    o = TailOptions(_name_of(parts.activation) or "none", gate.circular)
+    o = TailOptions(activation_name(parts.activation) or "none", gate.circular)
     if parts.bn is not None:
         own = as_norm(parts.bn, x, way)
         t = t._replace(

@@ -29,7 +29,7 @@ from eca_fused.ops.tail import (
     plain_mean,
 )
 
-__all__ = ["FusedTails", "PlainTails", "Tails"]
+__all__ = ["FusedTails", "GateOf", "PlainTails", "Tails", "needs_grad"]
 
 GateOf = Callable[[Tensor], Tensor]  # from means (N, C) to gates (N, C)
 
@@ -110,7 +110,7 @@ class FusedTails(Tails):
         in_one_pass = t.weight is not None and not of_batch and t.x.device.type in one_pass_devices
         if t.weight is not None and not in_one_pass:
             t = self._with_means(t)
-        if not _needs_grad(t):
+        if not needs_grad(t):
             forward = block_tail_forward if in_one_pass else tail_forward
             return forward(t, o, self._kernels(), False)[0]
         function: Any = BlockTail if in_one_pass else Tail
@@ -127,7 +127,8 @@ class FusedTails(Tails):
         return y
 
 
-def _needs_grad(t: TailTensors) -> bool:
+def needs_grad(t: TailTensors) -> bool:
+    """Whether autograd records an operation on these tensors."""
     return torch.is_grad_enabled() and any(
         s is not None and s.requires_grad for s in t[:WITH_GRADIENT]
     )

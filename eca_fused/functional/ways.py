@@ -13,6 +13,7 @@ from eca_fused.autograd.eca import ECAFunction
 from eca_fused.autograd.pool_rescale import LinkedPool, LinkedRescale, Pool, Rescale
 from eca_fused.autograd.transforms import transformed_eca
 from eca_fused.functional import torchscript
+from eca_fused.functional.gating import FusedGating, Gating, PlainGating
 from eca_fused.functional.tails import FusedTails, PlainTails, Tails
 from eca_fused.ops import graph
 from eca_fused.ops.checks import (
@@ -53,7 +54,7 @@ def _is_special(t: Tensor) -> bool:
     return not is_compiling() and (t.is_neg() or t.is_inference())
 
 
-class Way(Tails):
+class Way(Tails, Gating):
     """One way to compute. Maps are x (N, C, *spatial), taps weight (1 or C, 1, k), gates (N, C).
 
     Each method checks its tensors, and raises the errors of the function with the same name.
@@ -136,7 +137,7 @@ class Plain(Way):
         return reference.rescale(x, gate)
 
 
-class Graph(PlainTails, Way):
+class Graph(PlainTails, PlainGating, Way):
     """Plain operations that round once, for compilers and exporters that build a graph."""
 
     def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
@@ -239,7 +240,7 @@ class TracedToONNX(Traced):
 # ---- kernels ----
 
 
-class Fused(FusedTails, Way):
+class Fused(FusedTails, FusedGating, Way):
     """A backend's kernels. Its operators check the arguments, so a valid call is checked once."""
 
     def __init__(self, kernels: Kernels) -> None:
@@ -325,7 +326,7 @@ class Fused(FusedTails, Way):
             raise
 
 
-class Compiling(PlainTails, Fused):
+class Compiling(PlainTails, PlainGating, Fused):
     """Kernels inside a graph of torch.compile or torch.export.
 
     It checks before the call, because up to torch 2.13 an operator's error has another type there.

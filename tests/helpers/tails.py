@@ -113,12 +113,19 @@ def batch_norm(channels: int, **options: Any) -> nn.Module:
 
 
 def assert_same_step(
-    tail: eca_fused.ResidualTail, *maps: Tensor, twin: eca_fused.ResidualTail | None = None
+    tail: nn.Module, *maps: Tensor, twin: nn.Module | None = None, by: Any = called
 ) -> None:
-    """y, all gradients and all buffers are those of a copy whose modules are called, in float64."""
+    """y, all gradients and all buffers are those of a copy whose modules are called, in float64.
+
+    Args:
+        tail: a ResidualTail, or another module that calls modules.
+        maps: its arguments.
+        twin: the copy, if it is not one of tail as it is.
+        by: a function of the copy and the maps that calls the modules.
+    """
     twin = copy.deepcopy(tail) if twin is None else twin
     results = []
-    for function, module in ((tail, tail), (lambda *a: called(twin, *a), twin)):
+    for function, module in ((tail, tail), (lambda *a: by(twin, *a), twin)):
         own = [m.detach().clone(memory_format=torch.preserve_format) for m in maps]
         given = [m.requires_grad_() for m in own]
         torch.manual_seed(1)
