@@ -59,9 +59,10 @@ struct OfPixel {
   static constexpr bool kPlanes = false;
   const Acc<T>* values;
   explicit OfPixel(const Acc<T>* of) : values(of) {}
+  // What overhangs in the maps does not here: nothing need follow the last channel's value.
   template <class P>
   Vec<T> at(int64_t i, P piece) const {
-    return piece.load_from(values + i);
+    return piece.n < kLanes<T> ? load_first(values + i, piece.n) : load(values + i);
   }
 };
 

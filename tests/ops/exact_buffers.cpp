@@ -120,6 +120,92 @@ bool run_apart(const cpu::Kernels& kernels, const Problem& p, int64_t gap) {
                                     : run_apart_as<float>(kernels, p, gap);
 }
 
+// The tail of a block with ReLU or SiLU, an identity and both norms; v = 2 and dy = 1.
+template <class A>
+bool run_tail_as(const cpu::Kernels& kernels, const Problem& p, int64_t gap) {
+  const int64_t C = p.channels, n = p.samples * C;
+  const std::vector<A> one(C, 1), two(C, 2), three(C, 3), gate(n, 2), shift(n, 1);
+  bool ok = true;
+  for (Activation a : {Activation::kRelu, Activation::kSilu}) {
+    const bool relu = a == Activation::kRelu;
+    const double value = relu ? 2 : 1.761594, slope = relu ? 1 : 1.090784;
+    const Buffer x(p, gap, true), identity(p, gap, true), dy(p, gap, true), y(p, gap, false),
+        dx(p, gap, false), d_identity(p, gap, false);
+    std::vector<uint8_t> mask(
+        relu ? p.samples * (p.layout == Layout::kPlanes ? C : p.pixels) * mask_row_bytes(p) : 0);
+    uint8_t* const bits = relu ? mask.data() : nullptr;
+    // v = 2 (x - 1) + 2 + (identity - 1)
+    const TailCoefficients k{gate.data(), gate.data(), one.data(), one.data(), one.data()};
+    std::vector<double> sums(3 * n, NAN);
+    kernels.tail({p, a, k, x.map(), identity.map(), y.map(), bits}, pool);
+    kernels.tail_sums({p, a, k, dy.map(), x.map(), identity.map(), bits, sums.data(), true}, pool);
+    kernels.tail_gradients(
+        {p, a, k, dy.map(), x.map(), identity.map(), bits, dx.map(), d_identity.map(), gate.data(),
+         one.data(), shift.data(), two.data(), one.data(), three.data()},
+        pool);
+    ok = ok && y.holds(value) && dx.holds(2 * slope + 1) && d_identity.holds(2 * slope + 3);
+    const double want[] = {p.pixels * slope, 0, 0};
+    for (int64_t i = 0; i < 3 * n; ++i)
+      ok = ok && std::fabs(sums[i] - want[i / n]) <= 1e-4 * p.pixels;
+  }
+  return ok;
+}
+
+// Attention after each activation, with v = 1, dy = 1, gates of a half and shifts of one.
+template <class A>
+bool run_gated_as(const cpu::Kernels& kernels, const Problem& p, int64_t gap) {
+  const double value[] = {1, 1, 0.731059, 0.841345, 4.0 / 6},
+               slope[] = {1, 1, 0.927671, 1.083316, 1.0 / 3 + 0.5};
+  const int64_t C = p.channels, n = p.samples * C;
+  const std::vector<A> one(C, 1), two(C, 2), gate(n, 0.5), shift(n, 1);
+  const Map none{nullptr, 0, 0};
+  bool ok = true;
+  for (int a = 0; a < 5; ++a) {
+    const Buffer x(p, gap, true), dy(p, gap, true), y(p, gap, false), dx(p, gap, false),
+        alone(p, gap, false);
+    // v = 2 (x - 1) + 1
+    const Activated of{p, Activation(a), two.data(), one.data(), one.data(), x.map()};
+    std::vector<double> z(n, NAN), sums(5 * n, NAN);
+    kernels.activated_sums({of, none, false, z.data()}, pool);
+    kernels.activated_sums({of, dy.map(), true, sums.data()}, pool);
+    kernels.gated({of, gate.data(), y.map()}, pool);
+    kernels.gated_gradients(
+        {of, dy.map(), gate.data(), shift.data(), one.data(), two.data(), dx.map()}, pool);
+    kernels.gated_gradients(
+        {of, dy.map(), gate.data(), shift.data(), nullptr, nullptr, alone.map()}, pool);
+    ok = ok && y.holds(0.5 * value[a]) && dx.holds(3 * slope[a] + 2) && alone.holds(3 * slope[a]);
+    const double S = p.pixels, want[] = {S * value[a], S * slope[a], 0, S * slope[a], 0};
+    for (int64_t i = 0; i < 5 * n; ++i) ok = ok && std::fabs(sums[i] - want[i / n]) <= 1e-4 * S;
+    for (double got : z) ok = ok && std::fabs(got - S * value[a]) <= 1e-4 * S;
+  }
+  return ok;
+}
+
+template <class A>
+bool run_gated_block_as(const cpu::Kernels& kernels, const Problem& p, int64_t gap,
+                        const std::vector<float>& weight) {
+  const std::vector<A> one(p.channels, 1), zero(p.channels, 0);
+  std::vector<A> mean(p.samples * p.channels, NAN), gate(p.samples * p.channels, NAN);
+  const Buffer x(p, gap, true), y(p, gap, false);
+  const Activated of{p, Activation::kRelu, one.data(), zero.data(), zero.data(), x.map()};
+  kernels.gated_block({of, weight.data(), y.map(), mean.data(), gate.data()}, pool);
+  bool ok = y.holds(1 / (1 + std::exp(-1.0)));
+  for (A m : mean) ok = ok && std::fabs(m - 1) < 1e-5;
+  return ok;
+}
+
+bool run_blocks(const cpu::Kernels& kernels, const Problem& p, int64_t gap,
+                const std::vector<float>& weight) {
+  const bool wide = p.dtype == Dtype::kFloat64;
+  const bool with_taps = wide ? run_gated_block_as<double>(kernels, p, gap, weight)
+                              : run_gated_block_as<float>(kernels, p, gap, weight);
+  if (p.kernel_size > 1 || p.circular || p.taps_per_channel) return with_taps;
+  const bool alone =
+      wide ? run_gated_as<double>(kernels, p, gap) && run_tail_as<double>(kernels, p, gap)
+           : run_gated_as<float>(kernels, p, gap) && run_tail_as<float>(kernels, p, gap);
+  return with_taps && alone;
+}
+
 bool run(const cpu::Kernels& kernels, const Problem& p, int64_t gap) {
   const int64_t C = p.channels, k = p.kernel_size, rows = p.taps_per_channel ? C : 1;
   // Taps with the centre alone: every gate is sigmoid(1), and no boundary shows in the values.
@@ -147,6 +233,7 @@ bool run(const cpu::Kernels& kernels, const Problem& p, int64_t gap) {
                    pool);
   kernels.backward(
       {p, dy.map(), x.map(), dx.map(), weight.data(), mean.data(), gate.data(), nullptr}, pool);
+  ok = ok && run_blocks(kernels, p, gap, weight);
   return ok && run_apart(kernels, p, gap) && (gap > 0 || x.holds(a));
 }
 
