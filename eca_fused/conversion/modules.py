@@ -1,4 +1,4 @@
-"""convert() gives a model fused layers and tails of blocks in place; revert() undoes it."""
+"""convert() gives a model fused layers and fused parts of blocks in place; revert() undoes it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,8 +30,9 @@ class Conversion:
         converted: the former class of each module that is now a fused ECALayer, by name.
         left: the reason for each module that looks like ECA, and with tails=True for each residual
             block, that was left unchanged, by name.
-        already_fused: names of the ECALayers and of the blocks' tails that were fused before.
-        tails: the class and the parts of each block whose tail is now one operation, by name.
+        already_fused: names of the ECALayers and of the blocks that were fused before.
+        tails: the class of each block with parts that are one operation now, and these parts, by
+            name: "attention" is a norm, an activation and attention, "tail" the end of the block.
     """
 
     converted: Mapping[str, str]
@@ -42,10 +43,10 @@ class Conversion:
     def __str__(self) -> str:
         if not (self.converted or self.left or self.already_fused or self.tails):
             return "no ECA modules found"
-        tails = f", tails of blocks {len(self.tails)}" if self.tails else ""
+        tails = f", blocks {len(self.tails)}" if self.tails else ""
         lines = [f"converted {len(self.converted)}{tails}, left {len(self.left)}"]
         lines += _grouped(self.converted)
-        lines += [f"  tail of {line.strip()}" for line in _grouped(self.tails)]
+        lines += [f"  in {line.strip()}" for line in _grouped(self.tails)]
         lines += [f"  left {line.strip()}" for line in _grouped(self.left)]
         if self.already_fused:
             lines.append(f"  fused before: {_listed(self.already_fused)}")
@@ -73,7 +74,9 @@ def convert(
 
     With tails=True, residual blocks compute their tail as one operation, as ResidualTail does. The
     tail is batch norm or attention or both, a drop path, the addition and an activation. Without an
-    addition, as where MobileNetV2 strides, it is batch norm and attention. Blocks are found by the
+    addition, as where MobileNetV2 strides, it is batch norm and attention. Batch norm, activation
+    and attention in the middle of a block become one operation too, as NormActAttention computes
+    it: that is where RegNet, MobileNetV3 and EfficientNet have theirs. Blocks are found by the
     graph of their forward. For each kind of block, copies run with and without the change, and must
     give the same output, gradients and running statistics. A block keeps its submodules and stays
     an instance of its class. Modules of a tail that later get hooks are called.
@@ -83,7 +86,8 @@ def convert(
         backend: of the layers, see eca().
         inplace: of the layers, for inference: each overwrites its input, which nothing else may
             need.
-        tails: also make the tails of residual blocks one operation.
+        tails: also make the tails of residual blocks, and norms with activation and attention in
+            the middle of blocks, one operation each.
 
     Returns:
         What was converted, what was left and why. Print it.
@@ -123,7 +127,7 @@ def convert(
     names = {}
     for name, program in blocks.programs.items():
         block: Any = modules[name]
-        names[name] = f"{_class_name(block)}: {program.tail}"
+        names[name] = f"{_class_name(block)}: {program}"
         vars(block)[PROGRAM] = program
         block.__class__ = tailed(type(block))
     return Conversion(converted, left | blocks.left, (*fused, *blocks.tailed), names)

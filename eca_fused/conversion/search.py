@@ -1,17 +1,21 @@
-"""Finds the tail of a residual block in the steps of its forward."""
+"""Finds what can be one operation in the steps of a block's forward: its tail, and norm, activation
+and attention in its middle."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from eca_fused.attention import norm_act
+from eca_fused.attention.activations import activation_name
 from eca_fused.attention.base import ChannelAttention
 from eca_fused.attention.gates import NETWORKS
-from eca_fused.attention.norms import full_name, not_plain
+from eca_fused.attention.norms import activation_of, full_name, not_plain
 from eca_fused.attention.residual_tail import DROP_PATHS, TailParts, why_called
 from eca_fused.conversion.recognise import arguments_of
 from eca_fused.conversion.tailed import (
     Container,
+    NormAct,
     Program,
     Slice,
     Step,
@@ -19,6 +23,7 @@ from eca_fused.conversion.tailed import (
     Value,
     module_at,
     names_of_children,
+    norm_act_parts,
     tensor_at,
 )
 from eca_fused.conversion.tracing import (
@@ -46,6 +51,7 @@ ACTIVATIONS = {
     "F.silu": "silu",
     "F.gelu": "gelu",
 }
+MIDDLE_ACTIVATIONS = ACTIVATIONS | {"F.hardswish": "hardswish"}
 OF_MODULES = frozenset(vars(nn.Module()))  # such as training, and what hooks change
 
 
@@ -180,8 +186,60 @@ class _Search:
         if step is None:
             return "its input"
         if step.kind != "module":
-            return step.target
+            return str(step.target)
         return f"{step.target} ({type(module_at(self.block, step.target)).__name__})"
+
+    # ---- norm, activation and attention in the middle ----
+
+    def _without_idle(self, value: Value, passed: list[tuple[str, int]]) -> Value | None:
+        """The value that nn.Identity modules pass on; None if anything else needs one of them.
+
+        Their names and numbers are added to passed.
+        """
+        while self._used_once(value):
+            called = self._called(value)
+            if called is None or type(called[1]) is not nn.Identity or does_more(called[1]):
+                return value
+            passed.append((called[0], value.number))
+            value = called[2]
+        return None
+
+    def _activation_at(self, value: Value) -> tuple[str, bool, Value]:
+        """The activation that makes a value, whether it is a module, and what it is applied to."""
+        step, called = self.steps.of(value), self._called(value)
+        if called is not None and activation_name(called[1]) is not None:
+            return called[0], True, called[2]
+        if step is not None and step.kind in ("function", "method"):
+            kind: str | None = MIDDLE_ACTIVATIONS.get(step.target)
+            alone = kind != "gelu" or (len(step.args) == 1 and not step.kwargs)
+            if kind is not None and alone and isinstance(step.args[0], Value):
+                return kind, False, step.args[0]
+        return "none", False, value
+
+    def middle(self, end: Value) -> tuple[NormAct, Value, set[int]] | None:
+        """Norm, activation and attention that make a value, what they begin with, and what they
+        replace before the value; None for other values."""
+        called = self._called(end)
+        if called is None or not is_attention(called[1]):
+            return None
+        passed: list[tuple[str, int]] = []
+        after = self._without_idle(called[2], passed)
+        if after is None:
+            return None
+        activation, is_module, below = self._activation_at(after)
+        normed = below if below == after else self._without_idle(below, passed)
+        norm = None if normed is None else self._called(normed)
+        if normed is None or norm is None or not isinstance(norm[1], BatchNorm):
+            return None
+        if (below == after) == (activation_of(norm[1]) is None):  # none, or two activations
+            return None
+        idle = tuple(name for name, _ in passed)
+        found = NormAct(norm[0], activation, is_module, called[0], idle)
+        if norm_act.why_called(norm_act_parts(self.block, found)) is not None:
+            return None
+        return found, norm[2], {after.number, normed.number, *(number for _, number in passed)}
+
+    # ---- the tail ----
 
     def activation(self) -> tuple[str, bool, Value, tuple[int, ...]]:
         """The activation after the addition, whether it is a module, and what it is applied to."""
@@ -268,7 +326,7 @@ def _tail(
 
 
 def program_of(block: nn.Module) -> Program | None:
-    """The program of a block; None if its forward does not end like that of a residual block.
+    """The program of a block; None if nothing in its forward can be one operation.
 
     Raises:
         NoTail: it keeps its forward.
@@ -276,16 +334,33 @@ def program_of(block: nn.Module) -> Program | None:
     if len(arguments_of(type(block).forward)) != 1:
         raise NoTail("its forward takes more than one map")
     trained, evaluated = (steps_of(block, training) for training in (True, False))
-    found = _Search(block, trained).tail()
-    if found is None:
+    search = _Search(block, trained)
+    middles = {}
+    for number in range(1, len(trained.steps) + 1):
+        middle = search.middle(Value(number))
+        if middle is not None:
+            middles[number] = middle
+    try:
+        found = search.tail()
+    except NoTail:
+        if not middles:
+            raise
+        found = None
+    tail, replaced = (None, set()) if found is None else found
+    middles = {number: middle for number, middle in middles.items() if number not in replaced}
+    if tail is None and (not middles or not isinstance(trained.output, Value)):
         return None
     if trained != evaluated:
         raise NoTail("its forward depends on whether it trains", is_residual=True)
-    tail, replaced = found
-    steps, tail = _without(trained.steps, replaced, tail)
+    steps = list(trained.steps)
+    for number, (names, start, members) in middles.items():
+        steps[number - 1] = Step("norm_act", names, (start,), ())
+        replaced = replaced | members
+    kept, tail, output = _without(steps, replaced, tail, trained.output)
     plain = {n: v for n, v in vars(block).items() if isinstance(v, PLAIN) and n not in OF_MODULES}
     constants = tuple(plain.items())
-    return Program(steps, tail, tuple(_containers(block, "")), names_of_children(block), constants)
+    containers = tuple(_containers(block, ""))
+    return Program(kept, tail, output, containers, names_of_children(block), constants)
 
 
 def _containers(block: nn.Module, prefix: str) -> Iterator[Container]:
@@ -296,10 +371,12 @@ def _containers(block: nn.Module, prefix: str) -> Iterator[Container]:
             yield from _containers(module, f"{prefix}{name}.")
 
 
-def _without(steps: list[Step], replaced: set[int], tail: Tail) -> tuple[tuple[Step, ...], Tail]:
-    """The steps before a tail, numbered anew, with what each of them frees."""
+def _without(
+    steps: list[Step], replaced: set[int], tail: Tail | None, output: Value
+) -> tuple[tuple[Step, ...], Tail | None, Value]:
+    """The steps before a tail or the output, numbered anew, with what each of them frees."""
     kept = [number for number in range(1, len(steps) + 1) if number not in replaced]
-    of_tail = [value for value in (tail.branch, tail.shortcut) if value is not None]
+    of_tail = [output] if tail is None else values_in([tail.branch, tail.shortcut])
     read = values_in([steps[number - 1][2:4] for number in kept] + of_tail)
     numbers = {0: 0}
     for number in kept:
@@ -314,8 +391,12 @@ def _without(steps: list[Step], replaced: set[int], tail: Tail) -> tuple[tuple[S
             return type(argument)(*parts) if isinstance(argument, Slice) else tuple(parts)
         return argument
 
-    tail = tail._replace(branch=renumbered(tail.branch), shortcut=renumbered(tail.shortcut))
-    needed = {value.number for value in values_in([tail.branch, tail.shortcut])}
+    needed = {value.number for value in renumbered(tuple(of_tail))}
+    if tail is None:
+        output = renumbered(output)
+    else:
+        tail = tail._replace(branch=renumbered(tail.branch), shortcut=renumbered(tail.shortcut))
+        output = tail.branch
     made: list[Step] = []
     for number in reversed([n for n in numbers if n]):
         old = steps[number - 1]
@@ -323,4 +404,4 @@ def _without(steps: list[Step], replaced: set[int], tail: Tail) -> tuple[tuple[S
         used = {value.number for value in values_in((args, kwargs))} | {numbers[number]}
         made.append(Step(old.kind, old.target, args, kwargs, tuple(sorted(used - needed))))
         needed |= used
-    return tuple(reversed(made)), tail
+    return tuple(reversed(made)), tail, output

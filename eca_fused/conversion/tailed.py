@@ -1,5 +1,6 @@
-"""TailedBlock: a residual block whose tail is one operation. convert(tails=True) makes it.
+"""TailedBlock: a block some parts of which are one operation. convert(tails=True) makes it.
 
+The parts are the tail of a residual block, and batch norm, activation and attention in its middle.
 The block keeps its submodules under their names. A program in plain data says how it computes: the
 steps before the tail, and the names of the tail's parts.
 """
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eca_fused.attention import norm_act
+from eca_fused.attention.norm_act import NormActParts
 from eca_fused.attention.residual_tail import TailParts, compute
 from eca_fused.torch_state import child, does_more, submodules
 
@@ -21,6 +24,7 @@ __all__ = [
     "METHODS",
     "PROGRAM",
     "Container",
+    "NormAct",
     "Program",
     "Slice",
     "Step",
@@ -30,6 +34,7 @@ __all__ = [
     "former",
     "module_at",
     "names_of_children",
+    "norm_act_parts",
     "tailed",
     "tensor_at",
 ]
@@ -89,18 +94,41 @@ class Slice(NamedTuple):
     step: Any
 
 
+class NormAct(NamedTuple):
+    """Batch norm, activation and attention by their names in the block.
+
+    Args:
+        bn, attention: the names of modules.
+        activation: the name of a module, or one of ops.gating.ACTIVATIONS; "none" also where bn has
+            it inside.
+        calls_activation: whether activation is the name of a module.
+        idle: the names of nn.Identity modules in between.
+    """
+
+    bn: str
+    activation: str
+    calls_activation: bool
+    attention: str
+    idle: tuple[str, ...]
+
+    def __str__(self) -> str:
+        between = [] if self.activation == "none" else [self.activation]
+        return ", ".join([self.bn, *between, self.attention])
+
+
 class Step(NamedTuple):
     """A call, or a parameter or buffer that is read.
 
     Args:
-        kind: "module", "attribute", "function" or "method".
-        target: the name of a module or tensor in the block, of FUNCTIONS or of METHODS.
+        kind: "module", "attribute", "function", "method" or "norm_act".
+        target: the name of a module or tensor in the block, of FUNCTIONS or of METHODS; or a
+            NormAct.
         args, kwargs: Values, Slices, constants and tuples of them.
         free: the numbers of the values that nothing needs after this step.
     """
 
     kind: str
-    target: str
+    target: Any
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     free: tuple[int, ...] = ()
@@ -151,17 +179,31 @@ class Program(NamedTuple):
 
     Args:
         steps: before the tail.
-        tail: the tail.
+        tail: the tail; None without one.
+        output: what the block returns without a tail.
         containers: the modules that are not called, because the program calls their children.
         children: the names of the block's submodules.
         constants: the block's attributes of plain types.
     """
 
     steps: tuple[Step, ...]
-    tail: Tail
+    tail: Tail | None
+    output: Value
     containers: tuple[Container, ...]
     children: tuple[str, ...]
     constants: tuple[tuple[str, Any], ...]
+
+    def middles(self) -> list[NormAct]:
+        return [step.target for step in self.steps if step.kind == "norm_act"]
+
+    def idle(self) -> list[str]:
+        """The names of the nn.Identity modules that are not called."""
+        of_tail = () if self.tail is None else self.tail.idle
+        return [*of_tail, *(name for middle in self.middles() for name in middle.idle)]
+
+    def __str__(self) -> str:
+        parts = [f"attention {middle}" for middle in self.middles()]
+        return "; ".join(parts if self.tail is None else [*parts, f"tail {self.tail}"])
 
 
 def module_at(block: nn.Module, name: str) -> Any:
@@ -194,11 +236,11 @@ def _holds(block: nn.Module, program: Program) -> bool:
         module = module_at(block, name)
         if type(module) is not cls or does_more(module) or names_of_children(module) != children:
             return False
-    for name in program.tail.idle:
+    for name in program.idle():
         module = module_at(block, name)
         if type(module) is not nn.Identity or does_more(module):
             return False
-    return all(
+    return program.tail is None or all(
         isinstance(factor, float) or tensor_at(block, factor).dim() == 0
         for factor in program.tail.factors
     )
@@ -222,9 +264,20 @@ def _run(block: nn.Module, step: Step, values: list[Any]) -> Any:
     kwargs = {name: _filled(argument, values) for name, argument in step.kwargs}
     if step.kind == "module":
         return module_at(block, step.target)(*args, **kwargs)
+    if step.kind == "norm_act":
+        return norm_act.compute(norm_act_parts(block, step.target), args[0])
     if step.kind == "function":
         return FUNCTIONS[step.target](*args, **kwargs)
     return getattr(args[0], step.target)(*args[1:], **kwargs)
+
+
+def norm_act_parts(block: nn.Module, names: NormAct) -> NormActParts:
+    activation = names.activation
+    return NormActParts(
+        module_at(block, names.bn),
+        module_at(block, activation) if names.calls_activation else activation,
+        module_at(block, names.attention),
+    )
 
 
 def _parts(block: nn.Module, tail: Tail) -> TailParts:
@@ -245,7 +298,7 @@ def _parts(block: nn.Module, tail: Tail) -> TailParts:
 
 
 class TailedBlock(nn.Module):
-    """A residual block that computes its tail as one operation.
+    """A block that computes its tail, or a norm to its attention, or both as one operation each.
 
     convert() derives one class from this one and from each class of blocks. So a block keeps its
     methods and is an instance of its former class. Where its attributes or the order of its modules
@@ -265,6 +318,8 @@ class TailedBlock(nn.Module):
             for number in step.free:
                 values[number] = None
         tail = program.tail
+        if tail is None:
+            return values[program.output.number]
         shortcut = None if tail.shortcut is None else values[tail.shortcut.number]
         return compute(_parts(self, tail), values[tail.branch.number], shortcut)
 
@@ -282,8 +337,8 @@ class TailedBlock(nn.Module):
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
-        tail = f"tail: {vars(self)[PROGRAM].tail}"
-        return f"{own}, {tail}" if own else tail
+        program = f"in one operation: {vars(self)[PROGRAM]}"
+        return f"{own}, {program}" if own else program
 
 
 _made: dict[type, type[TailedBlock]] = {}

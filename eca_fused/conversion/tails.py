@@ -187,9 +187,10 @@ def _shape(block: nn.Module, program: Program) -> tuple[int, ...]:
     Raises:
         ValueError: there is none.
     """
-    tail = program.tail
     names = [step.target for step in program.steps if step.kind == "module"]
-    names += [name for name in (tail.bn, tail.identity_bn) if name is not None]
+    names += [middle.bn for middle in program.middles()]
+    if program.tail is not None:
+        names += [n for n in (program.tail.bn, program.tail.identity_bn) if n is not None]
     shapes: dict[tuple[int, ...], None] = {}
     for module in (part for name in names for part in module_at(block, name).modules()):
         if isinstance(module, Convolution):

@@ -221,6 +221,6 @@ def test_a_hook_before_the_conversion_is_left_out_of_the_tail() -> None:
     block, seen = Block(), []
     block.bn2.register_forward_hook(lambda m, a, y: seen.append("bn2"))
     report = convert(block, tails=True)
-    assert report.tails == {"": "Block: eca, + shortcut, relu"}
+    assert report.tails == {"": "Block: tail eca, + shortcut, relu"}
     block(image().float())
     assert seen == ["bn2"]

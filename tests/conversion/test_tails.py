@@ -124,7 +124,8 @@ def test_training_is_the_same(name: str, computed: list[str]) -> None:
     model = everywhere_something(build())
     plain, x = copy.deepcopy(model), torch.randn(2, 3, 64, 64, dtype=torch.float64)
     report = convert(model, tails=True)
-    assert (len(report.tails), len(report.left)) == (number, left), str(report)
+    tails = sum(" tail " in parts for parts in report.tails.values())
+    assert (tails, len(report.left)) == (number, left), str(report)
     assert list(model.state_dict()) == list(plain.state_dict())
     computed.clear()  # by the trials
     assert_the_same(steps(model, x), steps(plain, x))
@@ -178,18 +179,18 @@ def test_a_block_is_an_instance_of_its_class() -> None:
     assert isinstance(block, Block)
     assert block.expansion == 1
     assert torch.equal(block.eval().branch(image()), Block.branch(block, image()))
-    assert "tail: bn2, eca, + shortcut, relu" in repr(block)
+    assert "in one operation: tail bn2, eca, + shortcut, relu" in repr(block)
 
 
 def test_the_report() -> None:
     model = nn.Sequential(Block(), with_downsample(), Block(), Block(nn.Identity(), no_norm))
     report = convert(model, tails=True)
-    assert report.tails["1"] == "Block: bn2, eca, + downsample.1, relu"
+    assert report.tails["1"] == "Block: tail bn2, eca, + downsample.1, relu"
     assert str(report).splitlines() == [
-        "converted 3, tails of blocks 3, left 1",
+        "converted 3, blocks 3, left 1",
         "  eca_layer: 0.eca, 1.eca, 2.eca",
-        "  tail of Block: bn2, eca, + shortcut, relu: 0, 2",
-        "  tail of Block: bn2, eca, + downsample.1, relu: 1",
+        "  in Block: tail bn2, eca, + shortcut, relu: 0, 2",
+        "  in Block: tail bn2, eca, + downsample.1, relu: 1",
         "  left Block: its branch ends in conv2 (Conv2d): 3",
     ]
     assert convert(nn.Sequential(Block())).tails == {}
