@@ -97,6 +97,7 @@ def _finished(
     o: TailOptions,
     needed: tuple[bool, ...],
     own: Affine | None,
+    channels: Tensor,  # (3, C)
     sums: Tensor,  # of ActivatedSums, see csrc/eca.h
     gate: Tensor,  # (N, C)
     dmean: Tensor | None,  # (N, C)
@@ -124,7 +125,7 @@ def _finished(
             dy,
             t.x,
             stacked(t.x.new_empty(t.x.shape[:2]), gate, shift),
-            _channels(t, own),
+            channels,
             stacked(channels_of(t.x), *given),
             activation_number(o),
             by_x,
@@ -160,8 +161,8 @@ class Gated(torch.autograd.Function):
         if plainly(dy):
             return None, None, *plain_gradients(plain, dy, t, o, needed), *NO_MORE
         own, _ = norms(t, o)
-        number, for_norm = activation_number(o), _needs_norm_sums(t, o, needed)
-        sums = kernels.activated_sums(dy, t.x, _channels(t, own), number, for_norm)
+        channels, for_norm = _channels(t, own), _needs_norm_sums(t, o, needed)
+        sums = kernels.activated_sums(dy, t.x, channels, activation_number(o), for_norm)
         dgate, wide = sums[0], gate.to(sums.dtype)
         dmean = dweight = None
         if t.weight is not None:
@@ -169,7 +170,7 @@ class Gated(torch.autograd.Function):
             dmean = transposed(dz, w, o.circular)
             if needed[WEIGHT]:
                 dweight = taps_gradient(dz, means.to(sums.dtype), w, o.circular)
-        dx, dgamma, dbeta = _finished(kernels, dy, t, o, needed, own, sums, wide, dmean)
+        dx, dgamma, dbeta = _finished(kernels, dy, t, o, needed, own, channels, sums, wide, dmean)
         return (
             *(None, None, dx, None),
             to_dtype(t.weight, dweight, needed[WEIGHT]),
@@ -206,11 +207,11 @@ class LinkedGatedPool(torch.autograd.Function):
             if dmean is None:
                 return (None,) * (2 + len(t))
             return None, None, *plain_gradients(plain_mean, dmean, t, o, needed), *NO_MORE
-        dy, gate, sums = dtoken.left
+        dy, gate, channels, sums = dtoken.left
         own, _ = norms(t, o)
         wide = None if dmean is None else dmean.to(sums.dtype)
-        given = (gate.to(sums.dtype), wide)
-        dx, dgamma, dbeta = _finished(kernels, dy, t, o, needed, own, sums, *given)
+        given = (channels, sums, gate.to(sums.dtype), wide)
+        dx, dgamma, dbeta = _finished(kernels, dy, t, o, needed, own, *given)
         return (
             *(None, None, dx, None, None, None, None, dgamma, dbeta, None, None),
             *NO_MORE,
@@ -244,7 +245,7 @@ class LinkedGated(torch.autograd.Function):
         channels, for_norm = channels_of_norm(t, o), _needs_norm_sums(t, o, needed)
         sums = kernels.activated_sums(dy, t.x, channels, activation_number(o), for_norm)
         dtoken: Any = torch.empty(0, dtype=dy.dtype, device=dy.device)
-        dtoken.left = dy, gate, sums
+        dtoken.left = dy, gate, channels, sums
         dgate = to_dtype(t.gate, sums[0], needed[GATE])
         return (
             *(dtoken, None, None, None, None, None, dgate, None, None, None, None, None),
