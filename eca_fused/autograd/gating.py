@@ -27,10 +27,7 @@ from eca_fused.autograd.tail_parts import (
     GATE,
     WEIGHT,
     X,
-    channels_of,
     plain_gradients,
-    stacked,
-    to_dtype,
 )
 from eca_fused.ops.gating import activation_number, coefficients, plain, plain_mean
 from eca_fused.ops.kernels import GatingKernels
@@ -54,11 +51,30 @@ __all__ = [
     "means_of",
 ]
 
-NO_MORE = (None,) * (len(TailTensors._fields) - WITH_GRADIENT)
+NO_MORE = (None,) * 5  # for those of TailTensors that have no gradient
+
+
+def _stacked(like: Tensor, *rows: Tensor | float) -> Tensor:
+    """Coefficients in one tensor (rows, *like.shape), in the dtype of sums over `like`."""
+    found = like.new_empty((len(rows), *like.shape), dtype=sums_dtype(like))
+    for row, values in zip(found, rows, strict=True):
+        if isinstance(values, Tensor):
+            row.copy_(values.expand_as(row))
+        else:
+            row.fill_(values)
+    return found
+
+
+def _channels_of(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1])
+
+
+def _to_dtype(like: Tensor | None, gradient: Tensor | None, need: bool) -> Tensor | None:
+    return gradient.to(like.dtype) if need and like is not None and gradient is not None else None
 
 
 def _channels(t: TailTensors, own: Affine | None) -> Tensor:
-    return stacked(channels_of(t.x), *coefficients(own))
+    return _stacked(_channels_of(t.x), *coefficients(own))
 
 
 def channels_of_norm(t: TailTensors, o: TailOptions) -> Tensor:
@@ -124,16 +140,16 @@ def _finished(
         dx = kernels.gated_gradients(
             dy,
             t.x,
-            stacked(t.x.new_empty(t.x.shape[:2]), gate, shift),
+            _stacked(t.x.new_empty(t.x.shape[:2]), gate, shift),
             channels,
-            stacked(channels_of(t.x), *given),
+            _stacked(_channels_of(t.x), *given),
             activation_number(o),
             by_x,
         )
     return (
         dx,
-        to_dtype(t.gamma, dgamma, needed[GAMMA]),
-        to_dtype(t.beta, dbeta, needed[GAMMA + 1]),
+        _to_dtype(t.gamma, dgamma, needed[GAMMA]),
+        _to_dtype(t.beta, dbeta, needed[GAMMA + 1]),
     )
 
 
@@ -173,8 +189,8 @@ class Gated(torch.autograd.Function):
         dx, dgamma, dbeta = _finished(kernels, dy, t, o, needed, own, channels, sums, wide, dmean)
         return (
             *(None, None, dx, None),
-            to_dtype(t.weight, dweight, needed[WEIGHT]),
-            to_dtype(t.gate, dgate, needed[GATE]),
+            _to_dtype(t.weight, dweight, needed[WEIGHT]),
+            _to_dtype(t.gate, dgate, needed[GATE]),
             *(None, dgamma, dbeta, None, None),
             *NO_MORE,
         )
@@ -246,7 +262,7 @@ class LinkedGated(torch.autograd.Function):
         sums = kernels.activated_sums(dy, t.x, channels, activation_number(o), for_norm)
         dtoken: Any = torch.empty(0, dtype=dy.dtype, device=dy.device)
         dtoken.left = dy, gate, channels, sums
-        dgate = to_dtype(t.gate, sums[0], needed[GATE])
+        dgate = _to_dtype(t.gate, sums[0], needed[GATE])
         return (
             *(dtoken, None, None, None, None, None, dgate, None, None, None, None, None),
             *NO_MORE,
