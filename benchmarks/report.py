@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- figures: made by benchmarks/report.py -->", "<!-- end of figures -->"
 GPU_RESULTS = ("bench", "rivals", "networks", "sizes", "calls")
-CPU_RESULTS = ("cpu-layers*", "cpu-networks", "cpu-sizes", "cpu-calls")
+CPU_RESULTS = ("cpu-layers*", "cpu-tails", "cpu-networks*", "cpu-sizes", "cpu-calls")
 SHORT_BATCH = 32  # of the tables in short
 SHORT_LAYERS = (
     "cpu-layers",
@@ -37,6 +37,10 @@ BY_OURS = "Layers: the time of each contender divided by ours. Above 1, ours is 
 BY_NONE = (
     "Networks: the time divided by that of the network without attention. 1.00 means that "
     "attention is free."
+)
+BY_OUR_TAIL = (
+    "Tails of residual blocks: the time of each contender divided by ours. A norm tail has batch "
+    "norm in training. Ours and eager have ECA; no attention is eager without it."
 )
 MICROSECONDS = "Small calls, in microseconds. ours / eager below 1: ours is faster."
 
@@ -206,11 +210,18 @@ def figures() -> str:
         elif script == "calls":
             note = "Microseconds of a call. ours / eager: below 1, ours is faster."
             found = [note, tables.calls(result)]
+        elif script == "tails":
+            found = [BY_OUR_TAIL, tables.tails(result)]
         elif script == "networks":
             found = [BY_NONE, tables.networks_in_short(result)]
         else:
             continue
-        what = {"layers": "Layers", "calls": "Small calls", "networks": "Networks"}[script]
+        what = {
+            "layers": "Layers",
+            "tails": "Tails",
+            "calls": "Small calls",
+            "networks": "Networks",
+        }[script]
         place = machine.get("gpu") or f"a CPU, {machine['cpu']}"
         parts += [f"## {what} on {place}: `{path.relative_to(RESULTS)}`", *found]
         parts.append(f"Measured on {tables.where(machine)}.")

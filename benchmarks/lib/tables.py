@@ -426,14 +426,20 @@ def networks(result: Result) -> str:
 def networks_in_short(result: Result) -> str:
     """Markdown: the time of networks with attention, divided by the time without."""
     head = ["network", "images", "precision", "layout", "mode", "pass"]
-    kinds = list(dict.fromkeys(n for row in result["rows"] for n in row["contenders"]))[1:]
+    kinds: dict[str, list[str]] = {}  # "plain": "plain ECA", "plain SE"
+    for name in dict.fromkeys(n for row in result["rows"] for n in row["contenders"]):
+        kinds.setdefault(name.split()[0], []).append(name)
+    kinds.pop("none", None)
     lines = []
     for row in result["rows"]:
         images = f"{row['batch']}x3x{row['size']}x{row['size']}"
         place = [row["network"], images, row["precision"], row["layout"], row["mode"], row["pass"]]
-        times = (row["contenders"].get(kind, {}).get("times_none", {}) for kind in kinds)
-        lines.append(place + [text(t.get("median")) for t in times])
-    return markdown([*head, *(f"{kind} / without" for kind in kinds)], lines)
+        for names in kinds.values():
+            found = (row["contenders"][name] for name in names if name in row["contenders"])
+            place.append(text(next(found, {}).get("times_none", {}).get("median")))
+        lines.append(place)
+    columns = [names[0] if len(names) == 1 else kind for kind, names in kinds.items()]
+    return markdown([*head, *(f"{column} / without" for column in columns)], lines)
 
 
 def sizes(result: Result) -> str:
