@@ -18,7 +18,7 @@ from helpers.optional import needs_timm, needs_torchvision, timm_layers, torchvi
 from helpers.processes import python
 from helpers.tails import assert_same_step, batch_norm, called
 
-pytestmark = [pytest.mark.every_torch, pytest.mark.any_device]
+pytestmark = pytest.mark.every_torch
 
 C = 12
 ATTENTIONS = {
