@@ -95,6 +95,7 @@ def whole(path: Path, make: Callable[[Result], T]) -> T:
 
 
 TABLES = {"networks": tables.networks, "calls": tables.calls, "tails": tables.tails}
+IN_SHORT = {"networks": tables.networks_in_short, "tails": tables.tails_in_short}
 PLOTS = {"layers": plots.layers, "sizes": plots.sizes, "networks": plots.networks}
 SCRIPTS = ("layers", "sizes", *TABLES)
 
@@ -111,7 +112,8 @@ def markdown(result: Result, rows: bool = True) -> str:
         parts = [tables.sizes(result), steps.markdown(result)] if rows else []
         parts.append(bullets(result["remarks"]))
     else:
-        parts = [TABLES[result["script"]](result), bullets(result.get("remarks", []))]
+        make = (TABLES if rows else IN_SHORT).get(result["script"], TABLES[result["script"]])
+        parts = [make(result), bullets(result.get("remarks", []))]
     parts.append(f"Measured on {tables.where(result['machine'])}.")
     return "\n\n".join(part for part in parts if part)
 
@@ -211,7 +213,7 @@ def figures() -> str:
             note = "Microseconds of a call. ours / eager: below 1, ours is faster."
             found = [note, tables.calls(result)]
         elif script == "tails":
-            found = [BY_OUR_TAIL, tables.tails(result)]
+            found = [BY_OUR_TAIL, tables.tails_in_short(result)]
         elif script == "networks":
             found = [BY_NONE, tables.networks_in_short(result)]
         else:

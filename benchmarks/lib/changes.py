@@ -15,7 +15,7 @@ from lib.tables import Result, Row
 
 Key = tuple[str, ...]
 
-OURS = ("native", "triton", "fused ECA", "native ECA")
+OURS = ("native", "triton", "fused ECA", "native ECA", "fused SE", "native SE", "tails")
 REFERENCES = ("copy", "eager", "timm", "sigmoid")
 
 
@@ -61,7 +61,11 @@ def place(row: Row) -> Key:
         images = f"{row['batch']}x3x{row['size']}x{row['size']}"
         head = (row["network"], images, row["precision"], row["layout"], row["mode"], row["pass"])
     else:
-        head = (row.get("axis", ""), "x".join(map(str, row["shape"])), str(row.get("k", "")))
+        head = (
+            row.get("axis", row.get("tail", "")),
+            "x".join(map(str, row["shape"])),
+            str(row.get("k", "")),
+        )
         head += (row["dtype"], row.get("layout", ""), row["direction"])
     return tuple(filter(None, head))
 

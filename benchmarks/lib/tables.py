@@ -389,6 +389,23 @@ def tails(result: Result) -> str:
     return markdown([*head, *(f"{kind} / ours" for kind in kinds)], lines)
 
 
+def tails_in_short(result: Result) -> str:
+    """Markdown: ranges over the layers."""
+    groups = ("tail", "dtype", "layout", "direction")
+    kinds = ("eager", "no attention", "compile")
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in result["rows"]:
+        found.setdefault(tuple(row[name] for name in groups), []).append(row)
+    return markdown(
+        [*groups, "layers", "share of copy", *(f"{kind} / ours" for kind in kinds)],
+        (
+            [*key, str(len(rows)), span(ratio(row, "copy") for row in rows).removesuffix("x")]
+            + [span(ratio(row, kind) for row in rows) for kind in kinds]
+            for key, rows in found.items()
+        ),
+    )
+
+
 def calls(result: Result) -> str:
     """Markdown: host time of small calls, and its ratio to eager's."""
     head = ["small call", "direction"]

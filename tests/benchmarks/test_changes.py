@@ -6,6 +6,7 @@ import pytest
 
 import report
 from helpers.results import result, row, written
+from lib import changes
 
 
 def compared(folder, capsys, *results):
@@ -86,8 +87,7 @@ def test_what_is_gone_is_missing(tmp_path, capsys):
 @pytest.mark.parametrize("path", report.committed(), ids=lambda p: p.stem)
 def test_every_kind_of_result_can_be_compared(path, tmp_path, capsys):
     found = report.load(path)
-    names = ("native", "triton", "fused ECA", "native ECA")
-    own = sum(name in one["contenders"] for one in found["rows"] for name in names)
+    own = sum(name in one["contenders"] for one in found["rows"] for name in changes.OURS)
     status, text = compared(tmp_path, capsys, found, found)
     assert status == 0
     assert f"{own} in both, 0 slower, 0 faster, 0 missing" in text

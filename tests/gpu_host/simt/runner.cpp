@@ -37,7 +37,7 @@ struct Request {
   MapRequest x, y, dy, dx;  // of tails, forward dy is the identity, and later y the result
 };
 
-std::string describe(const Plan& plan) {
+std::string describe_plan(const Plan& plan) {
   const Tiling& t = plan.tiling;
   return "{\"strategy\": \"" + std::string(strategy_name(plan.strategy)) +
          "\", \"tile\": " + std::to_string(t.tile) + ", \"halo\": " + std::to_string(t.halo) +
@@ -84,7 +84,7 @@ bool answer_one() {
   };
   const auto run = [&](const auto& call, const Plan& plan, auto kernels,
                        std::vector<Buffer*> guarded) {
-    plan_text = describe(plan);
+    plan_text = describe_plan(plan);
     // By default there is just enough room for the blocks that wait for each other.
     const int needed = plan.strategy == 'K' ? plan.tiling.parts : 2;
     simt::settings.resident = r.resident ? int(r.resident) : needed;
