@@ -57,7 +57,7 @@ __device__ inline NormChannel norm_of(const NormValues& norm, int64_t c) {
   const double mean = number(norm.mean, c, 0);
   found.centre = double(A(mean));
   found.shift = mean - found.centre;
-  found.spread = 1 / square_root(number(norm.variance, c, 0) + norm.eps);
+  found.spread = one_over_root(number(norm.variance, c, 0) + norm.eps);
   found.alpha *= found.spread;
   found.beta = number(norm.beta, c, 0) - found.alpha * found.shift;
   return found;
@@ -77,19 +77,20 @@ __device__ inline double over_samples(int64_t samples, Shared<double> parts, F v
   return sum;
 }
 
-__global__ void __launch_bounds__(kThreads) batch_statistics_of(BatchStatistics t) {
+__global__ void __launch_bounds__(kThreads, 2)
+    batch_statistics_of(BatchStatistics t, double of_samples, double of_values) {
   const auto parts = shared_array<double>(0, kThreads);
   const int64_t c = block_index() * 32 + thread_index() % 32, N = t.samples, C = t.channels;
   const bool own = c < C;
   const auto plane = [&](int64_t n) { return own ? value_at(t.planes + n * C + c) : 0.0; };
-  const double mean = over_samples(N, parts, plane) / double(N);
+  const double mean = over_samples(N, parts, plane) * of_samples;
   const double squares = over_samples(N, parts, [&](int64_t n) {
     const double between = plane(n) - mean;
     return plane(N + n) + between * between * double(t.pixels);
   });
   if (!own || thread_index() >= 32) return;
   put(t.mean + c, mean);
-  put(t.variance + c, squares / (double(N) * double(t.pixels)));
+  put(t.variance + c, squares * of_values);
 }
 
 // ---- before the first pass ----
@@ -119,7 +120,7 @@ __device__ inline double gate_of(const Coefficients& t, int64_t n, int64_t c) {
 
 // A thread has a number of a plane; those of the first sample also write the channels.
 template <class A>
-__global__ void __launch_bounds__(kThreads) coefficients_of(Coefficients t) {
+__global__ void __launch_bounds__(kThreads, 2) coefficients_of(Coefficients t) {
   const int64_t N = t.problem.samples, C = t.problem.channels,
                 i = block_index() * kThreads + thread_index(), n = i / C, c = i % C;
   if (n >= max(N, int64_t(1))) return;
@@ -153,7 +154,7 @@ struct TotalsWork {
 
 // A block has a sample.
 template <class A>
-__global__ void __launch_bounds__(kThreads) sample_gradients(Totals t, TotalsWork work) {
+__global__ void __launch_bounds__(kThreads, 2) sample_gradients(Totals t, TotalsWork work) {
   const Problem& p = t.problem;
   const int64_t n = block_index(), C = p.channels, NC = p.samples * C, k = p.kernel_size;
   const double scale = number(t.scale, n, 1);
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(kThreads) sample_gradients(Totals t, TotalsWor
 }
 
 // dweight (1, k): a warp has a tap. (channels, k): a thread has a channel and a tap.
-__global__ void __launch_bounds__(kThreads) add_dweight(Totals t, TotalsWork work) {
+__global__ void __launch_bounds__(kThreads, 2) add_dweight(Totals t, TotalsWork work) {
   const Problem& p = t.problem;
   const int64_t i = block_index() * kThreads + thread_index(), k = p.kernel_size, C = p.channels;
   if (p.taps_per_channel) {
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) add_dweight(Totals t, TotalsWork wor
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads) channel_totals(Totals t) {
+__global__ void __launch_bounds__(kThreads, 2) channel_totals(Totals t) {
   const auto parts = shared_array<double>(0, kThreads);
   const Problem& p = t.problem;
   const int64_t c = block_index() * 32 + thread_index() % 32, N = p.samples, C = p.channels,
@@ -256,18 +257,22 @@ __global__ void __launch_bounds__(kThreads) channel_totals(Totals t) {
 
 // ---- before the last pass ----
 
+// Divided once, on the host: a division in float64 is a call, for which a kernel spills registers.
+struct OneOver {
+  double values, identity_values, pixels;
+};
+
 // As NormGradientRows of ../cpu/coefficients.h, for one channel.
 struct NormGradient {
   double dgamma, slope, offset;
 };
 
 __device__ inline NormGradient norm_gradient(const NormChannel& norm, const double* totals,
-                                             const double* shares, double values, int64_t channels,
+                                             const double* shares, double each, int64_t channels,
                                              int64_t c) {
   if (!norm.present || !totals) return {0, 0, 0};
-  const double all = value_at(totals + c), all_by_x = value_at(totals + channels + c),
-               each = values > 0 ? 1 / values : 0;
-  const bool shared = shares && values > 0;
+  const double all = value_at(totals + c), all_by_x = value_at(totals + channels + c);
+  const bool shared = shares && each > 0;
   const double du = shared ? value_at(shares + c) : all * each,
                by_x = shared ? value_at(shares + channels + c) : all_by_x * each;
   NormGradient found;
@@ -279,7 +284,8 @@ __device__ inline NormGradient norm_gradient(const NormChannel& norm, const doub
 
 // A thread has a number of a plane; those of the first sample also write the channels.
 template <class A>
-__global__ void __launch_bounds__(kThreads) gradient_coefficients_of(GradientCoefficients t) {
+__global__ void __launch_bounds__(kThreads, 2)
+    gradient_coefficients_of(GradientCoefficients t, OneOver one_over) {
   const Problem& p = t.problem;
   const int64_t N = p.samples, C = p.channels, i = block_index() * kThreads + thread_index(),
                 n = i / C, c = i % C;
@@ -287,10 +293,10 @@ __global__ void __launch_bounds__(kThreads) gradient_coefficients_of(GradientCoe
   const NormChannel own = norm_of<A>(t.norm, c), other = norm_of<A>(t.identity_norm, c);
   const double* const identity_totals = t.totals ? t.totals + 2 * C : nullptr;
   const double* const identity_shares = t.shares ? t.shares + 2 * C : nullptr;
-  const NormGradient mine = norm_gradient(own, t.totals, t.shares, t.values, C, c);
+  const NormGradient mine = norm_gradient(own, t.totals, t.shares, one_over.values, C, c);
   if (n == 0) {
     const NormGradient its =
-        norm_gradient(other, identity_totals, identity_shares, t.identity_values, C, c);
+        norm_gradient(other, identity_totals, identity_shares, one_over.identity_values, C, c);
     put_number(t.dgamma, t.norm.gamma.dtype, c, mine.dgamma);
     put_number(t.identity_dgamma, t.identity_norm.gamma.dtype, c, its.dgamma);
     if (t.dbeta) put_number(t.dbeta, t.norm.beta.dtype, c, value_at(t.totals + c));
@@ -306,7 +312,7 @@ __global__ void __launch_bounds__(kThreads) gradient_coefficients_of(GradientCoe
   const double factor = number(t.gate, i, 1) * number(t.scale, n, 1);
   put_row<A>(t.planes, i, factor * own.alpha);
   put_row<A>(t.planes, N * C + i,
-             own.alpha * number(t.dmean, i, 0) / double(p.pixels) + mine.offset);
+             own.alpha * number(t.dmean, i, 0) * one_over.pixels + mine.offset);
 }
 
 int64_t blocks_of(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
@@ -327,7 +333,7 @@ int64_t workspace_of(const Totals& t) {
 void batch_statistics(const BatchStatistics& t, const Memory& memory) {
   launch({(t.channels + 31) / 32, kThreads, kThreads * int64_t(sizeof(double)),
           static_cast<Stream>(memory.stream)},
-         batch_statistics_of, t);
+         batch_statistics_of, t, 1 / double(t.samples), 1 / (double(t.samples) * double(t.pixels)));
 }
 
 void coefficients(const Coefficients& t, const Memory& memory) {
@@ -358,9 +364,12 @@ void totals(const Totals& t, const Memory& memory) {
 
 void gradient_coefficients(const GradientCoefficients& t, const Memory& memory) {
   const int64_t rows = t.planes ? std::max<int64_t>(t.problem.samples, 1) : 1;
+  const auto inverse = [](double value) { return value > 0 ? 1 / value : 0; };
+  const OneOver one_over{inverse(t.values), inverse(t.identity_values),
+                         inverse(double(t.problem.pixels))};
   with_sums(t.problem, [&](auto sum) {
     launch({blocks_of(rows * t.problem.channels), kThreads, 0, static_cast<Stream>(memory.stream)},
-           gradient_coefficients_of<decltype(sum)>, t);
+           gradient_coefficients_of<decltype(sum)>, t, one_over);
   });
 }
 

@@ -46,7 +46,7 @@ __device__ inline T narrow(Accumulator<T> x) {
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }
 
-__device__ inline double square_root(double x) { return sqrt(x); }
+__device__ inline double one_over_root(double x) { return rsqrt(x); }
 
 __device__ inline float error_function(float x) { return erff(x); }
 __device__ inline double error_function(double x) { return erf(x); }

@@ -88,7 +88,7 @@ inline T narrow(Accumulator<T> x) {
 inline float exponential(float x) { return std::exp(x); }
 inline double exponential(double x) { return std::exp(x); }
 
-inline double square_root(double x) { return std::sqrt(x); }
+inline double one_over_root(double x) { return 1 / std::sqrt(x); }
 
 inline float error_function(float x) { return std::erf(x); }
 inline double error_function(double x) { return std::erf(x); }
