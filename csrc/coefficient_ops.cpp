@@ -5,18 +5,15 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cuda/call.h"
+#include "maps.h"
 #include "run.h"
-#include "tensors.h"
 
 namespace eca {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 // ---- the kernels for the device ----
 
@@ -49,12 +46,8 @@ void run(const GradientCoefficients& t, const Device& device) {
 }
 
 void check_sizes(const Tensor& t, const char* name, const Tensor& x, const Sizes& sizes) {
-  bool same = t.dim() == int64_t(sizes.size()) && device_of(t) == device_of(x);
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == sizes[i];
-  if (same) return;
-  std::ostringstream expected;
-  for (size_t i = 0; i < sizes.size(); ++i) expected << (i ? ", " : "") << sizes[i];
-  check(false, "expected ", name, " of shape (", expected.str(), ") on ", device_of(x), ", got ",
+  if (has_sizes(t, x, sizes)) return;
+  check(false, "expected ", name, " of shape (", listed(sizes), ") on ", device_of(x), ", got ",
         shape{t}, " on ", device_of(t));
 }
 

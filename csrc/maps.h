@@ -3,6 +3,8 @@
 #pragma once
 
 #include <optional>
+#include <sstream>
+#include <string>
 
 #include "tensors.h"
 
@@ -10,14 +12,23 @@ namespace eca {
 
 using OptionalTensor = std::optional<Tensor>;
 
+// Whether t has these sizes and lies where x does.
+inline bool has_sizes(const Tensor& t, const Tensor& x, const Sizes& sizes) {
+  bool same = t.dim() == int64_t(sizes.size()) && device_of(t) == device_of(x);
+  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == sizes[i];
+  return same;
+}
+
+inline std::string listed(const Sizes& sizes) {
+  std::ostringstream text;
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i ? ", " : "") << sizes[i];
+  return text.str();
+}
+
 inline void check_coefficients(const Tensor& t, const char* name, const Tensor& x,
                                const Sizes& sizes) {
-  bool same = t.dim() == int64_t(sizes.size()) && dtype_code(t) == accumulator_code(x);
-  for (int64_t i = 0; same && i < t.dim(); ++i) same = t.size(i) == sizes[i];
-  if (same && device_of(t) == device_of(x) && t.is_contiguous()) return;
-  std::ostringstream expected;
-  for (size_t i = 0; i < sizes.size(); ++i) expected << (i ? ", " : "") << sizes[i];
-  check(false, "expected ", name, " contiguous, of shape (", expected.str(), "), ",
+  if (has_sizes(t, x, sizes) && dtype_code(t) == accumulator_code(x) && t.is_contiguous()) return;
+  check(false, "expected ", name, " contiguous, of shape (", listed(sizes), "), ",
         dtype{accumulator_code(x)}, ", on ", device_of(x), ", got ", shape{t}, ", ",
         dtype{dtype_code(t)}, ", on ", device_of(t));
 }

@@ -16,25 +16,7 @@
 namespace eca::cpu::avx2 {
 #include "simd.h"
 #include "kernels.h"
-const Kernels kernels{"avx2",
-                      forward,
-                      backward,
-                      reduce,
-                      scale,
-                      moments,
-                      tail,
-                      tail_sums,
-                      tail_gradients,
-                      block_tail,
-                      block_tail_backward,
-                      batch_statistics,
-                      coefficients,
-                      totals,
-                      gradient_coefficients,
-                      activated_sums,
-                      gated,
-                      gated_gradients,
-                      gated_block};
+const Kernels kernels = all_kernels("avx2");
 }  // namespace eca::cpu::avx2
 
 #if defined(__clang__)

@@ -18,25 +18,7 @@
 namespace eca::cpu::avx512 {
 #include "simd.h"
 #include "kernels.h"
-const Kernels kernels{"avx512",
-                      forward,
-                      backward,
-                      reduce,
-                      scale,
-                      moments,
-                      tail,
-                      tail_sums,
-                      tail_gradients,
-                      block_tail,
-                      block_tail_backward,
-                      batch_statistics,
-                      coefficients,
-                      totals,
-                      gradient_coefficients,
-                      activated_sums,
-                      gated,
-                      gated_gradients,
-                      gated_block};
+const Kernels kernels = all_kernels("avx512");
 }  // namespace eca::cpu::avx512
 
 #if defined(__clang__)

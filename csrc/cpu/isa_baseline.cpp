@@ -6,23 +6,5 @@
 namespace eca::cpu::baseline {
 #include "simd.h"
 #include "kernels.h"
-const Kernels kernels{"baseline",
-                      forward,
-                      backward,
-                      reduce,
-                      scale,
-                      moments,
-                      tail,
-                      tail_sums,
-                      tail_gradients,
-                      block_tail,
-                      block_tail_backward,
-                      batch_statistics,
-                      coefficients,
-                      totals,
-                      gradient_coefficients,
-                      activated_sums,
-                      gated,
-                      gated_gradients,
-                      gated_block};
+const Kernels kernels = all_kernels("baseline");
 }  // namespace eca::cpu::baseline

@@ -121,3 +121,25 @@ inline void backward(const Backward& b, const ThreadPool& pool) {
     backward_as<T>(b, pool);
   });
 }
+
+constexpr Kernels all_kernels(const char* name) {
+  return {name,
+          forward,
+          backward,
+          reduce,
+          scale,
+          moments,
+          tail,
+          tail_sums,
+          tail_gradients,
+          block_tail,
+          block_tail_backward,
+          batch_statistics,
+          coefficients,
+          totals,
+          gradient_coefficients,
+          activated_sums,
+          gated,
+          gated_gradients,
+          gated_block};
+}

@@ -25,6 +25,7 @@ from eca_fused.autograd.derivatives import pixels_of, plainly, taps_gradient, tr
 from eca_fused.autograd.tail_parts import (
     GAMMA,
     GATE,
+    NOTHING,
     WEIGHT,
     X,
     plain_gradients,
@@ -50,8 +51,6 @@ __all__ = [
     "gated_forward",
     "means_of",
 ]
-
-NO_MORE = (None,) * 5  # for those of TailTensors that have no gradient
 
 
 def _stacked(like: Tensor, *rows: Tensor | float) -> Tensor:
@@ -175,7 +174,7 @@ class Gated(torch.autograd.Function):
         t, o, kernels = TailTensors(*saved), ctx.options, ctx.kernels
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
         if plainly(dy):
-            return None, None, *plain_gradients(plain, dy, t, o, needed), *NO_MORE
+            return None, None, *plain_gradients(plain, dy, t, o, needed), *NOTHING
         own, _ = norms(t, o)
         channels, for_norm = _channels(t, own), _needs_norm_sums(t, o, needed)
         sums = kernels.activated_sums(dy, t.x, channels, activation_number(o), for_norm)
@@ -192,7 +191,7 @@ class Gated(torch.autograd.Function):
             _to_dtype(t.weight, dweight, needed[WEIGHT]),
             _to_dtype(t.gate, dgate, needed[GATE]),
             *(None, dgamma, dbeta, None, None),
-            *NO_MORE,
+            *NOTHING,
         )
 
 
@@ -222,7 +221,7 @@ class LinkedGatedPool(torch.autograd.Function):
         if dtoken is None:  # the gradients of LinkedGated were not asked for, or were plain
             if dmean is None:
                 return (None,) * (2 + len(t))
-            return None, None, *plain_gradients(plain_mean, dmean, t, o, needed), *NO_MORE
+            return None, None, *plain_gradients(plain_mean, dmean, t, o, needed), *NOTHING
         dy, gate, channels, sums = dtoken.left
         own, _ = norms(t, o)
         wide = None if dmean is None else dmean.to(sums.dtype)
@@ -230,7 +229,7 @@ class LinkedGatedPool(torch.autograd.Function):
         dx, dgamma, dbeta = _finished(kernels, dy, t, o, needed, own, *given)
         return (
             *(None, None, dx, None, None, None, None, dgamma, dbeta, None, None),
-            *NO_MORE,
+            *NOTHING,
         )
 
 
@@ -257,7 +256,7 @@ class LinkedGated(torch.autograd.Function):
         t, o, kernels = TailTensors(*saved), ctx.options, ctx.kernels
         needed = tuple(ctx.needs_input_grad[3 : 3 + WITH_GRADIENT])
         if torch.compiler.is_compiling() or plainly(dy):
-            return None, None, None, *plain_gradients(plain, dy, t, o, needed), *NO_MORE
+            return None, None, None, *plain_gradients(plain, dy, t, o, needed), *NOTHING
         channels, for_norm = channels_of_norm(t, o), _needs_norm_sums(t, o, needed)
         sums = kernels.activated_sums(dy, t.x, channels, activation_number(o), for_norm)
         dtoken: Any = torch.empty(0, dtype=dy.dtype, device=dy.device)
@@ -265,5 +264,5 @@ class LinkedGated(torch.autograd.Function):
         dgate = _to_dtype(t.gate, sums[0], needed[GATE])
         return (
             *(dtoken, None, None, None, None, None, dgate, None, None, None, None, None),
-            *NO_MORE,
+            *NOTHING,
         )

@@ -20,6 +20,7 @@ from eca_fused.autograd.derivatives import plainly
 from eca_fused.autograd.tail_parts import (
     GATE,
     IDENTITY,
+    NOTHING,
     SCALE,
     WEIGHT,
     Stored,
@@ -48,8 +49,6 @@ __all__ = [
     "tail_forward",
 ]
 
-NOTHING = (None,) * 5  # for those of TailTensors that have no gradient
-
 
 def tail_forward(
     t: TailTensors, o: TailOptions, kernels: TailKernels, need_mask: bool
@@ -59,7 +58,7 @@ def tail_forward(
     planes, channels, made, distance = kernels.tail_coefficients(
         t.x, t.weight, means, t.gate, t.scale, *t.own_norm(o), *t.identity_norm(o), o.circular, True
     )
-    k = Stored(planes, channels)
+    k = Stored(planes, channels[3:])
     y, mask = kernels.tail(t.x, t.identity, *k, o.number, need_mask)
     return y, mask, k, t.gate if t.weight is None else made, distance
 

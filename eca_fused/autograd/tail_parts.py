@@ -13,6 +13,7 @@ from eca_fused.torch_state import add_over_processes
 __all__ = [
     "GATE",
     "IDENTITY",
+    "NOTHING",
     "SCALE",
     "WEIGHT",
     "Norms",
@@ -31,16 +32,14 @@ __all__ = [
 
 X, IDENTITY, WEIGHT, GATE, SCALE, GAMMA, BETA, IDENTITY_GAMMA, IDENTITY_BETA = range(WITH_GRADIENT)
 
+NOTHING = (None,) * 5  # for those of TailTensors that have no gradient
+
 
 class Stored(NamedTuple):
     """The coefficients of a pass over the maps, from TailKernels.tail_coefficients()."""
 
     planes: Tensor  # (2, N, C): p and q
-    channels: Tensor  # (6, C)
-
-    def __iter__(self) -> Any:
-        """As the passes take them."""
-        return iter((self.planes, self.channels[3:]))
+    channels: Tensor  # (3, C): centre, identity_scale and identity_centre
 
 
 def only(gradient: Tensor, need: bool) -> Tensor | None:
