@@ -1,6 +1,6 @@
 // The operators of the arithmetic between the passes over a tail's maps: schema, checks, dispatch.
 // What they compute is in coefficients.h.
-#include "coefficients.h"
+#include "coefficient_ops.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "coefficients.h"
 #include "cuda/call.h"
 #include "maps.h"
 #include "run.h"
@@ -131,6 +132,8 @@ std::tuple<Tensor, Tensor> batch_statistics(const Tensor& planes, int64_t pixels
   return {mean, variance};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> tail_coefficients(
     const Tensor& x, const OptionalTensor& weight, const OptionalTensor& means,
     const OptionalTensor& gate, const OptionalTensor& scale, const OptionalTensor& mean,
@@ -163,6 +166,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tail_coefficients(
   if (C > 0) run(t, device_of(x));
   return {planes, channels, made, distance};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_totals(
     const Tensor& x, const Tensor& sums, const OptionalTensor& weight, const OptionalTensor& gate,

@@ -161,7 +161,7 @@ struct BlockTail {
   Problem problem;  // with taps
   Activation activation;
   const void* weight;     // (1 or channels, k)
-  const void* scale;      // (samples), this and the next three float or double
+  const void* scale;      // (samples), or null for 1; this and the next three float or double
   const void* alpha;      // (channels)
   const void* beta;       // (channels)
   const void* shift;      // (channels)

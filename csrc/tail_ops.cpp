@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "cuda/call.h"
+#include "coefficient_ops.h"
 #include "maps.h"
 #include "run.h"
 #include "tensors.h"
@@ -201,12 +202,12 @@ std::tuple<Tensor, Tensor> tail_gradients(const Tensor& dy, const Tensor& x,
 // identity_scale and identity_centre ----
 
 BlockTail block_tail_of(const Maps& maps, Activation activation, const Tensor& weight,
-                        const Tensor& scale, const Tensor& channels, const Tensor& mask,
+                        const OptionalTensor& scale, const Tensor& channels, const Tensor& mask,
                         const Tensor& distance, const Tensor& gate) {
   const int64_t C = maps.problem.channels;
   const auto channel = [&](int64_t k) { return row_of(channels, k, C); };
   return {maps.problem,        activation,
-          weight.data_ptr(),   scale.data_ptr(),
+          weight.data_ptr(),   scale ? scale->data_ptr() : nullptr,
           channel(0),          channel(1),
           channel(2),          {nullptr, nullptr, channel(3), channel(4), channel(5)},
           maps.of(maps.x),     maps.of(maps.identity),
@@ -216,12 +217,13 @@ BlockTail block_tail_of(const Maps& maps, Activation activation, const Tensor& w
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> block_tail(const Tensor& x,
                                                       const OptionalTensor& identity,
-                                                      const Tensor& weight, const Tensor& scale,
+                                                      const Tensor& weight,
+                                                      const OptionalTensor& scale,
                                                       const Tensor& channels, bool circular,
                                                       int64_t activation, bool need_mask) {
   const Problem p = problem_of(x, weight, circular);
   const Activation act = activation_of(activation);
-  check_coefficients(scale, "scale", x, {p.samples});
+  if (scale) check_coefficients(*scale, "scale", x, {p.samples});
   check_coefficients(channels, "channels", x, {6, p.channels});
   const Maps maps(x, identity, {}, p);
   const Tensor y = empty_output(x, maps.view, p), distance = empty_channels(x),
@@ -238,13 +240,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_tail(const Tensor& x,
 // The gradients of x, the identity and the taps; the sums of TailSums; the gradient of mean.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_tail_backward(
     const Tensor& dy, const Tensor& x, const OptionalTensor& identity, const Tensor& mask,
-    const Tensor& weight, const Tensor& scale, const Tensor& channels, const Tensor& distance,
-    const Tensor& gate, bool circular, int64_t activation, bool identity_sum, bool need_dx,
-    bool need_d_identity, bool need_dweight) {
+    const Tensor& weight, const OptionalTensor& scale, const Tensor& channels,
+    const Tensor& distance, const Tensor& gate, bool circular, int64_t activation,
+    bool identity_sum, bool need_dx, bool need_d_identity, bool need_dweight) {
   const Problem p = problem_of(x, weight, circular);
   const Activation act = activation_of(activation);
   check_mask(mask, x, p, act);
-  check_coefficients(scale, "scale", x, {p.samples});
+  if (scale) check_coefficients(*scale, "scale", x, {p.samples});
   check_coefficients(channels, "channels", x, {6, p.channels});
   check_saved(distance, "distance", x);
   check_saved(gate, "gate", x);
@@ -272,6 +274,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_tail_backward(
   return {dx, d_identity, sums, dmean, dweight};
 }
 
+// y alone, for calls that need no gradient: one operator takes the norms as they are. A call from
+// Python costs as much as a pass over a small map.
+Tensor tail_inference(const Tensor& x, const OptionalTensor& identity, const OptionalTensor& weight,
+                      const OptionalTensor& means, const OptionalTensor& gate,
+                      const OptionalTensor& scale, const OptionalTensor& mean,
+                      const OptionalTensor& variance, const OptionalTensor& gamma,
+                      const OptionalTensor& beta, double eps, const OptionalTensor& identity_mean,
+                      const OptionalTensor& identity_variance, const OptionalTensor& identity_gamma,
+                      const OptionalTensor& identity_beta, double identity_eps, bool circular,
+                      int64_t activation) {
+  check(!weight || !gate, "expected taps or a gate, got both");
+  const auto coefficients = [&](const OptionalTensor& taps, const OptionalTensor& means,
+                                bool planes) {
+    return tail_coefficients(x, taps, means, gate, scale, mean, variance, gamma, beta, eps,
+                             identity_mean, identity_variance, identity_gamma, identity_beta,
+                             identity_eps, circular, planes);
+  };
+  OptionalTensor found = means;
+  if (weight && !means) {
+    if (device_of(x).type != kCudaType) {
+      const Tensor channels = std::get<1>(coefficients({}, {}, false));
+      return std::get<0>(
+          block_tail(x, identity, *weight, scale, channels, circular, activation, false));
+    }
+    found = torch::stable::select(moments(x), 0, 0);
+  }
+  auto made = coefficients(weight, weight ? found : OptionalTensor(), true);
+  const Tensor channels = torch::stable::narrow(std::get<1>(made), 0, 3, 3);
+  return std::get<0>(tail(x, identity, std::get<0>(made), channels, activation, false));
+}
+
 }  // namespace
 }  // namespace eca
 
@@ -288,14 +321,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(eca_fused, m) {
       "channels, Tensor gradient_planes, Tensor gradient_channels, int activation, bool by_x, bool "
       "by_identity, bool need_dx, bool need_d_identity) -> (Tensor dx, Tensor d_identity)");
   m.def(
-      "block_tail(Tensor x, Tensor? identity, Tensor weight, Tensor scale, Tensor channels, bool "
+      "block_tail(Tensor x, Tensor? identity, Tensor weight, Tensor? scale, Tensor channels, bool "
       "circular, int activation, bool need_mask) -> (Tensor y, Tensor mask, Tensor distance, "
       "Tensor gate)");
   m.def(
       "block_tail_backward(Tensor dy, Tensor x, Tensor? identity, Tensor mask, Tensor weight, "
-      "Tensor scale, Tensor channels, Tensor distance, Tensor gate, bool circular, int activation, "
+      "Tensor? scale, Tensor channels, Tensor distance, Tensor gate, bool circular, int "
+      "activation, "
       "bool identity_sum, bool need_dx, bool need_d_identity, bool need_dweight) -> (Tensor dx, "
       "Tensor d_identity, Tensor sums, Tensor dmean, Tensor dweight)");
+  m.def(
+      "tail_inference(Tensor x, Tensor? identity, Tensor? weight, Tensor? means, Tensor? gate, "
+      "Tensor? scale, Tensor? mean, Tensor? variance, Tensor? gamma, Tensor? beta, float eps, "
+      "Tensor? identity_mean, Tensor? identity_variance, Tensor? identity_gamma, Tensor? "
+      "identity_beta, float identity_eps, bool circular, int activation) -> Tensor");
 }
 
 template <class Library>
@@ -304,6 +343,7 @@ static void implement_passes(Library& m) {
   m.impl("tail", TORCH_BOX(&eca::tail));
   m.impl("tail_sums", TORCH_BOX(&eca::tail_sums));
   m.impl("tail_gradients", TORCH_BOX(&eca::tail_gradients));
+  m.impl("tail_inference", TORCH_BOX(&eca::tail_inference));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) {

@@ -47,6 +47,7 @@ __all__ = [
     "is_tracing",
     "keep_saved_tensors",
     "overrides_torch",
+    "own_buffers",
     "own_parameters",
     "parts_apart",
     "primal",
@@ -166,6 +167,11 @@ def overrides_torch(t: Tensor) -> bool:
 def own_parameters(module: nn.Module) -> dict[str, Any]:
     """The direct parameters by name; None for those that are not set, such as a bias."""
     return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Any]:
+    """The direct buffers by name; None for those that are not set."""
+    return module._buffers
 
 
 @folded  # without this, the graph breaks here silently

@@ -414,7 +414,7 @@ void tail_gradients_as(const TailGradients& t, const ThreadPool& pool) {
 template <class A>
 void block_coefficients(const BlockTail& b, int64_t n, int64_t c, int64_t count, const A* gate,
                         A* p, A* q) {
-  const A scale = ((const A*)b.scale)[n];
+  const A scale = b.scale ? ((const A*)b.scale)[n] : A(1);
   const A *alpha = (const A*)b.alpha + c, *beta = (const A*)b.beta + c,
           *shift = (const A*)b.shift + c;
   for (int64_t i = 0; i < count; ++i) {
@@ -501,7 +501,7 @@ void block_tail_backward_as(const BlockTailBackward& b, const ThreadPool& pool) 
   const Problem& p = f.problem;
   const int64_t C = p.channels, S = p.pixels, distance = p.samples * C;
   const Taps<A> taps(p, f.weight, true);
-  const A *alpha = (const A*)f.alpha, *beta = (const A*)f.beta, *scale = (const A*)f.scale;
+  const A *alpha = (const A*)f.alpha, *beta = (const A*)f.beta;
   const A *means = (const A*)f.distance, *gate = (const A*)f.gate;
   A* dmean = (A*)b.dmean;
   Array<A> own_p(distance), own_q(distance), own_r(distance), dz(distance);
@@ -520,11 +520,12 @@ void block_tail_backward_as(const BlockTailBackward& b, const ThreadPool& pool) 
   // dz of channels [c, c + count) from their sums, kind by kind at this distance.
   const auto slopes = [&](int64_t n, int64_t c, int64_t count, const double* sums, int64_t apart,
                           A* out) {
+    const A scale = f.scale ? ((const A*)f.scale)[n] : A(1);
     for (int64_t i = 0; i < count; ++i) {
       const A a = gate[n * C + c + i];
       // Without a norm, beta is zero, and an infinite sum of g must not become NaN.
       const double by_beta = beta[c + i] == 0 ? 0 : beta[c + i] * sums[i];
-      const double da = scale[n] * (alpha[c + i] * sums[apart + i] + by_beta);
+      const double da = scale * (alpha[c + i] * sums[apart + i] + by_beta);
       out[i] = A(da) * a * (1 - a);
     }
   };

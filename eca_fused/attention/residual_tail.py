@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from eca_fused.attention.activations import activation_name
 from eca_fused.attention.base import ChannelAttention
 from eca_fused.attention.gates import Gate, gate_of
-from eca_fused.attention.norms import as_norm, fits, full_name, named_reason
+from eca_fused.attention.norms import ABSENT, as_norm, fits, full_name, named_reason
 from eca_fused.functional.choice import choose
-from eca_fused.functional.tails import Tails
+from eca_fused.functional.ways import Way
 from eca_fused.ops.checks import ACTIVATIONS, check_activation, check_map
 from eca_fused.ops.results import sums_dtype
 from eca_fused.ops.tail import TailOptions, TailTensors, activate
@@ -43,26 +43,32 @@ class TailParts(NamedTuple):
 
 def why_called(parts: TailParts) -> str | None:
     """Why the modules of a tail are called one after the other; None if it is one operation."""
-    found = _gate_of_tail(parts)
+    found = _plan_of(parts)
     return found if isinstance(found, str) else None
 
 
-def _gate_of_tail(parts: TailParts) -> Gate | str:
-    """The gate of a tail that is one operation, or why its modules are called."""
+class _Plan(NamedTuple):
+    activation: str
+    gate: Gate
+
+
+def _plan_of(parts: TailParts) -> _Plan | str:
+    """How a tail is one operation, or why its modules are called."""
     reason = named_reason("bn", parts.bn) or named_reason("identity_bn", parts.identity_bn)
     if reason is not None:
         return reason
     gate = gate_of(parts.attention)
     if isinstance(gate, str):
         return f"attention: {gate}"
-    if activation_name(parts.activation) not in ACTIVATIONS:
+    activation = activation_name(parts.activation)
+    if activation not in ACTIVATIONS:
         return f"activation: {type(parts.activation).__name__} is not one that the kernels have"
     drop = parts.drop_path
     if drop is None or type(drop) is nn.Identity:
-        return gate
+        return _Plan(activation, gate)
     if full_name(drop) not in DROP_PATHS or does_more(drop):
         return f"drop_path: {type(drop).__name__} does more than drop samples"
-    return gate
+    return _Plan(activation, gate)
 
 
 # ---- computing them ----
@@ -107,10 +113,10 @@ def compute(parts: TailParts, x: Tensor, identity: Tensor | None) -> Tensor:
         x: (N, C, *spatial).
         identity: of the shape of x; None for nothing.
     """
-    gate = _gate_of_tail(parts)
-    if isinstance(gate, str) or not _fit(x, identity):
+    plan = _plan_of(parts)
+    if isinstance(plan, str) or not _fit(x, identity):
         return by_calling(parts, x, identity)
-    way = choose(x, gate.backend)
+    way = choose(x, plan.gate.backend)
     if not way.has_tails(x) or x.numel() == 0:
         return by_calling(parts, x, identity)
     # Before the first norm updates its running statistics.
@@ -118,7 +124,7 @@ def compute(parts: TailParts, x: Tensor, identity: Tensor | None) -> Tensor:
         return by_calling(parts, x, identity)
     if isinstance(parts.attention, ChannelAttention):
         check_map(x, parts.attention.width())
-    return _compute(parts, gate, way, x, identity)
+    return _compute(parts, plan, way, x, identity)
 
 
 def _fit(x: Any, identity: Any) -> bool:
@@ -135,35 +141,40 @@ def _fit(x: Any, identity: Any) -> bool:
     )
 
 
-def _compute(
-    parts: TailParts, gate: Gate, way: Tails, x: Tensor, identity: Tensor | None
-) -> Tensor:
-    t = TailTensors(x, identity, scale=_scale(parts, x))
-    o = TailOptions(activation_name(parts.activation) or "none", gate.circular)
-    if parts.bn is not None:
-        own = as_norm(parts.bn, x, way)
-        t = t._replace(
-            gamma=own.weight,
-            beta=own.bias,
-            mean=own.mean,
-            variance=own.variance,
-            means=own.planes,
-        )
-        o = o._replace(eps=own.eps, values=own.values, group=own.group)
+def _compute(parts: TailParts, plan: _Plan, way: Way, x: Tensor, identity: Tensor | None) -> Tensor:
+    gate, scale = plan.gate, _scale(parts, x)
+    way = way if gate.network is None else way.for_networks()
+    own = ABSENT if parts.bn is None else as_norm(parts.bn, x, way)
+    other = ABSENT
     if parts.identity_bn is not None and identity is not None:
         other = as_norm(parts.identity_bn, identity, way)
-        t = t._replace(
-            identity_gamma=other.weight,
-            identity_beta=other.bias,
-            identity_mean=other.mean,
-            identity_variance=other.variance,
-        )
-        o = o._replace(
-            identity_eps=other.eps, identity_values=other.values, identity_group=other.group
-        )
-    if gate.network is not None:
-        return way.gated_tail(t, o, gate.network)
-    return way.tail(t if gate.taps is None else t._replace(weight=gate.taps()), o)
+    t = TailTensors(
+        x,
+        identity,
+        None if gate.taps is None else gate.taps(),
+        None,
+        scale,
+        own.weight,
+        own.bias,
+        other.weight,
+        other.bias,
+        own.mean,
+        own.variance,
+        other.mean,
+        other.variance,
+        own.planes,
+    )
+    o = TailOptions(
+        plan.activation,
+        gate.circular,
+        own.eps,
+        other.eps,
+        own.values,
+        other.values,
+        own.group,
+        other.group,
+    )
+    return way.tail(t, o) if gate.network is None else way.gated_tail(t, o, gate.network)
 
 
 def by_calling(parts: TailParts, x: Tensor, identity: Tensor | None) -> Tensor:

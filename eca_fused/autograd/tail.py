@@ -44,14 +44,26 @@ __all__ = [
     "LinkedTail",
     "LinkedTailPool",
     "Tail",
-    "block_tail_forward",
     "given_mean",
-    "tail_forward",
+    "inference",
 ]
 
 
-def tail_forward(
-    t: TailTensors, o: TailOptions, kernels: TailKernels, need_mask: bool
+def inference(t: TailTensors, o: TailOptions, kernels: TailKernels) -> Tensor:
+    """y of a tail whose gradients nothing needs; means go with taps and a batch's statistics."""
+    norms = *t.own_norm(o), *t.identity_norm(o)
+    scale, means = _scale(t), None if t.weight is None else t.means
+    rest = o.circular, o.number
+    return kernels.tail_inference(t.x, t.identity, t.weight, means, t.gate, scale, *norms, *rest)
+
+
+def _scale(t: TailTensors) -> Tensor | None:
+    """The factor of each sample (N,) as the kernels take it."""
+    return None if t.scale is None else t.scale.to(sums_dtype(t.x)).contiguous()
+
+
+def _tail_forward(
+    t: TailTensors, o: TailOptions, kernels: TailKernels
 ) -> tuple[Tensor, Tensor, Stored, Tensor | None, Tensor]:
     """y, the mask, the coefficients, the gates (N, C) if any, and the means of x - centre."""
     means = None if t.weight is None else t.means
@@ -59,7 +71,7 @@ def tail_forward(
         t.x, t.weight, means, t.gate, t.scale, *t.own_norm(o), *t.identity_norm(o), o.circular, True
     )
     k = Stored(planes, channels[3:])
-    y, mask = kernels.tail(t.x, t.identity, *k, o.number, need_mask)
+    y, mask = kernels.tail(t.x, t.identity, *k, o.number, True)
     return y, mask, k, t.gate if t.weight is None else made, distance
 
 
@@ -74,7 +86,7 @@ class Tail(torch.autograd.Function):
     def forward(ctx: Any, o: TailOptions, kernels: TailKernels, *tensors: Tensor | None) -> Tensor:
         t = TailTensors(*tensors)  # type: ignore[arg-type]
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
-        y, mask, k, gate, distance = tail_forward(t, o, kernels, True)
+        y, mask, k, gate, distance = _tail_forward(t, o, kernels)
         saved = (mask, k.planes, k.channels, gate, distance, *kept(t, o, needed))
         ctx.save_for_backward(*saved)
         ctx.options, ctx.kernels = o, kernels
@@ -115,29 +127,10 @@ class Tail(torch.autograd.Function):
 # ---- with ECA's gate and without statistics of the batch ----
 
 
-def _block_coefficients(
-    t: TailTensors, o: TailOptions, kernels: TailKernels
-) -> tuple[Tensor, Tensor]:
-    """scale (N,), and alpha, beta, shift, centre, identity_scale and identity_centre (6, C)."""
-    dtype = sums_dtype(t.x)
-    if t.scale is None:
-        scale = t.x.new_ones(t.x.shape[0], dtype=dtype)
-    else:
-        scale = t.scale.to(dtype).contiguous()
+def _block_coefficients(t: TailTensors, o: TailOptions, kernels: TailKernels) -> Tensor:
+    """alpha, beta, shift, centre, identity_scale and identity_centre (6, C)."""
     norms = *t.own_norm(o), *t.identity_norm(o)
-    channels = kernels.tail_coefficients(t.x, None, None, None, None, *norms, False, False)[1]
-    return scale, channels
-
-
-def block_tail_forward(
-    t: TailTensors, o: TailOptions, kernels: TailKernels, need_mask: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the mask, the means of x - centre (N, C) and the gates (N, C)."""
-    scale, channels = _block_coefficients(t, o, kernels)
-    assert t.weight is not None, "ECA's taps"
-    return kernels.block_tail(
-        t.x, t.identity, t.weight, scale, channels, o.circular, o.number, need_mask
-    )
+    return kernels.tail_coefficients(t.x, None, None, None, None, *norms, False, False)[1]
 
 
 class BlockTail(torch.autograd.Function):
@@ -150,7 +143,17 @@ class BlockTail(torch.autograd.Function):
     def forward(ctx: Any, o: TailOptions, kernels: TailKernels, *tensors: Tensor | None) -> Tensor:
         t = TailTensors(*tensors)  # type: ignore[arg-type]
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
-        y, mask, distance, gate = block_tail_forward(t, o, kernels, True)
+        assert t.weight is not None, "ECA's taps"
+        y, mask, distance, gate = kernels.block_tail(
+            t.x,
+            t.identity,
+            t.weight,
+            _scale(t),
+            _block_coefficients(t, o, kernels),
+            o.circular,
+            o.number,
+            True,
+        )
         ctx.save_for_backward(mask, gate, distance, *kept(t, o, needed))
         ctx.options, ctx.kernels = o, kernels
         return y
@@ -163,15 +166,14 @@ class BlockTail(torch.autograd.Function):
         if plainly(dy):
             gradients = plain_gradients_of_tail(dy, t, o, needed, kernels, mask)
             return None, None, *gradients, *NOTHING
-        scale, channels = _block_coefficients(t, o, kernels)
         dx, d_identity, sums, dmean, dweight = kernels.block_tail_backward(
             dy,
             t.x,
             t.identity,
             mask,
             t.weight,
-            scale,
-            channels,
+            _scale(t),
+            _block_coefficients(t, o, kernels),
             distance,
             gate,
             o.circular,
@@ -274,7 +276,7 @@ class LinkedTail(torch.autograd.Function):
     ) -> Tensor:
         t = TailTensors(*tensors)  # type: ignore[arg-type]
         needed = tuple(ctx.needs_input_grad[3 : 3 + WITH_GRADIENT])
-        y, mask, k, _, _ = tail_forward(t, o, kernels, True)
+        y, mask, k, _, _ = _tail_forward(t, o, kernels)
         ctx.save_for_backward(mask, k.planes, k.channels, *kept(t, o, needed))
         ctx.options, ctx.kernels = o, kernels
         return y

@@ -14,9 +14,8 @@ from eca_fused.autograd.tail import (
     LinkedTail,
     LinkedTailPool,
     Tail,
-    block_tail_forward,
     given_mean,
-    tail_forward,
+    inference,
 )
 from eca_fused.ops import graph
 from eca_fused.ops.kernels import Kernels, TailKernels
@@ -105,14 +104,13 @@ class FusedTails(Tails):
             return t._replace(means=self._kernels().moments(t.x.detach())[0])
 
     def tail(self, t: TailTensors, o: TailOptions) -> Tensor:
+        if not needs_grad(t):
+            return inference(t, o, self._kernels())
         of_batch = o.values is not None or o.identity_values is not None
         one_pass_devices = self.kernels.one_pass_tail_devices
         in_one_pass = t.weight is not None and not of_batch and t.x.device.type in one_pass_devices
         if t.weight is not None and not in_one_pass:
             t = self._with_means(t)
-        if not needs_grad(t):
-            forward = block_tail_forward if in_one_pass else tail_forward
-            return forward(t, o, self._kernels(), False)[0]
         function: Any = BlockTail if in_one_pass else Tail
         y: Tensor = function.apply(o, self._kernels(), *t)
         return y
@@ -121,7 +119,7 @@ class FusedTails(Tails):
         t, kernels = self._with_means(t), self._kernels()
         if not torch.is_grad_enabled():
             gate = gate_of(given_mean(t, o, kernels)[0])
-            return tail_forward(t._replace(gate=gate), o, kernels, False)[0]
+            return inference(t._replace(gate=gate), o, kernels)
         mean, token = LinkedTailPool.apply(o, kernels, *t._replace(scale=None))
         y: Tensor = LinkedTail.apply(token, o, kernels, *t._replace(gate=gate_of(mean)))
         return y

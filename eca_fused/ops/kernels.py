@@ -73,7 +73,7 @@ class TailKernels(Protocol):
         x: Tensor,
         identity: Tensor | None,
         weight: Tensor,
-        scale: Tensor,
+        scale: Tensor | None,
         channels: Tensor,
         circular: bool,
         activation: int,
@@ -82,8 +82,8 @@ class TailKernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y, the mask, the means of x - centre (N, C) and the gates (N, C).
 
-        scale is (N,); channels (6, C) has alpha, beta, shift, centre, identity_scale and
-        identity_centre.
+        scale is (N,), None for 1. channels (6, C) has alpha, beta, shift, centre, identity_scale
+        and identity_centre.
         """
 
     def block_tail_backward(
@@ -93,7 +93,7 @@ class TailKernels(Protocol):
         identity: Tensor | None,
         mask: Tensor,
         weight: Tensor,
-        scale: Tensor,
+        scale: Tensor | None,
         channels: Tensor,
         distance: Tensor,
         gate: Tensor,
@@ -106,6 +106,34 @@ class TailKernels(Protocol):
         /,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """dx, d_identity, sums as tail_sums(), the gradient of the means of norm(x), dweight."""
+
+    def tail_inference(
+        self,
+        x: Tensor,
+        identity: Tensor | None,
+        weight: Tensor | None,
+        means: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        identity_mean: Tensor | None,
+        identity_variance: Tensor | None,
+        identity_gamma: Tensor | None,
+        identity_beta: Tensor | None,
+        identity_eps: float,
+        circular: bool,
+        activation: int,
+        /,
+    ) -> Tensor:
+        """y alone, with taps, or a gate (N, C), or none.
+
+        means, those of x (N, C) if moments() found them, go with taps; scale is as for
+        block_tail(). The norms' arguments are those of tail_coefficients().
+        """
 
     def batch_statistics(self, planes: Tensor, pixels: int, /) -> tuple[Tensor, Tensor]:
         """Mean and variance (C,) in float64 of a batch, from moments(); pixels is S."""

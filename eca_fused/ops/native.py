@@ -39,6 +39,7 @@ __all__ = [
     "tail_devices",
     "tail_gradient_coefficients",
     "tail_gradients",
+    "tail_inference",
     "tail_sums",
     "tail_totals",
     "unsupported",
@@ -75,6 +76,7 @@ try:
     tail_gradients = torch.ops.eca_fused.tail_gradients.default
     block_tail = torch.ops.eca_fused.block_tail.default
     block_tail_backward = torch.ops.eca_fused.block_tail_backward.default
+    tail_inference = torch.ops.eca_fused.tail_inference.default
     batch_statistics = torch.ops.eca_fused.batch_statistics.default
     tail_coefficients = torch.ops.eca_fused.tail_coefficients.default
     tail_totals = torch.ops.eca_fused.tail_totals.default

@@ -102,12 +102,15 @@ class Moments(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A batch norm in one call: its parameters, and the statistics that it normalises with."""
+    """A batch norm in one call: its parameters, and the statistics that it normalises with.
+
+    Without statistics there is no norm.
+    """
 
     weight: Tensor | None  # (C,)
     bias: Tensor | None  # (C,)
-    mean: Tensor  # (C,), of the batch or running
-    variance: Tensor  # (C,)
+    mean: Tensor | None  # (C,), of the batch or running
+    variance: Tensor | None  # (C,)
     eps: float
     values: float | Tensor | None = None  # see TailOptions
     group: Any = None

@@ -17,6 +17,7 @@ __all__ = [
     "tail_coefficients",
     "tail_gradient_coefficients",
     "tail_gradients",
+    "tail_inference",
     "tail_sums",
     "tail_totals",
 ]
@@ -101,7 +102,7 @@ def block_tail(
     x: Tensor,
     identity: Tensor | None,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     channels: Tensor,
     circular: bool,
     activation: int,
@@ -119,7 +120,7 @@ def block_tail_backward(
     identity: Tensor | None,
     mask: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     channels: Tensor,
     distance: Tensor,
     gate: Tensor,
@@ -139,6 +140,32 @@ def block_tail_backward(
         x.new_empty(x.shape[:2], dtype=sums_dtype(x)),
         weight.new_empty(weight.shape if need_dweight else 0),
     )
+
+
+def tail_inference(
+    x: Tensor,
+    identity: Tensor | None,
+    weight: Tensor | None,
+    means: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    identity_mean: Tensor | None,
+    identity_variance: Tensor | None,
+    identity_gamma: Tensor | None,
+    identity_beta: Tensor | None,
+    identity_eps: float,
+    circular: bool,
+    activation: int,
+) -> Tensor:
+    _check(x, identity)
+    if weight is not None:
+        check(x, weight, circular)
+    return _like(x)
 
 
 # ---- between the passes ----

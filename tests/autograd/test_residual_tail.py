@@ -508,6 +508,36 @@ def test_opcheck_between_the_passes(dtype):
 
 
 @needs_extension
+@pytest.mark.skipif(DEVICE != "cpu", reason="the operands are made on the CPU")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("gate", ["taps", "given", "none"])
+def test_the_operator_of_inference_equals_those_of_training(gate, dtype, layout):
+    x, _, t, own, other = operands_between_passes(2, 9, dtype)
+    x = in_layout(x, layout)
+    identity = torch.randn_like(x)
+    weight = t["weight"] if gate == "taps" else None
+    given = t["gate"] if gate == "given" else None
+    for norms, scale in itertools.product(
+        ((own, other), (((None,) * 4 + (0.0,)),) * 2), (None, t["scale"])
+    ):
+        means = None if weight is None else ops.moments(x)[0]
+        planes, channels, _, _ = ops.tail_coefficients(
+            x, weight, means, given, scale, *norms[0], *norms[1], False, True
+        )
+        want = ops.tail(x, identity, planes, channels[3:], 1, True)[0]
+        for found in {id(m): m for m in (means, None)}.values():
+            args = (x, identity, weight, found, given, scale, *norms[0], *norms[1], False, 1)
+            torch.library.opcheck(ops.tail_inference, args)
+            y = ops.tail_inference(*args)
+            assert y.stride() == want.stride()
+            if found is not None or weight is None:
+                assert torch.equal(y, want)
+            else:  # means in float32, not in float64
+                torch.testing.assert_close(y, want)
+
+
+@needs_extension
 @pytest.mark.skipif(DEVICE != "cpu", reason="the kernels of tails run on the CPU")
 def test_operators_between_the_passes_refuse_what_does_not_fit():
     x, found, t, own, other = operands_between_passes(2, 6, torch.float32)
@@ -523,6 +553,9 @@ def test_operators_between_the_passes_refuse_what_does_not_fit():
         ops.tail_coefficients(x, t["weight"], None, None, None, *own, *other, False, True)
     with pytest.raises(RuntimeError, match=r"expected sums of dtype torch\.float64"):
         ops.tail_totals(x, torch.ones(2, 2, 6), None, None, None, None, None, *own, *(False,) * 4)
+    both = (None, t["weight"], None, t["gate"], None)
+    with pytest.raises(RuntimeError, match="expected taps or a gate, got both"):
+        ops.tail_inference(x, *both, *own, *other, False, 1)
     rest = (t["dmean"], None, *own, *(False,) * 4)
     with pytest.raises(RuntimeError, match="expected distance, as the forward operator"):
         ops.tail_totals(x, found, None, t["gate"], None, *rest)
