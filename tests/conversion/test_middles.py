@@ -15,7 +15,7 @@ from eca_fused.attention import norm_act, residual_tail
 from eca_fused.conversion import tailed
 from helpers.cases import needs_extension
 from helpers.eca_modules import eca_layer
-from helpers.optional import needs_timm, needs_torchvision, timm_layers
+from helpers.optional import needs_timm, timm_layers
 from helpers.residual_blocks import (
     as_before,
     assert_the_same,
@@ -53,100 +53,12 @@ def middles(block: nn.Module) -> list[str]:
     return [str(middle) for middle in vars(block)[tailed.PROGRAM].middles()]
 
 
-# ---- networks ----
-
-
-def of_timm(name: str) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        import timm
-
-        return timm.create_model(name, num_classes=10)  # type: ignore[no-any-return]
-
-    return make
-
-
-def of_torchvision(name: str) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        import torchvision
-
-        return getattr(torchvision.models, name)(num_classes=10)  # type: ignore[no-any-return]
-
-    return make
-
-
-# With the number of blocks whose middle is one operation.
-NETWORKS = [
-    pytest.param(of_timm("regnety_002"), 13, marks=needs_timm, id="timm regnety_002"),
-    pytest.param(of_timm("mobilenetv3_small_050"), 9, marks=needs_timm, id="timm mobilenetv3"),
-    pytest.param(of_timm("efficientnet_b0"), 16, marks=needs_timm, id="timm efficientnet_b0"),
-    pytest.param(of_timm("eca_resnet33ts"), 10, marks=needs_timm, id="timm eca_resnet33ts"),
-    pytest.param(
-        of_torchvision("mobilenet_v3_small"), 9, marks=needs_torchvision, id="mobilenet_v3_small"
-    ),
-    pytest.param(of_torchvision("efficientnet_b0"), 16, marks=needs_torchvision, id="efficientnet"),
-    pytest.param(of_torchvision("regnet_y_400mf"), 16, marks=needs_torchvision, id="regnet_y"),
-]
-
-
-class Training:
-    """A network in training by SGD. Drop paths draw the same samples for each network."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model.train()
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
-
-    def step(self, x: Tensor, number: int) -> list[Tensor]:
-        """The output, all gradients and all buffers."""
-        torch.manual_seed(number)
-        self.optimizer.zero_grad()
-        y = self.model(x)
-        y.square().mean().backward()
-        found = [y.detach()] + [p.grad for p in self.model.parameters() if p.grad is not None]
-        self.optimizer.step()
-        return [t.clone() for t in (*found, *self.model.buffers())]
-
-
-def distance(got: list[Tensor], want: list[Tensor]) -> float:
-    """The largest difference, relative to the largest value of its tensor or to 1e-3."""
-    return max(
-        float((a - b).abs().max() / b.abs().max().clamp(min=1e-3))
-        for a, b in zip(got, want, strict=True)
-    )
-
-
-@pytest.mark.parametrize(("make", "number"), NETWORKS)
-def test_20_steps_follow_the_network_as_it_was(
-    make: Callable[[], nn.Module], number: int, one_thread: None
-) -> None:
-    """Values, gradients and running statistics; then revert() gives the network back.
-
-    Training makes roundings larger. A third network, whose input differs in the last bits, shows
-    by how much.
-    """
-    torch.manual_seed(0)
-    model = everywhere_something(make())
-    plain, nudged = copy.deepcopy(model), copy.deepcopy(model)
-    report = convert(model, tails=True)
-    assert not report.left, str(report)
-    blocks = [m for m in model.modules() if tailed.PROGRAM in vars(m)]
-    assert sum(len(middles(block)) for block in blocks) == number
-    ours, theirs, other = Training(model), Training(plain), Training(nudged)
-    for step in range(20):
-        x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
-        want = theirs.step(x, step)
-        roundings = distance(other.step(x * (1 + 4 * torch.finfo(x.dtype).eps), step), want)
-        assert roundings < 1e-4  # or a fault could hide
-        assert distance(ours.step(x, step), want) <= 1e-9 + 100 * roundings
-    revert(model)
-    assert repr(model) == repr(plain)
-    for mine, before in zip(model.modules(), plain.modules(), strict=True):
-        assert type(mine) is type(before)
-
-
 @needs_extension
 @needs_timm
 def test_both_forms_in_one_block_are_computed_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = of_timm("mobilenetv3_small_050")()
+    import timm
+
+    model = timm.create_model("mobilenetv3_small_050", num_classes=10)
     found = list(convert(model, tails=True).tails.values())
     calls: list[str] = []
     for module in (norm_act, residual_tail):

@@ -5,7 +5,7 @@ import io
 import pickle
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from helpers.residual_blocks import (
     Block,
     as_before,
     assert_the_same,
+    assert_training_follows,
     converted,
     everywhere_something,
     image,
@@ -47,55 +48,65 @@ def of_timm(name: str, **options: Any) -> Callable[[], nn.Module]:
     return build
 
 
-def of_torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
+def of_torchvision(name: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         network = pytest.importorskip("torchvision.models", reason="needs torchvision")
-        if name != "ResNet":
+        block = getattr(network.resnet, name, None)
+        if block is None:
             return network.get_model(name, num_classes=2)  # type: ignore[no-any-return]
-        return network.resnet.ResNet(network.resnet.Bottleneck, (1, 2, 1, 1), 2)  # type: ignore[no-any-return]
+        return network.resnet.ResNet(block, (1, 1, 1, 1), 2)  # type: ignore[no-any-return]
 
     return build
 
 
 SMALL: dict[str, Any] = {"layers": (1, 2, 1, 1), "channels": QUARTER}
-# What builds a network, the number of its blocks, and of those that are left.
-FAMILIES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
-    "resnet18 of timm": (of_timm("resnet18", **SMALL), 5, 0),
-    "drop paths": (of_timm("resnet18", drop_path_rate=0.2, **SMALL), 5, 0),
-    "anti-aliasing": (of_timm("resnetaa50", **SMALL), 5, 0),
-    "SE": (of_timm("seresnet18", **SMALL), 5, 0),
-    "ECA": (of_timm("ecaresnet26t", **SMALL), 5, 0),
-    "ECA, drop paths": (of_timm("ecaresnet50d", drop_path_rate=0.2, **SMALL), 5, 0),
-    "ResNet-RS": (of_timm("resnetrs50", **SMALL), 5, 0),
-    "ResNeXt": (of_timm("ecaresnext26t_32x4d", **SMALL), 5, 0),
-    "SE between, ByobNet": (of_timm("seresnext26ts"), 8, 0),
-    "NFNet": (of_timm("eca_nfnet_l0", depths=(1, 2, 1, 1), drop_path_rate=0.2, **NFNET), 5, 0),
-    "RegNet": (of_timm("regnety_002"), 13, 0),
-    "EfficientNet": (of_timm("efficientnet_b0", drop_path_rate=0.2), 9, 0),
-    "MobileNetV3": (of_timm("mobilenetv3_small_050"), 7, 0),
-    "Res2Net": (of_timm("res2net50_26w_4s", layers=(1, 2, 1, 1)), 5, 0),
-    "SKNet": (of_timm("skresnet18", **SMALL), 5, 0),
-    "GhostNet": (of_timm("ghostnet_050"), 5, 4),
-    "pre-activation": (of_timm("resnetv2_50", layers=(1, 1, 1, 1)), 0, 4),
-    "resnet18 of torchvision": (of_torchvision("resnet18"), 8, 0),
-    "Bottleneck of torchvision": (of_torchvision("ResNet"), 5, 0),
-    "MobileNetV3 of torchvision": (of_torchvision("mobilenet_v3_small"), 6, 0),
-    "EfficientNet of torchvision": (of_torchvision("efficientnet_b0"), 9, 0),
-    "RegNet of torchvision": (of_torchvision("regnet_y_400mf"), 16, 0),
-    "resnet18": (lambda: models.resnet(18, num_classes=2), 8, 0),
-    "Bottleneck": (lambda: models.ResNet(models.Bottleneck, (1, 2, 1, 1), num_classes=2), 5, 0),
-    "SE-Bottleneck": (
-        lambda: models.ResNet(models.Bottleneck, (1, 1, 1, 1), num_classes=2, attention="se"),
-        4,
-        0,
+
+
+class Family(NamedTuple):
+    """What builds a network, and the numbers of tails, of middles, and of blocks that are left."""
+
+    build: Callable[[], nn.Module]
+    tails: int
+    middles: int = 0
+    left: int = 0
+
+
+def ours(block: Any, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: models.ResNet(block, (1, 1, 1, 1), num_classes=2, **options)
+
+
+FAMILIES = {
+    "resnet18 of timm": Family(of_timm("resnet18", **SMALL), 5),
+    "drop paths": Family(of_timm("resnet18", drop_path_rate=0.2, **SMALL), 5),
+    "anti-aliasing": Family(of_timm("resnetaa50", **SMALL), 5),
+    "SE": Family(of_timm("seresnet18", **SMALL), 5),
+    "ECA": Family(of_timm("ecaresnet26t", **SMALL), 5),
+    "ECA, drop paths": Family(of_timm("ecaresnet50d", drop_path_rate=0.2, **SMALL), 5),
+    "ResNet-RS": Family(of_timm("resnetrs50", **SMALL), 5),
+    "ResNeXt": Family(of_timm("ecaresnext26t_32x4d", **SMALL), 5),
+    "SE between, ByobNet": Family(of_timm("seresnext26ts"), 8, 8),
+    "ECA between, ByobNet": Family(of_timm("eca_resnet33ts"), 10, 10),
+    "NFNet": Family(of_timm("eca_nfnet_l0", depths=(1, 2, 1, 1), drop_path_rate=0.2, **NFNET), 5),
+    "RegNet": Family(of_timm("regnety_002"), 13, 13),
+    "EfficientNet": Family(of_timm("efficientnet_b0", drop_path_rate=0.2), 9, 16),
+    "MobileNetV3": Family(of_timm("mobilenetv3_small_050"), 7, 9),
+    "Res2Net": Family(of_timm("res2net50_26w_4s", **SMALL), 5),
+    "SKNet": Family(of_timm("skresnet18", **SMALL), 5),
+    "GhostNet": Family(of_timm("ghostnet_050"), 5, 0, 4),
+    "BasicBlock of torchvision": Family(of_torchvision("BasicBlock"), 4),
+    "Bottleneck of torchvision": Family(of_torchvision("Bottleneck"), 4),
+    "MobileNetV3 of torchvision": Family(of_torchvision("mobilenet_v3_small"), 6, 9),
+    "EfficientNet of torchvision": Family(of_torchvision("efficientnet_b0"), 9, 16),
+    "RegNet of torchvision": Family(of_torchvision("regnet_y_400mf"), 16, 16),
+    "BasicBlock": Family(ours(models.BasicBlock), 4),
+    "Bottleneck": Family(ours(models.Bottleneck), 4),
+    "SE-Bottleneck": Family(ours(models.Bottleneck, attention="se"), 4),
+    # one block is left: the norm of its shortcut, the addition and the activation are not a tail
+    "CBAM": Family(ours(models.BasicBlock, attention="cbam"), 3, 0, 1),
+    "MobileNetV2": Family(lambda: models.mobilenetv2(num_classes=2, dropout=0.0), 17),
+    "the authors'": Family(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Block(), with_downsample()), 2
     ),
-    "CBAM": (
-        lambda: models.ResNet(models.BasicBlock, (1, 1, 1, 1), num_classes=2, attention="cbam"),
-        3,  # the norm of the shortcut, the addition and the activation
-        1,
-    ),
-    "MobileNetV2": (lambda: models.mobilenetv2(num_classes=2, dropout=0.0), 17, 0),
-    "the authors'": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3), Block(), with_downsample()), 2, 0),
 }
 
 
@@ -119,21 +130,32 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_training_is_the_same(name: str, computed: list[str]) -> None:
-    build, number, left = FAMILIES[name]
-    model = everywhere_something(build())
+def test_20_steps_follow_the_network_as_it_was(
+    name: str, computed: list[str], one_thread: None
+) -> None:
+    """Values, gradients and running statistics; then revert() gives the network back."""
+    family = FAMILIES[name]
+    model = everywhere_something(family.build())
     plain, x = copy.deepcopy(model), torch.randn(2, 3, 64, 64, dtype=torch.float64)
     report = convert(model, tails=True)
-    tails = sum(" tail " in parts for parts in report.tails.values())
-    assert (tails, len(report.left)) == (number, left), str(report)
+    programs = [vars(m)[tailed.PROGRAM] for m in model.modules() if tailed.PROGRAM in vars(m)]
+    tails = sum(program.tail is not None for program in programs)
+    middles = sum(len(program.middles()) for program in programs)
+    assert (tails, middles, len(report.left)) == family[1:], str(report)
     assert list(model.state_dict()) == list(plain.state_dict())
     computed.clear()  # by the trials
-    assert_the_same(steps(model, x), steps(plain, x))
-    assert computed == [HOW] * 3 * number
+    assert_training_follows(model, plain, x)
+    assert computed == [HOW] * 21 * tails
     revert(model)
+    assert repr(model) == repr(plain)
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
     assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in plain.modules()]
-    torch.testing.assert_close(model(x), plain(x))
+
+
+def test_a_network_of_other_blocks_is_left() -> None:
+    model = of_timm("resnetv2_50", layers=(1, 1, 1, 1))()  # pre-activation
+    report = convert(model, tails=True)
+    assert (len(report.tails), len(report.left)) == (0, 4), str(report)
 
 
 @needs_extension

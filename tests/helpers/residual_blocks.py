@@ -70,6 +70,62 @@ def assert_the_same(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7 * max(largest, 1.0))
 
 
+# ---- networks in training ----
+
+
+class Training:
+    """A network in training by SGD. Drop paths draw the same samples for each network."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.train()
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+
+    def step(self, x: Tensor, number: int) -> list[Tensor]:
+        """The output, all gradients and all buffers."""
+        torch.manual_seed(number)
+        self.optimizer.zero_grad()
+        y = self.model(x)
+        y.square().mean().backward()
+        found = [y.detach()] + [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.optimizer.step()
+        return [t.clone() for t in (*found, *self.model.buffers())]
+
+
+def distance(got: list[Tensor], want: list[Tensor]) -> float:
+    """The largest difference, relative to the largest value of its tensor or to 1e-3."""
+    return max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1e-3))
+        for a, b in zip(got, want, strict=True)
+    )
+
+
+def assert_training_follows(
+    model: nn.Module, plain: nn.Module, x: Tensor, number: int = 20
+) -> None:
+    """Outputs, gradients and buffers of each step, then outputs in evaluation.
+
+    Training makes roundings larger. A third network, whose input differs in the last bits, shows
+    by how much.
+    """
+    ours, theirs, other = Training(model), Training(plain), Training(copy.deepcopy(plain))
+    nudge = 1 + 4 * torch.finfo(x.dtype).eps
+    for step in range(number):
+        torch.manual_seed(1000 + step)
+        image = x + torch.randn_like(x)
+        want = theirs.step(image, step)
+        roundings = distance(other.step(image * nudge, step), want)
+        assert roundings < 1e-4  # or a fault could hide
+        assert distance(ours.step(image, step), want) <= 1e-9 + 100 * roundings
+    with torch.no_grad():
+        y, want_y, nudged = (t.model.eval()(x) for t in (ours, theirs, other))
+    roundings = distance([nudged], [want_y])
+    assert roundings < 1e-4
+    assert distance([y], [want_y]) <= 1e-9 + 100 * roundings
+
+
+# ---- blocks ----
+
+
 def everywhere_something(model: nn.Module) -> Any:
     """The model in float64. No parameter is all zeros, with which timm starts many."""
     torch.manual_seed(0)
