@@ -81,6 +81,7 @@ def compute(parts: NormActParts, x: Tensor) -> Tensor:
 
 
 def _compute(bn: nn.Module | None, plan: _Plan, way: Way, x: Tensor) -> Tensor:
+    way = way.for_part(is_tail=False, network=plan.gate.network is not None)
     t, o = TailTensors(x), TailOptions(plan.activation, plan.gate.circular)
     if bn is not None:
         own = as_norm(bn, x, way)

@@ -143,7 +143,7 @@ def _fit(x: Any, identity: Any) -> bool:
 
 def _compute(parts: TailParts, plan: _Plan, way: Way, x: Tensor, identity: Tensor | None) -> Tensor:
     gate, scale = plan.gate, _scale(parts, x)
-    way = way if gate.network is None else way.for_networks()
+    way = way.for_part(is_tail=True, network=gate.network is not None)
     own = ABSENT if parts.bn is None else as_norm(parts.bn, x, way)
     other = ABSENT
     if parts.identity_bn is not None and identity is not None:

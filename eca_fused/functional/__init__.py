@@ -213,8 +213,8 @@ def residual_tail(
     of y instead of y itself for ReLU. For blocks with batch norm see ResidualTail.
 
     On other devices eca() or rescale() and plain PyTorch compute it. Plain operations also compute
-    it in torch.compile, which fuses them, inside torch.func's transforms, and for gradients of
-    gradients.
+    it inside torch.func's transforms, for gradients of gradients, and, with backend="auto" on the
+    CPU, in torch.compile without gradients.
 
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.

@@ -15,6 +15,7 @@ from eca_fused.autograd.transforms import transformed_eca
 from eca_fused.functional import torchscript
 from eca_fused.functional.gating import FusedGating, Gating, PlainGating
 from eca_fused.functional.tails import FusedTails, PlainTails, Tails
+from eca_fused.functional.tails import needs_grad as tail_needs_grad
 from eca_fused.ops import graph
 from eca_fused.ops.checks import (
     check,
@@ -92,6 +93,15 @@ class Way(Tails, Gating):
 
     def linked_rescale(self, x: Tensor, gate: Tensor, token: Tensor | None) -> Tensor:
         return self.rescale(x, gate)
+
+    def for_part(self, is_tail: bool, network: bool) -> "Way":
+        """The way for a part of a block, whose statistics and result belong together.
+
+        Args:
+            is_tail: the end of a residual block; else attention after an activation.
+            network: a network makes the gates, such as that of squeeze and excitation.
+        """
+        return self
 
     def residual_tail(
         self,
@@ -326,11 +336,15 @@ class Fused(FusedTails, FusedGating, Way):
             raise
 
 
-class Compiling(PlainTails, PlainGating, Fused):
+class Compiling(Fused):
     """Kernels inside a graph of torch.compile or torch.export.
 
     It checks before the call, because up to torch 2.13 an operator's error has another type there.
     """
+
+    def for_part(self, is_tail: bool, network: bool) -> Way:
+        # Functions around a network pass on an attribute of a tensor, which a graph cannot have.
+        return Graph() if network else self
 
     def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
         check(x, weight, circular)
@@ -357,12 +371,15 @@ class Compiling(PlainTails, PlainGating, Fused):
         return self.pool(x), None  # the link is an attribute of a tensor, which a graph cannot have
 
 
-class ForTheCompiler(Graph):
+class ForTheCompiler(FusedTails, Graph):
     """The way of backend="auto" on the CPU under torch.compile.
 
-    The compiler fuses plain operations with the addition and the ReLU that follow. If the channels
-    are innermost, the kernels compute the gradients. Time of a whole compiled network over its time
-    without attention (batch 4, float32; benchmarks/results/cpu-networks.json):
+    Tails that need gradients are the kernels' operators, because the compiler's own backward pass
+    takes five to ten times as long (benchmarks/results/cpu-tails.json). All else is plain
+    operations, which the compiler fuses with the addition and the ReLU that follow. If the channels
+    are innermost, the kernels compute the gradients of attention alone. Time of a whole compiled
+    network over its time without attention (batch 4, float32;
+    benchmarks/results/cpu-networks.json):
 
     | | this way | with the kernels |
     |---|---|---|
@@ -375,6 +392,12 @@ class ForTheCompiler(Graph):
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
+
+    def for_part(self, is_tail: bool, network: bool) -> Way:
+        return self if is_tail and not network else Graph()
+
+    def tail(self, t: TailTensors, o: TailOptions) -> Tensor:
+        return (FusedTails if tail_needs_grad(t) else PlainTails).tail(self, t, o)
 
     def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
         """y in the memory format that the kernels give it."""

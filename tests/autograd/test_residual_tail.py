@@ -403,6 +403,28 @@ def test_compile_in_one_graph(layout, gate):
         assert (got.double() - want).abs().max() <= 2 * error + floor
 
 
+@needs_extension
+@pytest.mark.skipif(DEVICE != "cpu", reason='"auto" differs on the CPU')
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_who_computes_a_compiled_tail(backend):
+    """In training the operators; without gradients "auto" leaves the tail to the compiler."""
+    case = make_tail((2, 16, 8, 8), torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused(backend), fullgraph=True, backend="aot_eager")
+
+    def called(run):
+        run()  # compiles
+        with torch.profiler.profile() as profile:
+            run()
+        return {e.key for e in profile.key_averages() if e.key.startswith("eca_fused::")}
+
+    trained = called(lambda: run_tail(compiled, case))
+    assert trained >= {"eca_fused::block_tail", "eca_fused::block_tail_backward"}
+    with torch.no_grad():
+        found = called(lambda: compiled(case.x, case.identity, case.weight))
+    assert found == ({"eca_fused::tail_inference"} if backend == "native" else set())
+
+
 def test_autocast_takes_half_precision_taps():
     case = make_tail((2, 8, 6, 6), torch.float32)
     with torch.autocast(DEVICE, torch.bfloat16):

@@ -389,13 +389,22 @@ def test_checkpointing():
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(
+    ("backend", "dynamic"),
+    [
+        ("auto", None),
+        pytest.param("native", None, marks=needs_extension, id="native"),
+        pytest.param("native", True, marks=needs_extension, id="native-dynamic"),
+    ],
+)
 @pytest.mark.parametrize("name", ["eca", "se"])
 @pytest.mark.parametrize("training", [True, False])
-def test_compile_in_one_graph(training, name):
+def test_compile_in_one_graph(training, name, backend, dynamic):
     module = NormActAttention(ATTENTIONS[name](), batch_norm(C), "hardswish").train(training)
     twin = copy.deepcopy(module)
+    module.attention.backend = backend
     torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True)
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic)
     x = a_map(dtype=torch.float32)
     results = []
     for function in (compiled, lambda a: called(twin, a)):

@@ -384,13 +384,22 @@ def test_checkpointing():
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(
+    ("backend", "dynamic"),
+    [
+        ("auto", None),
+        pytest.param("native", None, marks=needs_extension, id="native"),
+        pytest.param("native", True, marks=needs_extension, id="native-dynamic"),
+    ],
+)
 @pytest.mark.parametrize("name", ["eca", "se"])
 @pytest.mark.parametrize("training", [True, False])
-def test_compile_in_one_graph(training, name):
+def test_compile_in_one_graph(training, name, backend, dynamic):
     tail = ResidualTail(ATTENTIONS[name](), batch_norm(C), batch_norm(C)).train(training)
     twin = copy.deepcopy(tail)
+    tail.attention.backend = backend
     torch._dynamo.reset()
-    compiled = torch.compile(tail, fullgraph=True)
+    compiled = torch.compile(tail, fullgraph=True, dynamic=dynamic)
     x, identity = maps(dtype=torch.float32)
     results = []
     for function in (compiled, lambda *a: called(twin, *a)):
