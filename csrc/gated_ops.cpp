@@ -5,6 +5,7 @@
 
 #include <tuple>
 
+#include "cuda/call.h"
 #include "maps.h"
 #include "run.h"
 
@@ -18,6 +19,29 @@ Activation activation_of(int64_t number) {
   check(number >= 0 && number <= 4,
         "expected activation from 0 to 4 (none, ReLU, SiLU, GELU, hard swish), got ", number);
   return Activation(number);
+}
+
+// ---- the kernels for the device ----
+
+void run(const ActivatedSums& t, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::activated_sums(t, device.index);
+#endif
+  on_cpu([&] { cpu::kernels().activated_sums(t, thread_pool()); });
+}
+
+void run(const Gated& t, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::gated(t, device.index);
+#endif
+  on_cpu([&] { cpu::kernels().gated(t, thread_pool()); });
+}
+
+void run(const GatedGradients& t, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::gated_gradients(t, device.index);
+#endif
+  on_cpu([&] { cpu::kernels().gated_gradients(t, thread_pool()); });
 }
 
 Activated activated_of(const Maps& maps, Activation activation, const Tensor& channels) {
@@ -37,7 +61,7 @@ Tensor activated_sums(const OptionalTensor& dy, const Tensor& x, const Tensor& c
   if (maps.is_empty()) return zeroed(sums);
   const ActivatedSums t{activated_of(maps, act, channels), maps.of(maps.dy), for_norm,
                         static_cast<double*>(sums.data_ptr())};
-  on_cpu([&] { cpu::kernels().activated_sums(t, thread_pool()); });
+  run(t, device_of(x));
   return sums;
 }
 
@@ -50,7 +74,7 @@ Tensor gated(const Tensor& x, const Tensor& gate, const Tensor& channels, int64_
   const Tensor y = empty_output(x, maps.view, p);
   if (maps.is_empty()) return y;
   const Gated t{activated_of(maps, act, channels), gate.data_ptr(), maps.of(y)};
-  on_cpu([&] { cpu::kernels().gated(t, thread_pool()); });
+  run(t, device_of(x));
   return y;
 }
 
@@ -75,7 +99,7 @@ Tensor gated_gradients(const Tensor& dy, const Tensor& x, const Tensor& planes,
                          by_x ? row_of(gradient_channels, 0, C) : nullptr,
                          by_x ? row_of(gradient_channels, 1, C) : nullptr,
                          maps.of(dx)};
-  on_cpu([&] { cpu::kernels().gated_gradients(t, thread_pool()); });
+  run(t, device_of(x));
   return dx;
 }
 
@@ -112,9 +136,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(eca_fused, m) {
       "(Tensor y, Tensor mean, Tensor gate)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) {
+template <class Library>
+static void implement_passes(Library& m) {
   m.impl("activated_sums", TORCH_BOX(&eca::activated_sums));
   m.impl("gated", TORCH_BOX(&eca::gated));
   m.impl("gated_gradients", TORCH_BOX(&eca::gated_gradients));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) {
+  implement_passes(m);
   m.impl("gated_block", TORCH_BOX(&eca::gated_block));
 }
+
+#if defined(ECA_FUSED_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(eca_fused, CUDA, m) { implement_passes(m); }
+#endif

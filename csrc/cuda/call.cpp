@@ -169,7 +169,7 @@ void with_workspace(int64_t bytes, int32_t device, Kernels kernels) {
   kernels(memory);
 }
 
-// Pooling or rescaling alone, or a tail. Their plans are made without a search, so they are not
+// Pooling or rescaling alone, or a pass of a block. Their plans are made without a search, so they are not
 // kept.
 template <class Call, class Run>
 void run_apart(const Call& call, int32_t device, Run kernels) {
@@ -214,6 +214,16 @@ void tail_sums(const TailSums& t, int32_t device) { run_apart(t, device, cuda::t
 
 void tail_gradients(const TailGradients& t, int32_t device) {
   run_apart(t, device, cuda::tail_gradients);
+}
+
+void activated_sums(const ActivatedSums& t, int32_t device) {
+  run_apart(t, device, cuda::activated_sums);
+}
+
+void gated(const Gated& t, int32_t device) { run_apart(t, device, cuda::gated); }
+
+void gated_gradients(const GatedGradients& t, int32_t device) {
+  run_apart(t, device, cuda::gated_gradients);
 }
 
 void batch_statistics(const BatchStatistics& t, int32_t device) {

@@ -22,6 +22,11 @@ void tail(const Tail& t, int32_t device);
 void tail_sums(const TailSums& t, int32_t device);
 void tail_gradients(const TailGradients& t, int32_t device);
 
+// The passes of attention after an activation.
+void activated_sums(const ActivatedSums& t, int32_t device);
+void gated(const Gated& t, int32_t device);
+void gated_gradients(const GatedGradients& t, int32_t device);
+
 // The arithmetic between them.
 void batch_statistics(const BatchStatistics& t, int32_t device);
 void coefficients(const Coefficients& t, int32_t device);

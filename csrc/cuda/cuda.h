@@ -41,6 +41,11 @@ void tail(const eca::Tail& t, const TailPlan& plan, const Memory& memory);
 void tail_sums(const TailSums& t, const TailSumPlan& plan, const Memory& memory);
 void tail_gradients(const TailGradients& t, const TailPlan& plan, const Memory& memory);
 
+// The passes of attention after an activation.
+void activated_sums(const ActivatedSums& t, const TailSumPlan& plan, const Memory& memory);
+void gated(const Gated& t, const TailPlan& plan, const Memory& memory);
+void gated_gradients(const GatedGradients& t, const TailPlan& plan, const Memory& memory);
+
 // The arithmetic between them.
 void batch_statistics(const BatchStatistics& t, const Memory& memory);
 void coefficients(const Coefficients& t, const Memory& memory);

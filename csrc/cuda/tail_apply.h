@@ -66,7 +66,7 @@ struct TailForward {
     if constexpr (kIdentity) other = from.identity.wide(e);
     const A v = k.argument(w, from.x.wide(e), other);
     const bool kept = !(v <= A(0));  // NaN is kept
-    if constexpr (kSmooth) results[0] = smooth(activation, v);
+    if constexpr (kSmooth) results[0] = smooth(activation, v).value;
     else results[0] = kept || !relu ? v : A(0);
     return kept;
   }

@@ -5,6 +5,7 @@
 #include "arguments.h"
 #include "gates.h"
 #include "registers.h"
+#include "tail_plan.h"
 
 namespace eca::cuda {
 
@@ -52,19 +53,20 @@ __device__ inline A normal_below(A v) {
   return A(0.5) + A(0.5) * error_function(v * A(0.70710678118654752));
 }
 
+// act(v) and act'(v)
 template <class A>
-__device__ inline A smooth(Activation activation, A v) {
-  return v * (activation == Activation::kSilu ? sigmoid(v) : normal_below(v));
-}
+struct ValueAndSlope {
+  A value, slope;
+};
 
 template <class A>
-__device__ inline A smooth_slope(Activation activation, A v) {
+__device__ inline ValueAndSlope<A> smooth(Activation activation, A v) {
   if (activation == Activation::kSilu) {
     const A s = sigmoid(v);
-    return s * (A(1) + v * (A(1) - s));
+    return {v * s, s * (A(1) + v * (A(1) - s))};
   }
-  const A density = exponential(A(-0.5) * v * v) * A(0.39894228040143268);
-  return normal_below(v) + v * density;
+  const A below = normal_below(v), density = exponential(A(-0.5) * v * v) * A(0.39894228040143268);
+  return {v * below, below + v * density};
 }
 
 // ---- v ----
@@ -194,7 +196,7 @@ struct TailGradientMaps {
   __device__ Element element_of(const TailTerms<A, W>& k, int w, A dy, A x, A identity,
                                 uint32_t bit) const {
     if constexpr (kSmooth)
-      return {dy * smooth_slope(activation, k.argument(w, x, identity)), x, identity};
+      return {dy * smooth(activation, k.argument(w, x, identity)).slope, x, identity};
     else return {bit & 1 ? dy : A(0), x, identity};
   }
 };

@@ -45,7 +45,8 @@ TailGradientMaps<T, kSmooth, kIdentity> gradient_maps(const Problem& p, const Ma
 
 // ---- passes that write ----
 
-template <class T, bool kIdentity, class Pass>
+// With kSingles also the kernels that move single elements.
+template <class T, bool kSingles, class Pass>
 void write_tail(const TailPlan& plan, const Pass& pass, const Memory& memory) {
   constexpr int V = kVector<T>;
   const auto start = [&](auto kernel, int ring) {
@@ -57,7 +58,7 @@ void write_tail(const TailPlan& plan, const Pass& pass, const Memory& memory) {
       return start(tail_columns<T, Pass>, kMaskRing<Pass::kColumnsAtOnce>);
     if (plan.vectors) return start(tail_flat<T, V, Pass>, kMaskRing<kTailAtOnce<V>>);
   }
-  if constexpr (kIdentity) start(tail_flat<T, 1, Pass>, kMaskRing<kTailAtOnce<1>>);
+  if constexpr (kSingles) start(tail_flat<T, 1, Pass>, kMaskRing<kTailAtOnce<1>>);
 }
 
 template <class T>
@@ -91,7 +92,8 @@ void run_tail_gradients(const TailGradients& t, const TailPlan& plan, const Memo
 
 // ---- passes that sum ----
 
-template <class T, bool kIdentity, class Sum>
+// Likewise, and with kSmall those for small planes.
+template <class T, bool kSingles, bool kSmall, class Sum>
 void sum_tail(const TailSumPlan& plan, const Sum& sum, const TailTotals& totals,
               const Memory& memory) {
   constexpr int V = kVector<T>;
@@ -111,11 +113,11 @@ void sum_tail(const TailSumPlan& plan, const Sum& sum, const TailTotals& totals,
   if constexpr (kTailVectors<T>) {
     if (plan.vectors) start(std::integral_constant<int, V>{});
     if (plan.way == TailWay::kSmall)
-      if constexpr (kIdentity)
+      if constexpr (kSmall)
         launch({plan.blocks, kTailThreads, plan.shared_bytes, stream}, sum_tail_small<T, Sum>,
                plan.grid, plan.small, sum, parts);
   }
-  if constexpr (kIdentity)
+  if constexpr (kSingles)
     if (!plan.vectors && plan.way != TailWay::kSmall) start(std::integral_constant<int, 1>{});
   if (plan.grid.parts > 1)
     launch({ceil_div(plan.grid.all_planes, kTailThreads), kTailThreads, 0, stream},
@@ -124,7 +126,7 @@ void sum_tail(const TailSumPlan& plan, const Sum& sum, const TailTotals& totals,
 
 template <class T>
 void run_moments(const eca::Moments& t, const TailSumPlan& plan, const Memory& memory) {
-  sum_tail<T, true>(plan, TailMoments<T>{t.x}, {{t.mean, t.squares, nullptr}, 2}, memory);
+  sum_tail<T, true, true>(plan, TailMoments<T>{t.x}, {{t.mean, t.squares}, 2}, memory);
 }
 
 template <class T>
@@ -136,7 +138,7 @@ void run_tail_sums(const TailSums& t, const TailSumPlan& plan, const Memory& mem
   with_kind<T>(
       t.activation, plan.vectors, t.identity_sum || for_v, [&](auto smooth, auto identity) {
         constexpr bool kSmooth = decltype(smooth)::value, kIdentity = decltype(identity)::value;
-        sum_tail<T, kIdentity>(
+        sum_tail<T, kIdentity, kIdentity>(
             plan,
             TailGradientSums<T, kSmooth, kIdentity>{gradient_maps<T, kSmooth, kIdentity>(
                 t.problem, t.dy, t.x, t.identity, t.mask, t.coefficients, t.activation, true,

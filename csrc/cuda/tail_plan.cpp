@@ -170,6 +170,8 @@ bool in_lines(const TailCoefficients& k) {
   return in_lines({k.p, k.q, k.centre, k.identity_scale, k.identity_centre});
 }
 
+bool in_lines(const Activated& of) { return in_lines({of.p, of.q, of.centre}); }
+
 }  // namespace
 
 TailPlan plan_of(const Tail& t, const Gpu&) {
@@ -192,6 +194,21 @@ TailSumPlan plan_of(const TailSums& t, const Gpu& gpu) {
   return plan_of(t.problem, Maps(t.problem, {t.dy, t.x, t.identity}), in_lines(t.coefficients),
                  reads_identity ? 3 : 2, t.activation == Activation::kRelu, t.identity_sum ? 3 : 2,
                  gpu);
+}
+
+TailSumPlan plan_of(const ActivatedSums& t, const Gpu& gpu) {
+  return plan_of(t.of.problem, Maps(t.of.problem, {t.of.x, t.dy}), in_lines(t.of),
+                 t.dy.data ? 2 : 1, false, t.for_norm ? 5 : 1, gpu);
+}
+
+TailPlan plan_of(const Gated& t, const Gpu&) {
+  return plan_of(t.of.problem, Maps(t.of.problem, {t.of.x, t.y}),
+                 in_lines(t.of) && in_lines({t.gate}));
+}
+
+TailPlan plan_of(const GatedGradients& t, const Gpu&) {
+  return plan_of(t.of.problem, Maps(t.of.problem, {t.dy, t.of.x, t.dx}),
+                 in_lines(t.of) && in_lines({t.gate, t.shift, t.slope, t.offset}));
 }
 
 }  // namespace eca::cuda

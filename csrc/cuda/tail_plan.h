@@ -1,4 +1,4 @@
-// The sizes of the kernels of a residual block's tail. Pure C++. They are those that were fastest on
+// The sizes of the kernels of a residual block's tail, and of attention after an activation. Pure C++. They are those that were fastest on
 // an H200 (TUNING.md); nothing is searched.
 #pragma once
 
@@ -84,5 +84,8 @@ TailPlan plan_of(const eca::Tail& t, const Gpu& gpu);
 TailPlan plan_of(const TailGradients& t, const Gpu& gpu);
 TailSumPlan plan_of(const Moments& t, const Gpu& gpu);
 TailSumPlan plan_of(const TailSums& t, const Gpu& gpu);
+TailSumPlan plan_of(const ActivatedSums& t, const Gpu& gpu);
+TailPlan plan_of(const Gated& t, const Gpu& gpu);
+TailPlan plan_of(const GatedGradients& t, const Gpu& gpu);
 
 }  // namespace eca::cuda

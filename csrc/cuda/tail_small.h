@@ -10,6 +10,7 @@ namespace eca::cuda {
 template <class T>
 __device__ inline Shared<T> fetch_run(const Map& map, int64_t first, int count, int at) {
   constexpr int V = kVector<T>;
+  if (!map.data) return shared_array<T>(0, 0);
   const auto run = shared_array<T>(at, count);
 #pragma unroll 4
   for (int i = thread_index() * V; i < count; i += kTailThreads * V)
@@ -17,33 +18,32 @@ __device__ inline Shared<T> fetch_run(const Map& map, int64_t first, int count, 
   return run;
 }
 
-// What the sums of gradients need besides x.
-template <class T, class Sum>
+// A block's planes of what is summed.
+template <class T>
 struct SmallMaps {
-  Shared<T> dy, identity;
+  using A = Accumulator<T>;
+  SummedMaps from;
+  Shared<T> x, dy, identity;
   Shared<uint8_t> mask;
 
-  __device__ SmallMaps(const Sum& sum, const TailSmallGrid& at, int64_t first, int count,
+  __device__ SmallMaps(const SummedMaps& maps, const TailSmallGrid& at, int64_t first, int count,
                        int64_t first_byte, int bytes)
-      : dy(fetch_run<T>(sum.maps.dy, first, count, at.dy)),
-        identity(fetch_run<T>(sum.maps.identity, first, sum.maps.needs_identity() ? count : 0,
-                              at.identity)),
-        mask(shared_array<uint8_t>(at.mask, sum.maps.mask ? bytes : 0)) {
-    if (sum.maps.mask)
+      : from(maps), x(fetch_run<T>(maps.x, first, count, 0)),
+        dy(fetch_run<T>(maps.dy, first, count, at.dy)),
+        identity(fetch_run<T>(maps.identity, first, count, at.identity)),
+        mask(shared_array<uint8_t>(maps.mask ? at.mask : 0, maps.mask ? bytes : 0)) {
+    if (maps.mask)
       for (int i = thread_index(); i < bytes; i += kTailThreads)
-        mask.set(i, value_at(sum.maps.mask + first_byte + i));
+        mask.set(i, value_at(maps.mask + first_byte + i));
   }
 
   // Element i of the run, element e of its plane, whose bits begin with byte `first`.
-  template <class Terms>
-  __device__ void compute(const Sum& sum, const Terms& terms, Shared<T> x, int i, int e, int first,
-                          Accumulator<T> (&more)[Sum::kSums]) const {
-    const bool reads = sum.maps.needs_identity();
-    const uint32_t bits = sum.maps.mask ? mask.get(first + e / 8) >> e % 8 : ~0u;
-    sum.add(terms, 0,
-            sum.maps.element_of(terms, 0, widen(dy.get(i)), widen(x.get(i)),
-                                reads ? widen(identity.get(i)) : Accumulator<T>(0), bits),
-            more);
+  template <class Sum, class Terms>
+  __device__ void compute(const Sum& sum, const Terms& terms, int i, int e, int first,
+                          A (&more)[Sum::kSums]) const {
+    const uint32_t bits = from.mask ? mask.get(first + e / 8) >> e % 8 : 0;
+    sum.add(terms, 0, widen(x.get(i)), from.dy.data ? widen(dy.get(i)) : A(0),
+            from.identity.data ? widen(identity.get(i)) : A(0), bits, more);
   }
 };
 
@@ -63,16 +63,8 @@ __global__ void __launch_bounds__(kTailThreads, resident_blocks(4))
   const int planes = int(min(int64_t(small.planes), grid.all_planes - first)), S = grid.pixels,
             lane = thread_index() % small.lanes, team = thread_index() / small.lanes,
             teams = kTailThreads / small.lanes;
-  const auto x = [&] {
-    if constexpr (Sum::kHasPivot) return fetch_run<T>(sum.x, first * S, planes * S, 0);
-    else return fetch_run<T>(sum.maps.x, first * S, planes * S, 0);
-  }();
-  const auto others = [&] {
-    if constexpr (Sum::kHasPivot) return 0;
-    else
-      return SmallMaps<T, Sum>(sum, small, first * S, planes * S, first * grid.shape.row_bytes,
-                               planes * grid.shape.row_bytes);
-  }();
+  const SmallMaps<T> maps(sum.summed(), small, first * S, planes * S, first * grid.shape.row_bytes,
+                          planes * grid.shape.row_bytes);
   finish_fetches();
   block_barrier();
 #pragma unroll 1
@@ -84,15 +76,14 @@ __global__ void __launch_bounds__(kTailThreads, resident_blocks(4))
     A pivot = 0, sums[Sum::kSums] = {};
     if constexpr (Sum::kHasPivot) {
 #pragma unroll 4
-      for (int e = lane; e < end; e += small.lanes) pivot += widen(x.get(begin + e));
+      for (int e = lane; e < end; e += small.lanes) pivot += widen(maps.x.get(begin + e));
       pivot = team_sum(pivot, small.lanes) / A(S);
       terms.pivot.element[0] = pivot;
     }
 #pragma unroll 4
     for (int e = lane; e < end; e += small.lanes) {
       A more[Sum::kSums];
-      if constexpr (Sum::kHasPivot) sum.add(terms, 0, widen(x.get(begin + e)), more);
-      else others.compute(sum, terms, x, begin + e, e, plane * grid.shape.row_bytes, more);
+      maps.compute(sum, terms, begin + e, e, plane * grid.shape.row_bytes, more);
 #pragma unroll
       for (int s = 0; s < Sum::kSums; ++s) sums[s] += more[s];
     }

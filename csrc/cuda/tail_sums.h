@@ -7,7 +7,7 @@
 
 namespace eca::cuda {
 
-constexpr int kMostTailSums = 3;
+constexpr int kMostTailSums = 5;
 
 // Where the sums of a launch go: (parts, samples, channels) from each pointer on.
 struct TailTotals {
@@ -20,6 +20,12 @@ struct TailTotals {
 };
 
 // ---- what is summed ----
+
+// The maps that a sum reads; the other pointers are null.
+struct SummedMaps {
+  Map x, dy, identity;
+  const uint8_t* mask;
+};
 
 // The mean and the squared distances from it, by the distances d from a pivot near the mean: sums of
 // d and of d * d. Where the pivot is the mean of m of n elements, no more than a factor of n / m is
@@ -62,11 +68,14 @@ struct TailMoments {
   template <int V, int W>
   __device__ void compute(const Terms<W>& k, int w, const Read<V>& from, int e, uint32_t,
                           A (&terms)[kSums]) const {
-    add(k, w, from.x.wide(e), terms);
+    add(k, w, from.x.wide(e), 0, 0, 0, terms);
   }
 
+  __device__ SummedMaps summed() const { return {x, {}, {}, nullptr}; }
+
+  // Of an element of these maps.
   template <int W>
-  __device__ void add(const Terms<W>& k, int w, A x, A (&terms)[kSums]) const {
+  __device__ void add(const Terms<W>& k, int w, A x, A, A, uint32_t, A (&terms)[kSums]) const {
     const A d = x - k.pivot.element[w];
     terms[0] = d;
     terms[1] = d * d;
@@ -114,12 +123,22 @@ struct TailGradientSums {
   template <int V, int W>
   __device__ void compute(const Terms<W>& k, int w, const Read<V>& from, int e, uint32_t bits,
                           A (&terms)[kSums]) const {
-    add(k, w, maps.element(k, w, from, e, bits), terms);
+    make(k, w, maps.element(k, w, from, e, bits), terms);
+  }
+
+  __device__ SummedMaps summed() const {
+    return {maps.x, maps.dy, maps.needs_identity() ? maps.identity : Map{}, maps.mask};
   }
 
   template <int W>
-  __device__ void add(const Terms<W>& k, int w, const typename Maps::Element& of,
+  __device__ void add(const Terms<W>& k, int w, A x, A dy, A identity, uint32_t bits,
                       A (&terms)[kSums]) const {
+    make(k, w, maps.element_of(k, w, dy, x, identity, maps.mask ? bits : ~0u), terms);
+  }
+
+  template <int W>
+  __device__ void make(const Terms<W>& k, int w, const typename Maps::Element& of,
+                       A (&terms)[kSums]) const {
     terms[0] = of.g;
     terms[1] = of.g * (of.x - k.centre.element[w]);
     if constexpr (kIdentity) terms[2] = of.g * (of.identity - k.identity_centre.element[w]);

@@ -12,28 +12,21 @@ import torch
 from helpers.cases import DTYPES, LAYOUTS, in_layout, name_of, normal
 from helpers.gpu_host import SANITIZED, missing
 from helpers.gpu_host_tails import ACTIVATIONS, TailGpu
-from helpers.tail_passes import Case, check_gradients, check_moments, check_sums, check_tail
+from helpers.tail_passes import (
+    PASS_SHAPES,
+    PASS_VIEWS,
+    RESNET50,
+    Case,
+    check_gradients,
+    check_moments,
+    check_sums,
+    check_tail,
+    moved,
+)
 
 pytestmark = [
     pytest.mark.xdist_group("tail_kernels"),
     pytest.mark.skipif(missing is not None, reason=str(missing)),
-]
-
-# One pixel; planes below a vector; no multiples of it; multiples of 4 and not of 8; rows that need
-# several tiles; channels that are whole vectors, and more than a block has columns for.
-SHAPES = [
-    (2, 8, 1),
-    (3, 37, 5),
-    (1, 1, 9),
-    (4, 37, 49),
-    (2, 64, 49),
-    (2, 64, 196),
-    (2, 60, 25),
-    (2, 24, 64),
-    (1, 8, 3136),
-    (1, 3, 17000),
-    (1, 8, 1225),
-    (1, 2112, 4),
 ]
 
 
@@ -46,7 +39,7 @@ def gpu(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=name_of)
+@pytest.mark.parametrize("shape", PASS_SHAPES, ids=name_of)
 def test_all_passes(gpu, dtype, layout, shape):
     for seed, (activation, identity) in enumerate((("relu", True), ("gelu", False))):
         case = Case(shape, dtype, layout, activation, identity)
@@ -71,21 +64,12 @@ def test_options(gpu, layout, activation, identity):
                     check_gradients(gpu, case, (by_x, by_identity), wants)
 
 
-VIEWS = {
-    "batch slice": lambda t: t[1:],
-    "channel slice": lambda t: t[:, 8:24],
-    "odd channels": lambda t: t[:, 3:10],
-    "every second sample": lambda t: t[::2, :, :],
-    "but for a channel": lambda t: t[:, 1:],
-}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("pixels", [49, 64])
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("name", PASS_VIEWS)
 def test_views(gpu, dtype, layout, pixels, name):
-    case = Case((3, 32, pixels), dtype, layout, view=VIEWS[name])
+    case = Case((3, 32, pixels), dtype, layout, view=PASS_VIEWS[name])
     check_tail(gpu, case)
     check_sums(gpu, case, True)
     check_gradients(gpu, case, (True, True), (True, True))
@@ -147,19 +131,7 @@ def test_results_do_not_depend_on_the_order_of_blocks(gpu, layout):
 
 # ---- memory traffic ----
 
-RESNET50 = [(256, 3136), (512, 784), (1024, 196), (2048, 49)]
-
-
-def moved(outcome) -> tuple[int, int]:
-    """Bytes of distinct sectors in each launch, of maps and of the rest."""
-    maps = others = 0
-    for launch in outcome.traffic:
-        for name, (read, written) in launch["buffers"].items():
-            if name in ("x", "identity", "dy", "first", "second", "mask"):
-                maps += 32 * (read + written)
-            else:
-                others += 32 * (read + written)
-    return maps, others
+MAPS = ("x", "identity", "dy", "first", "second", "mask")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
@@ -186,7 +158,7 @@ def test_traffic(gpu, shape, layout, dtype):
         ("tail_gradients", backward | gradients, 4 * one + mask.numel()),
     ):
         outcome = gpu.run(operation, case.x, layout, **given, **how)
-        maps, others = moved(outcome)
+        maps, others = moved(outcome, MAPS)
         assert outcome.plan["vectors"] or outcome.plan["way"] == "small", (operation, outcome.plan)
         assert abs(maps / model - 1) <= 0.02, (operation, outcome.plan)
         # Coefficients, of float32, and sums, of float64, for each plane; twice for parts.

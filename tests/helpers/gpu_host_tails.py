@@ -2,7 +2,6 @@
 
 import json
 import struct
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +9,26 @@ import torch
 from torch import Tensor
 
 from helpers.gpu_host import DTYPES, HostGpu, Outcome, View, in_shape, like, raw, view
-from helpers.processes import ROOT
 
 ACTIVATIONS = ["none", "relu", "silu", "gelu"]  # as in csrc/eca.h
 OPERATIONS = ["moments", "tail", "tail_sums", "tail_gradients"]
 
 
-class TailGpu(HostGpu):
-    """A process with the kernels. Maps are (N, C, S), coefficients as in csrc/tail_ops.cpp."""
+class PassGpu(HostGpu):
+    """A process with the kernels of some passes over maps, in csrc/cuda/FAMILY*.cu."""
 
-    def __init__(
-        self,
-        folder: Path,
-        flags: str,
-        sources: Path = ROOT,
-        dtypes: Sequence[str] = ("float32", "float64", "float16", "bfloat16"),
-    ) -> None:
-        super().__init__(folder, flags, sources, dtypes)
+    family = ""
+    calls: tuple[tuple[str, str], ...] = ()  # what the files of the dtypes have, its arguments
 
     def to_compile(self) -> list[Path]:
         cuda, host = self.sources / "csrc/cuda", self.sources / "tests/gpu_host/simt"
-        found = [cuda / f"tail_{dtype}.cu" for dtype in self.dtypes]
-        found += [cuda / "tail.cu", cuda / "tail_plan.cpp", self.sources / "csrc/plan.cpp"]
-        return [*found, host / "runtime.cpp", host / "tail_runner.cpp", self.absent()]
+        found = [cuda / f"{self.family}_{dtype}.cu" for dtype in self.dtypes]
+        found += [
+            cuda / f"{self.family}.cu",
+            cuda / "tail_plan.cpp",
+            self.sources / "csrc/plan.cpp",
+        ]
+        return [*found, host / "runtime.cpp", host / f"{self.family}_runner.cpp", self.absent()]
 
     def absent(self) -> Path:
         types = {"float32": "float", "float64": "double", "float16": "half"}
@@ -41,13 +37,7 @@ class TailGpu(HostGpu):
             f'#include "{self.sources}/csrc/cuda/device.h"',
             "namespace eca::cuda {",
         ]
-        calls = {
-            "run_tail": "const eca::Tail&, const TailPlan&",
-            "run_tail_gradients": "const TailGradients&, const TailPlan&",
-            "run_moments": "const eca::Moments&, const TailSumPlan&",
-            "run_tail_sums": "const TailSums&, const TailSumPlan&",
-        }
-        for name, arguments in calls.items():
+        for name, arguments in self.calls:
             lines.append(f"template <class T> void {name}({arguments}, const Memory&) {{}}")
             lines += [
                 f"template void {name}<{types.get(dtype, dtype)}>({arguments}, const Memory&);"
@@ -57,6 +47,18 @@ class TailGpu(HostGpu):
         path = self.folder / "absent.cpp"
         path.write_text("\n".join([*lines, "}", ""]))
         return path
+
+
+class TailGpu(PassGpu):
+    """Maps are (N, C, S), coefficients as in csrc/tail_ops.cpp."""
+
+    family = "tail"
+    calls = (
+        ("run_tail", "const eca::Tail&, const TailPlan&"),
+        ("run_tail_gradients", "const TailGradients&, const TailPlan&"),
+        ("run_moments", "const eca::Moments&, const TailSumPlan&"),
+        ("run_tail_sums", "const TailSums&, const TailSumPlan&"),
+    )
 
     def run(
         self,

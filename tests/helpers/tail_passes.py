@@ -1,13 +1,51 @@
 """The passes of a residual block's tail as CUDA kernels do them, and what is right in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from helpers.cases import LAYOUTS, assert_near, in_layout, normal
+from helpers.gpu_host import Outcome
 from helpers.gpu_host_tails import TailGpu
+
+# One pixel; planes below a vector; no multiples of it; multiples of 4 and not of 8; rows that need
+# several tiles; channels that are whole vectors, and more than a block has columns for.
+PASS_SHAPES = [
+    (2, 8, 1),
+    (3, 37, 5),
+    (1, 1, 9),
+    (4, 37, 49),
+    (2, 64, 49),
+    (2, 64, 196),
+    (2, 60, 25),
+    (2, 24, 64),
+    (1, 8, 3136),
+    (1, 3, 17000),
+    (1, 8, 1225),
+    (1, 2112, 4),
+]
+PASS_VIEWS = {
+    "batch slice": lambda t: t[1:],
+    "channel slice": lambda t: t[:, 8:24],
+    "odd channels": lambda t: t[:, 3:10],
+    "every second sample": lambda t: t[::2, :, :],
+    "but for a channel": lambda t: t[:, 1:],
+}
+RESNET50 = [(256, 3136), (512, 784), (1024, 196), (2048, 49)]  # channels and pixels
+
+
+def moved(outcome: Outcome, names: Sequence[str]) -> tuple[int, int]:
+    """Bytes of distinct sectors in each launch, of the maps with these names and of the rest."""
+    maps = others = 0
+    for launch in outcome.traffic:
+        for name, (read, written) in launch["buffers"].items():
+            if name in names:
+                maps += 32 * (read + written)
+            else:
+                others += 32 * (read + written)
+    return maps, others
 
 
 class Case:

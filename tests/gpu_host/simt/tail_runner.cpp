@@ -3,8 +3,7 @@
 // starts as NaN.
 #include <stdexcept>
 
-#include "../../../csrc/cuda/cuda.h"
-#include "requests.h"
+#include "passes.h"
 
 using namespace eca;
 
@@ -21,26 +20,6 @@ struct Request {
   MapRequest x, identity, dy, result;
 };
 
-// Rows of coefficients of `count` numbers each.
-struct Rows {
-  Buffer memory;
-  int64_t bytes, skip;
-
-  Rows(const char* name, int64_t rows, int64_t count, int64_t size, int64_t misplaced)
-      : memory(name, (rows * count + misplaced) * size), bytes(count * size),
-        skip(misplaced * size) {
-    memory.read();
-  }
-  const void* row(int64_t i) const { return memory.data() + skip + i * bytes; }
-};
-
-std::string describe_plan(int way, bool vectors, int64_t blocks, int parts) {
-  const char* const ways[] = {"rows", "columns", "small"};
-  return "{\"way\": \"" + std::string(ways[way]) +
-         "\", \"vectors\": " + (vectors ? "true" : "false") +
-         ", \"blocks\": " + std::to_string(blocks) + ", \"parts\": " + std::to_string(parts) + "}";
-}
-
 bool answer_one() {
   Request r;
   read_all(&r, sizeof r);
@@ -50,8 +29,6 @@ bool answer_one() {
   const int64_t size = size_of(p.dtype), wide = accumulator_size(p.dtype), C = p.channels,
                 planes = p.samples * C;
   const auto activation = Activation(r.activation);
-  Gpu gpu{};
-  gpu.multiprocessors = int32_t(r.multiprocessors);
   simt::settings.seed = uint64_t(r.seed);
   simt::settings.count = r.count != 0;
   simt::forget_buffers();
@@ -71,45 +48,28 @@ bool answer_one() {
   const Map none{nullptr, 0, 0}, other = r.has_identity ? identity.map : none;
   uint8_t* const bits = reinterpret_cast<uint8_t*>(mask.data());
   double* const found = reinterpret_cast<double*>(sums.data());
-  std::string plan_text;
-  const auto with_guards = [&](auto run) {
-    Buffer* const guarded[] = {&x.memory, &identity.memory, &dy.memory};
-    for (Buffer* b : guarded) b->guard(true);
-    run();
-    for (Buffer* b : guarded) b->guard(false);
-  };
-  const auto write = [&](const auto& call, auto kernels) {
-    const cuda::TailPlan plan = cuda::plan_of(call, gpu);
-    plan_text = describe_plan(int(plan.way), plan.vectors, plan.blocks, plan.grid.parts);
-    with_guards([&] { kernels(call, plan, cuda::Memory{nullptr, nullptr, nullptr}); });
-  };
-  const auto sum = [&](const auto& call, auto kernels) {
-    const cuda::TailSumPlan plan = cuda::plan_of(call, gpu);
-    plan_text = describe_plan(int(plan.way), plan.vectors, plan.blocks, plan.grid.parts);
-    Buffer workspace("workspace", plan.workspace);
-    with_guards([&] { kernels(call, plan, cuda::Memory{workspace.data(), nullptr, nullptr}); });
-  };
+  Passes passes(r.multiprocessors, {&x.memory, &identity.memory, &dy.memory});
   try {
     if (r.operation == kMoments) {
-      sum(Moments{p, x.map, found, found + planes}, cuda::moments);
+      passes.sum(Moments{p, x.map, found, found + planes}, cuda::moments);
     } else if (r.operation == kTail) {
-      write(
+      passes.write(
           Tail{p, activation, coefficients, x.map, other, first.map, r.want_mask ? bits : nullptr},
           cuda::tail);
     } else if (r.operation == kTailSums) {
-      sum(TailSums{p, activation, coefficients, dy.map, x.map, other, bits, found,
-                   r.identity_sum != 0},
-          static_cast<void (*)(const TailSums&, const cuda::TailSumPlan&, const cuda::Memory&)>(
-              cuda::tail_sums));
+      passes.sum(TailSums{p, activation, coefficients, dy.map, x.map, other, bits, found,
+                          r.identity_sum != 0},
+                 cuda::tail_sums);
     } else {
-      write(TailGradients{p, activation, coefficients, dy.map, x.map, other, bits,
-                          r.want_dx ? first.map : none, r.want_d_identity ? second.map : none,
-                          gk.row(0), r.by_x ? gc.row(0) : nullptr, gk.row(1), gc.row(1),
-                          r.by_identity ? gc.row(2) : nullptr, r.by_identity ? gc.row(3) : nullptr},
-            cuda::tail_gradients);
+      passes.write(
+          TailGradients{p, activation, coefficients, dy.map, x.map, other, bits,
+                        r.want_dx ? first.map : none, r.want_d_identity ? second.map : none,
+                        gk.row(0), r.by_x ? gc.row(0) : nullptr, gk.row(1), gc.row(1),
+                        r.by_identity ? gc.row(2) : nullptr, r.by_identity ? gc.row(3) : nullptr},
+          cuda::tail_gradients);
     }
     write_text("ok");
-    write_text(plan_text);
+    write_text(passes.plan());
     write_text(describe(simt::traffic()));
     for (const Buffer* b : {&first.memory, &second.memory, &mask, &sums}) b->write();
   } catch (const std::exception& error) {
