@@ -1,5 +1,6 @@
-// The contract for the arithmetic between the passes over a tail's maps: numbers of planes and
-// channels. The maps' side of it is in eca.h, the formulas are derived in eca_fused/ops/tail.py.
+// The contract for the arithmetic between the passes over a block's maps: numbers of planes and
+// channels. The maps' side of it is in eca.h, the formulas are in eca_fused/ops/tail.py, and those
+// of the norms' gradients in cpu/coefficients.h.
 #pragma once
 
 #include "eca.h"
@@ -38,7 +39,7 @@ struct Coefficients {
   Values gate;         // (samples, channels), without taps
   Values scale;        // (samples)
   void* planes;        // (2, samples, channels): p and q, written, or null
-  void* channels;      // (6, channels): alpha, beta', shift, centre, identity_scale,
+  void* channels;      // (6, channels): shift, alpha, beta', centre, identity_scale,
                        // identity_centre, written; shift is beta' of the identity's norm
   void* made_gate;     // (samples, channels), written with taps
   void* distance;      // (samples, channels), the mean of x - centre, written, or null

@@ -198,7 +198,7 @@ std::tuple<Tensor, Tensor> tail_gradients(const Tensor& dy, const Tensor& x,
   return {dx, d_identity};
 }
 
-// ---- with ECA's gate, in one pass; channels (6, C) has alpha, beta, shift, centre,
+// ---- with ECA's gate, in one pass; channels (6, C) has shift, alpha, beta, centre,
 // identity_scale and identity_centre ----
 
 BlockTail block_tail_of(const Maps& maps, Activation activation, const Tensor& weight,
@@ -208,8 +208,8 @@ BlockTail block_tail_of(const Maps& maps, Activation activation, const Tensor& w
   const auto channel = [&](int64_t k) { return row_of(channels, k, C); };
   return {maps.problem,        activation,
           weight.data_ptr(),   scale ? scale->data_ptr() : nullptr,
-          channel(0),          channel(1),
-          channel(2),          {nullptr, nullptr, channel(3), channel(4), channel(5)},
+          channel(1),          channel(2),
+          channel(0),          {nullptr, nullptr, channel(3), channel(4), channel(5)},
           maps.of(maps.x),     maps.of(maps.identity),
           {nullptr, 0, 0},     bytes_of(mask),
           distance.data_ptr(), gate.data_ptr()};

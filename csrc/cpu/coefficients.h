@@ -74,8 +74,8 @@ void coefficients_as(const Coefficients& t, const ThreadPool& pool) {
   const NormRows own(t.norm, C, A()), other(t.identity_norm, C, A());
   A* const channels = (A*)t.channels;
   for (int64_t c = 0; c < C; ++c) {
-    channels[c] = own.alpha[c], channels[C + c] = own.beta[c];
-    channels[2 * C + c] = other.beta[c], channels[3 * C + c] = own.centre[c];
+    channels[c] = other.beta[c], channels[C + c] = own.alpha[c];
+    channels[2 * C + c] = own.beta[c], channels[3 * C + c] = own.centre[c];
     channels[4 * C + c] = other.alpha[c], channels[5 * C + c] = other.centre[c];
   }
   if (!t.planes && !t.distance) return;
@@ -173,8 +173,10 @@ void totals_as(const Totals& t, const ThreadPool& pool) {
   });
 }
 
-// The gradients of a norm's parameters, and what the batch's statistics add to dx: slope *
-// (x - centre) + offset (Ioffe and Szegedy, "Batch Normalization", 2015, section 3).
+// The gradients of a norm's parameters, and what the statistics of a batch of M values add to dx
+// (Ioffe and Szegedy, "Batch Normalization", 2015, section 3): dbeta = sum(du),
+// dgamma = spread * sum(du * (x - mean)), and -alpha * (dbeta + spread * (x - mean) * dgamma) / M,
+// which is slope * (x - centre) + offset.
 struct NormGradientRows {
   Array<double> dgamma, slope, offset;
 

@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads, 2) coefficients_of(Coefficients t) {
   if (n >= max(N, int64_t(1))) return;
   const NormChannel own = norm_of<A>(t.norm, c), other = norm_of<A>(t.identity_norm, c);
   if (n == 0) {
-    const double rows[] = {own.alpha, own.beta, other.beta, own.centre, other.alpha, other.centre};
+    const double rows[] = {other.beta, own.alpha, own.beta, own.centre, other.alpha, other.centre};
 #pragma unroll
     for (int r = 0; r < 6; ++r) put_row<A>(t.channels, r * C + c, rows[r]);
   }

@@ -8,11 +8,9 @@ namespace eca::cuda {
 
 template <class A>
 __device__ inline ValueAndSlope<A> hard_swish(A v) {
-  const A from = v + A(3), above = from < A(0) ? A(0) : from,  // NaN is kept
-      between = v * A(1.0 / 3) + A(0.5);
-  return {v * (above > A(6) ? A(6) : above) * A(1.0 / 6), v <= A(-3) ? A(0)
-                                                          : v < A(3) ? between
-                                                                     : A(1)};
+  const A from = v + A(3), above = from < A(0) ? A(0) : from;  // NaN is kept
+  const A between = v * A(1.0 / 3) + A(0.5), upper = v < A(3) ? between : A(1);
+  return {v * (above > A(6) ? A(6) : above) * A(1.0 / 6), v <= A(-3) ? A(0) : upper};
 }
 
 // Of v = p * (x - centre) + q, for W channels.

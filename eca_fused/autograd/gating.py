@@ -16,32 +16,27 @@ With u = norm(x) and S the pixels of a plane, the gradient of u is
 (gate * dy + dmean / S) * act'(u), where dmean is that of the mean of z.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from eca_fused.autograd.derivatives import pixels_of, plainly, taps_gradient, transposed
+from eca_fused.autograd.derivatives import pixels_of, plainly
 from eca_fused.autograd.tail_parts import (
+    BETA,
     GAMMA,
     GATE,
     NOTHING,
     WEIGHT,
     X,
+    gradients_of_norms,
+    only,
     plain_gradients,
 )
-from eca_fused.ops.gating import activation_number, coefficients, plain, plain_mean
+from eca_fused.ops.gating import activation_number, plain, plain_mean
 from eca_fused.ops.kernels import GatingKernels
 from eca_fused.ops.results import sums_dtype
-from eca_fused.ops.tail import (
-    WITH_GRADIENT,
-    Affine,
-    TailOptions,
-    TailTensors,
-    norm_gradients,
-    norms,
-)
-from eca_fused.torch_state import add_over_processes
+from eca_fused.ops.tail import NO_NORM, WITH_GRADIENT, TailOptions, TailTensors
 
 __all__ = [
     "Gated",
@@ -53,103 +48,124 @@ __all__ = [
 ]
 
 
-def _stacked(like: Tensor, *rows: Tensor | float) -> Tensor:
-    """Coefficients in one tensor (rows, *like.shape), in the dtype of sums over `like`."""
-    found = like.new_empty((len(rows), *like.shape), dtype=sums_dtype(like))
-    for row, values in zip(found, rows, strict=True):
-        if isinstance(values, Tensor):
-            row.copy_(values.expand_as(row))
-        else:
-            row.fill_(values)
-    return found
-
-
-def _channels_of(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[1])
-
-
-def _to_dtype(like: Tensor | None, gradient: Tensor | None, need: bool) -> Tensor | None:
-    return gradient.to(like.dtype) if need and like is not None and gradient is not None else None
-
-
-def _channels(t: TailTensors, own: Affine | None) -> Tensor:
-    return _stacked(_channels_of(t.x), *coefficients(own))
-
-
-def channels_of_norm(t: TailTensors, o: TailOptions) -> Tensor:
-    """p, q and centre, (3, C), as the kernels take them."""
-    return _channels(t, norms(t, o)[0])
+def channels_of_norm(t: TailTensors, o: TailOptions, kernels: GatingKernels) -> Tensor:
+    """p, q and centre, (3, C), as the passes take them."""
+    _, channels, _, _ = kernels.tail_coefficients(
+        t.x, None, None, None, None, *t.own_norm(o), *NO_NORM, False, False
+    )
+    return channels[1:4]
 
 
 def means_of(t: TailTensors, o: TailOptions, kernels: GatingKernels, channels: Tensor) -> Tensor:
-    """The mean of z over each plane, (N, C) like x."""
+    """The mean of z over each plane, (N, C) in float64."""
     sums = kernels.activated_sums(None, t.x, channels, activation_number(o), False)
-    return (sums[0] / pixels_of(t.x)).to(t.x.dtype)
+    return sums[0] / pixels_of(t.x)
 
 
 def gated_forward(
-    t: TailTensors, o: TailOptions, kernels: GatingKernels, channels: Tensor | None = None
+    t: TailTensors, o: TailOptions, kernels: GatingKernels, channels: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """y, the means of z (N, C) if there are taps, and the gates (N, C)."""
-    if channels is None:
-        channels = channels_of_norm(t, o)
     number = activation_number(o)
-    if t.weight is not None:
+    if t.weight is None:
+        assert t.gate is not None, "taps or gates"
+        gate = t.gate.to(sums_dtype(t.x)).contiguous()
+        return kernels.gated(t.x, gate, channels, number), None, gate
+    if t.x.device.type in kernels.one_pass_gating_devices:
         return kernels.gated_block(t.x, t.weight, channels, o.circular, number)
-    assert t.gate is not None, "taps or gates"
-    gate = t.gate.to(sums_dtype(t.x)).contiguous()
-    return kernels.gated(t.x, gate, channels, number), None, gate
+    found = means_of(t, o, kernels, channels)  # as those of a tail without norms
+    _, _, gate, means = kernels.tail_coefficients(
+        t.x, t.weight, found, None, None, *NO_NORM, *NO_NORM, o.circular, True
+    )
+    return kernels.gated(t.x, gate, channels, number), means, gate
 
 
-def _needs_norm_sums(t: TailTensors, o: TailOptions, needed: tuple[bool, ...]) -> bool:
-    return t.mean is not None and (o.values is not None or any(needed[GAMMA : GAMMA + 2]))
+# ---- backward ----
 
 
-def _finished(
+class _Passed(NamedTuple):
+    """What the backward pass has found before the gradients of the means."""
+
+    dy: Tensor  # (N, C, *spatial)
+    channels: Tensor  # (3, C)
+    sums: Tensor  # of ActivatedSums, see csrc/eca.h
+    gate: Tensor  # (N, C)
+
+
+def _summed(
     kernels: GatingKernels,
     dy: Tensor,
     t: TailTensors,
     o: TailOptions,
     needed: tuple[bool, ...],
-    own: Affine | None,
-    channels: Tensor,  # (3, C)
-    sums: Tensor,  # of ActivatedSums, see csrc/eca.h
-    gate: Tensor,  # (N, C)
+    channels: Tensor,
+    gate: Tensor,
+) -> _Passed:
+    of_batch, of_norm = o.values is not None, any(needed[GAMMA : BETA + 1])
+    for_norm = t.mean is not None and (of_batch or of_norm)
+    sums = kernels.activated_sums(dy, t.x, channels, activation_number(o), for_norm)
+    return _Passed(dy, channels, sums, gate)
+
+
+def _dgate(t: TailTensors, sums: Tensor, needed: tuple[bool, ...]) -> Tensor | None:
+    return sums[0].to(t.gate.dtype) if needed[GATE] and t.gate is not None else None
+
+
+def _through_taps(
+    kernels: GatingKernels,
+    t: TailTensors,
+    o: TailOptions,
+    found: _Passed,
+    means: Tensor,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the means of z (N, C) and of the taps.
+
+    As in a tail without a norm, where that of the gate is the second sum.
+    """
+    sums = torch.nn.functional.pad(found.sums[:1], (0, 0, 0, 0, 1, 0))
+    given = (t.weight, found.gate, None, None, means, *NO_NORM)
+    flags = (o.circular, False, False, need_dweight)
+    _, _, _, dmean, dweight = kernels.tail_totals(t.x, sums, *given, *flags)
+    return dmean, only(dweight, need_dweight)
+
+
+def _gradients(
+    kernels: GatingKernels,
+    t: TailTensors,
+    o: TailOptions,
+    needed: tuple[bool, ...],
+    found: _Passed,
     dmean: Tensor | None,  # (N, C)
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, gamma and beta."""
-    shift: Tensor | float = 0.0 if dmean is None else dmean / pixels_of(t.x)
-    dgamma = dbeta = slope = offset = None
-    if own is not None and len(sums) > 1:
-        du, by_distance = (
-            (gate * of_g + shift * of_slope).sum(0)
-            for of_g, of_slope in ((sums[1], sums[3]), (sums[2], sums[4]))
-        )
-        found = norm_gradients(own, du, by_distance, None)
-        dgamma, dbeta = found.weight, found.bias
-        if o.values is not None:
-            if o.group is not None:
-                du, by_distance = add_over_processes(torch.stack([du, by_distance]), o.group)
-            found = norm_gradients(own, du, by_distance, o.values)
-            slope, offset = found.slope, found.offset
+    """The gradients of x, gamma and beta.
+
+    Those of the norm are made as those of a tail's identity norm, which no gate multiplies.
+    """
+    sums = found.sums
+    totals = None
+    if len(sums) > 1:
+        du = found.gate * sums[1:3]
+        if dmean is not None:
+            du += dmean.to(sums.dtype) / pixels_of(t.x) * sums[3:]
+        totals = torch.nn.functional.pad(du.sum(1), (0, 0, 2, 0))  # behind those of x
+    as_identity = TailTensors(
+        t.x,
+        identity_mean=t.mean,
+        identity_variance=t.variance,
+        identity_gamma=t.gamma,
+        identity_beta=t.beta,
+    )
+    its = TailOptions(identity_eps=o.eps, identity_values=o.values, identity_group=o.group)
+    wanted = (*needed[:GAMMA], False, False, *needed[GAMMA : BETA + 1])
+    norms = gradients_of_norms(
+        kernels, as_identity, its, totals, found.gate, dmean, wanted, needed[X]
+    )
     dx = None
     if needed[X]:
-        by_x = slope is not None and offset is not None
-        given = (slope, offset) if slope is not None and offset is not None else (0.0, 0.0)
-        dx = kernels.gated_gradients(
-            dy,
-            t.x,
-            _stacked(t.x.new_empty(t.x.shape[:2]), gate, shift),
-            channels,
-            _stacked(_channels_of(t.x), *given),
-            activation_number(o),
-            by_x,
-        )
-    return (
-        dx,
-        _to_dtype(t.gamma, dgamma, needed[GAMMA]),
-        _to_dtype(t.beta, dbeta, needed[GAMMA + 1]),
-    )
+        given = (norms.planes, found.channels, norms.channels[2:], activation_number(o))
+        dx = kernels.gated_gradients(found.dy, t.x, *given, o.values is not None)
+    return dx, norms.dnorms[2], norms.dnorms[3]
 
 
 class Gated(torch.autograd.Function):
@@ -163,33 +179,26 @@ class Gated(torch.autograd.Function):
         ctx: Any, o: TailOptions, kernels: GatingKernels, *tensors: Tensor | None
     ) -> Tensor:
         t = TailTensors(*tensors)  # type: ignore[arg-type]
-        y, means, gate = gated_forward(t, o, kernels)
-        ctx.save_for_backward(means, gate, *t)
+        channels = channels_of_norm(t, o, kernels)
+        y, means, gate = gated_forward(t, o, kernels, channels)
+        ctx.save_for_backward(channels, means, gate, *t)
         ctx.options, ctx.kernels = o, kernels
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        means, gate, *saved = ctx.saved_tensors
+        channels, means, gate, *saved = ctx.saved_tensors
         t, o, kernels = TailTensors(*saved), ctx.options, ctx.kernels
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
         if plainly(dy):
             return None, None, *plain_gradients(plain, dy, t, o, needed), *NOTHING
-        own, _ = norms(t, o)
-        channels, for_norm = _channels(t, own), _needs_norm_sums(t, o, needed)
-        sums = kernels.activated_sums(dy, t.x, channels, activation_number(o), for_norm)
-        dgate, wide = sums[0], gate.to(sums.dtype)
+        found = _summed(kernels, dy, t, o, needed, channels, gate)
         dmean = dweight = None
         if t.weight is not None:
-            w, dz = t.weight.to(sums.dtype), dgate * wide * (1 - wide)
-            dmean = transposed(dz, w, o.circular)
-            if needed[WEIGHT]:
-                dweight = taps_gradient(dz, means.to(sums.dtype), w, o.circular)
-        dx, dgamma, dbeta = _finished(kernels, dy, t, o, needed, own, channels, sums, wide, dmean)
+            dmean, dweight = _through_taps(kernels, t, o, found, means, needed[WEIGHT])
+        dx, dgamma, dbeta = _gradients(kernels, t, o, needed, found, dmean)
         return (
-            *(None, None, dx, None),
-            _to_dtype(t.weight, dweight, needed[WEIGHT]),
-            _to_dtype(t.gate, dgate, needed[GATE]),
+            *(None, None, dx, None, dweight, _dgate(t, found.sums, needed)),
             *(None, dgamma, dbeta, None, None),
             *NOTHING,
         )
@@ -212,7 +221,8 @@ class LinkedGatedPool(torch.autograd.Function):
         ctx.save_for_backward(*t)
         ctx.options, ctx.kernels = o, kernels
         ctx.set_materialize_grads(False)
-        return means_of(t, o, kernels, channels_of_norm(t, o)), t.x.new_empty(0)
+        means = means_of(t, o, kernels, channels_of_norm(t, o, kernels))
+        return means.to(t.x.dtype), t.x.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, dmean: Tensor | None, dtoken: Any) -> tuple[Any, ...]:
@@ -222,11 +232,7 @@ class LinkedGatedPool(torch.autograd.Function):
             if dmean is None:
                 return (None,) * (2 + len(t))
             return None, None, *plain_gradients(plain_mean, dmean, t, o, needed), *NOTHING
-        dy, gate, channels, sums = dtoken.left
-        own, _ = norms(t, o)
-        wide = None if dmean is None else dmean.to(sums.dtype)
-        given = (channels, sums, gate.to(sums.dtype), wide)
-        dx, dgamma, dbeta = _finished(kernels, dy, t, o, needed, own, *given)
+        dx, dgamma, dbeta = _gradients(kernels, t, o, needed, dtoken.left, dmean)
         return (
             *(None, None, dx, None, None, None, None, dgamma, dbeta, None, None),
             *NOTHING,
@@ -245,23 +251,23 @@ class LinkedGated(torch.autograd.Function):
         ctx: Any, token: Tensor, o: TailOptions, kernels: GatingKernels, *tensors: Tensor | None
     ) -> Tensor:
         t = TailTensors(*tensors)  # type: ignore[arg-type]
-        y, _, gate = gated_forward(t, o, kernels)
-        ctx.save_for_backward(gate, *t)
+        channels = channels_of_norm(t, o, kernels)
+        y, _, gate = gated_forward(t, o, kernels, channels)
+        ctx.save_for_backward(channels, gate, *t)
         ctx.options, ctx.kernels = o, kernels
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        gate, *saved = ctx.saved_tensors
+        channels, gate, *saved = ctx.saved_tensors
         t, o, kernels = TailTensors(*saved), ctx.options, ctx.kernels
         needed = tuple(ctx.needs_input_grad[3 : 3 + WITH_GRADIENT])
         if torch.compiler.is_compiling() or plainly(dy):
             return None, None, None, *plain_gradients(plain, dy, t, o, needed), *NOTHING
-        channels, for_norm = channels_of_norm(t, o), _needs_norm_sums(t, o, needed)
-        sums = kernels.activated_sums(dy, t.x, channels, activation_number(o), for_norm)
+        found = _summed(kernels, dy, t, o, needed, channels, gate)
         dtoken: Any = torch.empty(0, dtype=dy.dtype, device=dy.device)
-        dtoken.left = dy, gate, channels, sums
-        dgate = _to_dtype(t.gate, sums[0], needed[GATE])
+        dtoken.left = found
+        dgate = _dgate(t, found.sums, needed)
         return (
             *(dtoken, None, None, None, None, None, dgate, None, None, None, None, None),
             *NOTHING,

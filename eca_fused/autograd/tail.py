@@ -128,7 +128,7 @@ class Tail(torch.autograd.Function):
 
 
 def _block_coefficients(t: TailTensors, o: TailOptions, kernels: TailKernels) -> Tensor:
-    """alpha, beta, shift, centre, identity_scale and identity_centre (6, C)."""
+    """shift, alpha, beta, centre, identity_scale and identity_centre (6, C)."""
     norms = *t.own_norm(o), *t.identity_norm(o)
     return kernels.tail_coefficients(t.x, None, None, None, None, *norms, False, False)[1]
 
@@ -215,7 +215,7 @@ def given_mean(t: TailTensors, o: TailOptions, kernels: TailKernels) -> tuple[Te
     _, channels, _, distance = kernels.tail_coefficients(
         t.x, None, t.means, None, None, *t.own_norm(o), *t.identity_norm(o), False, False
     )
-    mean = distance if t.mean is None else channels[0] * distance + channels[1]
+    mean = distance if t.mean is None else channels[1] * distance + channels[2]
     return mean.to(t.x.dtype), distance
 
 

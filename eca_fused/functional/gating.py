@@ -67,16 +67,17 @@ class FusedGating(Gating):
         return kernels  # type: ignore[no-any-return]
 
     def gated(self, t: TailTensors, o: TailOptions) -> Tensor:
+        kernels = self._gating()
         if not needs_grad(t):
-            return gated_forward(t, o, self._gating())[0]
-        y: Tensor = Gated.apply(o, self._gating(), *t)
+            return gated_forward(t, o, kernels, channels_of_norm(t, o, kernels))[0]
+        y: Tensor = Gated.apply(o, kernels, *t)
         return y
 
     def gated_by(self, t: TailTensors, o: TailOptions, gate_of: GateOf) -> Tensor:
         kernels = self._gating()
         if not torch.is_grad_enabled():
-            channels = channels_of_norm(t, o)
-            gate = gate_of(means_of(t, o, kernels, channels))
+            channels = channels_of_norm(t, o, kernels)
+            gate = gate_of(means_of(t, o, kernels, channels).to(t.x.dtype))
             return gated_forward(t._replace(gate=gate), o, kernels, channels)[0]
         mean, token = LinkedGatedPool.apply(o, kernels, *t)
         y: Tensor = LinkedGated.apply(token, o, kernels, *t._replace(gate=gate_of(mean)))

@@ -10,20 +10,15 @@ operations.
 from torch import Tensor
 
 from eca_fused.ops import checks, graph, tail
-from eca_fused.ops.tail import Affine, TailOptions, TailTensors
+from eca_fused.ops.tail import TailOptions, TailTensors
 
-__all__ = ["ACTIVATIONS", "activation_number", "coefficients", "plain", "plain_mean"]
+__all__ = ["ACTIVATIONS", "activation_number", "plain", "plain_mean"]
 
 ACTIVATIONS = (*checks.ACTIVATIONS, "hardswish")  # their order is that of csrc/eca.h
 
 
 def activation_number(o: TailOptions) -> int:
     return ACTIVATIONS.index(o.activation)
-
-
-def coefficients(own: Affine | None) -> tuple[Tensor | float, ...]:
-    """p, q and centre of norm(x) = p * (x - centre) + q, each (C,) or a number."""
-    return (1.0, 0.0, 0.0) if own is None else (own.alpha, own.beta, own.centre)
 
 
 def _activated(t: TailTensors, o: TailOptions, with_batch: bool) -> Tensor:

@@ -82,7 +82,7 @@ class TailKernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y, the mask, the means of x - centre (N, C) and the gates (N, C).
 
-        scale is (N,), None for 1. channels (6, C) has alpha, beta, shift, centre, identity_scale
+        scale is (N,), None for 1. channels (6, C) has shift, alpha, beta, centre, identity_scale
         and identity_centre.
         """
 
@@ -221,13 +221,16 @@ class TailKernels(Protocol):
         """
 
 
-class GatingKernels(Protocol):
+class GatingKernels(TailKernels, Protocol):
     """The operators of attention after an activation, on the devices that a backend has them for.
 
     What they compute is in csrc/eca.h; their schemas are in csrc/gated_ops.cpp. Coefficients, in
     the dtype of sums over x: channels (3, C) has p, q and centre. `activation` is a place in
-    ops.gating.ACTIVATIONS.
+    ops.gating.ACTIVATIONS. The statistics of batches and the arithmetic between the passes are
+    those of tails.
     """
+
+    one_pass_gating_devices: frozenset[str]  # those where gated_block() is one of them
 
     def activated_sums(
         self, dy: Tensor | None, x: Tensor, channels: Tensor, activation: int, for_norm: bool, /
@@ -269,7 +272,7 @@ class Kernels(Protocol):
     devices: frozenset[str]  # types of device that it runs on
     tail_devices: frozenset[str]  # those where it has the operators of TailKernels too
     one_pass_tail_devices: frozenset[str]  # those where block_tail() is one of them
-    gating_devices: frozenset[str]  # those where it has TailKernels.moments() and GatingKernels
+    gating_devices: frozenset[str]  # those where it has the operators of GatingKernels
 
     def forward(
         self, x: Tensor, weight: Tensor, circular: bool, /

@@ -30,6 +30,7 @@ __all__ = [
     "missing",
     "moments",
     "name",
+    "one_pass_gating_devices",
     "one_pass_tail_devices",
     "pool",
     "rescale",
@@ -51,6 +52,7 @@ devices: frozenset[str] = frozenset()  # device types that the extension was com
 tail_devices: frozenset[str] = frozenset()  # those with kernels for the tail of a block
 one_pass_tail_devices: frozenset[str] = frozenset()  # those with block_tail()
 gating_devices: frozenset[str] = frozenset()  # those with kernels for attention after activations
+one_pass_gating_devices: frozenset[str] = frozenset()  # those with gated_block()
 description = ""
 architectures = ""  # of CUDA: compute capabilities, as in TORCH_CUDA_ARCH_LIST; "" if not known
 
@@ -87,9 +89,11 @@ try:
     gated = torch.ops.eca_fused.gated.default
     gated_gradients = torch.ops.eca_fused.gated_gradients.default
     gated_block = torch.ops.eca_fused.gated_block.default
-    gating_devices = frozenset({"cpu"})
+    gating_devices = devices
+    one_pass_gating_devices = frozenset({"cpu"})
 except Exception as error:  # a broken build may fail in any way, and must not break the import
-    devices = tail_devices = one_pass_tail_devices = gating_devices = frozenset()
+    devices = tail_devices = one_pass_tail_devices = frozenset()
+    gating_devices = one_pass_gating_devices = frozenset()
     if "ECA_FUSED_" in str(error):  # a bad value of a setting: building again would not help
         missing = (
             f"the compiled extension does not start: {error}; unset the variable, or give it one "

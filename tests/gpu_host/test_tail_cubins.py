@@ -1,4 +1,7 @@
-"""The machine code of the CUDA kernels of a residual block's tail: as in test_cubins.py."""
+"""The machine code of the CUDA kernels of tails, and of attention after an activation.
+
+As in test_cubins.py.
+"""
 
 import re
 from functools import cache
@@ -9,10 +12,8 @@ from helpers import cubins
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 IN_VECTORS = ["float32", "float16", "bfloat16"]
-# Of the boolean template arguments: SiLU or GELU, and whether the identity is read.
+# Of the boolean template arguments: SiLU or GELU, and whether another map is read.
 KINDS = [(smooth, identity) for smooth in (False, True) for identity in (False, True)]
-# Registers that __launch_bounds__ leaves a thread: of forward, backward, sums and moments.
-MOST = {"TailForward": 128, "TailBackward": 128, "TailGradientSums": 128, "TailMoments": 128}
 TEMPLATES = ["tail_flat", "tail_columns", "sum_tail_rows", "sum_tail_columns", "sum_tail_small"]
 
 pytestmark = [pytest.mark.every_torch, pytest.mark.xdist_group("cubins"), *cubins.needs_cubins]
@@ -36,8 +37,8 @@ def kernels(architecture: str, template: str, dtype: str, pass_: str = "") -> li
 
 
 def kind_of(name: str) -> tuple[bool, bool]:
-    smooth, identity = re.findall(r"Lb([01])E", name)
-    return smooth == "1", identity == "1"
+    smooth, *more = re.findall(r"Lb([01])E", name)
+    return smooth == "1", more == ["1"]
 
 
 def test_every_kernel_is_there(architecture):
@@ -48,10 +49,20 @@ def test_every_kernel_is_there(architecture):
             assert len(kernels(architecture, "tail_flat", dtype, pass_)) == (6 if vectors else 2)
             found = kernels(architecture, "tail_columns", dtype, pass_)
             assert sorted(map(kind_of, found)) == (KINDS if vectors else [])
-        for template in ("sum_tail_rows", "sum_tail_columns"):
-            found = kernels(architecture, template, dtype)
-            assert len(found) == (2 + 6 if vectors else 1 + 2)
-        assert len(kernels(architecture, "sum_tail_small", dtype)) == (3 if vectors else 0)
+        # Single elements ask at run time for the activation.
+        for pass_ in ("GatedForward", "GatedBackward"):
+            assert len(kernels(architecture, "tail_flat", dtype, pass_)) == (3 if vectors else 1)
+            assert len(kernels(architecture, "tail_columns", dtype, pass_)) == (2 if vectors else 0)
+        for pass_, count, single, small in (
+            ("TailMoments", 2, 1, 1),
+            ("TailGradientSums", 6, 2, 2),
+            ("ActivatedSum", 6, 2, 4),
+        ):
+            for template in ("sum_tail_rows", "sum_tail_columns"):
+                found = kernels(architecture, template, dtype, pass_)
+                assert len(found) == (count if vectors else single)
+            found = kernels(architecture, "sum_tail_small", dtype, pass_)
+            assert len(found) == (small if vectors else 0)
 
 
 def test_nothing_is_spilled(architecture):
@@ -68,14 +79,15 @@ def test_nothing_is_spilled(architecture):
 def test_loads_of_a_batch_come_before_their_use(architecture, template, dtype):
     """Between the first and the last wide load of maps nothing uses what one of them loads."""
     maps = {"TailForward": 1, "TailBackward": 2, "TailGradientSums": 2, "TailMoments": 1}
+    maps |= {"GatedForward": 1, "GatedBackward": 2, "ActivatedSum": 1}
     at_once = {"tail_flat": 2, "sum_tail_rows": 4, "sum_tail_columns": 4}
     for pass_, read in maps.items():
         for name in kernels(architecture, template, dtype, pass_):
             if re.search(r"Li1E", name):  # single elements
                 continue
-            smooth, identity = kind_of(name) if "Lb" in name else (False, False)
-            few = pass_ == "TailBackward" and (smooth or identity)
-            wanted = at_once.get(template, 2 if few else 4) * (read + identity)
+            smooth, another = kind_of(name) if "Lb" in name else (False, False)
+            few = pass_.endswith("Backward") and (smooth or another)
+            wanted = at_once.get(template, 2 if few else 4) * (read + another)
             if (architecture, template, dtype, pass_) == (
                 *("sm_100", "tail_columns", "float32", "TailBackward"),
             ):

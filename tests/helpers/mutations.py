@@ -3,22 +3,24 @@
     PYTHONPATH=tests python -m helpers.mutations [NAME...]    # all, or those with NAME in theirs
 
 Each fault is written into a copy of the sources. The copy is built for the host and put through a
-quick version of gpu_host/test_cuda_kernels.py or test_tail_kernels.py. This is not part of the test
-suite, as every fault needs a build: seven minutes in all on two cores.
+quick version of gpu_host/test_cuda_kernels.py, test_tail_kernels.py or test_gating_kernels.py. This
+is not part of the test suite, as every fault needs a build: seven minutes in all on two cores.
 """
 
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from helpers import tail_passes
+from helpers import gating_passes, tail_passes
 from helpers.cases import LAYOUTS, MODES, assert_as_accurate, make_case
 from helpers.gpu_host import H200, SANITIZED, Fault, Forced, HostGpu, Refused, check_apart
+from helpers.gpu_host_gating import GatingGpu
 from helpers.gpu_host_tails import TailGpu
 from helpers.processes import ROOT
 
@@ -256,6 +258,30 @@ MUTATIONS = [
         "squares += value_at(from.to[1] + i) + between * between * count * more / all;",
         "squares += value_at(from.to[1] + i);",
     ),
+    Mutation(
+        "the slope of hard swish off beyond its bend",
+        "cuda/gated_element.h",
+        "upper = v < A(3) ? between",
+        "upper = v < A(2) ? between",
+    ),
+    Mutation(
+        "an offset left out of a gated gradient",
+        "cuda/gated_element.h",
+        "+ k.offset.element[w];",
+        ";",
+    ),
+    Mutation(
+        "z of elements that are not there summed",
+        "cuda/gated_element.h",
+        "kZerosAddNothing = false;  // act(q)",
+        "kZerosAddNothing = true;  // act(q)",
+    ),
+    Mutation(
+        "dy of a small plane read from the place of x",
+        "cuda/tail_small.h",
+        "dy(fetch_run<T>(maps.dy, first, count, at.dy)),",
+        "dy(fetch_run<T>(maps.dy, first, count, 0)),",
+    ),
 ]
 
 
@@ -304,12 +330,20 @@ def check(gpu: HostGpu) -> None:
                 check_apart(gpu, case.x, case.dy, layout, of)
 
 
-def is_of_tails(mutation: Mutation) -> bool:
-    return mutation.file.startswith("cuda/tail_")
+# The kernels in csrc/cuda/FAMILY*, how they run on the host, and what finds their faults.
+FAMILIES: dict[str, tuple[type[HostGpu], Callable[[Any], None]]] = {
+    "tail_": (TailGpu, tail_passes.check),
+    "gated_": (GatingGpu, gating_passes.check),
+    "": (HostGpu, check),
+}
 
 
-def verdict(mutation: Mutation | None, folder: Path, tails: bool = False) -> str:
-    """What found the mutation, "" if nothing did. With tails, in the kernels of tails."""
+def family_of(mutation: Mutation) -> str:
+    return next(name for name in FAMILIES if mutation.file.startswith(f"cuda/{name}") or not name)
+
+
+def verdict(mutation: Mutation | None, folder: Path, family: str = "") -> str:
+    """What found the mutation in the kernels of a family, "" if nothing did."""
     sources = folder / "sources"
     for part in ("csrc", "tests/gpu_host/simt"):
         shutil.copytree(ROOT / part, sources / part)
@@ -319,13 +353,10 @@ def verdict(mutation: Mutation | None, folder: Path, tails: bool = False) -> str
         if text.count(mutation.old) != 1:
             return f"OUT OF DATE: the code to change occurs {text.count(mutation.old)} times"
         target.write_text(text.replace(mutation.old, mutation.new))
-    kind = TailGpu if tails else HostGpu
+    kind, checked = FAMILIES[family]
     gpu = kind(folder / "build", SANITIZED, sources, dtypes=("float32",))
     try:
-        if isinstance(gpu, TailGpu):
-            tail_passes.check(gpu)
-        else:
-            check(gpu)
+        checked(gpu)
     except Fault as fault:
         return str(fault).split("\n")[0][:150]
     except AssertionError as error:
@@ -339,13 +370,13 @@ def main(names: list[str]) -> int:
     chosen = [m for m in MUTATIONS if not names or any(n in m.name for n in names)]
     escaped = []
     with tempfile.TemporaryDirectory() as folder:
-        for tails in {is_of_tails(mutation) for mutation in chosen}:
-            found = verdict(None, Path(folder) / f"none-{tails}", tails)
+        for family in {family_of(mutation) for mutation in chosen}:
+            found = verdict(None, Path(folder) / f"none-{family}", family)
             print(f"{'no fault':45s} {found or 'passes'}", flush=True)
             if found:
                 return 1
         for i, mutation in enumerate(chosen):
-            found = verdict(mutation, Path(folder) / str(i), is_of_tails(mutation))
+            found = verdict(mutation, Path(folder) / str(i), family_of(mutation))
             print(f"{mutation.name:45s} {found or 'NOT FOUND'}", flush=True)
             if not found or found.startswith("OUT OF DATE"):
                 escaped.append(mutation.name)

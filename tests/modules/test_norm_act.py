@@ -12,14 +12,16 @@ from torch.utils.checkpoint import checkpoint
 from eca_fused import ECALayer, NormActAttention, attention
 from eca_fused.attention import norm_act
 from eca_fused.ops import native
-from helpers.cases import DEVICE, LAYOUTS, in_layout, needs_extension
+from helpers.cases import BACKENDS, DEVICE, LAYOUTS, in_layout, needs_extension
 from helpers.optional import needs_timm, timm_layers, torchvision_ops
 from helpers.processes import python
 from helpers.tails import assert_same_step, batch_norm
 
-pytestmark = pytest.mark.every_torch
+pytestmark = [pytest.mark.every_torch, pytest.mark.any_device]
 
 C = 12
+# Whether the kernels compute what can be one operation.
+FUSED = "native" in BACKENDS and DEVICE in native.gating_devices
 ATTENTIONS = {
     "eca": lambda: ECALayer(C),
     "circular": lambda: ECALayer(C, padding_mode="circular"),
@@ -51,8 +53,9 @@ NORMS = {
 
 def a_map(layout="contiguous", n=3, dtype=torch.float64, c=C):
     """A map whose channels have means far apart."""
-    offset = torch.linspace(-3, 3, c, dtype=torch.float64)[:, None, None]
-    return in_layout((torch.randn(n, c, 5, 6, dtype=torch.float64) + offset).to(dtype), layout)
+    wide = {"dtype": torch.float64, "device": DEVICE}
+    offset = torch.linspace(-3, 3, c, **wide)[:, None, None]
+    return in_layout((torch.randn(n, c, 5, 6, **wide) + offset).to(dtype), layout)
 
 
 def called(module, x):
@@ -77,7 +80,7 @@ def no_calls(monkeypatch):
     def fail(*_):
         raise AssertionError("the modules were called")
 
-    if native.missing is None:
+    if FUSED:
         monkeypatch.setattr(norm_act, "by_calling", fail)
         monkeypatch.setitem(globals(), "called", lambda module, x: own(module.parts(), x))
 
@@ -167,8 +170,24 @@ def test_never_less_accurate_than_plain_pytorch(layout, activation, offset, dtyp
             size = want.square().mean().sqrt()
             eps = torch.finfo(got.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps
             assert error <= plain_error + eps * size
-            if offset and native.missing is None:
+            if offset and FUSED:
                 assert error < 1e-5 * size
+
+
+@pytest.mark.skipif(not FUSED, reason="needs the kernels")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", ["eca", "circular", "ECA-NS"])
+def test_devices_without_the_operator_that_does_all_in_one_pass(
+    monkeypatch, name, norm, layout, no_calls
+):
+    monkeypatch.setattr(native, "one_pass_gating_devices", frozenset())
+    monkeypatch.setattr(native, "gated_block", None)
+    module = NormActAttention(ATTENTIONS[name](), NORMS[norm](), "silu").double()
+    assert_same(module, a_map(layout))
+    with torch.no_grad():
+        x = a_map(layout)
+        torch.testing.assert_close(module(x), called(module, x))
 
 
 def test_frozen_parameters(no_calls):
@@ -437,7 +456,7 @@ def test_autocast():
     assert conv.weight.grad is not None
 
 
-@needs_extension
+@pytest.mark.skipif(not FUSED, reason="needs the kernels")
 @pytest.mark.parametrize("name", ["eca", "se"])
 def test_keeps_x_and_numbers_for_each_plane(name):
     x = torch.randn(4, 64, 28, 28)
