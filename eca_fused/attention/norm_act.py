@@ -113,8 +113,8 @@ class NormActAttention(nn.Module):
     RegNet, MobileNetV3 and EfficientNet have this in the middle of their blocks. It computes what
     calling the modules computes, with their parameters, and changes their running statistics as
     they do. In training with batch norm it reads or writes maps 4 times forward and 5 times
-    backward, where plain PyTorch does so 8 and 14 times; with ECA 3 times forward. It keeps x and
-    numbers for each plane for the backward pass, which computes the activation again.
+    backward, where plain PyTorch does so 8 and 14 times; with ECA on the CPU 3 times forward. It
+    keeps x and numbers for each plane for the backward pass, which computes the activation again.
 
     The modules are called one after the other, which is slower, where one of them does more than
     its class (hooks, wrappers, quantisation, other classes), and where the map or the device does

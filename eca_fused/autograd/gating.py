@@ -9,7 +9,7 @@ Maps read or written, modelled without caches, with batch norm, ReLU and ECA or 
 |---|---|---|
 | plain PyTorch: norm 3, activation 2, mean 1, product 2 | 8 | 14 |
 | network: statistics, means of z, result; sums, gradient | 4 | 5 |
-| ECA: statistics, means and result in one pass; likewise | 3 | 5 |
+| ECA on the CPU: statistics, means and result in one pass; likewise | 3 | 5 |
 | the same without statistics of the batch | 3, 2 | 5 |
 
 With u = norm(x) and S the pixels of a plane, the gradient of u is

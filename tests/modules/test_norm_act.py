@@ -17,7 +17,12 @@ from helpers.optional import needs_timm, timm_layers, torchvision_ops
 from helpers.processes import python
 from helpers.tails import assert_same_step, batch_norm
 
-pytestmark = [pytest.mark.every_torch, pytest.mark.any_device]
+pytestmark = [
+    pytest.mark.every_torch,
+    pytest.mark.any_device,
+    # Its interpreter takes minutes for what other tests show: calls of ECALayer.
+    pytest.mark.skipif(BACKENDS == ["triton"], reason="Triton has no kernels for it"),
+]
 
 C = 12
 # Whether the kernels compute what can be one operation.
