@@ -2,6 +2,7 @@
 // every map once and write every result once: at the speed of a copy, with two vectors of each map
 // asked for before the first is used, and four blocks on a multiprocessor (TUNING.md). Blocks begin
 // with what the pass before has read last, which may still be in the L2 cache.
+// gated_element.h has other passes for the same kernels.
 #pragma once
 
 #include "tail_element.h"

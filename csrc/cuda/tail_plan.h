@@ -1,5 +1,6 @@
-// The sizes of the kernels of a residual block's tail, and of attention after an activation. Pure C++. They are those that were fastest on
-// an H200 (TUNING.md); nothing is searched.
+// The sizes of the kernels of a residual block's tail, and of attention after an activation, which
+// are the same kernels. Pure C++. They are those that were fastest for tails on an H200 (TUNING.md);
+// nothing is searched.
 #pragma once
 
 #include "../plan.h"

@@ -1,5 +1,6 @@
 // The passes of a residual block's tail that sum: the moments of planes, or the sums of gradients.
 // They read every map once. Threads add up some hundred terms in float at most, and meet in double.
+// gated_element.h has other sums for the same kernels.
 #pragma once
 
 #include "columns.h"
