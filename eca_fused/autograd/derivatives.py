@@ -7,7 +7,8 @@ from the kernels are constants to autograd, so derivatives through them would si
 import torch
 from torch import Tensor
 
-from eca_fused.ops.graph import padded, spread
+from eca_fused.ops.convolution import convolve, taps_gradient, transposed
+from eca_fused.ops.graph import spread
 from eca_fused.ops.results import sums_dtype
 from eca_fused.torch_state import batched_by_autograd, transformed
 
@@ -17,7 +18,6 @@ __all__ = [
     "forward_tangent",
     "plain_backward",
     "plainly",
-    "taps_gradient",
     "total",
 ]
 
@@ -41,32 +41,6 @@ def total(map_: Tensor) -> Tensor:
     """Sums over the spatial positions: (N, C, *spatial) to (N, C)."""
     spatial = tuple(range(2, map_.dim()))
     return map_.sum(spatial) if spatial else map_
-
-
-def convolve(values: Tensor, weight: Tensor, circular: bool) -> Tensor:
-    """sum_j w[c, j] * values[n, c + j - r]; not by conv1d, whose inputs autocast would round."""
-    k = weight.shape[2]
-    return (padded(values, k // 2, circular).unfold(1, k, 1) * weight[:, 0]).sum(-1)
-
-
-def transposed(values: Tensor, weight: Tensor, circular: bool) -> Tensor:
-    """The transpose of convolve(): out[n, c] = sum_j w[c - j + r, j] * values[n, c - j + r]."""
-    channels, k = values.shape[1], weight.shape[2]
-    r = k // 2
-    return torch.stack(
-        [
-            padded(values * weight[:, 0, j], r, circular).narrow(1, 2 * r - j, channels)
-            for j in range(k)
-        ]
-    ).sum(0)
-
-
-def taps_gradient(values: Tensor, inputs: Tensor, weight: Tensor, circular: bool) -> Tensor:
-    """Gradient of sum(values * convolve(inputs, weight)) for the taps, in the shape of weight."""
-    k = weight.shape[2]
-    windows = padded(inputs, k // 2, circular).unfold(1, k, 1)  # (N, C, k)
-    per_channel = (values.unsqueeze(-1) * windows).sum(0)
-    return (per_channel if weight.shape[0] > 1 else per_channel.sum(0)).reshape(weight.shape)
 
 
 def _forward(x: Tensor, weight: Tensor, circular: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

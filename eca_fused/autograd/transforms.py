@@ -16,11 +16,11 @@ from eca_fused.autograd.derivatives import (
     backward_tangents,
     double_backward,
     forward_tangent,
-    taps_gradient,
 )
 from eca_fused.ops import graph
 from eca_fused.ops.backend import warn_once
 from eca_fused.ops.checks import check
+from eca_fused.ops.convolution import taps_gradient
 from eca_fused.ops.kernels import Kernels
 from eca_fused.torch_state import batched, functionalized, primal, with_tangents
 
