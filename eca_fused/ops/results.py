@@ -11,6 +11,17 @@ def sums_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def mask_bytes(x: Tensor, planes: bool) -> int:
+    """Bytes of a bit for each element of x (N, C, *spatial), if each row begins with a new byte.
+
+    Args:
+        x: the map.
+        planes: the rows are planes, else pixels.
+    """
+    n, c, s = *x.shape[:2], math.prod(x.shape[2:])
+    return n * (c * ((s + 7) // 8) if planes else s * ((c + 7) // 8))
+
+
 def dense_strides(shape: tuple[int, ...], channels_inside: bool) -> tuple[int, ...]:
     """Strides of a dense tensor of this shape, contiguous or with the channels innermost."""
     strides = [0] * len(shape)

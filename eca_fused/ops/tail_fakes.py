@@ -1,12 +1,10 @@
 """Fake (meta) implementations of the operators of a residual block's tail."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from eca_fused.ops.checks import ACTIVATIONS, check, check_dy, check_identity, check_x
-from eca_fused.ops.results import output_strides, sums_dtype
+from eca_fused.ops.results import mask_bytes, output_strides, sums_dtype
 
 __all__ = [
     "batch_statistics",
@@ -35,8 +33,7 @@ def _mask(x: Tensor, activation: int, needed: bool) -> Tensor:
     """Enough bytes for either layout, as in csrc/tail_ops.cpp."""
     size = 0
     if needed and ACTIVATIONS[activation] == "relu":
-        n, c, s = *x.shape[:2], math.prod(x.shape[2:])
-        size = n * max(c * ((s + 7) // 8), s * ((c + 7) // 8))
+        size = max(mask_bytes(x, True), mask_bytes(x, False))
     return x.new_empty(size, dtype=torch.uint8)
 
 

@@ -12,13 +12,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from eca_fused.ops.triton import launch
+from eca_fused.ops.triton import launch, tail_launch
 
 POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -51,7 +52,8 @@ def recorded(function: Callable[[], object], monkeypatch: Any) -> list[Launch]:
 
             return call
 
-    monkeypatch.setattr(launch, "wrap_triton", Recorder)
+    for module in (launch, tail_launch):
+        monkeypatch.setattr(module, "wrap_triton", Recorder)
     function()
     return launches
 

@@ -4,21 +4,25 @@ It serves GPUs that the extension was not compiled for, and torch.compile, which
 these operators down to the kernels. Importing it imports Triton, so backend.py does so on demand.
 """
 
-import contextlib
-from typing import Any
-
 import torch
-import triton
 from torch import Tensor
 
 from eca_fused.ops import fakes, flops, writing
 from eca_fused.ops.checks import check, check_dy, check_gate, check_out, check_saved, check_x
-from eca_fused.ops.results import output_strides
 from eca_fused.ops.triton import launch
+from eca_fused.ops.triton.coefficients import (
+    batch_statistics,
+    tail_coefficients,
+    tail_gradient_coefficients,
+    tail_totals,
+)
 from eca_fused.ops.triton.maps import apart, in_planes, overlap, readable, same_memory
+from eca_fused.ops.triton.operators import INTERPRETED, empty_like, on_device, operator
+from eca_fused.ops.triton.tails import moments, tail, tail_gradients, tail_sums
 
 __all__ = [
     "backward",
+    "batch_statistics",
     "description",
     "devices",
     "forward",
@@ -26,52 +30,44 @@ __all__ = [
     "inference",
     "inference_",
     "inference_into",
+    "moments",
     "name",
     "one_pass_tail_devices",
     "pool",
     "rescale",
     "rescale_backward",
+    "tail",
+    "tail_coefficients",
     "tail_devices",
+    "tail_gradient_coefficients",
+    "tail_gradients",
+    "tail_sums",
+    "tail_totals",
 ]
 
 name = "triton"
-INTERPRETED = bool(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: kernels run on the CPU
 devices = frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"})
-tail_devices: frozenset[str] = frozenset()
+tail_devices = devices
 one_pass_tail_devices: frozenset[str] = frozenset()
 gating_devices: frozenset[str] = frozenset()
 description = "its interpreter, on any device: slow, for tests" if INTERPRETED else "GPUs"
 
-# torch.compile cannot trace into kernels that the interpreter runs.
-_operator: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
 
-
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the device of x the current one, because Triton launches there."""
-    if x.is_cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # it is not while tracing without a GPU
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    return x.new_empty_strided(x.shape, output_strides(x))
-
-
-@_operator("eca_fused::triton_forward", mutates_args=())
+@operator("eca_fused::triton_forward", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     check(x, weight, circular)
-    y = _empty_like(x)
-    with _on_device(x):
+    y = empty_like(x)
+    with on_device(x):
         kept = launch.forward(x, weight, circular, y, keep=True)
     assert kept is not None
     return y, *kept
 
 
-@_operator("eca_fused::triton_inference", mutates_args=())
+@operator("eca_fused::triton_inference", mutates_args=())
 def _inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
     check(x, weight, circular)
-    y = _empty_like(x)
-    with _on_device(x):
+    y = empty_like(x)
+    with on_device(x):
         launch.forward(x, weight, circular, y, keep=False)
     return y
 
@@ -88,7 +84,7 @@ def _write(x: Tensor, weight: Tensor, circular: bool, out: Tensor, name: str) ->
     same = shared and same_memory(source, out)
     if overlap(weight, out):  # some of y may be written before the last of the taps is read
         weight = weight.clone()
-    with _on_device(x):
+    with on_device(x):
         if apart(out, planes) and (same or not shared):
             launch.forward(source, weight, circular, source if same else out, keep=False)
             return
@@ -99,23 +95,23 @@ def _write(x: Tensor, weight: Tensor, circular: bool, out: Tensor, name: str) ->
                 f"more than one element of {name} refers to the same memory, as after expand(), so "
                 "it cannot be written in place; clone() it first"
             )
-        y = _empty_like(x) if source is x else source
+        y = empty_like(x) if source is x else source
         launch.forward(source, weight, circular, y, keep=False)
         out.copy_(y)
 
 
 # The operators without the leading "_" also check gradients and count writes: see writing.py.
-@_operator("eca_fused::_triton_inference_", mutates_args=("x",))
+@operator("eca_fused::_triton_inference_", mutates_args=("x",))
 def _inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
     _write(x, weight, circular, x, "x")
 
 
-@_operator("eca_fused::_triton_inference_into", mutates_args=("out",))
+@operator("eca_fused::_triton_inference_into", mutates_args=("out",))
 def _inference_into(x: Tensor, weight: Tensor, out: Tensor, circular: bool = False) -> None:
     _write(x, weight, circular, out, "out")
 
 
-@_operator("eca_fused::triton_backward", mutates_args=())
+@operator("eca_fused::triton_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -129,50 +125,50 @@ def _backward(
     check(x, weight, circular)
     check_dy(x, dy)
     check_saved(x, mean, gate)
-    dx = _empty_like(x) if need_dx else None
+    dx = empty_like(x) if need_dx else None
     dweight = weight.new_empty(weight.shape) if need_dweight else None
     if x.shape[0] == 0 or x.shape[1] == 0:
         if dweight is not None:
             dweight.zero_()
     elif need_dx or need_dweight:
-        with _on_device(x):
+        with on_device(x):
             launch.backward(dy, x, weight, mean, gate, circular, dx, dweight)
     unused = x.new_empty(0)
     return unused if dx is None else dx, unused.clone() if dweight is None else dweight
 
 
-@_operator("eca_fused::triton_pool", mutates_args=())
+@operator("eca_fused::triton_pool", mutates_args=())
 def _pool(x: Tensor) -> Tensor:
     check_x(x)
     mean = x.new_empty(x.shape[:2])
     if mean.numel() != 0:
-        with _on_device(x):
+        with on_device(x):
             launch.pool(x, mean)
     return mean
 
 
-@_operator("eca_fused::triton_rescale", mutates_args=())
+@operator("eca_fused::triton_rescale", mutates_args=())
 def _rescale(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> Tensor:
     check_gate(x, gate, shift)
-    y = _empty_like(x)
+    y = empty_like(x)
     if x.numel() != 0:
-        with _on_device(x):
+        with on_device(x):
             launch.rescale(x, gate, shift, y)
     return y
 
 
-@_operator("eca_fused::triton_rescale_backward", mutates_args=())
+@operator("eca_fused::triton_rescale_backward", mutates_args=())
 def _rescale_backward(
     dy: Tensor, x: Tensor, gate: Tensor, need_dx: bool = True
 ) -> tuple[Tensor, Tensor]:
     check_gate(x, gate)
     check_dy(x, dy)
-    dx = _empty_like(x) if need_dx else None
+    dx = empty_like(x) if need_dx else None
     dgate = gate.new_empty(gate.shape)
     if x.numel() == 0:
         dgate.zero_()
     else:
-        with _on_device(x):
+        with on_device(x):
             launch.rescale_backward(dy, x, gate, dx, dgate)
     return x.new_empty(0) if dx is None else dx, dgate
 

@@ -66,14 +66,14 @@ class Problem:
         return self.shape.samples * ceil_div(self.shape.channels, channels)
 
 
-def _problem(
+def problem(
     planes: bool, maps: list[Tensor], weight: Tensor | None = None, circular: bool = False
 ) -> Problem:
     x = maps[0]
     samples, channels, pixels = x.shape[0], x.shape[1], math.prod(x.shape[2:])
     k = 1 if weight is None else weight.shape[2]
     length, count = (pixels, channels) if planes else (channels, pixels)  # of a row, and of rows
-    strides = [_strides(map_, planes) for map_ in maps]
+    strides = [strides_of(map_, planes) for map_ in maps]
     numbers = [length, *(stride for pair in strides for stride in pair)]
     far = any(count * row >= WIDE_FROM for _, row in strides)
     align = 16
@@ -88,7 +88,7 @@ def _problem(
     )
 
 
-def _strides(x: Tensor, planes: bool) -> tuple[int, int]:
+def strides_of(x: Tensor, planes: bool) -> tuple[int, int]:
     strides = rows(x, planes)
     assert strides is not None, "copied before, where it cannot be read in place"
     return strides
@@ -99,7 +99,7 @@ def _channels(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=sums_dtype(x))
 
 
-def _channels_with(parts: int) -> int:
+def channels_with(parts: int) -> int:
     """Channels per program that adds up this many parts of each; more would spill registers."""
     return max(1, min(CHANNELS, 2048 // parts))
 
@@ -124,7 +124,7 @@ def forward(
         return None
     planes = in_planes(x)
     source, taps = readable(x, planes), weight.contiguous()
-    p = _problem(planes, [source, y], taps, circular)
+    p = problem(planes, [source, y], taps, circular)
     mean, gate = (_channels(x), _channels(x)) if keep else (None, None)
     if x.shape[0] != 0 and x.shape[1] != 0:
         tile = plan.resident(p.shape, maps=1)
@@ -155,8 +155,8 @@ def _forward_resident(
         gate,
         s.channels,
         s.pixels,
-        *_strides(x, s.planes),
-        *_strides(y, s.planes),
+        *strides_of(x, s.planes),
+        *strides_of(y, s.planes),
         KEEP=mean is not None,
         BLOCK_S=tile.pixels,
         **p.tap_flags(),
@@ -178,7 +178,7 @@ def _forward_in_passes(
     gate = _channels(x) if gate is None else gate
     partial = _sums(p, pass_, x, None)
     parts = power_of_two(pass_.splits)
-    channels = _channels_with(parts)
+    channels = channels_with(parts)
     wrap_triton(gates)[(p.tiles(channels),)](
         partial,
         weight,
@@ -207,8 +207,8 @@ def _sums(p: Problem, pass_: Pass, x: Tensor, dy: Tensor | None) -> Tensor:
         s.channels,
         s.pixels,
         pass_.splits,
-        *_strides(x, s.planes),
-        *_strides(x if dy is None else dy, s.planes),
+        *strides_of(x, s.planes),
+        *strides_of(x if dy is None else dy, s.planes),
         DOT=dy is not None,
         BLOCKS=pass_.blocks,
         BLOCK_C=tile.channels,
@@ -236,8 +236,8 @@ def _scale(
         shift,
         s.channels,
         s.pixels,
-        *_strides(x, s.planes),
-        *_strides(y, s.planes),
+        *strides_of(x, s.planes),
+        *strides_of(y, s.planes),
         SHIFT=shift is not None,
         BLOCK_C=pass_.tile.channels,
         BLOCK_S=pass_.tile.pixels,
@@ -270,7 +270,7 @@ def backward(
     maps = [readable(x, planes), readable(dy, planes)] + ([] if dx is None else [dx])
     source, gradient = maps[:2]
     taps, gate = weight.contiguous(), gate.contiguous()
-    p = _problem(planes, maps, taps, circular)
+    p = problem(planes, maps, taps, circular)
     dz = None if dweight is None else _channels(x)
     tile = plan.resident(p.shape, maps=2)
     if tile is None:
@@ -302,9 +302,9 @@ def _backward_resident(
         dz,
         s.channels,
         s.pixels,
-        *_strides(dy, s.planes),
-        *_strides(x, s.planes),
-        *_strides(x if dx is None else dx, s.planes),
+        *strides_of(dy, s.planes),
+        *strides_of(x, s.planes),
+        *strides_of(x if dx is None else dx, s.planes),
         DX=dx is not None,
         DZ=dz is not None,
         BLOCK_S=tile.pixels,
@@ -327,7 +327,7 @@ def _backward_in_passes(
     partial = _sums(p, pass_, x, dy)
     shift = None if dx is None else _channels(x)
     parts = power_of_two(pass_.splits)
-    channels = _channels_with(parts)
+    channels = channels_with(parts)
     wrap_triton(gate_gradients)[(p.tiles(channels),)](
         partial,
         weight,
@@ -376,7 +376,7 @@ def pool(x: Tensor, mean: Tensor) -> None:
     """Write the means (N, C) of x (N, C, *spatial), which has samples and channels."""
     planes = in_planes(x)
     source = readable(x, planes)
-    p = _problem(planes, [source])
+    p = problem(planes, [source])
     pass_ = plan.two_passes(p.shape)
     _finish(p, pass_, _sums(p, pass_, source, None), mean, mean=True)
 
@@ -390,7 +390,7 @@ def rescale(x: Tensor, gate: Tensor, shift: Tensor | None, y: Tensor) -> None:
     """
     planes = in_planes(x)
     source = readable(x, planes)
-    p = _problem(planes, [source, y])
+    p = problem(planes, [source, y])
     shift = None if shift is None else _for_sums(shift, x)
     _scale(p, plan.two_passes(p.shape), source, y, _for_sums(gate, x), shift)
 
@@ -405,7 +405,7 @@ def rescale_backward(dy: Tensor, x: Tensor, gate: Tensor, dx: Tensor | None, dga
     """
     planes = in_planes(x)
     maps = [readable(x, planes), readable(dy, planes)] + ([] if dx is None else [dx])
-    p = _problem(planes, maps)
+    p = problem(planes, maps)
     pass_ = plan.two_passes(p.shape)
     _finish(p, pass_, _sums(p, pass_, maps[0], maps[1]), dgate, mean=False)
     if dx is not None:
@@ -419,7 +419,7 @@ def _for_sums(values: Tensor, x: Tensor) -> Tensor:
 
 def _finish(p: Problem, pass_: Pass, partial: Tensor, result: Tensor, mean: bool) -> None:
     parts = power_of_two(pass_.splits)
-    channels = _channels_with(parts)
+    channels = channels_with(parts)
     wrap_triton(finish)[(p.tiles(channels),)](
         partial,
         result,

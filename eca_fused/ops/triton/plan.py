@@ -26,6 +26,11 @@ STREAM = 4096
 STREAM_BLOCKS = 8
 SPLITS_MOST = 256
 
+# The same for a pass of a residual block's tail, which has up to three maps and three sums at once,
+# and the threads of a tile. Its mask has eight elements of a row in a byte.
+TAIL = 2048
+TAIL_THREADS = 128
+
 
 def power_of_two(at_least: int) -> int:
     """The smallest power of two that is at least this; 1 for less than 1."""
@@ -110,13 +115,31 @@ def two_passes(shape: Shape, tile: Tile | None = None) -> Pass:
     """
     if tile is not None:
         return Pass(tile, 1, 1)
+    channels, pixels = _tile(shape, STREAM, 1)
+    return _pass(shape, Tile(channels, pixels, warps(channels * pixels, 0)))
+
+
+def tail(shape: Shape) -> Pass:
+    """The plan of the passes of a residual block's tail."""
+    elements = TAIL // (2 if shape.itemsize == 8 else 1)
+    return _pass(shape, Tile(*_tile(shape, elements, 8), TAIL_THREADS // 32))
+
+
+def _tile(shape: Shape, elements: int, least: int) -> tuple[int, int]:
+    """Channels and pixels of a tile with about so many elements, `least` or more along a row."""
     if shape.planes:
-        pixels = min(power_of_two(shape.pixels), 1024)
-        channels = min(power_of_two(shape.channels), max(STREAM // pixels, 1))
+        pixels = max(min(power_of_two(shape.pixels), 1024), least)
+        channels = min(power_of_two(shape.channels), max(elements // pixels, 1))
     else:
-        channels = min(power_of_two(shape.channels), 2 * LINE_BYTES // shape.itemsize)
-        pixels = min(power_of_two(shape.pixels), max(STREAM // channels, 1))
-    tiles = shape.samples * ceil_div(shape.channels, channels)
+        channels = max(min(power_of_two(shape.channels), 2 * LINE_BYTES // shape.itemsize), least)
+        pixels = min(power_of_two(shape.pixels), max(elements // channels, 1))
+    return channels, pixels
+
+
+def _pass(shape: Shape, tile: Tile) -> Pass:
+    """How many tiles a program has, so that there are enough programs and not too many parts."""
+    pixels = tile.pixels
+    tiles = shape.samples * ceil_div(shape.channels, tile.channels)
     blocks = 1
     while blocks < STREAM_BLOCKS and blocks * pixels < shape.pixels:
         blocks *= 2
@@ -124,8 +147,4 @@ def two_passes(shape: Shape, tile: Tile | None = None) -> Pass:
         blocks //= 2
     while ceil_div(shape.pixels, blocks * pixels) > SPLITS_MOST:
         blocks *= 2
-    return Pass(
-        Tile(channels, pixels, warps(channels * pixels, 0)),
-        blocks,
-        max(1, ceil_div(shape.pixels, blocks * pixels)),
-    )
+    return Pass(tile, blocks, max(1, ceil_div(shape.pixels, blocks * pixels)))

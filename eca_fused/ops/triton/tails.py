@@ -1,0 +1,194 @@
+"""The operators of a residual block's tail that pass over maps; see TailKernels in kernels.py."""
+
+import torch
+from torch import Tensor
+
+from eca_fused.ops import tail_fakes
+from eca_fused.ops.checks import ACTIVATIONS, check_dy, check_identity, check_x
+from eca_fused.ops.results import mask_bytes, sums_dtype
+from eca_fused.ops.triton import tail_launch
+from eca_fused.ops.triton.maps import in_planes
+from eca_fused.ops.triton.operators import empty_like, on_device, operator
+
+__all__ = ["moments", "tail", "tail_gradients", "tail_sums"]
+
+# ---- what they check, beyond the maps ----
+
+
+def _check(
+    x: Tensor,
+    identity: Tensor | None,
+    dy: Tensor | None,
+    activation: int,
+    coefficients: dict[str, tuple[Tensor, int, int]],
+) -> None:
+    """Raise TypeError or ValueError for arguments that do not fit.
+
+    Args:
+        x, identity, dy: the maps; None for those that are absent.
+        activation: a place in ACTIVATIONS.
+        coefficients: by name, how many there are and of how many dimensions of x, (C,) or (N, C).
+    """
+    check_x(x)
+    if identity is not None:
+        check_identity(x, identity)
+    if dy is not None:
+        check_dy(x, dy)
+    if not 0 <= activation < len(ACTIVATIONS):
+        raise ValueError(
+            f"expected activation from 0 to {len(ACTIVATIONS) - 1} ({', '.join(ACTIVATIONS)}), "
+            f"got {activation}"
+        )
+    dtype = sums_dtype(x)
+    for name, (t, kinds, dims) in coefficients.items():
+        shape = (kinds, *x.shape[2 - dims : 2])
+        fits = t.shape == shape and t.dtype == dtype and t.device == x.device
+        if not (fits and t.is_contiguous()):
+            raise ValueError(
+                f"expected {name} contiguous, of shape {tuple(shape)} and {dtype} on {x.device}, "
+                f"got {tuple(t.shape)}, {t.dtype}, on {t.device}"
+            )
+
+
+def _mask_size(x: Tensor, activation: int) -> int:
+    """Bytes of the mask; its size does not depend on the layout, as in csrc/tail_ops.cpp."""
+    if ACTIVATIONS[activation] != "relu":
+        return 0
+    return max(mask_bytes(x, True), mask_bytes(x, False))
+
+
+def _check_mask(mask: Tensor, x: Tensor, activation: int) -> None:
+    size = _mask_size(x, activation)
+    fits = mask.shape == (size,) and mask.dtype == torch.uint8 and mask.device == x.device
+    if not (fits and mask.is_contiguous()):
+        raise ValueError(
+            f"expected mask as the forward operator returned it for x, {size} bytes, got "
+            f"{tuple(mask.shape)}, {mask.dtype}, on {mask.device}"
+        )
+
+
+def _need_identity(identity: Tensor | None, needed: bool, what: str) -> None:
+    if needed and identity is None:
+        raise ValueError(f"expected identity for {what}, got None")
+
+
+# ---- the operators ----
+
+
+@operator("eca_fused::triton_moments", mutates_args=())
+def _moments(x: Tensor) -> Tensor:
+    check_x(x)
+    found = x.new_empty((2, *x.shape[:2]), dtype=torch.float64)
+    if x.numel() == 0:
+        return found.zero_()
+    with on_device(x):
+        tail_launch.moments(x, found)
+    return found
+
+
+@operator("eca_fused::triton_tail", mutates_args=())
+def _tail(
+    x: Tensor,
+    identity: Tensor | None,
+    planes: Tensor,
+    channels: Tensor,
+    activation: int,
+    need_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    _check(x, identity, None, activation, {"planes": (planes, 2, 2), "channels": (channels, 3, 1)})
+    y = empty_like(x)
+    size = _mask_size(x, activation) if need_mask else 0
+    # The same bytes on every run, those too that only the other layout would need.
+    whole = size == mask_bytes(x, in_planes(x))
+    mask = (x.new_empty if whole else x.new_zeros)(size, dtype=torch.uint8)
+    if x.numel() != 0:
+        with on_device(x):
+            kept = None if size == 0 else mask
+            tail_launch.tail(x, identity, planes, channels, activation, y, kept)
+    return y, mask
+
+
+@operator("eca_fused::triton_tail_sums", mutates_args=())
+def _tail_sums(
+    dy: Tensor,
+    x: Tensor,
+    identity: Tensor | None,
+    mask: Tensor,
+    planes: Tensor,
+    channels: Tensor,
+    activation: int,
+    identity_sum: bool,
+) -> Tensor:
+    _check(x, identity, dy, activation, {"planes": (planes, 2, 2), "channels": (channels, 3, 1)})
+    _check_mask(mask, x, activation)
+    _need_identity(identity, identity_sum, "its sum")
+    sums = x.new_empty((3 if identity_sum else 2, *x.shape[:2]), dtype=torch.float64)
+    if x.numel() == 0:
+        return sums.zero_()
+    with on_device(x):
+        tail_launch.tail_sums(dy, x, identity, mask, planes, channels, activation, sums)
+    return sums
+
+
+@operator("eca_fused::triton_tail_gradients", mutates_args=())
+def _tail_gradients(
+    dy: Tensor,
+    x: Tensor,
+    identity: Tensor | None,
+    mask: Tensor,
+    planes: Tensor,
+    channels: Tensor,
+    gradient_planes: Tensor,
+    gradient_channels: Tensor,
+    activation: int,
+    by_x: bool,
+    by_identity: bool,
+    need_dx: bool,
+    need_d_identity: bool,
+) -> tuple[Tensor, Tensor]:
+    coefficients = {
+        "planes": (planes, 2, 2),
+        "channels": (channels, 3, 1),
+        "gradient_planes": (gradient_planes, 2, 2),
+        "gradient_channels": (gradient_channels, 4, 1),
+    }
+    _check(x, identity, dy, activation, coefficients)
+    _check_mask(mask, x, activation)
+    _need_identity(identity, by_identity, "a gradient that it is part of")
+    dx = empty_like(x) if need_dx else None
+    d_identity = empty_like(x) if need_d_identity else None
+    if x.numel() != 0 and (need_dx or need_d_identity):
+        with on_device(x):
+            tail_launch.tail_gradients(
+                dy,
+                x,
+                identity,
+                mask,
+                planes,
+                channels,
+                gradient_planes,
+                gradient_channels,
+                activation,
+                by_x,
+                by_identity,
+                dx,
+                d_identity,
+            )
+    return (
+        x.new_empty(0) if dx is None else dx,
+        x.new_empty(0) if d_identity is None else d_identity,
+    )
+
+
+for _body, _fake in (
+    (_moments, tail_fakes.moments),
+    (_tail, tail_fakes.tail),
+    (_tail_sums, tail_fakes.tail_sums),
+    (_tail_gradients, tail_fakes.tail_gradients),
+):
+    _body.register_fake(_fake)
+
+moments = torch.ops.eca_fused.triton_moments.default
+tail = torch.ops.eca_fused.triton_tail.default
+tail_sums = torch.ops.eca_fused.triton_tail_sums.default
+tail_gradients = torch.ops.eca_fused.triton_tail_gradients.default
