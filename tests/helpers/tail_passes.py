@@ -1,14 +1,20 @@
-"""The passes of a residual block's tail as CUDA kernels do them, and what is right in float64."""
+"""The passes of a residual block's tail as kernels do them, and what is right in float64."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from helpers.cases import LAYOUTS, assert_near, in_layout, normal
 from helpers.gpu_host import Outcome
-from helpers.gpu_host_tails import TailGpu
+
+
+class Passes(Protocol):
+    """Kernels that do the passes: TailGpu of gpu_host_tails.py, TritonPasses of triton_tails.py."""
+
+    def run(self, operation: str, x: Tensor, layout: str, **given: Any) -> Outcome:
+        """The first and second map written, the mask, and sums; NaN or 255 where nothing was."""
 
 # One pixel; planes below a vector; no multiples of it; multiples of 4 and not of 8; rows that need
 # several tiles; channels that are whole vectors, and more than a block has columns for.
@@ -80,8 +86,10 @@ class Case:
         centre, scale, identity_centre = self.channels.double()[:, None, :, None]
         p, q = self.planes.double()[..., None]
         self.from_centre = self.x.double() - centre
-        other = torch.zeros(()) if self.identity is None else self.identity.double()
-        self.identity_from_centre = other - identity_centre if identity else torch.zeros(())
+        other = torch.zeros((), device="cpu") if self.identity is None else self.identity.double()
+        self.identity_from_centre = (
+            other - identity_centre if identity else torch.zeros((), device="cpu")
+        )
         by_identity = scale * self.identity_from_centre
         self.v = p * self.from_centre + q + by_identity
         self.terms = (p * self.from_centre).abs() + q.abs() + by_identity.abs()
@@ -97,12 +105,12 @@ class Case:
         rows = kept if self.layout == "contiguous" else kept.transpose(1, 2)
         length = rows.shape[2]
         padded = torch.nn.functional.pad(rows, (0, -length % 8)).reshape(-1, 8)
-        return (padded.long() << torch.arange(8)).sum(1).to(torch.uint8)
+        return (padded.long() << torch.arange(8, device="cpu")).sum(1).to(torch.uint8)
 
     def kept_by(self, mask: Tensor) -> Tensor:
         n, c, s = self.x.shape
         rows, length = (c, s) if self.layout == "contiguous" else (s, c)
-        bits = (mask.long()[:, None] >> torch.arange(8)) & 1
+        bits = (mask.long()[:, None] >> torch.arange(8, device="cpu")) & 1
         kept = bits.reshape(n, rows, -1)[..., :length].bool()
         return kept if self.layout == "contiguous" else kept.transpose(1, 2)
 
@@ -125,7 +133,7 @@ def activated(activation: str, v: Tensor) -> Tensor:
     return v if activation == "none" else getattr(torch.nn.functional, activation)(v)
 
 
-def check_tail(gpu: TailGpu, case: Case, **how: Any) -> dict[str, Any]:
+def check_tail(gpu: Passes, case: Case, **how: Any) -> dict[str, Any]:
     relu = case.activation == "relu"
     outcome = gpu.run(
         "tail", case.x, case.layout, identity=case.identity, want_mask=relu,
@@ -146,14 +154,14 @@ def check_tail(gpu: TailGpu, case: Case, **how: Any) -> dict[str, Any]:
     return outcome.plan
 
 
-def check_sums(gpu: TailGpu, case: Case, identity_sum: bool, **how: Any) -> dict[str, Any]:
+def check_sums(gpu: Passes, case: Case, identity_sum: bool, **how: Any) -> dict[str, Any]:
     outcome = gpu.run(
         "tail_sums", case.x, case.layout, identity=case.identity, dy=case.dy,
         mask=case.mask(case.kept), identity_sum=identity_sum, **case.arguments(), **how,
     )  # fmt: skip
     sums = outcome.tensors[3]
     g = case.gradient()
-    factors = [torch.ones(()), case.from_centre, case.identity_from_centre]
+    factors = [torch.ones((), device="cpu"), case.from_centre, case.identity_from_centre]
     for k in range(2 + identity_sum):
         terms = (case.dy.double() * factors[k]).expand_as(g) * 1.2
         want = (g * factors[k]).sum(2)
@@ -165,7 +173,7 @@ def check_sums(gpu: TailGpu, case: Case, identity_sum: bool, **how: Any) -> dict
 
 
 def check_gradients(
-    gpu: TailGpu, case: Case, by: tuple[bool, bool], wants: tuple[bool, bool], **how: Any
+    gpu: Passes, case: Case, by: tuple[bool, bool], wants: tuple[bool, bool], **how: Any
 ) -> dict[str, Any]:
     outcome = gpu.run(
         "tail_gradients", case.x, case.layout, identity=case.identity, dy=case.dy,
@@ -192,7 +200,7 @@ def check_gradients(
 
 
 def check_moments(
-    gpu: TailGpu, x: Tensor, layout: str, wide: torch.dtype, **how: Any
+    gpu: Passes, x: Tensor, layout: str, wide: torch.dtype, **how: Any
 ) -> dict[str, Any]:
     outcome = gpu.run("moments", x, layout, **how)
     mean, squares, third = outcome.tensors[3]
@@ -209,7 +217,7 @@ def check_moments(
     return outcome.plan
 
 
-def check(gpu: TailGpu) -> None:
+def check(gpu: Passes) -> None:
     """All passes, for a few maps of float32. Raises at the first difference or fault."""
     for layout in LAYOUTS:
         for shape in ((2, 12, 49), (2, 60, 196), (1, 8, 3136), (2, 5, 7)):

@@ -224,6 +224,31 @@ def test_tracing_sees_the_kernels_and_the_strides(layout):
     assert y.stride() == x.stride()
 
 
+@compiles
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tracing_sees_the_kernels_of_a_tail(layout):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from eca_fused.ops.triton import tail_launch
+
+    with FakeTensorMode():
+        x = in_layout(torch.empty(8, 20, 14, 14, device="meta"), layout).to("meta")
+        planes, channels = (torch.empty(k, device="meta") for k in ((2, 8, 20), (3, 20)))
+        written = torch.empty(8 * 20 * 25, dtype=torch.uint8, device="meta")
+
+        def tail(x, planes, channels, mask):
+            y = torch.empty_like(x)
+            tail_launch.tail(x, x, planes, channels, 1, y, mask)
+            return y
+
+        graph = make_fx(tail)(x, planes, channels, written)
+        y, mask = torch.ops.eca_fused.triton_tail(x, x, planes, channels, 1, True)
+    assert "triton_kernel_wrapper_mutation" in graph.code
+    assert y.stride() == x.stride()
+    assert mask.numel() == 8 * max(20 * 25, 196 * 3)
+
+
 # ---- code for GPUs ----
 
 SHAPES = [
@@ -260,6 +285,10 @@ def test_compiles_without_spills(shape, k, dtype, layout, architecture, tmp_path
     check_code(launches, architecture, tmp_path, whole_lines=shape[-1] % 28 == 0)
 
 
+# Kernels that write a map.
+IN_LINES = ("scale", "forward_resident", "tail_result", "gradient_maps")
+
+
 def check_code(launches, architecture, folder, whole_lines):
     from helpers.triton_aot import compiled, usage
 
@@ -268,7 +297,7 @@ def check_code(launches, architecture, folder, whole_lines):
         used = usage(kernel, folder)
         assert used.stack == 0, f"{one.kernel.__name__} spills: {used}"
         assert used.shared <= 48 * 1024, f"{one.kernel.__name__}: {used}"
-        if whole_lines and one.kernel.__name__ in ("scale", "forward_resident"):
+        if whole_lines and one.kernel.__name__ in IN_LINES:
             assert "ld.global.v4.b32" in kernel.asm["ptx"]
             assert "st.global.v4.b32" in kernel.asm["ptx"]
 
@@ -293,6 +322,52 @@ def test_pooling_and_rescaling_compile_without_spills(layout, tmp_path, monkeypa
     names = [one.kernel.__name__ for one in launches]
     assert names == ["sums", "finish", "scale", "sums", "finish", "scale"]
     check_code(launches, 90, tmp_path, whole_lines=True)
+
+
+TAILS = [
+    ((32, 256, 56, 56), torch.bfloat16, "contiguous", "relu"),
+    ((32, 256, 56, 56), torch.bfloat16, "channels_last", "gelu"),
+    ((32, 512, 28, 28), torch.float32, "channels_last", "relu"),
+    ((32, 2048, 7, 7), torch.float16, "contiguous", "silu"),
+    ((1, 3, 200, 200), torch.float64, "contiguous", "relu"),
+]
+
+
+@compiles
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(("shape", "dtype", "layout", "activation"), TAILS, ids=name_of)
+def test_tails_compile_without_spills(
+    shape, dtype, layout, activation, architecture, tmp_path, monkeypatch
+):
+    from eca_fused.ops.checks import ACTIVATIONS
+    from eca_fused.ops.triton import tail_launch
+    from helpers.triton_aot import recorded
+
+    x = in_layout(torch.empty(shape, dtype=dtype, device="meta"), layout).to("meta")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    number, (n, c) = ACTIVATIONS.index(activation), shape[:2]
+    mask = torch.empty(0, dtype=torch.uint8, device="meta")
+
+    def some(*shape, of=wide):
+        return torch.empty(shape, dtype=of, device="meta")
+
+    planes, channels = some(2, n, c), some(3, c)
+
+    def every_pass():
+        maps, results = (x, x, x, mask), (torch.empty_like(x), torch.empty_like(x))
+        tail_launch.moments(x, some(2, n, c, of=torch.float64))
+        kept = mask if activation == "relu" else None
+        tail_launch.tail(x, x, planes, channels, number, results[0], kept)
+        sums = some(3, n, c, of=torch.float64)
+        tail_launch.tail_sums(*maps, planes, channels, number, sums)
+        gradients = planes, some(4, c), number, True, True
+        tail_launch.tail_gradients(*maps, planes, channels, *gradients, *results)
+
+    launches = recorded(every_pass, monkeypatch)
+    names = {one.kernel.__name__ for one in launches}
+    assert {"plane_moments", "tail_result", "gradient_sums", "gradient_maps"} <= names
+    assert ("merge_moments" in names) == ("finish" in names)
+    check_code(launches, architecture, tmp_path, whole_lines=shape[-1] % 28 == 0)
 
 
 # Warp instructions in the machine code of sm_90 for 512 bytes of x, forward and backward, for these

@@ -21,15 +21,17 @@ PROGRAMS = 8 if os.environ.get("TRITON_INTERPRET") == "1" else 128
 # A row of a channels_last tile is at least a cache line long.
 LINE_BYTES = 128
 
-# For a pass: elements of a tile, the usual limit of tiles per program, and the most parts of a sum.
+# For a pass: elements of a tile, the most of them in a row of planes, the usual limit of tiles per
+# program, and the most parts of a sum.
 STREAM = 4096
+ROW_MOST = 1024
 STREAM_BLOCKS = 8
 SPLITS_MOST = 256
 
-# The same for a pass of a residual block's tail, which has up to three maps and three sums at once,
-# and the threads of a tile. Its mask has eight elements of a row in a byte.
+# Elements and warps of a tile in a pass of a residual block's tail, which has up to three maps and
+# three sums at once. SiLU and GELU take registers too: a thread then has half as many elements.
 TAIL = 2048
-TAIL_THREADS = 128
+TAIL_WARPS = 4
 
 
 def power_of_two(at_least: int) -> int:
@@ -119,16 +121,23 @@ def two_passes(shape: Shape, tile: Tile | None = None) -> Pass:
     return _pass(shape, Tile(channels, pixels, warps(channels * pixels, 0)))
 
 
-def tail(shape: Shape) -> Pass:
-    """The plan of the passes of a residual block's tail."""
+def tail(shape: Shape, smooth: bool = False) -> Pass:
+    """The plan of the passes of a residual block's tail.
+
+    Args:
+        shape: of the map.
+        smooth: the pass computes SiLU or GELU.
+    """
     elements = TAIL // (2 if shape.itemsize == 8 else 1)
-    return _pass(shape, Tile(*_tile(shape, elements, 8), TAIL_THREADS // 32))
+    # A byte of the mask is for eight elements of a row.
+    channels, pixels = _tile(shape, elements, 8)
+    return _pass(shape, Tile(channels, pixels, TAIL_WARPS * (2 if smooth else 1)))
 
 
 def _tile(shape: Shape, elements: int, least: int) -> tuple[int, int]:
     """Channels and pixels of a tile with about so many elements, `least` or more along a row."""
     if shape.planes:
-        pixels = max(min(power_of_two(shape.pixels), 1024), least)
+        pixels = max(min(power_of_two(shape.pixels), ROW_MOST), least)
         channels = min(power_of_two(shape.channels), max(elements // pixels, 1))
     else:
         channels = max(min(power_of_two(shape.channels), 2 * LINE_BYTES // shape.itemsize), least)

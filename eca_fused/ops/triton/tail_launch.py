@@ -128,8 +128,9 @@ def tail(
     """
     in_rows = in_planes(x)
     source, other = readable(x, in_rows), _readable(identity, in_rows)
+    smooth = _is_smooth(activation)
     p = _problem(in_rows, source, other, y)
-    s, pass_ = p.shape, plan.tail(p.shape)
+    s, pass_ = p.shape, plan.tail(p.shape, smooth)
     wrap_triton(tail_result)[_grid(p, pass_)](
         source,
         other,
@@ -175,7 +176,7 @@ def tail_sums(
     gradient, source = readable(dy, in_rows), readable(x, in_rows)
     other = _readable(identity, in_rows) if smooth or with_identity else None
     p = _problem(in_rows, source, gradient, other)
-    s, pass_ = p.shape, plan.tail(p.shape)
+    s, pass_ = p.shape, plan.tail(p.shape, smooth)
     whole = pass_.splits == 1
     partial = sums if whole else sums.new_empty((*sums.shape, pass_.splits))
     wrap_triton(gradient_sums)[_grid(p, pass_)](
@@ -252,7 +253,7 @@ def tail_gradients(
     source = readable(x, in_rows) if smooth or by_x else None
     other = _readable(identity, in_rows) if smooth or by_identity else None
     p = _problem(in_rows, gradient, source, other, dx, d_identity)
-    s, pass_ = p.shape, plan.tail(p.shape)
+    s, pass_ = p.shape, plan.tail(p.shape, smooth)
     wrap_triton(gradient_maps)[_grid(p, pass_)](
         gradient,
         source,
