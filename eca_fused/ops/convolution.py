@@ -17,6 +17,8 @@ def convolve(values: Tensor, weight: Tensor, circular: bool) -> Tensor:
 def transposed(values: Tensor, weight: Tensor, circular: bool) -> Tensor:
     """The transpose of convolve(): out[n, c] = sum_j w[c - j + r, j] * values[n, c - j + r]."""
     channels, k = values.shape[1], weight.shape[2]
+    if weight.shape[0] == 1:  # fewer operations
+        return convolve(values, weight.flip(2), circular)
     r = k // 2
     return torch.stack(
         [

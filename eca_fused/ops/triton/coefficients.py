@@ -2,8 +2,9 @@
 
 They are (N, C) or (C,), so they move no bytes that count. As PyTorch has every operation of them,
 they need no kernels, no operators and no fakes: a tracer sees through them, and a compiler fuses
-them. The price is some 40 small launches for each direction of a tail, where the native backend has
-two. csrc/coefficients.h says what they compute, ops/tail.py derives it.
+them. With batch norm and ECA in training the price is some 50 small operations forward and 75
+backward, where the native backend has two. csrc/coefficients.h says what they compute, and
+ops/tail.py derives it.
 
 All of it is in float64, and is rounded once to what a pass takes.
 """
@@ -58,14 +59,17 @@ def _pair(
     return norms(t, TailOptions(eps=eps, identity_eps=identity_eps))
 
 
-def _factors(x: Tensor, gate: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The gate (N, C) and the scale (N, 1); ones for absent ones."""
-    n, c = x.shape[:2]
-    one = x.new_ones((), dtype=torch.float64)
+def _wide(gate: Tensor | None, scale: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+    """The gate (N, C) and the scale (N, 1) in float64; 1 for absent ones."""
     return (
-        one.expand(n, c) if gate is None else gate.double(),
-        one.expand(n, 1) if scale is None else scale.double().unsqueeze(1),
+        1.0 if gate is None else gate.double(),
+        1.0 if scale is None else scale.double().unsqueeze(1),
     )
+
+
+def _times(values: Tensor | float, factor: Tensor | float) -> Tensor | float:
+    """values * factor, without an operation for a factor that is absent."""
+    return values if isinstance(factor, float) and factor == 1.0 else values * factor
 
 
 def _stacked(x: Tensor, shape: tuple[int, ...], *rows: Tensor | float) -> Tensor:
@@ -128,9 +132,8 @@ def tail_coefficients(
         assert means is not None, "taps take them"
         z = convolve(mean_of_normed(own, distance.double()), weight.double(), circular)
         gate = made = torch.sigmoid(z).to(sums_dtype(x))
-    a, column = _factors(x, gate, scale)
-    factor = a * column
-    planes = _stacked(x, x.shape[:2], factor * alpha, factor * offset + shift)
+    factor = _times(*_wide(gate, scale))
+    planes = _stacked(x, x.shape[:2], _times(alpha, factor), _times(offset, factor) + shift)
     return planes, channels, made, distance
 
 
@@ -154,27 +157,31 @@ def tail_totals(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     own, _ = _pair(x, mean, variance, gamma, beta, eps)
     g, by_x = sums[0], sums[1]
-    a, column = _factors(x, gate, scale)
+    a, column = _wide(gate, scale)
     dfactor = by_x if own is None else own.alpha * by_x + own.beta * g
-    da = dfactor * column
+    dgate = dfactor if scale is None else dfactor * column
 
     made, dweight = x.new_empty(0), x.new_empty(0)
     if weight is not None:
         assert distance is not None, "the forward operator returned it"
-        dz, taps = da * a * (1 - a), weight.double()
+        dz, taps = dgate * a * (1 - a), weight.double()
         dmean = made = transposed(dz, taps, circular).to(sums_dtype(x))
         if need_dweight:
             inputs = mean_of_normed(own, distance.double())
             dweight = taps_gradient(dz, inputs, taps, circular).to(weight.dtype)
 
-    du, du_by_x = a * column * g, a * column * by_x
+    du = sums[:2] if gate is None and scale is None else sums[:2] * _times(a, column)
     if dmean is not None:
         assert distance is not None, "the forward operator returned it"
-        du, du_by_x = du + dmean.double(), du_by_x + dmean.double() * distance
-    by_identity = sums[2] if sums.shape[0] == 3 else torch.zeros_like(g)
-    totals = torch.stack([du, du_by_x, g, by_identity]).sum(1)
-    dgate = _like(gate, da, need_dgate)
-    return totals, dgate, _like(scale, (dfactor * a).sum(1), need_dscale), made, dweight
+        wide = dmean.double()
+        du = du + torch.stack([wide, wide * distance])
+    # g and, where it was summed, g * (identity - its centre)
+    others = [sums[::2]] if sums.shape[0] == 3 else [sums[:1], torch.zeros_like(sums[:1])]
+    totals = torch.cat([du, *others]).sum(1)
+    dscale = x.new_empty(0)
+    if scale is not None and need_dscale:
+        dscale = (dfactor if gate is None else dfactor * a).sum(1).to(scale.dtype)
+    return totals, _like(gate, dgate, need_dgate), dscale, made, dweight
 
 
 def _gradients(
@@ -190,14 +197,13 @@ def _gradients(
     """
     if norm is None:
         return totals[0], 0.0, 0.0
-    dgamma = norm_gradients(norm, totals[0], totals[1], None).weight
+    own = norm_gradients(norm, totals[0], totals[1], values if values > 0 else None)
     if values <= 0:
-        return dgamma, 0.0, 0.0
-    each = totals / values if shares is None else shares
-    found = norm_gradients(norm, each[0], each[1], 1.0)
+        return own.weight, 0.0, 0.0
+    found = own if shares is None else norm_gradients(norm, shares[0], shares[1], 1.0)
     assert found.slope is not None, "of a batch"
     assert found.offset is not None, "of a batch"
-    return dgamma, found.slope, found.offset
+    return own.weight, found.slope, found.offset
 
 
 def tail_gradient_coefficients(
@@ -239,11 +245,10 @@ def tail_gradient_coefficients(
         identity_dbeta = _like(identity_beta, totals[2])
     planes, channels = x.new_empty(0), x.new_empty(0)
     if need_planes:
-        a, column = _factors(x, gate, scale)
-        alpha = 1.0 if own is None else own.alpha
+        alpha: Tensor | float = 1.0 if own is None else own.alpha
         if dmean is not None:
-            offset = alpha * dmean.double() / x.shape[2:].numel() + offset
-        planes = _stacked(x, x.shape[:2], a * column * alpha, offset)
+            offset = dmean.double() * (alpha / x.shape[2:].numel()) + offset
+        planes = _stacked(x, x.shape[:2], _times(alpha, _times(*_wide(gate, scale))), offset)
         identity_alpha = 1.0 if identity is None else identity.alpha
         rows = slope, identity_alpha, identity_slope, identity_offset
         channels = _stacked(x, x.shape[1:2], *rows)
