@@ -95,6 +95,8 @@ constexpr struct {
     {'S', 2, 1, {835, 23, 0}, {686, 24, 0}},      {'S', 4, 2, {670, 0, 0}, {800, 0, 0}},
     {'S', 2, 2, {767, 0, 7.1}, {919, 0, 10.3}},
 };
+// What the tail of a block adds for each element of a vector: assumed.
+constexpr double kTailInstructions = 8;
 // Warp instructions of one multiprocessor in a microsecond: of its 4 at 1.98 GHz, as on an H200,
 // code that waits for memory as ours does issues six tenths.
 constexpr double kIssued = 4 * 1980 * 0.6;
@@ -121,11 +123,13 @@ struct Planner {
   const int64_t size = size_of(problem.dtype), accumulator = accumulator_size(problem.dtype);
   const int64_t V = 16 / size;  // elements in a vector
   const bool planes = problem.layout == Layout::kPlanes;
-  const bool backward = pass == Pass::kBackward;
+  const bool backward = is_backward(pass), tail = is_tail(pass);
   // Taps further out than the number of channels reach none.
   const int64_t pad = std::min(problem.kernel_size / 2, problem.channels);
   const int64_t map_bytes = problem.samples * problem.channels * problem.pixels * size;
   const int64_t maps = backward ? 2 : 1;  // that are read
+  // Of the tail's identity, or its gradient, and of the mask: one bit of each element.
+  const int64_t more_bytes = tail ? map_bytes + map_bytes / size / 8 : 0;
   const double multiprocessors = gpu.multiprocessors;
   // Of each block's shared memory, by the driver.
   const int64_t reserved = gpu.capability >= 80 ? 1 << 10 : 0;
@@ -143,9 +147,11 @@ struct Planner {
     const int64_t per_channel = problem.samples * problem.channels * accumulator;
     const int64_t taps = (problem.taps_per_channel ? problem.channels : 1) * problem.kernel_size *
                          (problem.taps_dtype == problem.dtype ? size : 4);
-    if (!backward) return 2 * per_channel + taps;
+    // A tail's scales, and six numbers of each channel.
+    const int64_t of_tail = tail ? (problem.samples + 6 * problem.channels) * accumulator : 0;
+    if (!backward) return 2 * per_channel + taps + of_tail;
     const int64_t dz = plan.strategy == 'C' || problem.taps_per_channel ? 2 * per_channel : 0;
-    return 2 * per_channel + 2 * taps + dz +
+    return 2 * per_channel + 2 * taps + dz + (tail ? of_tail + 5 * per_channel : 0) +
            2 * dweight_parts(plan) * problem.kernel_size * accumulator;
   }
 
@@ -195,7 +201,7 @@ struct Planner {
     return rounds > 1 ? 1 + kLastWave * (std::ceil(rounds) / rounds - 1) : 1;
   }
 
-  // C is counted as S, which is assumed.
+  // C is counted as S, which is assumed, and so is what a tail adds for each element.
   int64_t instructions(const Plan& plan) const {
     const Tiling& tiling = plan.tiling;
     const char strategy = plan.strategy == 'C' ? 'S' : plan.strategy;
@@ -206,9 +212,10 @@ struct Planner {
       return c.strategy == strategy && c.size == std::min<int64_t>(size, 4) && c.kind == kind;
     });
     const Count& count = backward ? counts->backward : counts->forward;
+    const double more = tail ? kTailInstructions * double(V) : 0;
     if (plan.strategy == 'C')
       return int64_t(double(map_bytes) / 512 *
-                     (count.warp / stream_pixel_depth(false) + count.vector));
+                     (count.warp / stream_pixel_depth(false) + count.vector + more));
     double blocks = double(plan.blocks), vectors = tiling.depth;  // of a thread
     if (strategy == 'K') vectors = tiling.share;
     double held = tiling.held;
@@ -220,8 +227,9 @@ struct Planner {
       if (kind == 1) vectors = double(tiling.share) / tiling.threads;
       if (kind == 2) held = tiling.tile;
     }
-    return int64_t(blocks * (tiling.threads / 32.0 * (count.warp + count.vector * vectors) +
-                             count.channel * held));
+    return int64_t(blocks *
+                   (tiling.threads / 32.0 * (count.warp + (count.vector + more) * vectors) +
+                    count.channel * held));
   }
 
   // The larger of a plan's time by its bytes and by its instructions.
@@ -286,8 +294,8 @@ struct Planner {
     if (plan.occupancy < 1) return {};
     const int64_t held_bytes =
         problem.samples * held_in_sample(tiling) * problem.pixels * size * maps;
-    plan.dram_bytes = (maps + 1) * map_bytes + small_bytes(plan);
-    plan.l2_bytes = held_bytes + map_bytes + small_bytes(plan);
+    plan.dram_bytes = (maps + 1) * map_bytes + more_bytes + small_bytes(plan);
+    plan.l2_bytes = held_bytes + map_bytes + more_bytes + small_bytes(plan);
     const double slots = double(plan.blocks) * tiling.threads * tiling.depth * 16;
     const double idle = 1 - double(held_bytes) / (slots * double(maps));
     // P's halo is half a sector on either side, of which whole ones move.
@@ -298,7 +306,8 @@ struct Planner {
     if (plan.occupancy == 1) speed *= kAlone;
     const double streaming = (double(plan.dram_bytes) + halo_bytes / how.halo_speed) *
                              (1 + how.idle * idle) * idle_at_the_end(plan) / speed;
-    const double by_bytes = std::max(streaming, busiest(plan, double(held_bytes + map_bytes)));
+    const double by_bytes =
+        std::max(streaming, busiest(plan, double(held_bytes + map_bytes + more_bytes)));
     const double cost = slower(&plan, by_bytes);
     return Candidate{plan, cost};
   }
@@ -344,8 +353,8 @@ struct Planner {
 
   std::optional<Candidate> columns(int32_t depth, int32_t threads, int64_t most_tile) const {
     if (planes || !access.aligned() || pad > V) return {};
-    // Backward 13 vectors of dy leave too few registers for x.
-    if (backward) depth = std::min(depth, 7);
+    // Backward 13 vectors of dy leave too few registers for x, and so do those of x for a tail.
+    if (backward || tail) depth = std::min(depth, 7);
     const int64_t rows = ceil_div(problem.pixels, depth), columns = threads / rows;
     if (columns < 1) return {};
     Tiling tiling{};
@@ -382,7 +391,7 @@ struct Planner {
     const int64_t parts = 2 * problem.samples * plan->tiling.parts *
                           sums_of_channels(int32_t(problem.channels)) * accumulator;
     const int64_t shift = backward ? 2 * problem.samples * problem.channels * accumulator : 0;
-    const int64_t small = small_bytes(*plan) + parts + shift;
+    const int64_t small = small_bytes(*plan) + parts + shift + more_bytes;
     plan->dram_bytes = (maps + 1) * map_bytes + small;
     plan->l2_bytes = (maps + (plan->strategy == 'S' ? 2 : 1)) * map_bytes + small;
   }
@@ -390,7 +399,7 @@ struct Planner {
   // K with this number of vectors in a thread; 0 takes what fits. `for_l1`: bytes of a
   // multiprocessor's memory that shared memory leaves free.
   std::optional<Candidate> kept(int64_t vectors, int64_t for_l1) const {
-    const int64_t depth = backward ? kKeptBackwardDepth : kKeptForwardDepth;
+    const int64_t depth = backward ? kKeptBackwardDepth : tail ? kKeptTailDepth : kKeptForwardDepth;
     if (planes) return {};
     std::optional<Plan> plan = all_channels('K', int32_t(depth));
     if (!plan) return {};
@@ -521,8 +530,10 @@ struct Planner {
     plan.shared_bytes = planes ? 0 : tiling.threads * V * accumulator;
     plan.occupancy = occupancy(plan, kPassThreads, kPassBlocks);
     const bool reused = tiling.chunk * sample_bytes * maps <= gpu.l2 / 2;
-    plan.l2_bytes = (maps + 2) * map_bytes + small_bytes(plan);
-    plan.dram_bytes = (maps + (reused ? 1 : 2)) * map_bytes + small_bytes(plan);
+    plan.l2_bytes = (maps + 2) * map_bytes + more_bytes + small_bytes(plan);
+    // The passes of a tail are over all samples.
+    const int64_t moved = tail ? 2 * maps + 1 : maps + (reused ? 1 : 2);
+    plan.dram_bytes = moved * map_bytes + more_bytes + small_bytes(plan);
     const double idle = std::max(1.0, multiprocessors / kOneMultiprocessor / double(plan.blocks));
     const double cost = slower(&plan, double(plan.dram_bytes) / kTwoPassSpeed * idle);
     return {plan, cost + gates_of_channels()};
@@ -537,7 +548,7 @@ struct Planner {
     };
     const int32_t most = f.strategy == 'R' ? 512 : kColumnThreads;
     if (!registers_fit() || f.depth < 0 || f.threads < 32 || f.threads > most ||
-        (f.threads & (f.threads - 1)) != 0)
+        (f.threads & (f.threads - 1)) != 0 || (tail && (f.strategy == 'S' || !tail_fits())))
       return {};
     switch (f.strategy) {
       case 'S': return stream();
@@ -549,6 +560,13 @@ struct Planner {
     }
   }
 
+  // Where a vector has four channels of a pixel, a byte of the mask has bits of two threads. There a
+  // tail has its passes.
+  // Backward the means for the taps of each channel are not there, only their distances.
+  bool tail_fits() const {
+    return backward ? planes && !problem.taps_per_channel : planes || size == 2;
+  }
+
   Candidate best() const {
     Candidate best = two_passes();
     const auto consider = [&](const std::optional<Candidate>& c) {
@@ -557,8 +575,8 @@ struct Planner {
       };
       if (c && time(*c) < time(best)) best = *c;
     };
-    if (!registers_fit()) return best;
-    consider(stream());
+    if (!registers_fit() || (tail && !tail_fits())) return best;
+    if (!tail) consider(stream());
     // Fewer vectors of a thread give more blocks.
     for (int64_t vectors : {0, 25, 20, 16, 12, 8, 4, 2}) consider(kept(vectors, kLeftToL1));
     for (int32_t threads : {128, 256, 512}) {
@@ -582,7 +600,7 @@ struct Planner {
   Plan complete(Plan plan) const {
     plan.dweight_parts = dweight_parts(plan);
     if (plan.strategy == 'K' || plan.strategy == 'S') plan.counters = 2 * problem.samples;
-    plan.map_bytes = (maps + 1) * map_bytes;
+    plan.map_bytes = (maps + 1) * map_bytes + more_bytes;
     plan.workspace = workspace_layout(problem, pass, plan).end;
     return plan;
   }
@@ -628,6 +646,26 @@ Access dense_access(const Problem& problem) {
   return {access_width(length * size_of(problem.dtype)), true, samples, samples, false};
 }
 
+Access access_of(const Problem& p, const Map& map) {
+  const int64_t size = size_of(p.dtype), rows = p.layout == Layout::kPlanes ? p.channels : p.pixels,
+                length = p.layout == Layout::kPlanes ? p.pixels : p.channels;
+  const int64_t row_stride = rows <= 1 ? 0 : map.row_stride,
+                sample_stride = p.samples <= 1 ? 0 : map.sample_stride;
+  // Divides the map's address and each of the numbers of elements that | joins.
+  const auto width = [&](int64_t elements) {
+    return access_width(int64_t(reinterpret_cast<uintptr_t>(map.data)) | elements * size);
+  };
+  const bool samples_aligned = width(rows * length | sample_stride) == 16;
+  return {width(length | row_stride | sample_stride), rows <= 1 || map.row_stride == length,
+          samples_aligned, samples_aligned, false};
+}
+
+Access both(const Access& source, const Access& result) {
+  return {std::min(source.width, result.width), source.dense && result.dense,
+          result.samples_aligned, source.samples_aligned && source.sources_aligned,
+          source.in_place || result.in_place};
+}
+
 const char* strategy_name(char letter) {
   for (const Strategy& s : kStrategies)
     if (s.letter == letter) return s.name;
@@ -669,7 +707,7 @@ SharedLayout shared_layout(const Problem& problem, Pass pass, char strategy, con
   const int64_t rows = planes ? 0 : tiling.threads / std::max<int64_t>(1, tiling.held / V);
   const int64_t reached = tiling.held + (tiling.halo ? 0 : 2 * int64_t(tiling.pad));
   place(&shared.padded, reached);
-  place(&shared.means, pass == Pass::kBackward ? reached : 0);
+  place(&shared.means, is_backward(pass) ? reached : 0);
   place(&shared.taps, problem.taps_per_channel ? 0 : problem.kernel_size);
   // A gate beyond the last, for the last vector of a run.
   place(&shared.gate, strategy == 'R' ? 0 : tiling.held + 1);
@@ -686,6 +724,10 @@ SharedLayout shared_layout(const Problem& problem, Pass pass, char strategy, con
   if (strategy == 'S') at = std::max(at, terms * accumulator);  // all else comes after their use
   else place(&shared.terms, terms);
   place(&shared.held, ceil_div(int64_t(tiling.spare) * tiling.threads * 16, accumulator));
+  place(&shared.tail, pass == Pass::kTailForward && !planes
+                          ? ceil_div(tiling.tile, 8) * int64_t(kTailColumnTerms)
+                      : pass == Pass::kTailBackward && strategy == 'F' ? tiling.held + 2
+                                                                       : 0);
   shared.end = int32_t(at);
   return shared;
 }
@@ -693,7 +735,7 @@ SharedLayout shared_layout(const Problem& problem, Pass pass, char strategy, con
 WorkspaceLayout workspace_layout(const Problem& problem, Pass pass, const Plan& plan) {
   const Tiling& tiling = plan.tiling;
   const int64_t accumulator = accumulator_size(problem.dtype);
-  const bool two_passes = plan.strategy == 'C', backward = pass == Pass::kBackward;
+  const bool two_passes = plan.strategy == 'C', backward = is_backward(pass);
   const int64_t per_channel = problem.samples * problem.channels * accumulator;
   WorkspaceLayout w{};
   const auto place = [&](int64_t* where, int64_t bytes) {

@@ -48,7 +48,7 @@ constexpr int32_t kColumnThreads = 256;
 constexpr int32_t column_blocks(int32_t depth) { return depth > 7 ? 2 : 3; }
 
 // Strategy K: vectors in registers, as above. More of them are in shared memory.
-constexpr int32_t kKeptForwardDepth = 20, kKeptBackwardDepth = 7;
+constexpr int32_t kKeptForwardDepth = 20, kKeptBackwardDepth = 7, kKeptTailDepth = 12;
 constexpr int32_t kept_blocks(bool backward) { return backward ? 3 : 2; }
 
 // Strategy S: of pixels, of parts of planes, and of runs.
@@ -134,10 +134,20 @@ struct Access {
 // The largest power of two that divides a number of bytes, at most 16.
 inline int32_t access_width(int64_t bytes) { return int32_t((bytes | 16) & -(bytes | 16)); }
 
-// The access of contiguous memory.
+// The access of contiguous memory, of a map, and of a source and a result.
 Access dense_access(const Problem& problem);
+Access access_of(const Problem& problem, const Map& map);
+Access both(const Access& source, const Access& result);
 
-enum class Pass { kForward, kBackward };
+// Of ECA, and of a residual block's tail with ECA's gate (BlockTail of eca.h). A tail also reads the
+// identity and writes a mask; backward it reads that and writes the identity's gradient. It has R and
+// F, forward also P and K. C stands for the passes of cuda/tail_plan.h.
+enum class Pass { kForward, kBackward, kTailForward, kTailBackward };
+
+constexpr bool is_backward(Pass pass) {
+  return pass == Pass::kBackward || pass == Pass::kTailBackward;
+}
+constexpr bool is_tail(Pass pass) { return pass >= Pass::kTailForward; }
 
 // The strategies, by the names that users see.
 struct Strategy {
@@ -166,8 +176,11 @@ Plan make_plan(const Problem& problem, Pass pass, const Access& access, const Gp
 
 // Byte offsets in a block's shared memory, which the kernels and the planner have in common.
 struct SharedLayout {
-  int32_t flag, padded, means, taps, gate, shift, scratch, terms, held, end;
+  int32_t flag, padded, means, taps, gate, shift, scratch, terms, held, tail, end;
 };
+
+// Numbers from one column of a tail's terms to the next: five for each of eight channels.
+constexpr int32_t kTailColumnTerms = 44;
 
 // Of all strategies but C.
 SharedLayout shared_layout(const Problem& problem, Pass pass, char strategy, const Tiling& tiling);

@@ -61,6 +61,20 @@ void run(const TailGradients& t, const Device& device) {
   on_cpu([&] { cpu::kernels().tail_gradients(t, thread_pool()); });
 }
 
+void run(const BlockTail& b, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::block_tail(b, device.index);
+#endif
+  on_cpu([&] { cpu::kernels().block_tail(b, thread_pool()); });
+}
+
+void run(const BlockTailBackward& b, const Device& device) {
+#if defined(ECA_FUSED_WITH_CUDA)
+  if (device.type == kCudaType) return cuda_call::block_tail_backward(b, device.index);
+#endif
+  on_cpu([&] { cpu::kernels().block_tail_backward(b, thread_pool()); });
+}
+
 void clear(void* memory, int64_t bytes, const Device& device) {
 #if defined(ECA_FUSED_WITH_CUDA)
   if (device.type == kCudaType) return cuda_call::set_to_zero(memory, bytes, device.index);
@@ -233,7 +247,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> block_tail(const Tensor& x,
   const Tensor taps = as_contiguous(weight);
   BlockTail b = block_tail_of(maps, act, taps, scale, channels, mask, distance, gate);
   b.y = maps.of(y);
-  on_cpu([&] { cpu::kernels().block_tail(b, thread_pool()); });
+  run(b, device_of(x));
   return {y, mask, distance, gate};
 }
 
@@ -270,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_tail_backward(
                             identity_sum,
                             dmean.data_ptr(),
                             need_dweight ? dweight.data_ptr() : nullptr};
-  on_cpu([&] { cpu::kernels().block_tail_backward(b, thread_pool()); });
+  run(b, device_of(x));
   return {dx, d_identity, sums, dmean, dweight};
 }
 
@@ -344,13 +358,11 @@ static void implement_passes(Library& m) {
   m.impl("tail_sums", TORCH_BOX(&eca::tail_sums));
   m.impl("tail_gradients", TORCH_BOX(&eca::tail_gradients));
   m.impl("tail_inference", TORCH_BOX(&eca::tail_inference));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) {
-  implement_passes(m);
   m.impl("block_tail", TORCH_BOX(&eca::block_tail));
   m.impl("block_tail_backward", TORCH_BOX(&eca::block_tail_backward));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) { implement_passes(m); }
 
 #if defined(ECA_FUSED_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(eca_fused, CUDA, m) { implement_passes(m); }

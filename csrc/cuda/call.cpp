@@ -113,7 +113,8 @@ Forced forced_plan;
 
 // Plans are kept: a network's layers come again in every step, and finding one beats making it.
 const Plan& plan_for(const Problem& problem, Pass pass, const Access& access, int32_t device) {
-  if (forcing.load(std::memory_order_acquire)) {
+  // A plan is forced upon ECA alone: a tail's kernels are others.
+  if (!is_tail(pass) && forcing.load(std::memory_order_acquire)) {
     static thread_local Plan plan;
     const std::lock_guard<std::mutex> lock(force_mutex);
     plan = make_plan(problem, pass, access, description(device), &forced_plan);
@@ -137,9 +138,8 @@ const Plan& plan_for(const Problem& problem, Pass pass, const Access& access, in
 }
 
 template <class Call, class Run>
-void run(const Call& call, Pass pass, int32_t device, Run kernels) {
+void run(const Call& call, const Plan& plan, int32_t device, Run kernels) {
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Plan& plan = plan_for(call.problem, pass, cuda::access_of(call), device);
   const cuda::StreamHandle stream = current_stream(device);
   Tensor keep_counters, keep_workspace;
   cuda::Memory memory{nullptr, nullptr, stream};
@@ -149,6 +149,11 @@ void run(const Call& call, Pass pass, int32_t device, Run kernels) {
     memory.workspace = keep_workspace.data_ptr();
   }
   kernels(call, plan, memory);
+}
+
+template <class Call, class Run>
+void run(const Call& call, Pass pass, int32_t device, Run kernels) {
+  run(call, plan_for(call.problem, pass, cuda::access_of(call), device), device, kernels);
 }
 
 int64_t workspace_of(const cuda::TailPlan&) { return 0; }
@@ -178,6 +183,18 @@ void run_apart(const Call& call, int32_t device, Run kernels) {
                  [&](const cuda::Memory& memory) { kernels(call, plan, memory); });
 }
 
+// The tail of a block: on chip where a plan has it there, else in passes.
+template <class Call, class Run>
+void run_tail(const Call& call, const Problem& problem, Pass pass, int32_t device, Run kernels) {
+  if (cuda::fits_on_chip(call)) {
+    const Plan& plan = plan_for(problem, pass, cuda::access_of(call), device);
+    if (plan.strategy != 'C') return run(call, plan, device, kernels);
+  }
+  const cuda::TailPasses passes = cuda::passes_of(call, description(device));
+  with_workspace(passes.workspace, device,
+                 [&](const cuda::Memory& memory) { kernels(call, passes, memory); });
+}
+
 }  // namespace
 
 void force_plan(const Forced* forced) {
@@ -205,6 +222,20 @@ void backward(const Backward& b, int32_t device) {
 void reduce(const Reduce& r, int32_t device) { run_apart(r, device, cuda::reduce); }
 
 void scale(const Scale& s, int32_t device) { run_apart(s, device, cuda::scale); }
+
+void block_tail(const BlockTail& b, int32_t device) {
+  run_tail(b, b.problem, Pass::kTailForward, device,
+           [](const BlockTail& call, const auto& plan, const cuda::Memory& memory) {
+             cuda::block_tail(call, plan, memory);
+           });
+}
+
+void block_tail_backward(const BlockTailBackward& b, int32_t device) {
+  run_tail(b, b.forward.problem, Pass::kTailBackward, device,
+           [](const BlockTailBackward& call, const auto& plan, const cuda::Memory& memory) {
+             cuda::block_tail_backward(call, plan, memory);
+           });
+}
 
 void moments(const Moments& t, int32_t device) { run_apart(t, device, cuda::moments); }
 

@@ -21,6 +21,8 @@ void moments(const Moments& t, int32_t device);
 void tail(const Tail& t, int32_t device);
 void tail_sums(const TailSums& t, int32_t device);
 void tail_gradients(const TailGradients& t, int32_t device);
+void block_tail(const BlockTail& b, int32_t device);
+void block_tail_backward(const BlockTailBackward& b, int32_t device);
 
 // The passes of attention after an activation.
 void activated_sums(const ActivatedSums& t, int32_t device);

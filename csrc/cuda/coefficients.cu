@@ -163,8 +163,10 @@ __global__ void __launch_bounds__(kThreads, 2) sample_gradients(Totals t, Totals
   for (int64_t c = thread_index(); c < C; c += kThreads) {
     const int64_t i = n * C + c;
     const NormChannel norm = norm_of<A>(t.norm, c);
-    const double gate = number(t.gate, i, 1), dfactor = norm.alpha * value_at(t.sums + NC + i) +
-                                                        norm.beta * value_at(t.sums + i);
+    // Without a norm, beta is zero, and an infinite sum of g must not become NaN.
+    const double gate = number(t.gate, i, 1),
+                 by_beta = norm.beta == 0 ? 0 : norm.beta * value_at(t.sums + i),
+                 dfactor = norm.alpha * value_at(t.sums + NC + i) + by_beta;
     dscale += dfactor * gate;
     put_number(t.dgate, t.gate.dtype, i, dfactor * scale);
     if (!t.weight) continue;

@@ -134,6 +134,12 @@ __device__ inline void add_products(const Column<T, kDepth>& column,
   }
 }
 
+// As Spare of kept.h, where registers hold everything.
+struct NoSpares {
+  template <class Body>
+  __device__ void for_each(Body) const {}
+};
+
 template <class T, int kDepth, class Step>
 __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(kDepth)))
     forward_columns(Forward f, Tiling tiling, SharedLayout shared, Step step) {
@@ -153,24 +159,33 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   for (int i = 0; i < kDepth; ++i) add_all(sums, widen(x[i]));
   column.put_parts(sums, tiling.held, parts);
   block_barrier();
-  for (int h = thread_index(); h < tile.held; h += thread_count())
-    means.set(h, column.total(h, tiling.held, parts) * tiling.factor);
+  for (int h = thread_index(); h < tile.held; h += thread_count()) {
+    const int channel = tile.channel(h);  // -1 beyond the ends, where the sum is zero
+    A mean = column.total(h, tiling.held, parts) * tiling.factor;
+    if (channel >= 0) mean = step.pooled(tile.sample, channel, tile.is_own(h), mean);
+    means.set(h, mean);
+  }
   means.clear_ends();
   block_barrier();
 
   const auto gates = shared_array<A>(shared.gate, tiling.tile);
-  const MeansAndGates<A> small(f, tile);
+  const MeansAndGates<A, Step> small(f, tile);
   for (int c = thread_index(); c < tile.own; c += thread_count()) {
     const int h = c + tile.halo, channel = tile.begin + c;
     const A gate = gate_of(means, taps, channel, h);
-    gates.set(c, gate);
+    if constexpr (Step::kWholeTiles) step.put_terms(shared, tile, c, gate);
+    else gates.set(c, gate);
     small.put(c, means.get(h), gate);
   }
   block_barrier();
   if (!column.any() || !tile.is_own(column.held)) return;
-  const Vector<A, V> gate = values_from<V>(gates, column.held - tile.halo);
-  const auto result = step.forward(f.y, column);
-  column.for_each([&](int i) { result.put(i, x[i], gate); });
+  if constexpr (Step::kWholeTiles) {
+    step.write(f.y, column, x, shared, tile, NoSpares{});
+  } else {
+    const Vector<A, V> gate = values_from<V>(gates, column.held - tile.halo);
+    const auto result = step.forward(f.y, column);
+    column.for_each([&](int i) { result.put(i, x[i], gate); });
+  }
 }
 
 // dx, and what dweight is made from.
@@ -190,7 +205,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   const DweightMeans<T> means(b, tiling, shared, tile);
   const auto gates = shared_array<A>(shared.gate, tiling.held),
              shifts = shared_array<A>(shared.shift, tiling.tile);
-  fetch_gates_and_means(b, tile, gates, means);
+  fetch_gates_and_means(b, tile, gates, means, step);
   Vector<A, V> sums{};
   add_products<4>(column, dy, column.cursor(b.x), step.gradient(column), sums);
   column.put_parts(sums, tiling.held, parts);

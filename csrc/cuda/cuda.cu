@@ -1,5 +1,4 @@
 // The contract on CUDA: which dtype's kernels, and what the planner needs to know of a call.
-#include <algorithm>
 #include <limits>
 
 #include "cuda.h"
@@ -33,31 +32,6 @@ void reduce(const Reduce& r, const Plan& plan, const Memory& memory) {
 void scale(const Scale& s, const Plan& plan, const Memory& memory) {
   visit(s.problem.dtype, [&](auto* type) { run_scale<Pointee<decltype(type)>>(s, plan, memory); });
 }
-
-namespace {
-
-Access access_of(const Problem& p, const Map& map) {
-  const int64_t size = size_of(p.dtype), rows = p.layout == Layout::kPlanes ? p.channels : p.pixels,
-                length = p.layout == Layout::kPlanes ? p.pixels : p.channels;
-  const int64_t row_stride = rows <= 1 ? 0 : map.row_stride,
-                sample_stride = p.samples <= 1 ? 0 : map.sample_stride;
-  // Divides the map's address and each of the numbers of elements that | joins.
-  const auto width = [&](int64_t elements) {
-    return access_width(int64_t(reinterpret_cast<uintptr_t>(map.data)) | elements * size);
-  };
-  const bool samples_aligned = width(rows * length | sample_stride) == 16;
-  return {width(length | row_stride | sample_stride), rows <= 1 || map.row_stride == length,
-          samples_aligned, samples_aligned, false};
-}
-
-// Of a source and a result.
-Access both(const Access& source, const Access& result) {
-  return {std::min(source.width, result.width), source.dense && result.dense,
-          result.samples_aligned, source.samples_aligned && source.sources_aligned,
-          source.in_place || result.in_place};
-}
-
-}  // namespace
 
 Access access_of(const Forward& f) {
   Access access = both(access_of(f.problem, f.x), access_of(f.problem, f.y));

@@ -52,12 +52,32 @@ void coefficients(const Coefficients& t, const Memory& memory);
 void totals(const Totals& t, const Memory& memory);
 void gradient_coefficients(const GradientCoefficients& t, const Memory& memory);
 
+// The tail with ECA's gate. `plan` has it on chip: it is of Pass::kTailForward or kTailBackward, and
+// not of strategy C, which stands for the passes above. They take all calls.
+bool fits_on_chip(const BlockTail& b);
+bool fits_on_chip(const BlockTailBackward& b);
+void block_tail(const BlockTail& b, const Plan& plan, const Memory& memory);
+void block_tail_backward(const BlockTailBackward& b, const Plan& plan, const Memory& memory);
+
+struct TailPasses {
+  TailSumPlan sums;
+  TailPlan maps;
+  int64_t workspace;  // bytes
+};
+TailPasses passes_of(const BlockTail& b, const Gpu& gpu);
+TailPasses passes_of(const BlockTailBackward& b, const Gpu& gpu);
+void block_tail(const BlockTail& b, const TailPasses& passes, const Memory& memory);
+void block_tail_backward(const BlockTailBackward& b, const TailPasses& passes,
+                         const Memory& memory);
+
 // Bytes of Memory::workspace.
 int64_t workspace_of(const Totals& t);
 
 // How a call's maps lie, for make_plan().
 Access access_of(const Forward& f);
 Access access_of(const Backward& b);
+Access access_of(const BlockTail& b);
+Access access_of(const BlockTailBackward& b);
 
 // Words of zeros of the current device, which belong to the module and not to an allocator.
 constexpr int64_t kSlabWords = 1 << 17;

@@ -122,10 +122,16 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   finish_fetches();
   spare.add_to(sums);
   if (give_sums<T>(problem, tiling, shared, work, here, column, sums, counters))
-    make_gates_of_sample<T, Layout::kPixels>(f, tiling, shared, work, tile, counters);
+    make_gates_of_sample<T, Layout::kPixels>(f, tiling, shared, work, tile, counters, step);
   counters.wait();
   const uint32_t passed = counters.pass();
-  if (column.any()) {
+  if constexpr (Step::kWholeTiles) {
+    const A* const gates = static_cast<const A*>(f.gate) + here.sample * problem.channels;
+    for (int c = thread_index(); c < tile.own; c += thread_count())
+      step.put_terms(shared, tile, c, value_at(gates + c));
+    block_barrier();
+    if (column.any()) step.write(f.y, column, x, shared, tile, spare);
+  } else if (column.any()) {
     const Vector<A, V> gate =
         numbers_from<V, A>(f.gate, here.sample * problem.channels + column.channel);
     const auto result = step.forward(f.y, column);
@@ -157,7 +163,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(tr
   finish_fetches();
   spare.template add_products_to<kAtOnce>(xs, gradient, sums);
   if (give_sums<T>(problem, tiling, shared, work, here, column, sums, counters))
-    make_shifts_of_sample<T, Layout::kPixels>(b, tiling, shared, work, tile, counters);
+    make_shifts_of_sample<T, Layout::kPixels>(b, tiling, shared, work, tile, counters, step);
   counters.wait();
   const uint32_t passed = counters.pass();
   if (column.any() && b.dx.data) {

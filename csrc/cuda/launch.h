@@ -102,30 +102,41 @@ void with_run_sizes(const Problem& problem, const Tiling& tiling, Body body) {
   });
 }
 
-// Strategies R, F, P, K and S. float64 only has C: it is for checking gradients.
+// Strategies R, F, P, K and S. float64 only has C: it is for checking gradients. A step with
+// kWholeTiles has no S; forward it has P and K for elements of 2 bytes (see Planner::tail_fits()).
 template <class T, class Step>
 void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const Workspace& work,
                       Step step) {
   if constexpr (!std::is_same_v<T, double>) {
+    constexpr bool kPixels = !Step::kWholeTiles || sizeof(T) == 2;
     const Tiling& tiling = plan.tiling;
-    const SharedLayout shared = shared_layout(f.problem, Pass::kForward, plan.strategy, tiling);
+    constexpr Pass kPass = Step::kWholeTiles ? Pass::kTailForward : Pass::kForward;
+    const SharedLayout shared = shared_layout(f.problem, kPass, plan.strategy, tiling);
     const auto start = [&](auto kernel) {
       launch(launch_of(plan, memory), kernel, f, tiling, shared, step);
     };
     const auto start_sharing = [&](auto kernel) {
-      if (!f.mean) f.mean = work.mean, f.gate = work.gate;
+      if (!f.gate) f.mean = work.mean, f.gate = work.gate;
       launch(launch_of(plan, memory), kernel, f, tiling, shared, work, step);
     };
     switch (plan.strategy) {
-      case 'K': return start_sharing(forward_kept<T, kKeptForwardDepth, Step>);
+      case 'K':
+        if constexpr (kPixels)
+          start_sharing(forward_kept < T, Step::kWholeTiles ? kKeptTailDepth : kKeptForwardDepth,
+                        Step >);
+        return;
       case 'S':
-        if (tiling.lanes)
-          return with_granule<T>(f.problem, [&](auto granule) {
-            start_sharing(forward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Step>);
-          });
-        return start_sharing(by_layout(f.problem,
-                                       forward_stream_planes<T, stream_plane_depth(false), Step>,
-                                       forward_stream<T, stream_pixel_depth(false), Step>));
+        if constexpr (!Step::kWholeTiles) {
+          if (tiling.lanes)
+            return with_granule<T>(f.problem, [&](auto granule) {
+              start_sharing(
+                  forward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Step>);
+            });
+          start_sharing(by_layout(f.problem,
+                                  forward_stream_planes<T, stream_plane_depth(false), Step>,
+                                  forward_stream<T, stream_pixel_depth(false), Step>));
+        }
+        return;
       case 'R':
         return start(tiling.depth == 7 ? forward_rows<T, 7, Step> : forward_rows<T, 13, Step>);
       case 'F':
@@ -133,9 +144,11 @@ void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const W
           start(forward_runs<T, decltype(depth)::value, decltype(granule)::value, Step>);
         });
       default:
-        return start(tiling.depth == 4   ? forward_columns<T, 4, Step>
-                     : tiling.depth == 7 ? forward_columns<T, 7, Step>
-                                         : forward_columns<T, 13, Step>);
+        if constexpr (kPixels) {
+          if constexpr (!Step::kWholeTiles)
+            if (tiling.depth == 13) return start(forward_columns<T, 13, Step>);
+          start(tiling.depth == 4 ? forward_columns<T, 4, Step> : forward_columns<T, 7, Step>);
+        }
     }
   }
 }
@@ -145,19 +158,25 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
                       const Workspace& work, Step step) {
   if constexpr (!std::is_same_v<T, double>) {
     const Tiling& tiling = plan.tiling;
-    const SharedLayout shared = shared_layout(b.problem, Pass::kBackward, plan.strategy, tiling);
+    constexpr Pass kPass = Step::kWholeTiles ? Pass::kTailBackward : Pass::kBackward;
+    const SharedLayout shared = shared_layout(b.problem, kPass, plan.strategy, tiling);
     const auto start = [&](auto kernel) {
       launch(launch_of(plan, memory), kernel, b, tiling, shared, work, step);
     };
     switch (plan.strategy) {
-      case 'K': return start(backward_kept<T, kKeptBackwardDepth, Step>);
+      case 'K':
+        if constexpr (!Step::kWholeTiles) start(backward_kept<T, kKeptBackwardDepth, Step>);
+        return;
       case 'S':
-        if (tiling.lanes)
-          return with_granule<T>(b.problem, [&](auto granule) {
-            start(backward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Step>);
-          });
-        return start(by_layout(b.problem, backward_stream_planes<T, stream_plane_depth(true), Step>,
-                               backward_stream<T, stream_pixel_depth(true), Step>));
+        if constexpr (!Step::kWholeTiles) {
+          if (tiling.lanes)
+            return with_granule<T>(b.problem, [&](auto granule) {
+              start(backward_stream_runs<T, kStreamRunDepth, decltype(granule)::value, Step>);
+            });
+          start(by_layout(b.problem, backward_stream_planes<T, stream_plane_depth(true), Step>,
+                          backward_stream<T, stream_pixel_depth(true), Step>));
+        }
+        return;
       case 'R':
         return start(tiling.depth == 7 ? backward_rows<T, 7, Step> : backward_rows<T, 13, Step>);
       case 'F':
@@ -165,8 +184,8 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
           start(backward_runs<T, decltype(depth)::value, decltype(granule)::value, Step>);
         });
       default:
-        return start(tiling.depth == 4 ? backward_columns<T, 4, Step>
-                                       : backward_columns<T, 7, Step>);
+        if constexpr (!Step::kWholeTiles)
+          start(tiling.depth == 4 ? backward_columns<T, 4, Step> : backward_columns<T, 7, Step>);
     }
   }
 }

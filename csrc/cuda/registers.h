@@ -163,9 +163,12 @@ class DweightMeans {
 
   // One thread calls this for each held channel, which is -1 where there is none. All threads call
   // clear_ends(). finish_fetches() and a barrier come later.
-  __device__ void fetch(int held, int channel) const {
+  template <class Step>
+  __device__ void fetch(int held, int channel, const Step& step) const {
     if (!wanted_) return;
     if (channel < 0) means_.set(held, A(0));
+    else if constexpr (Step::kWholeTiles)
+      means_.set(held, step.mean_of(channel, value_at(row_ + channel)));
     else means_.fetch(held, row_ + channel);
   }
 
@@ -208,10 +211,10 @@ class DweightMeans {
 // Of the held channels: the gates, and the means for dweight. By all threads. finish_fetches() and
 // a barrier come later: a thread that waited here would ask for its next numbers a microsecond
 // later.
-template <class T>
+template <class T, class Step>
 __device__ inline void fetch_gates_and_means(const Backward& b, const HeldTile& tile,
                                              Shared<Accumulator<T>> gates,
-                                             const DweightMeans<T>& means) {
+                                             const DweightMeans<T>& means, const Step& step) {
   using A = Accumulator<T>;
   const A* const sample_gates = static_cast<const A*>(b.gate) + tile.sample * tile.channels;
 #pragma unroll 1
@@ -219,7 +222,7 @@ __device__ inline void fetch_gates_and_means(const Backward& b, const HeldTile& 
     const int channel = tile.channel(h);
     if (channel < 0) gates.set(h, A(0));
     else gates.template fetch<1>(h, sample_gates + channel);
-    means.fetch(h, channel);
+    means.fetch(h, channel, step);
   }
 }
 
@@ -296,21 +299,23 @@ __device__ inline A dm_of(const HeldTile& tile, const Neighbours<A>& dz, const N
   return dm;
 }
 
-// Where the means and gates of the tile's channels go, if anywhere.
-template <class A>
+// Where the means and gates of the tile's channels go, if anywhere. A step with kWholeTiles keeps
+// its own means.
+template <class A, class Step>
 struct MeansAndGates {
+  static constexpr bool kMeans = !Step::kWholeTiles;
   bool wanted;
   A *mean, *gate;
 
-  __device__ MeansAndGates(const Forward& f, const HeldTile& tile) : wanted(f.mean) {
+  __device__ MeansAndGates(const Forward& f, const HeldTile& tile) : wanted(f.gate) {
     const int64_t first = tile.sample * tile.channels + tile.begin;
-    mean = pinned(static_cast<A*>(f.mean) + first);
+    if constexpr (kMeans) mean = pinned(static_cast<A*>(f.mean) + first);
     gate = pinned(static_cast<A*>(f.gate) + first);
   }
 
   __device__ void put(int c, A own_mean, A own_gate) const {
     if (!wanted) return;
-    cuda::put(mean + c, own_mean);
+    if constexpr (kMeans) cuda::put(mean + c, own_mean);
     cuda::put(gate + c, own_gate);
   }
 };

@@ -88,17 +88,27 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   ChainedSum<A> sum;
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) sum.add(widen(x[i]));
-  const A mean =
+  A mean =
       row.total(sum.total(), shared_array<A>(shared.scratch, tiling.threads / 32)) * tiling.factor;
-  if (row.lane == 0 && row.held < tile.held) means.set(row.held, row.channel < 0 ? A(0) : mean);
+  if (row.lane == 0 && row.held < tile.held) {
+    if (row.channel >= 0) mean = step.pooled(tile.sample, row.channel, tile.is_own(row.held), mean);
+    means.set(row.held, row.channel < 0 ? A(0) : mean);
+  }
   means.clear_ends();
   block_barrier();
-  if (!tile.is_own(row.held)) return;
+  const bool own = tile.is_own(row.held);
+  // Where a byte of a mask has bits of two vectors, all threads of a warp exchange them.
+  constexpr bool kExchanges = Step::kWholeTiles && V < 8;
+  if (!kExchanges && !own) return;
 
-  const A gate = gate_of(means, taps, row.channel, row.held);
-  if (row.lane == 0) MeansAndGates<A>(f, tile).put(row.held - tile.halo, mean, gate);
-  const auto result = step.forward(f.y, row);
-  row.for_each([&](int i) { result.put(i, x[i], all_of<V>(gate)); });
+  const A gate = own ? gate_of(means, taps, row.channel, row.held) : A(0);
+  if (own && row.lane == 0) MeansAndGates<A, Step>(f, tile).put(row.held - tile.halo, mean, gate);
+  if constexpr (Step::kWholeTiles) {
+    step.write(f.y, row, x, gate, own);
+  } else {
+    const auto result = step.forward(f.y, row);
+    row.for_each([&](int i) { result.put(i, x[i], all_of<V>(gate)); });
+  }
 }
 
 // dx, and what dweight is made from.
@@ -112,24 +122,29 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   const Row<T, kDepth> row(problem, tiling, tile);
   typename Row<T, kDepth>::Held dy, x;
   row.load_from(b.dy, dy);
-  row.load_from(b.x, x);
-  const auto gradient = step.gradient(row);
+  if constexpr (!Step::kWholeTiles) row.load_from(b.x, x);
   const int64_t i_channel = row.sample * problem.channels + row.channel;
   const A gate = row.channel < 0 ? A(0) : value_at(static_cast<const A*>(b.gate) + i_channel);
   const NearTaps<T> taps(problem, b.weight, shared);
   const Neighbours<A> dz(problem, tiling, shared.padded);
   const DweightMeans<T> means(b, tiling, shared, tile);
-  if (row.lane == 0 && row.held < tile.held) means.fetch(row.held, row.channel);
+  if (row.lane == 0 && row.held < tile.held) means.fetch(row.held, row.channel, step);
 
-  ChainedSum<A> sum;
+  const auto scratch = shared_array<A>(shared.scratch, tiling.threads / 32);
+  A own_dz;
+  if constexpr (Step::kWholeTiles) {
+    own_dz = step.dz(row, dy, gate, tile.is_own(row.held), scratch);
+  } else {
+    const auto gradient = step.gradient(row);
+    ChainedSum<A> sum;
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) {
-    if (row.has(i)) gradient(i, dy[i]);
-    sum.add(products_of(dy[i], x[i]));
-    if constexpr (kShortOfRegisters) forget(dy[i]);
+    for (int i = 0; i < kDepth; ++i) {
+      if (row.has(i)) gradient(i, dy[i]);
+      sum.add(products_of(dy[i], x[i]));
+      if constexpr (kShortOfRegisters) forget(dy[i]);
+    }
+    own_dz = row.total(sum.total(), scratch) * gate * (A(1) - gate);
   }
-  const A own_dz = row.total(sum.total(), shared_array<A>(shared.scratch, tiling.threads / 32)) *
-                   gate * (A(1) - gate);
   if (row.lane == 0 && row.held < tile.held) dz.set(row.held, row.channel < 0 ? A(0) : own_dz);
   dz.clear_ends();
   means.clear_ends();
@@ -138,10 +153,16 @@ __global__ void __launch_bounds__(row_threads(kDepth), resident_blocks(row_block
   block_barrier();
 
   means.leave_dweight(b, work, tile, dz);
-  if (!tile.is_own(row.held) || !b.dx.data) return;
-  const A shift = dm_of(tile, dz, taps, row.held) * tiling.factor;
-  const auto result = step.backward(b.dx, row);
-  row.for_each([&](int i) { result.put(i, dy[i], all_of<V>(gate), all_of<V>(shift)); });
+  if (!tile.is_own(row.held) || !(b.dx.data || Step::kWholeTiles)) return;
+  const A dm = dm_of(tile, dz, taps, row.held);
+  if constexpr (Step::kWholeTiles) {
+    if (row.lane == 0) step.put_dmean(row.sample, row.channel, dm);
+    step.write(row, dy, step.factors(row.sample, row.channel, gate, dm, A(tiling.factor)));
+  } else {
+    const A shift = dm * tiling.factor;
+    const auto result = step.backward(b.dx, row);
+    row.for_each([&](int i) { result.put(i, dy[i], all_of<V>(gate), all_of<V>(shift)); });
+  }
 }
 
 }  // namespace eca::cuda

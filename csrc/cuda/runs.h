@@ -214,14 +214,19 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   for (int i = 0; i < kDepth; ++i) run.put(i, widen(x[i]), terms);
   block_barrier();
 
-  run.for_each_total(tile, tiling, terms, [&](int h, A sum) { means.set(h, sum * tiling.factor); });
+  run.for_each_total(tile, tiling, terms, [&](int h, A sum) {
+    const int channel = tile.channel(h);  // -1 beyond the ends, where the sum is zero
+    A mean = sum * tiling.factor;
+    if (channel >= 0) mean = step.pooled(tile.sample, channel, tile.is_own(h), mean);
+    means.set(h, mean);
+  });
   means.clear_ends();
   block_barrier();
 
   // One gate beyond the last, which the last vector reads too.
   const auto gates = shared_array<A>(shared.gate, tiling.tile + 1);
   if (thread_index() == 0) gates.set(tile.own, A(0));
-  const MeansAndGates<A> small(f, tile);
+  const MeansAndGates<A, Step> small(f, tile);
 #pragma unroll 1
   for (int c = thread_index(); c < tile.own; c += kRunThreads) {
     const int h = c + tile.halo, channel = tile.begin + c;
@@ -231,10 +236,14 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   }
   block_barrier();
 
-  const auto result = step.forward(f.y, run);
-  run.for_each_own(tiling.by_pixels, [&](int i, auto at) {
-    result.put(i, x[i], by_element<V, kGranule>(gates, at));
-  });
+  if constexpr (Step::kWholeTiles) {
+    step.write(f.y, run, x, gates, tile, tiling.by_pixels, shared.terms);
+  } else {
+    const auto result = step.forward(f.y, run);
+    run.for_each_own(tiling.by_pixels, [&](int i, auto at) {
+      result.put(i, x[i], by_element<V, kGranule>(gates, at));
+    });
+  }
 }
 
 // dx, and what dweight is made from.
@@ -249,43 +258,61 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   typename Run<T, kDepth, kGranule>::Held dy, x;
   run.load_from(b.dy, dy);
   run.load_from(b.x, x);
-  const auto gradient = step.gradient(run);
   const NearTaps<T> taps(problem, b.weight, shared);
   const Neighbours<A> dz(problem, tiling, shared.padded);
   const DweightMeans<T> means(b, tiling, shared, tile);
   const auto gates = shared_array<A>(shared.gate, tiling.held + 1),
              shifts = shared_array<A>(shared.shift, tiling.tile + 1);
   if (thread_index() == 0) gates.set(tile.held, A(0)), shifts.set(tile.own, A(0));
-  fetch_gates_and_means(b, tile, gates, means);
+  fetch_gates_and_means(b, tile, gates, means, step);
   const auto terms = shared_array<A>(shared.terms, kDepth * kRunThreads * V / kGranule);
+  if constexpr (Step::kWholeTiles) {
+    taps.put();
+    step.make_dz(run, dy, x, tile, tiling, shared, terms, gates, dz);
+  } else {
+    const auto gradient = step.gradient(run);
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) {
-    if (run.has(i)) gradient(i, dy[i]);
-    run.put(i, products_of(dy[i], x[i]), terms);
-  }
-  taps.put();
-  finish_fetches();
-  block_barrier();
+    for (int i = 0; i < kDepth; ++i) {
+      if (run.has(i)) gradient(i, dy[i]);
+      run.put(i, products_of(dy[i], x[i]), terms);
+    }
+    taps.put();
+    finish_fetches();
+    block_barrier();
 
-  run.for_each_total(tile, tiling, terms, [&](int h, A sum) {
-    const A gate = gates.get(h);
-    dz.set(h, sum * gate * (A(1) - gate));
-  });
+    run.for_each_total(tile, tiling, terms, [&](int h, A sum) {
+      const A gate = gates.get(h);
+      dz.set(h, sum * gate * (A(1) - gate));
+    });
+  }
   dz.clear_ends();
   means.clear_ends();
   block_barrier();
   means.leave_dweight(b, work, tile, dz);
-  if (!b.dx.data) return;
+  if (!(b.dx.data || Step::kWholeTiles)) return;
 
+  const Shared<A> own_gates = gates.from(tile.halo);
 #pragma unroll 1
-  for (int c = thread_index(); c < tile.own; c += kRunThreads)
-    shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) * tiling.factor);
+  for (int c = thread_index(); c < tile.own; c += kRunThreads) {
+    const A dm = dm_of(tile, dz, taps, c + tile.halo);
+    if constexpr (Step::kWholeTiles) {
+      const int channel = tile.begin + c;
+      const auto by = step.factors(tile.sample, channel, own_gates.get(c), dm, A(tiling.factor));
+      own_gates.set(c, by.gate);
+      shifts.set(c, by.shift);
+      step.put_dmean(tile.sample, channel, dm);
+    } else {
+      shifts.set(c, dm * tiling.factor);
+    }
+  }
   block_barrier();
   const auto result = step.backward(b.dx, run);
-  const Shared<A> own_gates = gates.from(tile.halo);
   run.for_each_own(tiling.by_pixels, [&](int i, auto at) {
-    result.put(i, dy[i], by_element<V, kGranule>(own_gates, at),
-               by_element<V, kGranule>(shifts, at));
+    const auto gate = by_element<V, kGranule>(own_gates, at),
+               shift = by_element<V, kGranule>(shifts, at);
+    if constexpr (Step::kWholeTiles)
+      result.put(i, dy[i], gate, shift, step.template identity_scales<V, kGranule, A>(tile, at));
+    else result.put(i, dy[i], gate, shift);
   });
 }
 

@@ -13,6 +13,9 @@
 // Row, a Column, a Run, TileElements of stream_runs.h, or a part of two_pass.h. Its cursor(map)
 // says where a thread's vectors lie in any map of x's shape, which may have strides of its own. Of
 // maps that a step stores, each must lie within its lines of 16 bytes as the result does.
+//
+// A step with kWholeTiles instead stores what becomes of all vectors of a thread: BlockTailStep of
+// block_tail.h, forward alone. Its gates are also made of other numbers than the means of x.
 #pragma once
 
 #include "../eca.h"
@@ -111,8 +114,19 @@ __device__ inline Vector<T, V> rescaled(const Vector<T, V>& x,
   return narrow<T>(y);
 }
 
+// Of steps that take vectors one by one, and make gates of the means of x.
+struct StepByVectors {
+  static constexpr bool kWholeTiles = false;
+
+  // What the taps take for a channel.
+  template <class A>
+  __device__ A pooled(int64_t, int, bool, A mean) const {
+    return mean;
+  }
+};
+
 // y = gate * x
-struct Rescale {
+struct Rescale : StepByVectors {
   template <class Where>
   struct Result {
     Where y;

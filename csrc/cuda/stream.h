@@ -164,10 +164,11 @@ __device__ inline Vector<A, V> numbers_from(const void* numbers, int64_t at) {
 }
 
 // By the last block of a sample: mean and gate of all its channels. Then the other blocks go on.
-template <class T, Layout kLayout>
+template <class T, Layout kLayout, class Step>
 __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& tiling,
                                             const SharedLayout& shared, const Workspace& work,
-                                            const HeldTile& tile, const StreamCounters& counters) {
+                                            const HeldTile& tile, const StreamCounters& counters,
+                                            const Step& step) {
   using A = Accumulator<T>;
   const Problem& problem = f.problem;
   const NearTaps<T> taps(problem, f.weight, shared);
@@ -176,10 +177,10 @@ __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& tili
                                      sums_in<T, kLayout>(tiling, shared));
   taps.put();
   for (int c = thread_index(); c < tile.held; c += thread_count())
-    means.set(c, totals.get(c) * tiling.factor);
+    means.set(c, step.pooled(tile.sample, c, true, totals.get(c) * tiling.factor));
   means.clear_ends();
   block_barrier();
-  const MeansAndGates<A> small(f, tile);
+  const MeansAndGates<A, Step> small(f, tile);
   for (int c = thread_index(); c < tile.held; c += thread_count())
     small.put(c, means.get(c), gate_of(means, taps, c, c));
   block_barrier();
@@ -188,10 +189,11 @@ __device__ inline void make_gates_of_sample(const Forward& f, const Tiling& tili
 
 // By the last block of a sample: dm / S of all its channels and then, when the other blocks go on,
 // its part of dweight.
-template <class T, Layout kLayout>
+template <class T, Layout kLayout, class Step>
 __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& tiling,
                                              const SharedLayout& shared, const Workspace& work,
-                                             const HeldTile& tile, const StreamCounters& counters) {
+                                             const HeldTile& tile, const StreamCounters& counters,
+                                             const Step& step) {
   using A = Accumulator<T>;
   const Problem& problem = b.problem;
   const NearTaps<T> taps(problem, b.weight, shared);
@@ -223,7 +225,7 @@ __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& ti
   if (thread_index() == 0) counters.set_ready();
 
   const DweightMeans<T> means(b, tiling, shared, tile);
-  for (int c = thread_index(); c < tile.held; c += thread_count()) means.fetch(c, c);
+  for (int c = thread_index(); c < tile.held; c += thread_count()) means.fetch(c, c, step);
   means.clear_ends();
   finish_fetches();
   block_barrier();
@@ -268,7 +270,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
                               column.total(c, tiling.held, parts));
   if (!counters.arrive(shared_array<uint32_t>(shared.flag, 1))) return;
 
-  make_gates_of_sample<T, Layout::kPixels>(f, tiling, shared, work, tile, counters);
+  make_gates_of_sample<T, Layout::kPixels>(f, tiling, shared, work, tile, counters, step);
 }
 
 // dm / S (samples, channels), dx, and what dweight is made from.
@@ -320,7 +322,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
                               column.total(c, tiling.held, parts));
   if (!counters.arrive(shared_array<uint32_t>(shared.flag, 1))) return;
 
-  make_shifts_of_sample<T, Layout::kPixels>(b, tiling, shared, work, tile, counters);
+  make_shifts_of_sample<T, Layout::kPixels>(b, tiling, shared, work, tile, counters, step);
 }
 
 }  // namespace eca::cuda

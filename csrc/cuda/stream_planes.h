@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   for (int i = 0; i < kDepth; ++i) sum.add(widen(x[i]));
   if (!give_sum(problem, tiling, shared, work, here, part, sum, counters)) return;
   make_gates_of_sample<T, Layout::kPlanes>(f, tiling, shared, work,
-                                           HeldTile::whole(problem, here.sample), counters);
+                                           HeldTile::whole(problem, here.sample), counters, step);
 }
 
 // dm / S (samples, channels), dx, and what dweight is made from.
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(stream_blocks(
   }
   if (!give_sum(problem, tiling, shared, work, here, part, sum, counters)) return;
   make_shifts_of_sample<T, Layout::kPlanes>(b, tiling, shared, work,
-                                            HeldTile::whole(problem, here.sample), counters);
+                                            HeldTile::whole(problem, here.sample), counters, step);
 }
 
 }  // namespace eca::cuda

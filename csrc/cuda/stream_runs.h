@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   for (int i = 0; i < kDepth; ++i) run.put(i, widen(x[i]), terms);
   if (!give_sums(problem, tiling, shared, work, tile, run, terms, counters)) return;
   make_gates_of_sample<T, Layout::kPlanes>(f, tiling, shared, work,
-                                           HeldTile::whole(problem, here.sample), counters);
+                                           HeldTile::whole(problem, here.sample), counters, step);
 }
 
 // dm / S (samples, channels), dx, and what dweight is made from.
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kRunThreads, run_blocks(kDepth))
   for (int i = 0; i < kDepth; ++i) run.put(i, products_of(dy[i], x[i]), terms);
   if (!give_sums(problem, tiling, shared, work, tile, run, terms, counters)) return;
   make_shifts_of_sample<T, Layout::kPlanes>(b, tiling, shared, work,
-                                            HeldTile::whole(problem, here.sample), counters);
+                                            HeldTile::whole(problem, here.sample), counters, step);
 }
 
 }  // namespace eca::cuda

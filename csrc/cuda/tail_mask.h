@@ -11,8 +11,8 @@ namespace eca::cuda {
 template <int V, int kAtOnce>
 class MaskBits {
  public:
-  __device__ MaskBits(bool staged)
-      : ring_(shared_array<uint8_t>(0, staged ? kMaskRing<kAtOnce> : 0)) {}
+  __device__ MaskBits(bool staged, int first_byte = 0)
+      : ring_(shared_array<uint8_t>(first_byte, staged ? kMaskRing<kAtOnce> : 0)) {}
 
   // Of the vector that begins with this element of the tile.
   __device__ void put(int element, uint32_t bits) const { ring_.set(place(element), bits); }

@@ -84,7 +84,7 @@ try:
     tail_totals = torch.ops.eca_fused.tail_totals.default
     tail_gradient_coefficients = torch.ops.eca_fused.tail_gradient_coefficients.default
     tail_devices = devices
-    one_pass_tail_devices = frozenset({"cpu"})
+    one_pass_tail_devices = devices
     activated_sums = torch.ops.eca_fused.activated_sums.default
     gated = torch.ops.eca_fused.gated.default
     gated_gradients = torch.ops.eca_fused.gated_gradients.default

@@ -63,7 +63,7 @@ def instructions(architecture):
 def kernels(found, name, dtype=None, depth=None):
     """The instances of a kernel template, for a dtype, and for the vectors that a thread holds."""
     mangled = cubins.mangled(name, dtype, *([depth] if depth else []))
-    return {k: v for k, v in found.items() if mangled in k}
+    return {k: v for k, v in found.items() if mangled in k and OF_TAILS not in k}
 
 
 def instances(name, dtype):
@@ -92,6 +92,7 @@ def test_every_kernel_is_there(resources):
 # Spilled bytes of a thread, stored and loaded once each in the L1 cache; a thread loads 208 bytes
 # from each map. The alternative is a block less on each multiprocessor.
 SPILLED = {("sm_100", "backward_rows", "bfloat16", 13): 8}
+OF_TAILS = "BlockTail"  # kernels that test_tail_cubins.py tests
 
 
 def test_nothing_is_spilled(resources, instructions, architecture):
@@ -103,10 +104,12 @@ def test_nothing_is_spilled(resources, instructions, architecture):
         if where == architecture
     }
     for name, used in resources.items():
+        if OF_TAILS in name:
+            continue
         assert used["stack"] <= allowed.get(name, 0), name
         assert used["local"] == 0, name
     for name, counts in instructions.items():
-        if name not in allowed:
+        if name not in allowed and OF_TAILS not in name:
             assert not has(counts, "LDL"), name
             assert not has(counts, "STL"), name
 

@@ -74,6 +74,34 @@ def test_nothing_is_spilled(architecture):
                 assert used["registers"] <= 128, name
 
 
+# With ECA's gate, on chip: the kernels of test_cubins.py with another step, by the vectors of a
+# thread. Those of pixels are for two-byte elements.
+ON_CHIP = {
+    "forward_rows": (7, 13), "backward_rows": (7, 13), "forward_runs": (2, 4, 8),
+    "backward_runs": (2, 4, 8), "forward_columns": (4, 7), "forward_kept": (12,),
+}  # fmt: skip
+# Bytes of a thread that wait in the L1 cache, at most; a thread loads 208 bytes of each map.
+SPILLED = {("backward_rows", 13): 24}
+
+
+@pytest.mark.parametrize("template", ON_CHIP)
+def test_tails_on_chip(architecture, template):
+    of_pixels = template in ("forward_columns", "forward_kept")
+    for dtype in cubins.DTYPES:
+        for depth in ON_CHIP[template]:
+            begin = cubins.mangled(template, dtype, depth)
+            names = [n for n in cubins.resources(architecture) if begin in n and "BlockTail" in n]
+            there = dtype in IN_VECTORS and not (of_pixels and dtype == "float32")
+            granules = 2 if "runs" in template and dtype != "float32" else 1
+            assert len(names) == (granules if there else 0), (template, dtype, depth)
+            for name in names:
+                used = cubins.resources(architecture)[name]
+                most = 0 if dtype == "float32" else SPILLED.get((template, depth), 0)
+                assert used["stack"] <= most, name
+                assert used["local"] == 0, name
+                assert used["registers"] <= 128, name
+
+
 @pytest.mark.parametrize("dtype", IN_VECTORS)
 @pytest.mark.parametrize("template", TEMPLATES[:4])
 def test_loads_of_a_batch_come_before_their_use(architecture, template, dtype):

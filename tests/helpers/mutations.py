@@ -3,8 +3,8 @@
     PYTHONPATH=tests python -m helpers.mutations [NAME...]    # all, or those with NAME in theirs
 
 Each fault is written into a copy of the sources. The copy is built for the host and put through a
-quick version of gpu_host/test_cuda_kernels.py, test_tail_kernels.py or test_gating_kernels.py. This
-is not part of the test suite, as every fault needs a build: seven minutes in all on two cores.
+quick version of gpu_host/test_cuda_kernels.py, those of the tails and of gating. This is not part of
+the test suite, as every fault needs a build: seven minutes in all on two cores.
 """
 
 import shutil
@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from helpers import gating_passes, tail_passes
+from helpers import block_tails, gating_passes, tail_passes
 from helpers.cases import LAYOUTS, MODES, assert_as_accurate, make_case
 from helpers.gpu_host import H200, SANITIZED, Fault, Forced, HostGpu, Refused, check_apart
+from helpers.gpu_host_block_tails import BlockTailGpu
 from helpers.gpu_host_gating import GatingGpu
 from helpers.gpu_host_tails import TailGpu
 from helpers.processes import ROOT
@@ -50,9 +51,9 @@ MUTATIONS = [
         "no barrier between a block's partial sums",
         "cuda/columns.h",
         "  column.put_parts(sums, tiling.held, parts);\n  block_barrier();\n"
-        "  for (int h = thread_index(); h < tile.held; h += thread_count())\n    means",
+        "  for (int h = thread_index(); h < tile.held; h += thread_count()) {\n    const int",
         "  column.put_parts(sums, tiling.held, parts);\n"
-        "  for (int h = thread_index(); h < tile.held; h += thread_count())\n    means",
+        "  for (int h = thread_index(); h < tile.held; h += thread_count()) {\n    const int",
     ),
     Mutation(
         "a copy to shared memory that nobody waits for",
@@ -159,8 +160,8 @@ MUTATIONS = [
     Mutation(
         "no barrier between the means and the gates of rows",
         "cuda/rows.h",
-        "  block_barrier();\n  if (!tile.is_own(row.held)) return;\n\n",
-        "  if (!tile.is_own(row.held)) return;\n\n",
+        "  block_barrier();\n  const bool own = tile.is_own(row.held);\n",
+        "  const bool own = tile.is_own(row.held);\n",
     ),
     Mutation(
         "the last term of a plane left out",
@@ -282,6 +283,30 @@ MUTATIONS = [
         "dy(fetch_run<T>(maps.dy, first, count, at.dy)),",
         "dy(fetch_run<T>(maps.dy, first, count, 0)),",
     ),
+    Mutation(
+        "bits of half a byte not taken from the other thread",
+        "cuda/block_tail.h",
+        "bits |= shuffle_xor(has(i) ? bits : 0u, 1) << 4;",
+        "bits |= bits << 4;",
+    ),
+    Mutation(
+        "a mask of runs written before all bits are there",
+        "cuda/block_tail.h",
+        "    block_barrier();\n    bits.write(",
+        "    bits.write(",
+    ),
+    Mutation(
+        "sums of a tail's gradient about the next plane's centre",
+        "cuda/block_tail_gradients.h",
+        "at.channel += 1 + tile.halo - tile.begin;",
+        "at.channel += 2 + tile.halo - tile.begin;",
+    ),
+    Mutation(
+        "two sums of teams in one place at the same time",
+        "cuda/block_tail_gradients.h",
+        "if (row.lanes > 32) block_barrier();",
+        "",
+    ),
 ]
 
 
@@ -332,6 +357,7 @@ def check(gpu: HostGpu) -> None:
 
 # The kernels in csrc/cuda/FAMILY*, how they run on the host, and what finds their faults.
 FAMILIES: dict[str, tuple[type[HostGpu], Callable[[Any], None]]] = {
+    "block_tail": (BlockTailGpu, block_tails.check),
     "tail_": (TailGpu, tail_passes.check),
     "gated_": (GatingGpu, gating_passes.check),
     "": (HostGpu, check),

@@ -20,14 +20,15 @@ void visit(Dtype dtype, F f) {
 }  // namespace
 
 void tail_forward(const Forward& f, const Map& identity, const Plan& plan, const Memory& memory) {
-  visit(f.problem.dtype,
-        [&](auto zero) { run_forward<decltype(zero)>(f, plan, memory, Tail{identity, {}, {}}); });
+  visit(f.problem.dtype, [&](auto zero) {
+    run_forward<decltype(zero)>(f, plan, memory, Tail{{}, identity, {}, {}});
+  });
 }
 
 void tail_backward(const Backward& b, const Map& result, const Map& d_identity, const Plan& plan,
                    const Memory& memory) {
   visit(b.problem.dtype, [&](auto zero) {
-    run_backward<decltype(zero)>(b, plan, memory, Tail{{}, result, d_identity});
+    run_backward<decltype(zero)>(b, plan, memory, Tail{{}, {}, result, d_identity});
   });
 }
 
@@ -38,7 +39,7 @@ void tail_sums(const Reduce& r, const Map& result, const Plan& plan, const Memor
   visit(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     for_each_chunk<T>(p, t, memory, [&](const Chunk& chunk, const ChunkLaunches& how) {
-      sum<T, SumsOfGradient>(how, p, r.x, r.dy, t, chunk, work, Tail{{}, result, {}});
+      sum<T, SumsOfGradient>(how, p, r.x, r.dy, t, chunk, work, Tail{{}, {}, result, {}});
     });
   });
   const auto* const parts = static_cast<const float*>(work.sums);

@@ -6,7 +6,7 @@
 
 namespace eca::cuda {
 
-struct Tail {
+struct Tail : StepByVectors {
   Map identity, result, d_identity;  // the first forward, the others backward
 
   template <class Where>

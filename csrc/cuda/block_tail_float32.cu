@@ -1,0 +1,9 @@
+// The kernels of residual tails with ECA's gate for float32 maps.
+#include "block_tail_launch.h"
+
+namespace eca::cuda {
+
+template void run_block_tail<float>(const BlockTail&, const Plan&, const Memory&);
+template void run_block_tail_backward<float>(const BlockTailBackward&, const Plan&, const Memory&);
+
+}  // namespace eca::cuda
