@@ -81,7 +81,7 @@ ON_CHIP = {
     "backward_runs": (2, 4, 8), "forward_columns": (4, 7), "forward_kept": (12,),
 }  # fmt: skip
 # Bytes of a thread that wait in the L1 cache, at most; a thread loads 208 bytes of each map.
-SPILLED = {("backward_rows", 13): 24}
+SPILLED = {("backward_rows", 7): 8, ("backward_rows", 13): 24}
 
 
 @pytest.mark.parametrize("template", ON_CHIP)
@@ -96,8 +96,7 @@ def test_tails_on_chip(architecture, template):
             assert len(names) == (granules if there else 0), (template, dtype, depth)
             for name in names:
                 used = cubins.resources(architecture)[name]
-                most = 0 if dtype == "float32" else SPILLED.get((template, depth), 0)
-                assert used["stack"] <= most, name
+                assert used["stack"] <= SPILLED.get((template, depth), 0), name
                 assert used["local"] == 0, name
                 assert used["registers"] <= 128, name
 
