@@ -14,7 +14,7 @@ IN_RESULTS = {
     "the tail of a plane left out": "wrong result: y: error nan",  # an element never written
     "z of elements that are not there summed": "wrong result: sum 0",
     "parts of moments merged without the distance of their means": "wrong result: ",
-    "sums of a tail's gradient about the next plane's centre": "wrong result: ",
+    "bits of half a byte not taken from the other thread": "wrong result: bits behind the end",
 }
 
 
