@@ -299,24 +299,17 @@ Tensor tail_inference(const Tensor& x, const OptionalTensor& identity, const Opt
                       const OptionalTensor& identity_beta, double identity_eps, bool circular,
                       int64_t activation) {
   check(!weight || !gate, "expected taps or a gate, got both");
-  const auto coefficients = [&](const OptionalTensor& taps, const OptionalTensor& means,
-                                bool planes) {
-    return tail_coefficients(x, taps, means, gate, scale, mean, variance, gamma, beta, eps,
-                             identity_mean, identity_variance, identity_gamma, identity_beta,
-                             identity_eps, circular, planes);
-  };
-  OptionalTensor found = means;
-  if (weight && !means) {
-    if (device_of(x).type != kCudaType) {
-      const Tensor channels = std::get<1>(coefficients({}, {}, false));
-      return std::get<0>(
-          block_tail(x, identity, *weight, scale, channels, circular, activation, false));
-    }
-    found = torch::stable::select(moments(x), 0, 0);
-  }
-  auto made = coefficients(weight, weight ? found : OptionalTensor(), true);
-  const Tensor channels = torch::stable::narrow(std::get<1>(made), 0, 3, 3);
-  return std::get<0>(tail(x, identity, std::get<0>(made), channels, activation, false));
+  const bool in_one_pass = weight && !means;
+  auto made =
+      tail_coefficients(x, in_one_pass ? OptionalTensor() : weight, means, gate, scale, mean,
+                        variance, gamma, beta, eps, identity_mean, identity_variance,
+                        identity_gamma, identity_beta, identity_eps, circular, !in_one_pass);
+  Tensor& channels = std::get<1>(made);
+  if (in_one_pass)
+    return std::get<0>(
+        block_tail(x, identity, *weight, scale, channels, circular, activation, false));
+  const Tensor rest = torch::stable::narrow(channels, 0, 3, 3);
+  return std::get<0>(tail(x, identity, std::get<0>(made), rest, activation, false));
 }
 
 }  // namespace

@@ -14,6 +14,12 @@
 
 namespace eca::cuda {
 
+// The factor of a sample.
+template <class A>
+__device__ inline A scale_of(const BlockTail& tail, int64_t sample) {
+  return tail.scale ? value_at(static_cast<const A*>(tail.scale) + sample) : A(1);
+}
+
 struct BlockTailStep {
   static constexpr bool kWholeTiles = true;
   BlockTail tail;
@@ -45,7 +51,7 @@ struct BlockTailStep {
     k.p = coefficients<A, W>(tail.alpha, channel);
     k.q = coefficients<A, W>(tail.beta, channel);
     const auto shift = coefficients<A, W>(tail.shift, channel);
-    const A scale = number<A>(tail.scale, sample);
+    const A scale = scale_of<A>(tail, sample);
 #pragma unroll
     for (int w = 0; w < W; ++w) {
       const A factor = gate.element[w] * scale;

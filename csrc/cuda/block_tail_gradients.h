@@ -65,7 +65,7 @@ struct BlockTailGradientStep {
     }
     // Without a norm, beta is zero, and an infinite sum of g must not become NaN.
     const A beta = number<A>(of.forward.beta, channel), by_beta = beta == 0 ? A(0) : beta * sum;
-    return number<A>(of.forward.scale, sample) *
+    return scale_of<A>(of.forward, sample) *
            (number<A>(of.forward.alpha, channel) * by_x + by_beta) * gate * (A(1) - gate);
   }
 
@@ -78,7 +78,7 @@ struct BlockTailGradientStep {
   __device__ Factors<A> factors(int64_t sample, int channel, A gate, A dm,
                                 A one_over_pixels) const {
     const A alpha = number<A>(of.forward.alpha, channel);
-    return {gate * number<A>(of.forward.scale, sample) * alpha, alpha * dm * one_over_pixels,
+    return {gate * scale_of<A>(of.forward, sample) * alpha, alpha * dm * one_over_pixels,
             number<A>(of.forward.rest.identity_scale, channel)};
   }
 

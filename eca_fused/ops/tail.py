@@ -27,6 +27,7 @@ __all__ = [
     "TailOptions",
     "TailTensors",
     "activate",
+    "norm_gradients",
     "norms",
     "plain",
     "plain_mean",
@@ -124,6 +125,8 @@ class Affine(NamedTuple):
     alpha: Tensor
     beta: Tensor
     centre: Tensor
+    shift: Tensor  # mean - centre
+    spread: Tensor  # 1 / sqrt(variance + eps)
 
 
 def _affine(
@@ -144,8 +147,9 @@ def _affine(
     spread = torch.rsqrt(variance + eps)
     alpha = spread if gamma is None else spread * gamma
     centre = mean.to(sums_dtype(x)).to(wide)
-    offset = -alpha * (mean - centre)
-    return Affine(alpha, offset if beta is None else beta + offset, centre)
+    shift = mean - centre
+    offset = -alpha * shift
+    return Affine(alpha, offset if beta is None else beta + offset, centre, shift, spread)
 
 
 def norms(t: TailTensors, o: TailOptions) -> tuple[Affine | None, Affine | None]:
@@ -162,6 +166,34 @@ def norms(t: TailTensors, o: TailOptions) -> tuple[Affine | None, Affine | None]
 def mean_of_normed(norm: Affine | None, distance: Tensor) -> Tensor:
     """The means of norm(x) over each plane, from those of x - centre: the norm is affine."""
     return distance if norm is None else norm.alpha * distance + norm.beta
+
+
+class NormGradients(NamedTuple):
+    weight: Tensor  # (C,)
+    bias: Tensor  # (C,)
+    # What the batch's statistics add to dx is slope * (x - centre) + offset.
+    slope: Tensor | None  # (C,)
+    offset: Tensor | None  # (C,)
+
+
+def norm_gradients(
+    norm: Affine, du: Tensor, by_distance: Tensor, values: float | Tensor | None
+) -> NormGradients:
+    """The gradients of a batch norm (Ioffe and Szegedy, "Batch Normalization", 2015, section 3).
+
+    dbeta = sum(du), dgamma = spread * sum(du * (x - mean)), and the statistics of a batch of M
+    values add -alpha * (dbeta + spread * (x - mean) * dgamma) / M to dx = alpha * du.
+
+    Args:
+        du: (C,), sums over a channel of the gradient of u.
+        by_distance: (C,), the same of the gradient of u times x - centre.
+        values: M, or None for running statistics, which add nothing.
+    """
+    weight = norm.spread * (by_distance - norm.shift * du)
+    if values is None:
+        return NormGradients(weight, du, None, None)
+    slope = -norm.alpha * norm.spread * weight / values
+    return NormGradients(weight, du, slope, -norm.alpha * du / values - slope * norm.shift)
 
 
 # ---- coefficients ----

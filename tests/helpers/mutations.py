@@ -3,8 +3,8 @@
     PYTHONPATH=tests python -m helpers.mutations [NAME...]    # all, or those with NAME in theirs
 
 Each fault is written into a copy of the sources. The copy is built for the host and put through a
-quick version of gpu_host/test_cuda_kernels.py, those of the tails and of gating. This is not part of
-the test suite, as every fault needs a build: seven minutes in all on two cores.
+quick version of gpu_host/test_cuda_kernels.py, or of those for tails and gating. This is not part
+of the test suite, as every fault needs a build: seven minutes in all on two cores.
 """
 
 import shutil

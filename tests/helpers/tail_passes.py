@@ -16,6 +16,7 @@ class Passes(Protocol):
     def run(self, operation: str, x: Tensor, layout: str, **given: Any) -> Outcome:
         """The first and second map written, the mask, and sums; NaN or 255 where nothing was."""
 
+
 # One pixel; planes below a vector; no multiples of it; multiples of 4 and not of 8; rows that need
 # several tiles; channels that are whole vectors, and more than a block has columns for.
 PASS_SHAPES = [

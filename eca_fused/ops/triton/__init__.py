@@ -18,7 +18,13 @@ from eca_fused.ops.triton.coefficients import (
 )
 from eca_fused.ops.triton.maps import apart, in_planes, overlap, readable, same_memory
 from eca_fused.ops.triton.operators import INTERPRETED, empty_like, on_device, operator
-from eca_fused.ops.triton.tails import moments, tail, tail_gradients, tail_sums
+from eca_fused.ops.triton.tails import (
+    moments,
+    tail,
+    tail_gradients,
+    tail_inference,
+    tail_sums,
+)
 
 __all__ = [
     "backward",
@@ -41,6 +47,7 @@ __all__ = [
     "tail_devices",
     "tail_gradient_coefficients",
     "tail_gradients",
+    "tail_inference",
     "tail_sums",
     "tail_totals",
 ]

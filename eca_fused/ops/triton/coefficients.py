@@ -121,7 +121,7 @@ def tail_coefficients(
     alpha, offset, centre = (1.0, 0.0, 0.0) if own is None else (own.alpha, own.beta, own.centre)
     shift = 0.0 if identity is None else identity.beta
     scaling = (1.0, 0.0) if identity is None else (identity.alpha, identity.centre)
-    channels = _stacked(x, x.shape[1:2], alpha, offset, shift, centre, *scaling)
+    channels = _stacked(x, x.shape[1:2], shift, alpha, offset, centre, *scaling)
 
     planes, made, distance = (x.new_empty(0) for _ in range(3))
     if means is not None:

@@ -7,10 +7,11 @@ from eca_fused.ops import tail_fakes
 from eca_fused.ops.checks import ACTIVATIONS, check_dy, check_identity, check_x
 from eca_fused.ops.results import mask_bytes, sums_dtype
 from eca_fused.ops.triton import tail_launch
+from eca_fused.ops.triton.coefficients import tail_coefficients
 from eca_fused.ops.triton.maps import in_planes
 from eca_fused.ops.triton.operators import empty_like, on_device, operator
 
-__all__ = ["moments", "tail", "tail_gradients", "tail_sums"]
+__all__ = ["moments", "tail", "tail_gradients", "tail_inference", "tail_sums"]
 
 # ---- what they check, beyond the maps ----
 
@@ -192,3 +193,35 @@ moments = torch.ops.eca_fused.triton_moments.default
 tail = torch.ops.eca_fused.triton_tail.default
 tail_sums = torch.ops.eca_fused.triton_tail_sums.default
 tail_gradients = torch.ops.eca_fused.triton_tail_gradients.default
+
+
+def tail_inference(
+    x: Tensor,
+    identity: Tensor | None,
+    weight: Tensor | None,
+    means: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    identity_mean: Tensor | None,
+    identity_variance: Tensor | None,
+    identity_gamma: Tensor | None,
+    identity_beta: Tensor | None,
+    identity_eps: float,
+    circular: bool,
+    activation: int,
+) -> Tensor:
+    """Not an operator: it only calls those."""
+    if weight is not None and means is None:
+        means = moments(x)[0]
+    norm = mean, variance, gamma, beta, eps
+    other = identity_mean, identity_variance, identity_gamma, identity_beta, identity_eps
+    planes, channels, _, _ = tail_coefficients(
+        x, weight, means, gate, scale, *norm, *other, circular, True
+    )
+    y: Tensor = tail(x, identity, planes, channels[3:], activation, False)[0]
+    return y
