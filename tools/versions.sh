@@ -7,6 +7,7 @@
 #   tools/versions.sh --write            also writes the table to tools/versions.md, with rows that
 #                                        were tested earlier on the same commit
 #
+# ECA_FUSED_TEST_SAMPLE=N runs one in N of the cases that depend on torch least: those of kernels.
 # VERSIONS_DIR (default: build/versions) holds the environments and the logs. The exit status is 1 if
 # a row fails. It needs a Python of each version, on PATH or under pyenv, a compiler, and nvcc.
 set -uo pipefail
@@ -75,6 +76,10 @@ run_tests() { # ENV ARGUMENTS..., of pytest
   (
     cd "$env/source" || exit
     export PATH="$env/env/bin:$PATH" OMP_WAIT_POLICY=passive
+    [ -z "${ECA_FUSED_TEST_SAMPLE-}" ] || {
+      export PYTHONPATH=tests
+      set -- -p helpers.sample "$@"
+    }
     "$env/env/bin/python" -m pytest -q -n logical --maxprocesses 4 --dist loadgroup "$@"
   )
 }

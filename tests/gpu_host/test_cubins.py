@@ -35,7 +35,7 @@ REGISTERS = {
 }  # fmt: skip
 
 
-pytestmark = [pytest.mark.every_torch, pytest.mark.xdist_group("cubins"), *cubins.needs_cubins]
+pytestmark = [pytest.mark.xdist_group("cubins"), *cubins.needs_cubins]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -77,7 +77,6 @@ COUNTED = {
 }
 
 pytestmark = [
-    pytest.mark.every_torch,
     pytest.mark.xdist_group("instructions"),
     *cubins.needs_cubins,
     pytest.mark.skipif(missing is not None, reason=str(missing)),

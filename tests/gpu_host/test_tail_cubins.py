@@ -16,7 +16,7 @@ IN_VECTORS = ["float32", "float16", "bfloat16"]
 KINDS = [(smooth, identity) for smooth in (False, True) for identity in (False, True)]
 TEMPLATES = ["tail_flat", "tail_columns", "sum_tail_rows", "sum_tail_columns", "sum_tail_small"]
 
-pytestmark = [pytest.mark.every_torch, pytest.mark.xdist_group("cubins"), *cubins.needs_cubins]
+pytestmark = [pytest.mark.xdist_group("cubins"), *cubins.needs_cubins]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -81,7 +81,7 @@ ON_CHIP = {
     "backward_runs": (2, 4, 8), "forward_columns": (4, 7), "forward_kept": (12,),
 }  # fmt: skip
 # Bytes of a thread that wait in the L1 cache, at most; a thread loads 208 bytes of each map.
-SPILLED = {("backward_rows", 7): 8, ("backward_rows", 13): 24}
+SPILLED = {("backward_rows", 7): 8, ("backward_rows", 13): 8}
 
 
 @pytest.mark.parametrize("template", ON_CHIP)

@@ -20,7 +20,7 @@ from helpers.processes import ROOT
 COMPILER = os.environ.get("CXX", "g++")
 missing = None if shutil.which(COMPILER) else f"needs a C++ compiler: {COMPILER}"
 
-SANITIZED = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all"
+SANITIZED = "-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
 FAST = "-O2"
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]  # as in csrc/eca.h
 

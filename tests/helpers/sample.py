@@ -1,15 +1,16 @@
-"""A pytest plugin for Triton's interpreter: a sample of the tests that suit it.
+"""A pytest plugin: a sample of the tests, where all of them would take too long.
 
-ECA_FUSED_TEST_SAMPLE=N keeps about one in N of the cases of each test.
+ECA_FUSED_TEST_SAMPLE=N keeps about one in N of the cases of each test. For Triton's interpreter
+that is so of all tests that suit it; under another torch, of those not marked every_torch.
 """
 
 import os
 
 import pytest
 
-# These take up to minutes each: tests of the CPU's caches and threads, of a call for every element,
-# of many runs on one case or on a large map, of the compiler, and of other processors' kernels. The
-# interpreter copies every argument itself, so copies are not counted either
+# In the interpreter these take up to minutes each: tests of the CPU's caches and threads, of a call
+# for every element, of many runs on one case or on a large map, of the compiler, and of other
+# processors' kernels. It copies every argument itself, so copies are not counted either
 # (test_views_are_read_in_place stands in for that). Imports are the same for every backend.
 LEFT_OUT = [
     "larger_than_the_caches",
@@ -31,15 +32,22 @@ LEFT_OUT = [
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     one_in = int(os.environ["ECA_FUSED_TEST_SAMPLE"])
-    # Only the whole suite has the time for random views.
-    left_out = [*LEFT_OUT, "random_views"] if one_in > 1 else LEFT_OUT
+    interpreted = os.environ.get("ECA_FUSED_BACKEND") == "triton"
+    left_out = LEFT_OUT if interpreted else []
+    if interpreted and one_in > 1:  # only the whole suite has the time for random views
+        left_out = [*left_out, "random_views"]
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+
+    def step(group: list[pytest.Item]) -> int:
+        whole = not interpreted and group[0].get_closest_marker("every_torch") is not None
+        return 1 if whole else min(one_in, max(1, len(group) - 1))
+
     # A step that shares no factor with the axes of the grids meets all their values.
     items[:] = [
         item
         for name, group in cases.items()
         if not any(part in name for part in left_out)
-        for item in group[:: min(one_in, max(1, len(group) - 1))]
+        for item in group[:: step(group)]
     ]
