@@ -174,8 +174,8 @@ void with_workspace(int64_t bytes, int32_t device, Kernels kernels) {
   kernels(memory);
 }
 
-// Pooling or rescaling alone, or a pass of a block. Their plans are made without a search, so they are not
-// kept.
+// Pooling or rescaling alone, or a pass of a block. Their plans are made without a search, so they
+// are not kept.
 template <class Call, class Run>
 void run_apart(const Call& call, int32_t device, Run kernels) {
   const auto plan = cuda::plan_of(call, description(device));

@@ -121,9 +121,10 @@ void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const W
     };
     switch (plan.strategy) {
       case 'K':
-        if constexpr (kPixels)
-          start_sharing(forward_kept < T, Step::kWholeTiles ? kKeptTailDepth : kKeptForwardDepth,
-                        Step >);
+        if constexpr (kPixels) {
+          constexpr int kDepth = Step::kWholeTiles ? kKeptTailDepth : kKeptForwardDepth;
+          start_sharing(forward_kept<T, kDepth, Step>);
+        }
         return;
       case 'S':
         if constexpr (!Step::kWholeTiles) {

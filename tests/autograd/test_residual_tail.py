@@ -406,8 +406,8 @@ def test_compile_in_one_graph(layout, gate):
 @needs_extension
 @pytest.mark.skipif(DEVICE != "cpu", reason='"auto" differs on the CPU')
 @pytest.mark.parametrize("backend", ["auto", "native"])
-def test_who_computes_a_compiled_tail(backend):
-    """In training the operators; without gradients "auto" leaves the tail to the compiler."""
+def test_compiled_training_calls_the_kernels(backend):
+    """Without gradients "auto" leaves the tail to the compiler."""
     case = make_tail((2, 16, 8, 8), torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(fused(backend), fullgraph=True, backend="aot_eager")
