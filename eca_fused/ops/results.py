@@ -22,6 +22,11 @@ def mask_bytes(x: Tensor, planes: bool) -> int:
     return n * (c * ((s + 7) // 8) if planes else s * ((c + 7) // 8))
 
 
+def mask_size(x: Tensor) -> int:
+    """Bytes of ReLU's mask: enough for either layout, as in csrc/tail_ops.cpp."""
+    return max(mask_bytes(x, True), mask_bytes(x, False))
+
+
 def dense_strides(shape: tuple[int, ...], channels_inside: bool) -> tuple[int, ...]:
     """Strides of a dense tensor of this shape, contiguous or with the channels innermost."""
     strides = [0] * len(shape)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from eca_fused.ops.checks import ACTIVATIONS, check, check_dy, check_identity, check_x
-from eca_fused.ops.results import mask_bytes, output_strides, sums_dtype
+from eca_fused.ops.results import mask_size, output_strides, sums_dtype
 
 __all__ = [
     "batch_statistics",
@@ -30,11 +30,8 @@ def _doubles(x: Tensor, kinds: int) -> Tensor:
 
 
 def _mask(x: Tensor, activation: int, needed: bool) -> Tensor:
-    """Enough bytes for either layout, as in csrc/tail_ops.cpp."""
-    size = 0
-    if needed and ACTIVATIONS[activation] == "relu":
-        size = max(mask_bytes(x, True), mask_bytes(x, False))
-    return x.new_empty(size, dtype=torch.uint8)
+    kept = needed and ACTIVATIONS[activation] == "relu"
+    return x.new_empty(mask_size(x) if kept else 0, dtype=torch.uint8)
 
 
 def _check(x: Tensor, identity: Tensor | None, dy: Tensor | None = None) -> None:

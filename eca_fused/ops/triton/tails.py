@@ -5,7 +5,7 @@ from torch import Tensor
 
 from eca_fused.ops import tail_fakes
 from eca_fused.ops.checks import ACTIVATIONS, check_dy, check_identity, check_x
-from eca_fused.ops.results import mask_bytes, sums_dtype
+from eca_fused.ops.results import mask_bytes, mask_size, sums_dtype
 from eca_fused.ops.triton import tail_launch
 from eca_fused.ops.triton.coefficients import tail_coefficients
 from eca_fused.ops.triton.maps import in_planes
@@ -52,10 +52,7 @@ def _check(
 
 
 def _mask_size(x: Tensor, activation: int) -> int:
-    """Bytes of the mask; its size does not depend on the layout, as in csrc/tail_ops.cpp."""
-    if ACTIVATIONS[activation] != "relu":
-        return 0
-    return max(mask_bytes(x, True), mask_bytes(x, False))
+    return mask_size(x) if ACTIVATIONS[activation] == "relu" else 0
 
 
 def _check_mask(mask: Tensor, x: Tensor, activation: int) -> None:
