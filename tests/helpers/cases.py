@@ -28,6 +28,12 @@ BACKENDS = [
     and DEVICE in (status.devices or ())
     and os.environ.get("ECA_FUSED_BACKEND", name) in (name, "auto")
 ]
+# Backends under torch.compile, and whether sizes are dynamic.
+COMPILED = [
+    ("auto", None),
+    pytest.param("native", None, marks=needs_extension, id="native"),
+    pytest.param("native", True, marks=needs_extension, id="native-dynamic"),
+]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "channels_last"]
 IN_REGISTERS = ("rows", "runs", "columns", "kept", "stream")  # strategies of the CUDA kernels

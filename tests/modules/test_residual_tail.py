@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from eca_fused import ECALayer, ResidualTail, attention
 from eca_fused.attention import residual_tail
 from eca_fused.ops import native
-from helpers.cases import DEVICE, LAYOUTS, in_layout, needs_extension
+from helpers.cases import COMPILED, DEVICE, LAYOUTS, in_layout, needs_extension
 from helpers.optional import needs_timm, needs_torchvision, timm_layers, torchvision_ops
 from helpers.processes import python
 from helpers.tails import assert_same_step, batch_norm, called
@@ -384,14 +384,7 @@ def test_checkpointing():
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize(
-    ("backend", "dynamic"),
-    [
-        ("auto", None),
-        pytest.param("native", None, marks=needs_extension, id="native"),
-        pytest.param("native", True, marks=needs_extension, id="native-dynamic"),
-    ],
-)
+@pytest.mark.parametrize(("backend", "dynamic"), COMPILED)
 @pytest.mark.parametrize("name", ["eca", "se"])
 @pytest.mark.parametrize("training", [True, False])
 def test_compile_in_one_graph(training, name, backend, dynamic):
