@@ -63,9 +63,8 @@ struct GatedPlan {
     const Values k = values(scratch);
     const RowValues<A> gates = values(gate + n * of.problem.channels, 3, scratch);
     write_rows<1, T>(rows, results, n, first, count, length, stride,
-                     [&](int64_t at, RowPart part, T** to, const int64_t* to_strides) {
-                       functions.write(row(k, n, at), strides(), part, gates.of_row(at), to[0],
-                                       to_strides[0]);
+                     [&](int64_t at, RowPart part, const RowOut<T>* out) {
+                       functions.write(row(k, n, at), strides(), part, gates.of_row(at), out[0]);
                      });
   }
 };
@@ -121,11 +120,11 @@ void gated_gradients_as(const GatedGradients& t, const ThreadPool& pool) {
                                     shift = values((const A*)t.shift + n * C, 4),
                                     slope = values(t.slope, 5), offset = values(t.offset, 6);
                  write_rows<1, T>(plan.rows, plan.results, n, first, count, length, plan.stride,
-                                  [&](int64_t at, RowPart part, T** to, const int64_t* strides) {
+                                  [&](int64_t at, RowPart part, const RowOut<T>* out) {
                                     plan.functions.gradients(
                                         plan.row(k, n, at), plan.strides(), part,
                                         {gate.of_row(at), shift.of_row(at), slope.of_row(at),
-                                         offset.of_row(at), to[0], strides[0]});
+                                         offset.of_row(at), out[0]});
                                   });
                });
 }

@@ -68,8 +68,7 @@ struct ActivatedRow {
 template <class T>
 struct GatedGradientRow {
   const Acc<T>*gate, *shift, *slope, *offset;
-  T* dx;  // of element `first`
-  int64_t dx_stride;
+  RowOut<T> dx;
 };
 
 enum class SumsOf { kValue, kProduct, kAll };  // z; dy * z; that and the four for the norm
@@ -80,7 +79,7 @@ constexpr int kinds_of(SumsOf of) { return of == SumsOf::kAll ? 5 : 1; }
 // no mask here.
 template <class T>
 struct GatedFunctions {
-  void (*write)(ActivatedRow<T>, RowStrides, RowPart, const Acc<T>* gate, T* y, int64_t y_stride);
+  void (*write)(ActivatedRow<T>, RowStrides, RowPart, const Acc<T>* gate, RowOut<T> y);
   void (*gradients)(ActivatedRow<T>, RowStrides, RowPart, GatedGradientRow<T>);
   // By SumsOf; of planes and of pixels as in RowFunctions.
   void (*sum_planes[3])(ActivatedRow<T>, RowStrides, RowPart, Vec<T>* lanes);
@@ -133,14 +132,14 @@ struct GatedKernels {
     else return g * slope;
   }
 
-  static void write(ActivatedRow<T> row, RowStrides by, RowPart part, const Acc<T>* gate, T* y,
-                    int64_t y_stride) {
-    for (int64_t j = 0; j < part.count; ++j, advance(row, by), y += y_stride) {
+  static void write(ActivatedRow<T> row, RowStrides by, RowPart part, const Acc<T>* gate,
+                    RowOut<T> y) {
+    for (int64_t j = 0; j < part.count; ++j, advance(row, by), y.to += y.stride) {
       const Coefficients k(row);
       const Of<T> a(gate + j * by.coefficients);
       each_piece<T>(part.first, part.end, j < part.safe, [&](int64_t i, auto piece) {
         const V v = k.p.at(i, piece) * from_centre(row, k, i, piece) + k.q.at(i, piece);
-        piece.store_to(y + (i - part.first), a.at(i, piece) * value(v));
+        piece.store_to(y.to + (i - part.first), a.at(i, piece) * value(v), y.around);
       });
     }
   }
@@ -150,15 +149,15 @@ struct GatedKernels {
     for (int64_t j = 0; j < part.count; ++j, advance(row, by)) {
       const Coefficients k(row);
       const Of<T> gate(to.gate), shift(to.shift), slope(to.slope), offset(to.offset);
-      T* const dx = to.dx;
+      const RowOut<T> dx = to.dx;
       each_piece<T>(part.first, part.end, j < part.safe, [&](int64_t i, auto piece) {
         const V p = k.p.at(i, piece), x = from_centre(row, k, i, piece);
         const V dz = gate.at(i, piece) * piece.load_from(row.dy + i) + shift.at(i, piece);
         V d = p * sloped(dz, both(p * x + k.q.at(i, piece)).slope);
         if (by_x) d += slope.at(i, piece) * x + offset.at(i, piece);
-        piece.store_to(dx + (i - part.first), d);
+        piece.store_to(dx.to + (i - part.first), d, dx.around);
       });
-      to.dx += to.dx_stride;
+      to.dx.to += dx.stride;
       to.gate += by.coefficients, to.shift += by.coefficients;
       if (by_x) to.slope += by.coefficients, to.offset += by.coefficients;
     }
@@ -187,18 +186,19 @@ struct GatedKernels {
     constexpr int kKinds = kinds_of(kOf);
     for (int64_t j = 0; j < part.count; ++j, advance(row, by)) {
       const Coefficients k(row);
-      V even[kKinds] = {}, odd[kKinds] = {};
-      each_piece<T>(part.first, part.end, j < part.safe, [&](int64_t i, auto piece) {
-        V more[kKinds];
-        terms<kOf>(row, k, i, piece, more);
-        // act(0) and act'(0) need not be zero, so what overhangs is left out.
-        if (piece.n < kLanes<T>)
-          for (V& v : more) v = first_lanes<V>(piece.n) ? v : V{};
-        V(&to)[kKinds] = i / kLanes<T> % 2 ? odd : even;
-        for (int kind = 0; kind < kKinds; ++kind) to[kind] += more[kind];
-      });
+      V all[2][kKinds] = {};
+      each_piece_in_turn<T>(part.first, part.end, j < part.safe,
+                            [&](int64_t i, auto piece, auto turn) {
+                              V more[kKinds];
+                              terms<kOf>(row, k, i, piece, more);
+                              // act(0) and act'(0) need not be zero, so what overhangs is left out.
+                              if (piece.n < kLanes<T>)
+                                for (V& v : more) v = first_lanes<V>(piece.n) ? v : V{};
+                              for (int kind = 0; kind < kKinds; ++kind)
+                                all[turn.value][kind] += more[kind];
+                            });
       for (int kind = 0; kind < kKinds; ++kind)
-        lanes[kind * kLanes<T> + j] = even[kind] + odd[kind];
+        lanes[kind * kLanes<T> + j] = all[0][kind] + all[1][kind];
     }
   }
 

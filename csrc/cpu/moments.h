@@ -16,8 +16,10 @@ struct Moment {
   }
 };
 
-// Elements of a plane, and rows of pixels, that are read twice out of a core's cache.
-constexpr int64_t kMomentBlock = 4096, kMomentRows = 16;
+// Elements of a plane that are read twice out of a core's cache.
+constexpr int64_t kMomentBlock = 4096;
+// Rows of pixels whose mean is the first pivot, and rows that are added in float.
+constexpr int64_t kPivotRows = 16, kMomentRows = 64;
 
 template <class T>
 Moment moment_of(const T* x, int64_t length) {
@@ -30,13 +32,14 @@ Moment moment_of(const T* x, int64_t length) {
     Total distance, square;
     for (int64_t i = first; i < first + n; i += kTailBlock) {
       V d[2] = {V{}, V{}}, s[2] = {V{}, V{}};
-      each_piece<T>(i, min_of(i + kTailBlock, first + n), false, [&](int64_t j, auto piece) {
+      const int64_t end = min_of(i + kTailBlock, first + n);
+      each_piece_in_turn<T>(i, end, false, [&](int64_t j, auto piece, auto turn) {
         V v = piece.load_from(x + j) - about;
         if (piece.n < kLanes<T>) v = first_lanes<V>(piece.n) ? v : V{};
         // This pass reads the first-level cache. What the next one will read comes meanwhile.
         __builtin_prefetch(x + j + n);
-        d[j / kLanes<T> % 2] += v;
-        s[j / kLanes<T> % 2] += v * v;
+        d[turn.value] += v;
+        s[turn.value] += v * v;
       });
       distance.add(sum(d[0] + d[1]));
       square.add(sum(s[0] + s[1]));
@@ -65,11 +68,11 @@ void small_moments(double* mean, double* squares, const T* x, int64_t stride, in
         pivot[j] *= Acc<T>(share);
         const V about = broadcast<V>(pivot[j]);
         const T* row = x + (c + j) * stride;
-        each_piece<T>(0, length, c + j < safe, [&](int64_t i, auto piece) {
+        each_piece_in_turn<T>(0, length, c + j < safe, [&](int64_t i, auto piece, auto turn) {
           V v = piece.load_from(row + i) - about;
           if (piece.n < w) v = first_lanes<V>(piece.n) ? v : V{};
-          d[i / w % 2] += v;
-          s[i / w % 2] += v * v;
+          d[turn.value] += v;
+          s[turn.value] += v * v;
         });
       }
       distance[j] = d[0] + d[1], square[j] = s[0] + s[1];
@@ -97,7 +100,9 @@ void each_pixels(int64_t count, int64_t length, bool by_four, const F& f) {
 }
 
 // Adds `count` rows of pixels to the moments of each element of a row, into which `before` rows
-// have gone.
+// have gone. Distances are taken from the mean of those, so a row is read once: where that mean is
+// far off, the distance between the two means makes most of the squares, and rounding the distances
+// within the rows matters little. The first rows are read twice, for a mean to begin with.
 template <class T>
 void add_pixel_moments(const T* x, int64_t stride, int64_t count, int64_t length, int64_t before,
                        double* mean, double* squares, Acc<T>* scratch) {
@@ -107,15 +112,21 @@ void add_pixel_moments(const T* x, int64_t stride, int64_t count, int64_t length
   A *pivot = scratch, *distance = scratch + width, *square = scratch + 2 * width;
   for (int64_t i = 0; i < 3 * width; i += kLanes<T>) store<false>(scratch + i, V{});
   const bool apart = in_other_pages<T>(stride);
+  if (before > 0) {
+    for (int64_t i = 0; i < length; ++i) pivot[i] = A(mean[i]);
+  } else {
+    for (int64_t i = 0; i < length; ++i) mean[i] = squares[i] = 0;
+    const int64_t rows = min_of(kPivotRows, count);
+    each_pixels<T>(rows, length, apart, [&](int64_t i, auto piece, int64_t row, auto many) {
+      V v = load(pivot + i);
+      for (int j = 0; j < decltype(many)::value; ++j)
+        v += piece.load_from(x + (row + j) * stride + i);
+      store<false>(pivot + i, v);
+    });
+    const A each = A(1) / rows;
+    for (int64_t i = 0; i < width; ++i) pivot[i] *= each;
+  }
   each_pixels<T>(count, length, apart, [&](int64_t i, auto piece, int64_t row, auto many) {
-    V v = load(pivot + i);
-    for (int j = 0; j < decltype(many)::value; ++j)
-      v += piece.load_from(x + (row + j) * stride + i);
-    store<false>(pivot + i, v);
-  });
-  const A each = A(1) / count;
-  for (int64_t i = 0; i < width; ++i) pivot[i] *= each;
-  each_pixels<T>(count, length, true, [&](int64_t i, auto piece, int64_t row, auto many) {
     const V about = load(pivot + i);
     V d = load(distance + i), s = load(square + i);
     for (int j = 0; j < decltype(many)::value; ++j) {
@@ -157,25 +168,27 @@ void moments_as(const Moments& t, const ThreadPool& pool) {
   // Each thread has some rows of a sample; with as many samples as threads, all of them.
   const int64_t L = g.length;
   const int64_t slabs = N >= pool.threads ? 1 : max_of(1, min_of(pool.threads, S * C / kGrain));
-  Array<double> parts(N * slabs * 2 * L);
+  const bool whole = slabs == 1 && L == C && !g.rest;  // then a part is the result
+  Array<double> parts(whole ? 0 : N * slabs * 2 * L);
   const auto start = [&](int64_t slab) { return g.rows * slab / slabs; };
   parallel(pool, N * slabs, 1, [&](int64_t begin, int64_t end) {
     Array<A> scratch(3 * (L + kLanes<T>));
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / slabs, first = start(i % slabs), last = start(i % slabs + 1);
-      double *mean = parts + i * 2 * L, *squares = mean + L;
+      double* mean = whole ? t.mean + n * C : parts + i * 2 * L;
+      double* squares = whole ? t.squares + n * C : mean + L;
       for (int64_t row = first; row < last; row += kMomentRows)
         add_pixel_moments<T>(row_of<const T>(t.x, n, row * g.fold), t.x.row_stride * g.fold,
                              min_of(kMomentRows, last - row), L, row - first, mean, squares,
                              scratch);
     }
   });
+  if (whole) return;
   parallel(pool, N, 1, [&](int64_t begin, int64_t end) {
     Array<A> scratch(3 * (L + kLanes<T>));
     Array<double> rest(2 * L);
     for (int64_t n = begin; n < end; ++n) {
       if (g.rest) {
-        for (int64_t i = 0; i < 2 * L; ++i) rest[i] = 0;
         add_pixel_moments<T>(row_of<const T>(t.x, n, g.rows * g.fold), 0, 1, g.rest, 0, rest,
                              rest + L, scratch);
       }

@@ -29,8 +29,8 @@ inline bool is_dense(const Problem& p, const Map& map) {
   return !map.data || map.row_stride == p.channels;
 }
 
-// What a pass writes. It may not be written directly where stores go around the caches, because
-// these want whole aligned vectors, or where it lies over an input that is still to be read.
+// What a pass writes, with `stream` around the caches. It is not written directly where it lies over
+// an input that is still to be read, or where some vectors do not begin at multiples of their size.
 template <class T>
 struct Written {
   Map map;
@@ -38,12 +38,20 @@ struct Written {
 
   Written(const Problem& p, const Map& out, const Map& in, const Map& other)
       : map(out), stream(out.data && streams<T>(p, out, in) && out.data != other.data),
-        direct(!stream && out.data != in.data && out.data != other.data) {}
+        direct(out.data != in.data && out.data != other.data && (!stream || aligned(p, out))) {}
+
+ private:
+  static bool aligned(const Problem& p, const Map& out) {
+    const int64_t length = p.layout == Layout::kPlanes ? p.pixels : p.channels;
+    const auto whole = [](int64_t n) { return n % kLanes<T> == 0; };
+    return (uintptr_t)out.data % (kLanes<T> * sizeof(T)) == 0 && whole(length) &&
+           whole(out.row_stride) && whole(out.sample_stride);
+  }
 };
 
-// Calls f(row, part, to, strides) for parts of `count` rows from `row` on; to[k] is where the k-th
-// result of the part goes, with strides[k] from a row to the next. Results that are not written
-// directly are staged in the first-level cache. `stride` is the least one of the maps that f reads.
+// Calls f(row, part, out) for parts of `count` rows from `row` on; out[k] is where the k-th result of
+// the part goes. Results that are not written directly are staged in the first-level cache.
+// `stride` is the least one of the maps that f reads.
 template <int kResults, class T, class F>
 void write_rows(const TailRows& rows, const Written<T> (&results)[kResults], int64_t sample,
                 int64_t row, int64_t count, int64_t length, int64_t stride, const F& f) {
@@ -66,14 +74,14 @@ void write_rows(const TailRows& rows, const Written<T> (&results)[kResults], int
     const int64_t some = min_of(together, count - i), at = row + i * rows.step;
     for (int64_t first = 0; first < length; first += part) {
       const int64_t end = min_of(first + part, length);
-      T* to[kResults];
-      int64_t strides[kResults];
+      RowOut<T> out[kResults];
       for (int k = 0; k < kResults; ++k) {
         const Written<T>& r = results[k];
-        to[k] = !r.map.data ? nullptr : r.direct ? row_of<T>(r.map, sample, at) + first : stage[k];
-        strides[k] = r.direct ? r.map.row_stride * rows.step : length;
+        if (r.map.data && r.direct)
+          out[k] = {row_of<T>(r.map, sample, at) + first, r.map.row_stride * rows.step, r.stream};
+        else out[k] = {r.map.data ? stage[k] : nullptr, length, false};
       }
-      f(at, RowPart{some, first, end, min_of(max_of(safe - i, 0), some)}, to, strides);
+      f(at, RowPart{some, first, end, min_of(max_of(safe - i, 0), some)}, out);
       for (int k = 0; k < kResults; ++k) {
         if (!results[k].map.data || results[k].direct) continue;
         T* out = row_of<T>(results[k].map, sample, at) + first;
@@ -217,8 +225,8 @@ struct TailPlan {
     const TailValues<Acc<T>> k(rows, g, t.coefficients, n, t.problem.channels, scratch);
     const RowStrides by = strides_of(rows, t.x, t.identity, kNoMap, t.mask);
     write_rows<1, T>(rows, results, n, row, count, length, stride,
-                     [&](int64_t at, RowPart part, T** to, const int64_t* strides) {
-                       functions.write(tail_row<T>(t, rows, k, n, at), by, part, to[0], strides[0]);
+                     [&](int64_t at, RowPart part, const RowOut<T>* out) {
+                       functions.write(tail_row<T>(t, rows, k, n, at), by, part, out[0]);
                      });
   }
 };
@@ -390,11 +398,10 @@ struct GradientPlan {
                        iq = values(t.identity_q, 9), ir = values(t.identity_r, 10);
     const RowStrides by = strides_of(rows, t.x, t.identity, t.dy, t.mask);
     write_rows<2, T>(rows, results, n, row, count, length, stride,
-                     [&](int64_t at, RowPart part, T** to, const int64_t* strides) {
-                       functions.gradients(
-                           gradient_row<T>(t, rows, k, n, at), by, part,
-                           {p.of_row(at), q.of_row(at), r.of_row(at), ip.of_row(at), iq.of_row(at),
-                            ir.of_row(at), to[0], to[1], strides[0], strides[1]});
+                     [&](int64_t at, RowPart part, const RowOut<T>* out) {
+                       functions.gradients(gradient_row<T>(t, rows, k, n, at), by, part,
+                                           {p.of_row(at), q.of_row(at), r.of_row(at), ip.of_row(at),
+                                            iq.of_row(at), ir.of_row(at), out[0], out[1]});
                      });
   }
 };

@@ -16,22 +16,37 @@ struct Piece {
     if constexpr (kExact) return load_first(p, n);
     else return load(p);
   }
-  void store_to(T* p, Vec<T> v) const {
+  // around: past the caches; then p is a multiple of a vector's size.
+  void store_to(T* p, Vec<T> v, bool around) const {
     if constexpr (kExact) store_first(p, v, n);
+    else if (around) store<true>(p, v);
     else store<false>(p, v);
   }
 };
 
-// Calls f(i, piece) for the elements [first, end) of a row. The last piece may overhang into what
-// follows in memory; a processor with masked loads and stores has no use for that.
+// Calls f(i, piece, k) for the elements [first, end) of a row, with k = 0 and 1 in turn: two sums
+// are two chains of additions, and hide the latency of one. k is a constant, so that a sum stays in
+// its register. The last piece may overhang into what follows in memory; a processor with masked
+// loads and stores has no use for that.
+template <class T, class F>
+inline void each_piece_in_turn(int64_t first, int64_t end, bool overhang, F f) {
+  constexpr int64_t w = kLanes<T>;
+  const Piece<false, T> whole{w};
+  int64_t i = first;
+  for (; i + 2 * w <= end; i += 2 * w) {
+    f(i, whole, Constant<0>());
+    f(i + w, whole, Constant<1>());
+  }
+  if (i + w <= end) f(i, whole, Constant<0>()), i += w;
+  if (i == end) return;
+  if (overhang && kVectorBytes < 64) f(i, Piece<false, T>{end - i}, Constant<1>());
+  else f(i, Piece<true, T>{end - i}, Constant<1>());
+}
+
+// Calls f(i, piece) for them.
 template <class T, class F>
 inline void each_piece(int64_t first, int64_t end, bool overhang, F f) {
-  constexpr int64_t w = kLanes<T>;
-  const bool whole = overhang && kVectorBytes < 64;
-  const int64_t stop = whole ? end : end - (end - first) % w;
-  int64_t i = first;
-  for (; i < stop; i += w) f(i, Piece<false, T>{end - i < w ? end - i : w});
-  if (i < end) f(i, Piece<true, T>{end - i});
+  each_piece_in_turn<T>(first, end, overhang, [=](int64_t i, auto piece, auto) { f(i, piece); });
 }
 
 // v, for a sum: zero where another row's elements are.
@@ -185,12 +200,19 @@ struct RowStrides {
   int64_t x, identity, dy, mask, coefficients;
 };
 
+// Where rows of a result go, from element `first` of the first row on.
+template <class T>
+struct RowOut {
+  T* to;
+  int64_t stride;
+  bool around;  // the caches; then vectors begin at multiples of their size
+};
+
 // The coefficients of the gradients, and where those go.
 template <class T>
 struct GradientRow {
   const Acc<T>*p, *q, *r, *identity_p, *identity_q, *identity_r;
-  T *dx, *d_identity;  // of element `first`; null for one that is not asked for
-  int64_t dx_stride, d_identity_stride;
+  RowOut<T> dx, d_identity;  // without `to` for one that is not asked for
 };
 
 // Elements [first, end) of `count` rows, of which the first `safe` may overhang.
@@ -202,8 +224,7 @@ struct RowPart {
 template <class T>
 struct RowFunctions {
   bool reads_identity;
-  // y and the mask; y begins with element `first` of the first row.
-  void (*write)(TailRow<T>, RowStrides, RowPart, T* y, int64_t y_stride);
+  void (*write)(TailRow<T>, RowStrides, RowPart, RowOut<T> y);  // and the mask
   void (*gradients)(TailRow<T>, RowStrides, RowPart, GradientRow<T>);
   // Of planes: lanes[kind * kLanes + j], the lanes' sums of g, of g * (x - centre) and of
   // g * (identity - identity_centre) of the j-th one.
@@ -219,13 +240,28 @@ struct RowKernels {
   using V = Vec<T>;
   static constexpr bool kPlanes = Of<T>::kPlanes;
 
-  // The coefficients of v: of a plane, or of all rows of pixels.
+  // The coefficients of v at the elements of a piece. They are loaded before anything is stored:
+  // the compiler cannot know that a store leaves them as they are.
+  struct At {
+    V p, q, centre, identity_scale, identity_centre;
+  };
+
+  // Those of a plane, or of all rows of pixels.
   struct Coefficients {
     Of<T> p, q, centre, identity_scale, identity_centre;
 
     explicit Coefficients(const TailRow<T>& row)
         : p(row.p), q(row.q), centre(row.centre), identity_scale(row.identity_scale),
           identity_centre(row.identity_centre) {}
+    template <class P>
+    At at(int64_t i, P piece) const {
+      At found{p.at(i, piece), q.at(i, piece), centre.at(i, piece), {}, {}};
+      if constexpr (kIdentity) {
+        found.identity_scale = identity_scale.at(i, piece);
+        found.identity_centre = identity_centre.at(i, piece);
+      }
+      return found;
+    }
   };
 
   static void advance(TailRow<T>& row, const RowStrides& by) {
@@ -235,23 +271,23 @@ struct RowKernels {
   }
 
   template <class P>
-  static V from_centre(const TailRow<T>& row, const Coefficients& k, int64_t i, P piece) {
-    return piece.load_from(row.x + i) - k.centre.at(i, piece);
+  static V from_centre(const TailRow<T>& row, const At& k, int64_t i, P piece) {
+    return piece.load_from(row.x + i) - k.centre;
   }
   template <class P>
-  static V identity_from_centre(const TailRow<T>& row, const Coefficients& k, int64_t i, P piece) {
-    return piece.load_from(row.identity + i) - k.identity_centre.at(i, piece);
+  static V identity_from_centre(const TailRow<T>& row, const At& k, int64_t i, P piece) {
+    return piece.load_from(row.identity + i) - k.identity_centre;
   }
   // v
   template <class P>
-  static V argument(const TailRow<T>& row, const Coefficients& k, int64_t i, P piece) {
-    const V v = k.p.at(i, piece) * from_centre(row, k, i, piece) + k.q.at(i, piece);
+  static V argument(const TailRow<T>& row, const At& k, int64_t i, P piece) {
+    const V v = k.p * from_centre(row, k, i, piece) + k.q;
     if constexpr (!kIdentity) return v;
-    else return v + k.identity_scale.at(i, piece) * identity_from_centre(row, k, i, piece);
+    else return v + k.identity_scale * identity_from_centre(row, k, i, piece);
   }
   // g = dy * act'(v)
   template <class P>
-  static V gradient(const TailRow<T>& row, const Coefficients& k, int64_t i, P piece) {
+  static V gradient(const TailRow<T>& row, const At& k, int64_t i, P piece) {
     const V g = piece.load_from(row.dy + i);
     if constexpr (kShape == Shape::kReLU)
       return lanes_of<V>(load_bits_of<T>(row.mask, i, piece.n)) ? g : V{};
@@ -260,9 +296,8 @@ struct RowKernels {
     else return g;
   }
 
-  static void write(TailRow<T> row, RowStrides by, RowPart part, T* y, int64_t y_stride) {
-    const auto one = [&](const TailRow<T>& of, const Coefficients& k, int64_t i, auto piece,
-                         T* to) {
+  static void write(TailRow<T> row, RowStrides by, RowPart part, RowOut<T> y) {
+    const auto one = [&](const TailRow<T>& of, const At& k, int64_t i, auto piece, T* to) {
       V v = argument(of, k, i, piece);
       if constexpr (kShape == Shape::kSmooth) v = activated(of.activation, v);
       if constexpr (kShape == Shape::kReLU) {
@@ -270,73 +305,98 @@ struct RowKernels {
         v = kept ? v : V{};
         if (of.mask) store_bits_of<T>(of.mask, i, piece.n, bits_of<V>(kept));
       }
-      piece.store_to(to + (i - part.first), v);
+      piece.store_to(to + (i - part.first), v, y.around);
     };
     int64_t j = 0;
     if constexpr (!kPlanes) {  // two rows share the loads of their coefficients
       const Coefficients k(row);
-      for (; in_pairs(by) && j + 2 <= part.count; j += 2, y += 2 * y_stride) {
+      for (; in_pairs(by) && j + 2 <= part.count; j += 2, y.to += 2 * y.stride) {
         TailRow<T> next = row;
         advance(next, by);
         each_piece<T>(part.first, part.end, false, [&](int64_t i, auto piece) {
-          one(row, k, i, piece, y);
-          one(next, k, i, piece, y + y_stride);
+          const At at = k.at(i, piece);
+          one(row, at, i, piece, y.to);
+          one(next, at, i, piece, y.to + y.stride);
         });
         row = next;
         advance(row, by);
       }
     }
-    for (; j < part.count; ++j, advance(row, by), y += y_stride) {
+    for (; j < part.count; ++j, advance(row, by), y.to += y.stride) {
       const Coefficients k(row);
       each_piece<T>(part.first, part.end, j < part.safe,
-                    [&](int64_t i, auto piece) { one(row, k, i, piece, y); });
+                    [&](int64_t i, auto piece) { one(row, k.at(i, piece), i, piece, y.to); });
     }
   }
 
   static void gradients(TailRow<T> row, RowStrides by, RowPart part, GradientRow<T> to) {
-    for (int64_t j = 0; j < part.count; ++j, advance(row, by)) {
+    const bool by_x = to.q, by_identity = to.identity_q, need_dx = to.dx.to,
+               need_d_identity = to.d_identity.to;
+    // The next row, or two that have the same coefficients.
+    const auto rows = [&](auto count, bool overhang) __attribute__((always_inline)) {
+      constexpr int kRows = decltype(count)::value;
       const Coefficients k(row);
       const Of<T> p(to.p), q(to.q), r(to.r), identity_p(to.identity_p), identity_q(to.identity_q),
           identity_r(to.identity_r);
-      const bool by_x = to.q, by_identity = to.identity_q;
-      T *const dx = to.dx, *const d_identity = to.d_identity;
-      each_piece<T>(part.first, part.end, j < part.safe, [&](int64_t i, auto piece) {
-        const V g = gradient(row, k, i, piece);
-        if (dx) {
-          V d = p.at(i, piece) * g + r.at(i, piece);
-          if (by_x) d += q.at(i, piece) * from_centre(row, k, i, piece);
-          piece.store_to(dx + (i - part.first), d);
+      TailRow<T> of[kRows];
+      for (TailRow<T>& one : of) one = row, advance(row, by);
+      const RowOut<T> dx = to.dx, d_identity = to.d_identity;
+      each_piece<T>(part.first, part.end, overhang, [&](int64_t i, auto piece) {
+        const At at = k.at(i, piece);
+        V g[kRows], d[kRows];
+        for (int j = 0; j < kRows; ++j) g[j] = gradient(of[j], at, i, piece);
+        if (need_dx) {
+          const V by_g = p.at(i, piece), rest = r.at(i, piece);
+          for (int j = 0; j < kRows; ++j) d[j] = by_g * g[j] + rest;
+          if (by_x) {
+            const V slope = q.at(i, piece);
+            for (int j = 0; j < kRows; ++j) d[j] += slope * from_centre(of[j], at, i, piece);
+          }
+          for (int j = 0; j < kRows; ++j)
+            piece.store_to(dx.to + j * dx.stride + (i - part.first), d[j], dx.around);
         }
-        if (!d_identity) return;
-        V d = identity_p.at(i, piece) * g;
+        if (!need_d_identity) return;
+        const V by_g = identity_p.at(i, piece);
+        for (int j = 0; j < kRows; ++j) d[j] = by_g * g[j];
         if constexpr (kIdentity)
-          if (by_identity)
-            d += identity_q.at(i, piece) * identity_from_centre(row, k, i, piece) +
-                 identity_r.at(i, piece);
-        piece.store_to(d_identity + (i - part.first), d);
+          if (by_identity) {
+            const V slope = identity_q.at(i, piece), rest = identity_r.at(i, piece);
+            for (int j = 0; j < kRows; ++j)
+              d[j] += slope * identity_from_centre(of[j], at, i, piece) + rest;
+          }
+        for (int j = 0; j < kRows; ++j)
+          piece.store_to(d_identity.to + j * d_identity.stride + (i - part.first), d[j],
+                         d_identity.around);
       });
-      to.dx += dx ? to.dx_stride : 0, to.d_identity += d_identity ? to.d_identity_stride : 0;
+      to.dx.to += need_dx ? kRows * dx.stride : 0;
+      to.d_identity.to += need_d_identity ? kRows * d_identity.stride : 0;
       to.p += by.coefficients, to.r += by.coefficients;
       to.identity_p += to.identity_p ? by.coefficients : 0;
       if (by_x) to.q += by.coefficients;
       if (by_identity) to.identity_q += by.coefficients, to.identity_r += by.coefficients;
-    }
+    };
+    int64_t j = 0;
+    if constexpr (!kPlanes)
+      for (; in_pairs(by) && j + 2 <= part.count; j += 2) rows(Constant<2>(), false);
+    for (; j < part.count; ++j) rows(Constant<1>(), j < part.safe);
   }
 
   static void sum_planes(TailRow<T> row, RowStrides by, RowPart part, V* lanes) {
     for (int64_t j = 0; j < part.count; ++j, advance(row, by)) {
       const Coefficients k(row);
-      V even[3] = {V{}, V{}, V{}}, odd[3] = {V{}, V{}, V{}};
-      each_piece<T>(part.first, part.end, j < part.safe, [&](int64_t i, auto piece) {
-        const V g = counted(piece, gradient(row, k, i, piece));
-        V(&to)[3] = i / kLanes<T> % 2 ? odd : even;
-        to[0] += g;
-        to[1] += g * counted(piece, from_centre(row, k, i, piece));
-        if constexpr (kIdentity)
-          to[2] += g * counted(piece, identity_from_centre(row, k, i, piece));
-      });
+      V all[2][3] = {};
+      each_piece_in_turn<T>(
+          part.first, part.end, j < part.safe, [&](int64_t i, auto piece, auto turn) {
+            const At at = k.at(i, piece);
+            const V g = counted(piece, gradient(row, at, i, piece));
+            V(&to)[3] = all[turn.value];
+            to[0] += g;
+            to[1] += g * counted(piece, from_centre(row, at, i, piece));
+            if constexpr (kIdentity)
+              to[2] += g * counted(piece, identity_from_centre(row, at, i, piece));
+          });
       for (int kind = 0; kind < (kIdentity ? 3 : 2); ++kind)
-        lanes[kind * kLanes<T> + j] = even[kind] + odd[kind];
+        lanes[kind * kLanes<T> + j] = all[0][kind] + all[1][kind];
     }
   }
 
@@ -350,13 +410,14 @@ struct RowKernels {
       TailRow<T> next = row;
       if (two) advance(next, by);
       each_piece<T>(0, part.end, false, [&](int64_t i, auto piece) {
-        const V g = gradient(row, k, i, piece), x = from_centre(row, k, i, piece);
+        const At at = k.at(i, piece);
+        const V g = gradient(row, at, i, piece), x = from_centre(row, at, i, piece);
         V sums[3] = {g, g * x, V{}};
-        if constexpr (kIdentity) sums[2] = g * identity_from_centre(row, k, i, piece);
+        if constexpr (kIdentity) sums[2] = g * identity_from_centre(row, at, i, piece);
         if (two) {
-          const V more = gradient(next, k, i, piece);
-          sums[0] += more, sums[1] += more * from_centre(next, k, i, piece);
-          if constexpr (kIdentity) sums[2] += more * identity_from_centre(next, k, i, piece);
+          const V more = gradient(next, at, i, piece);
+          sums[0] += more, sums[1] += more * from_centre(next, at, i, piece);
+          if constexpr (kIdentity) sums[2] += more * identity_from_centre(next, at, i, piece);
         }
         for (int kind = 0; kind < (kIdentity ? 3 : 2); ++kind) {
           Acc<T>* to = lanes + kind * width + i;
