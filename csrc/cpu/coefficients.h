@@ -120,29 +120,27 @@ void totals_as(const Totals& t, const ThreadPool& pool) {
   const GateTaps taps(p, t.weight, true);
   const A* const distance = (const A*)t.distance;
   Array<double> dz(t.weight ? N * C : 0), mean(t.weight ? N * C : 0), dscale(N);
-  parallel(pool, N, samples_of_grain(C), [&](int64_t begin, int64_t end) {
+  const auto factors = [&](int64_t begin, int64_t end) {
     Array<double> gate(C), dfactor(C), row(C);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t at = n * C;
       double scale;
       read(&scale, t.scale, n, 1, 1);
       read(gate, t.gate, at, C, 1);
-      for (int64_t c = 0; c < C; ++c) {
+      for (int64_t c = 0; c < C; ++c)
         dfactor[c] = own.alpha[c] * by_x[at + c] + own.beta[c] * g[at + c];
-        dscale[n] += dfactor[c] * gate[c];
-        dfactor[c] *= scale;
-      }
+      if (t.dscale) dscale[n] = reduce_row<true, double>(dfactor, gate, C);
+      for (int64_t c = 0; c < C; ++c) dfactor[c] *= scale;
       if (t.dgate) write(t.dgate, t.gate.dtype, at, dfactor, C);
       if (!t.weight) continue;
-      for (int64_t c = 0; c < C; ++c) {
-        dz[at + c] = dfactor[c] * gate[c] * (1 - gate[c]);
-        mean[at + c] = own.alpha[c] * distance[at + c] + own.beta[c];
-      }
+      for (int64_t c = 0; c < C; ++c) dz[at + c] = dfactor[c] * gate[c] * (1 - gate[c]);
+      for (int64_t c = 0; c < C; ++c) mean[at + c] = own.alpha[c] * distance[at + c] + own.beta[c];
       filter_sample<double>(taps, row, dz + at);
       A* const dmean = (A*)t.dmean + at;
       for (int64_t c = 0; c < C; ++c) dmean[c] = row[c];
     }
-  });
+  };
+  if (t.dscale || t.dgate || t.weight) parallel(pool, N, samples_of_grain(C), factors);
   if (t.dscale) write(t.dscale, t.scale.dtype, 0, dscale, N);
   if (t.dweight) taps_gradient<double>(p, taps, dz, mean, t.dweight, pool);
   const Values dmean = t.weight
@@ -160,15 +158,18 @@ void totals_as(const Totals& t, const ThreadPool& pool) {
       read(&scale, t.scale, n, 1, 1);
       read(gate, t.gate, at, count, 1);
       read(dm, dmean, at, count, 0);
-      for (int64_t i = 0; i < count; ++i) {
-        du[i] += gate[i] * scale * g[at + i] + dm[i];
-        du_x[i] += gate[i] * scale * by_x[at + i];
-        total[i] += g[at + i];
-      }
+      // Vectors by hand: these are more pointers than the compiler checks for overlap.
+      each_piece<double>(0, count, false, [&](int64_t i, auto piece) {
+        const auto at_i = [&](const double* from) { return piece.load_from(from + i); };
+        const auto add = [&](double* to, Vd v) { piece.store_to(to + i, at_i(to) + v, false); };
+        const Vd factor = at_i(gate) * scale, sum = at_i(g + at);
+        add(du, factor * sum + at_i(dm));
+        add(du_x, factor * at_i(by_x + at));
+        add(total, sum);
+        if (t.identity_sum) add(total_i, at_i(by_identity + at));
+      });
       if (dmean.data)
         for (int64_t i = 0; i < count; ++i) du_x[i] += dm[i] * distance[at + i];
-      if (t.identity_sum)
-        for (int64_t i = 0; i < count; ++i) total_i[i] += by_identity[at + i];
     }
   });
 }
