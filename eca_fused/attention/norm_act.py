@@ -73,7 +73,7 @@ def compute(parts: NormActParts, x: Tensor) -> Tensor:
     if not 2 <= x.dim() <= 5 or x.numel() == 0:
         return by_calling(parts, x)
     way = choose(x, plan.gate.backend)
-    if not way.has_gating(x) or not fits(parts.bn, x):
+    if not way.has_gating(x, plan.gate.network is not None) or not fits(parts.bn, x):
         return by_calling(parts, x)
     if isinstance(parts.attention, ChannelAttention):
         check_map(x, parts.attention.width())
@@ -81,7 +81,6 @@ def compute(parts: NormActParts, x: Tensor) -> Tensor:
 
 
 def _compute(bn: nn.Module | None, plan: _Plan, way: Way, x: Tensor) -> Tensor:
-    way = way.for_part(is_tail=False, network=plan.gate.network is not None)
     t, o = TailTensors(x), TailOptions(plan.activation, plan.gate.circular)
     if bn is not None:
         own = as_norm(bn, x, way)

@@ -117,7 +117,7 @@ def compute(parts: TailParts, x: Tensor, identity: Tensor | None) -> Tensor:
     if isinstance(plan, str) or not _fit(x, identity):
         return by_calling(parts, x, identity)
     way = choose(x, plan.gate.backend)
-    if not way.has_tails(x) or x.numel() == 0:
+    if not way.has_tails(x, plan.gate.network is not None) or x.numel() == 0:
         return by_calling(parts, x, identity)
     # Before the first norm updates its running statistics.
     if not fits(parts.bn, x) or not fits(parts.identity_bn, identity):
@@ -143,7 +143,6 @@ def _fit(x: Any, identity: Any) -> bool:
 
 def _compute(parts: TailParts, plan: _Plan, way: Way, x: Tensor, identity: Tensor | None) -> Tensor:
     gate, scale = plan.gate, _scale(parts, x)
-    way = way.for_part(is_tail=True, network=gate.network is not None)
     own = ABSENT if parts.bn is None else as_norm(parts.bn, x, way)
     other = ABSENT
     if parts.identity_bn is not None and identity is not None:

@@ -28,7 +28,8 @@ __all__ = ["FusedGating", "Gating", "PlainGating"]
 class Gating:
     """How a way computes attention after an activation."""
 
-    def has_gating(self, x: Tensor) -> bool:
+    def has_gating(self, x: Tensor, network: bool) -> bool:
+        """Whether it computes it for such maps; arguments as for has_tails()."""
         return False
 
     def gated(self, t: TailTensors, o: TailOptions) -> Tensor:
@@ -43,7 +44,7 @@ class Gating:
 class PlainGating(Gating):
     """Plain operations for a compiler, which fuses them, and for torch.func's transforms."""
 
-    def has_gating(self, x: Tensor) -> bool:
+    def has_gating(self, x: Tensor, network: bool) -> bool:
         return True
 
     def gated(self, t: TailTensors, o: TailOptions) -> Tensor:
@@ -59,7 +60,7 @@ class FusedGating(Gating):
 
     kernels: Kernels
 
-    def has_gating(self, x: Tensor) -> bool:
+    def has_gating(self, x: Tensor, network: bool) -> bool:
         return x.device.type in self.kernels.gating_devices
 
     def _gating(self) -> GatingKernels:

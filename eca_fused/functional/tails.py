@@ -41,7 +41,13 @@ def pixels_of(x: Tensor) -> int:
 class Tails:
     """How a way computes tails. Tensors and options as in ops/tail.py."""
 
-    def has_tails(self, x: Tensor) -> bool:
+    def has_tails(self, x: Tensor, network: bool) -> bool:
+        """Whether it computes them for such maps.
+
+        Args:
+            x: (N, C, *spatial).
+            network: a network makes the gates, such as that of squeeze and excitation.
+        """
         return False
 
     def moments(self, x: Tensor) -> Moments:
@@ -60,7 +66,7 @@ class Tails:
 class PlainTails(Tails):
     """Plain operations for a compiler, which fuses them, and for torch.func's transforms."""
 
-    def has_tails(self, x: Tensor) -> bool:
+    def has_tails(self, x: Tensor, network: bool) -> bool:
         return True
 
     def moments(self, x: Tensor) -> Moments:
@@ -82,7 +88,7 @@ class FusedTails(Tails):
 
     kernels: Kernels
 
-    def has_tails(self, x: Tensor) -> bool:
+    def has_tails(self, x: Tensor, network: bool) -> bool:
         return x.device.type in self.kernels.tail_devices
 
     def _kernels(self) -> TailKernels:

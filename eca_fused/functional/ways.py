@@ -15,7 +15,6 @@ from eca_fused.autograd.transforms import transformed_eca
 from eca_fused.functional import torchscript
 from eca_fused.functional.gating import FusedGating, Gating, PlainGating
 from eca_fused.functional.tails import FusedTails, PlainTails, Tails
-from eca_fused.functional.tails import needs_grad as tail_needs_grad
 from eca_fused.ops import graph
 from eca_fused.ops.checks import (
     check,
@@ -94,15 +93,6 @@ class Way(Tails, Gating):
     def linked_rescale(self, x: Tensor, gate: Tensor, token: Tensor | None) -> Tensor:
         return self.rescale(x, gate)
 
-    def for_part(self, is_tail: bool, network: bool) -> "Way":
-        """The way for a part of a block, whose statistics and result belong together.
-
-        Args:
-            is_tail: the end of a residual block; else attention after an activation.
-            network: a network makes the gates, such as that of squeeze and excitation.
-        """
-        return self
-
     def residual_tail(
         self,
         x: Tensor,
@@ -115,7 +105,7 @@ class Way(Tails, Gating):
     ) -> Tensor:
         """y = activation(gate * scale * x + identity), with taps or a gate (N, C), scale (N,)."""
         quietly(check_tail, x, identity, weight, gate, scale, circular)
-        if self.has_tails(x) and x.numel() > 0:
+        if self.has_tails(x, network=False) and x.numel() > 0:
             t = TailTensors(x, identity, weight, gate, scale)
             return self.tail(t, TailOptions(activation, circular))
         y = x
@@ -342,9 +332,12 @@ class Compiling(Fused):
     It checks before the call, because up to torch 2.13 an operator's error has another type there.
     """
 
-    def for_part(self, is_tail: bool, network: bool) -> Way:
-        # Functions around a network pass on an attribute of a tensor, which a graph cannot have.
-        return Graph() if network else self
+    # Functions around a network pass on an attribute of a tensor, which a graph cannot have.
+    def has_tails(self, x: Tensor, network: bool) -> bool:
+        return not network and super().has_tails(x, network)
+
+    def has_gating(self, x: Tensor, network: bool) -> bool:
+        return not network and super().has_gating(x, network)
 
     def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
         check(x, weight, circular)
@@ -375,11 +368,11 @@ class ForTheCompiler(FusedTails, Graph):
     """The way of backend="auto" on the CPU under torch.compile.
 
     Tails that need gradients are the kernels' operators, because the compiler's own backward pass
-    takes five to ten times as long (benchmarks/results/cpu-tails.json). All else is plain
-    operations, which the compiler fuses with the addition and the ReLU that follow. If the channels
-    are innermost, the kernels compute the gradients of attention alone. Time of a whole compiled
-    network over its time without attention (batch 4, float32;
-    benchmarks/results/cpu-networks.json):
+    takes five to ten times as long (benchmarks/results/cpu-tails.json). The modules of other tails
+    are called, and attention is plain operations, which the compiler fuses with the addition and
+    the ReLU that follow. If the channels are innermost, the kernels compute the gradients of
+    attention alone. Time of a whole compiled network over its time without attention (batch 4,
+    float32; benchmarks/results/cpu-networks.json):
 
     | | this way | with the kernels |
     |---|---|---|
@@ -393,11 +386,11 @@ class ForTheCompiler(FusedTails, Graph):
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
 
-    def for_part(self, is_tail: bool, network: bool) -> Way:
-        return self if is_tail and not network else Graph()
+    def has_tails(self, x: Tensor, network: bool) -> bool:
+        return torch.is_grad_enabled() and not network and super().has_tails(x, network)
 
-    def tail(self, t: TailTensors, o: TailOptions) -> Tensor:
-        return (FusedTails if tail_needs_grad(t) else PlainTails).tail(self, t, o)
+    def has_gating(self, x: Tensor, network: bool) -> bool:
+        return False
 
     def eca(self, x: Tensor, weight: Tensor, circular: bool) -> Tensor:
         """y in the memory format that the kernels give it."""
