@@ -2,6 +2,9 @@
 
 ECA_FUSED_CUDA=1 requires the CUDA kernels and ECA_FUSED_CUDA=0 leaves them out. Without it they are
 built if there is a CUDA toolkit that fits the installed torch. The build needs no GPU.
+
+Without a C++ compiler, or with ECA_FUSED_NATIVE=0, the package has no compiled kernels. Then Triton
+and plain PyTorch compute.
 """
 
 import importlib.util
@@ -11,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -188,14 +192,53 @@ def oldest_torch() -> str:
     return ".".join(first.split()[0].split(".")[:2])
 
 
+def find_compiler(environ: Mapping[str, str]) -> str | None:
+    """The C++ compiler: that of CXX, Python's own or one by its usual name; None without one."""
+    names = (environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++", "g++", "clang++")
+    commands = [name.split()[0] for name in names if name and name.strip()]
+    return next(filter(shutil.which, commands), None)
+
+
+def leaves_kernels_out(environ: Mapping[str, str]) -> str | None:
+    """Why this build has no compiled kernels, or None if it has."""
+    request = environ.get("ECA_FUSED_NATIVE") or "1"
+    if request not in ("0", "1"):
+        raise SystemExit(
+            f"eca_fused: error: expected ECA_FUSED_NATIVE to be 0 or 1, got {request!r}"
+        )
+    if request == "0":
+        return "ECA_FUSED_NATIVE=0"
+    if find_compiler(environ):
+        return None
+    reason = "there is no C++ compiler"
+    for name in ("ECA_FUSED_NATIVE", "ECA_FUSED_CUDA"):
+        if environ.get(name) == "1":
+            raise SystemExit(
+                f"eca_fused: error: {name}=1, but {reason}. Install one (Debian and Ubuntu: "
+                "apt-get install g++), or set CXX."
+            )
+    return reason
+
+
+# Commands of setuptools that compile something, or say what would be compiled.
+COMPILING = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+
+
 def main() -> None:
+    if not COMPILING & set(sys.argv):
+        setup()
+        return
+    if reason := leaves_kernels_out(os.environ):
+        print(f"eca_fused: no compiled kernels ({reason})", flush=True)
+        setup()
+        return
     try:
         import torch
     except ImportError as error:
         raise SystemExit(
             f"eca_fused: error: the build needs PyTorch, which does not import ({error}). "
             f"Install torch {oldest_torch()} or newer, or let pip do it: leave out "
-            "--no-build-isolation."
+            "--no-build-isolation. For a build without compiled kernels, set ECA_FUSED_NATIVE=0."
         ) from error
 
     toolkit, reason = choose_toolkit(

@@ -1,6 +1,7 @@
-"""setup.py's choice between a build with and without the CUDA kernels."""
+"""What a build needs, and setup.py's choice between builds with and without kernels."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,24 @@ SETUP = ROOT / "setup.py"
 KERNELS = {"torch_version": "2.15.0", "torch_cuda": "13.2", "has_kernels": True}
 
 
-@pytest.fixture(scope="module")
-def build():
-    spec = importlib.util.spec_from_file_location("eca_fused_setup", SETUP)
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def build():
+    return load("eca_fused_setup", SETUP)
+
+
+@pytest.fixture
+def backend(build, monkeypatch):
+    """tools/build_backend.py, in the root of the sources, as pip runs it."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "setup", build)
+    return load("eca_fused_build_backend", ROOT / "tools" / "build_backend.py")
 
 
 def script(path, text):
@@ -163,3 +176,62 @@ def test_nvcc_that_fails_is_passed_over(build, tmp_path):
 )
 def test_architectures_are_those_the_toolkit_knows(build, version, newest):
     assert build.architectures(version).split(";")[-1] == newest
+
+
+# ---- what the build asks for, see tools/build_backend.py ----
+
+
+def install_torch(folder, version="2.14.1+cu130", cuda="13.0"):
+    """What of an installed torch can be seen without importing it."""
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "version.py").write_text(f"__version__ = {version!r}\ncuda = {cuda!r}\n")
+    metadata = folder / f"torch-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    return folder
+
+
+def requirements(backend, folders, homes=(), **environ):
+    return backend.requirements({"CXX": sys.executable, **environ}, folders, homes)
+
+
+def test_the_installed_torch_is_found(backend, tmp_path):
+    empty, folder = tmp_path / "empty", install_torch(tmp_path / "site")
+    empty.mkdir()
+    assert backend.find_torch([empty, folder]) == (folder, "2.14.1+cu130", "13.0")
+    assert requirements(backend, [empty, folder]) == []
+
+
+@pytest.mark.parametrize("version", [None, "2.10.2", "1.13.1+cu117"])
+def test_torch_is_asked_for_where_none_fits(backend, tmp_path, version):
+    folders = [] if version is None else [install_torch(tmp_path / "site", version)]
+    assert requirements(backend, folders) == ["torch>=2.11"]
+
+
+def test_nvcc_is_asked_for_where_no_toolkit_fits(backend, tmp_path):
+    folders = [install_torch(tmp_path / "site", cuda="13.2")]
+    old, fitting = make_toolkit(tmp_path / "old", 12080), make_toolkit(tmp_path / "cuda", 13000)
+    asked = requirements(backend, folders, [old], ECA_FUSED_CUDA="1")
+    assert "nvidia-cuda-nvcc==13.2.*" in asked
+    assert requirements(backend, folders, [fitting], ECA_FUSED_CUDA="1") == []
+    assert requirements(backend, folders, [old]) == []
+    for folder, cuda in (("none", None), ("twelve", "12.8")):  # then the build says what it lacks
+        folders = [install_torch(tmp_path / folder, cuda=cuda)]
+        assert requirements(backend, folders, [], ECA_FUSED_CUDA="1") == []
+
+
+def test_without_kernels_nothing_is_asked_for(build, backend, tmp_path, monkeypatch):
+    assert requirements(backend, [], ECA_FUSED_NATIVE="0") == []
+    monkeypatch.setenv("PATH", str(tmp_path))  # no compiler
+    assert build.leaves_kernels_out({}) == "there is no C++ compiler"
+    assert build.leaves_kernels_out({"CXX": f"{sys.executable} -pthread"}) is None
+    for name in ("ECA_FUSED_NATIVE", "ECA_FUSED_CUDA"):
+        with pytest.raises(SystemExit, match=f"{name}=1, but there is no C.. compiler. Install"):
+            build.leaves_kernels_out({name: "1"})
+    with pytest.raises(SystemExit, match="expected ECA_FUSED_NATIVE to be 0 or 1, got 'yes'"):
+        build.leaves_kernels_out({"ECA_FUSED_NATIVE": "yes"})
+
+
+def test_the_folder_of_the_installed_torch_is_looked_at(backend):
+    folder = Path(importlib.util.find_spec("torch").origin).parents[1]
+    assert folder in backend.site_folders()
