@@ -51,18 +51,25 @@ def test_compiled_afterwards(backend: str) -> None:
     plain = as_before(model)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     assert_the_same(steps(compiled, image()), steps(plain, image()))  # type: ignore[arg-type]
+
+
+@needs_extension
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_which_tails_a_graph_has(channels_last: bool) -> None:
     graphs: list[str] = []
 
     def kept(graph: Any, inputs: Any) -> Any:
         graphs.append(graph.code)
         return graph
 
-    model.train()
-    torch.compile(model, fullgraph=True, backend=kept)(image())
-    # The tails have no calls of batch norms, of which each block has another.
-    assert graphs[0].count("batch_norm(") == 2
-    plain.train()
-    torch.compile(plain, fullgraph=True, backend=kept)(image())
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model = nn.Sequential(converted(), converted(with_downsample())).train()
+    model = model.to(memory_format=memory_format)
+    x = image().contiguous(memory_format=memory_format)
+    torch.compile(model, fullgraph=True, backend=kept)(x)
+    torch.compile(as_before(model), fullgraph=True, backend=kept)(x)
+    # Tails that are operators have no calls of batch norms, of which each block has another.
+    assert graphs[0].count("batch_norm(") == (2 if channels_last else 5)
     assert graphs[1].count("batch_norm(") == 5
 
 
