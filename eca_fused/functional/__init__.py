@@ -208,13 +208,13 @@ def residual_tail(
     """The end of a residual block in one operation, y = act(gate * scale * x + identity).
 
     The gate is ECA's, sigmoid(conv1d over channels of mean(x)), or is given, or is 1. Sums and
-    everything else are in float32 (float64 for float64 x), and y is rounded once. On the CPU the
-    kernels read x and the identity once and write y once; backward keeps one bit for each element
-    of y instead of y itself for ReLU. For blocks with batch norm see ResidualTail.
+    everything else are in float32 (float64 for float64 x), and y is rounded once. The kernels read
+    x and the identity once and write y once, or read x twice where it does not fit on chip;
+    backward keeps one bit for each element of y instead of y itself for ReLU. For blocks with batch
+    norm see ResidualTail.
 
-    On other devices eca() or rescale() and plain PyTorch compute it. Plain operations also compute
-    it inside torch.func's transforms, for gradients of gradients, and, with backend="auto" on the
-    CPU, in torch.compile without gradients.
+    Plain operations compute it inside torch.func's transforms and for gradients of gradients. With
+    backend="auto" on the CPU, so do they in torch.compile without gradients or with contiguous x.
 
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions, float32, float64, float16 or bfloat16.
