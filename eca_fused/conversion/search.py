@@ -34,6 +34,7 @@ from eca_fused.conversion.tracing import (
     is_in_place,
     steps_of,
     values_in,
+    whole_containers,
 )
 from eca_fused.layer import ECALayer
 from eca_fused.torch_state import BatchNorm, does_more
@@ -356,19 +357,23 @@ def program_of(block: nn.Module) -> Program | None:
     for number, (names, start, members) in middles.items():
         steps[number - 1] = Step("norm_act", names, (start,), ())
         replaced = replaced | members
+    whole = dict(whole_containers(block, trained, {*replaced, *middles}))
+    for name, numbers in whole.items():
+        steps[numbers[-1] - 1] = Step("module", name, steps[numbers[0] - 1].args, ())
+        replaced = replaced | {*numbers[:-1]}
     kept, tail, output = _without(steps, replaced, tail, trained.output)
     plain = {n: v for n, v in vars(block).items() if isinstance(v, PLAIN) and n not in OF_MODULES}
     constants = tuple(plain.items())
-    containers = tuple(_containers(block, ""))
+    containers = tuple(_containers(block, "", whole))
     return Program(kept, tail, output, containers, names_of_children(block), constants)
 
 
-def _containers(block: nn.Module, prefix: str) -> Iterator[Container]:
-    """All containers in a block, outer ones first."""
+def _containers(block: nn.Module, prefix: str, whole: dict[str, range]) -> Iterator[Container]:
+    """The containers in a block that are not called as a whole, outer ones first."""
     for name, module in block.named_children():
-        if is_container(module):
+        if is_container(module) and prefix + name not in whole:
             yield Container(prefix + name, type(module), names_of_children(module))
-            yield from _containers(module, f"{prefix}{name}.")
+            yield from _containers(module, f"{prefix}{name}.", whole)
 
 
 def _without(

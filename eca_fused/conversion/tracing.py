@@ -1,7 +1,7 @@
 """The forward of a block as steps: what it calls and computes, without looking into its modules."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from eca_fused.torch_state import (
     does_more,
     is_compiled,
     parts_apart,
+    submodules,
     wrap_in,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "near_modules",
     "steps_of",
     "values_in",
+    "whole_containers",
 ]
 
 # Modules whose forward calls their children in order, by name; beside nn.Sequential.
@@ -247,3 +249,62 @@ def values_in(argument: Any) -> list[Value]:
     if isinstance(argument, tuple | list):
         return [value for part in argument for value in values_in(part)]
     return []
+
+
+# ---- containers that are called as a whole ----
+
+
+def _parts_of(container: nn.Module, name: str) -> Iterator[str]:
+    """The names of the modules that a container calls, in their order."""
+    for part, module in submodules(container).items():
+        if module is None:
+            continue
+        if is_container(module):
+            yield from _parts_of(module, f"{name}.{part}")
+        else:
+            yield f"{name}.{part}"
+
+
+def whole_containers(
+    block: nn.Module, traced: Steps, replaced: Collection[int]
+) -> Iterator[tuple[str, range]]:
+    """The containers of which every step stays a step, and the numbers of these steps.
+
+    One call of the container computes the same, in less time, and with its hooks.
+
+    Args:
+        block: the module whose steps these are.
+        traced: its steps.
+        replaced: the numbers of steps that an operation takes the place of.
+    """
+    numbers: dict[str, list[int]] = {}
+    for number, step in enumerate(traced.steps, 1):
+        if step.kind == "module":
+            numbers.setdefault(step.target, []).append(number)
+
+    def steps_of_whole(container: nn.Module, name: str) -> range | None:
+        parts = [numbers.get(part, []) for part in _parts_of(container, name)]
+        if not parts or any(len(of) != 1 for of in parts):
+            return None  # one of them is called from elsewhere too, or not at all
+        found = range(parts[0][0], parts[0][0] + len(parts))
+        if [of[0] for of in parts] != list(found) or any(number in replaced for number in found):
+            return None
+        for number in found:
+            step = traced.steps[number - 1]
+            if len(step.args) != 1 or step.kwargs:
+                return None
+            if number > found[0] and step.args != (Value(number - 1),):
+                return None
+        return found if all(traced.uses[number] == 1 for number in found[:-1]) else None
+
+    def within(module: nn.Module, prefix: str) -> Iterator[tuple[str, range]]:
+        for part, container in submodules(module).items():
+            if container is None or not is_container(container):
+                continue
+            found = steps_of_whole(container, prefix + part)
+            if found is None:
+                yield from within(container, f"{prefix}{part}.")
+            else:
+                yield prefix + part, found
+
+    yield from within(block, "")

@@ -63,6 +63,65 @@ def test_forms(name: str) -> None:
     assert_the_same(steps(block, image()), steps(plain, image()))
 
 
+class Inverted(nn.Module):
+    """A block of which most is in containers, as in MobileNetV2."""
+
+    def __init__(self, between: nn.Module | None = None) -> None:
+        super().__init__()
+        self.act = nn.ReLU6()
+        first = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), between or nn.ReLU6())
+        self.conv = nn.Sequential(first, nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), ECALayer(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)  # type: ignore[no-any-return]
+
+
+class CalledTwice(Inverted):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.conv[0][1](x))  # type: ignore[operator,no-any-return]
+
+
+class WithShared(Inverted):
+    def __init__(self) -> None:
+        act = nn.ReLU6()
+        super().__init__(nn.Sequential(act, nn.Conv2d(8, 8, 1), act))
+
+
+class UsedOnTheWay(Inverted):
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.conv[0][0](x)  # type: ignore[operator]
+        middle = self.conv[0][2](self.conv[0][1](first))  # type: ignore[operator]
+        return first + self.conv[3](self.conv[2](self.conv[1](middle)))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("kind", "called"),
+    [
+        (Inverted, ["conv.0", "conv.1"]),
+        (CalledTwice, ["conv.0.1", "conv.0.0", "conv.0.1", "conv.0.2", "conv.1"]),
+        (
+            WithShared,
+            ["conv.0.0", "conv.0.1", "conv.0.2.0", "conv.0.2.1", "conv.0.2.0", "conv.1"],
+        ),
+        (UsedOnTheWay, ["conv.0.0", "conv.0.1", "conv.0.2", "conv.1"]),
+    ],
+)
+def test_containers_before_a_tail(kind: type[Inverted], called: list[str]) -> None:
+    """One is called as a whole where a block's forward does nothing else with its parts."""
+    block = converted(kind())
+    plain = as_before(block)
+    assert [step.target for step in vars(block)[tailed.PROGRAM].steps] == called
+    assert_the_same(steps(block, image()), steps(plain, image()))
+
+
+@pytest.mark.parametrize("name", ["conv", "conv.0", "conv.0.1", "conv.1"])
+def test_hooks_on_containers_and_their_parts(name: str) -> None:
+    block = converted(Inverted())
+    block.get_submodule(name).register_forward_hook(lambda module, inputs, output: output * 2)
+    plain = as_before(block)
+    assert_the_same(steps(block, image()), steps(plain, image()))
+
+
 def convert_again(block: nn.Module) -> Any:
     revert(block)
     return convert(block, tails=True)
