@@ -8,9 +8,10 @@ from eca_fused.attention.activations import activation_name
 from eca_fused.attention.base import ChannelAttention
 from eca_fused.attention.gates import Gate, gate_of
 from eca_fused.attention.norms import activation_of, as_norm, fits, named_reason
+from eca_fused.functional import under_autocast
 from eca_fused.functional.choice import choose
 from eca_fused.functional.ways import Way
-from eca_fused.ops.checks import check_map
+from eca_fused.ops.checks import DTYPES, check, check_map
 from eca_fused.ops.gating import ACTIVATIONS
 from eca_fused.ops.tail import TailOptions, TailTensors, activate
 from eca_fused.torch_state import child, is_tracing
@@ -70,7 +71,7 @@ def compute(parts: NormActParts, x: Tensor) -> Tensor:
     plan = _plan_of(parts)
     if isinstance(plan, str) or not isinstance(x, Tensor) or is_tracing():
         return by_calling(parts, x)
-    if not 2 <= x.dim() <= 5 or x.numel() == 0:
+    if not 2 <= x.dim() <= 5 or x.numel() == 0 or x.dtype not in DTYPES:
         return by_calling(parts, x)
     way = choose(x, plan.gate.backend)
     if not way.has_gating(x, plan.gate.network is not None) or not fits(parts.bn, x):
@@ -81,6 +82,10 @@ def compute(parts: NormActParts, x: Tensor) -> Tensor:
 
 
 def _compute(bn: nn.Module | None, plan: _Plan, way: Way, x: Tensor) -> Tensor:
+    taps = None if plan.gate.taps is None else plan.gate.taps()
+    if taps is not None and taps.dtype != x.dtype:
+        taps = under_autocast(x, taps)
+        check(x, taps, plan.gate.circular)  # before the norm updates its running statistics
     t, o = TailTensors(x), TailOptions(plan.activation, plan.gate.circular)
     if bn is not None:
         own = as_norm(bn, x, way)
@@ -88,8 +93,7 @@ def _compute(bn: nn.Module | None, plan: _Plan, way: Way, x: Tensor) -> Tensor:
         o = o._replace(eps=own.eps, values=own.values, group=own.group)
     if plan.gate.network is not None:
         return way.gated_by(t, o, plan.gate.network)
-    assert plan.gate.taps is not None, "asked in _plan_of()"
-    return way.gated(t._replace(weight=plan.gate.taps()), o)
+    return way.gated(t._replace(weight=taps), o)
 
 
 def by_calling(parts: NormActParts, x: Tensor) -> Tensor:

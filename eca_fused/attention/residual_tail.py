@@ -8,9 +8,10 @@ from eca_fused.attention.activations import activation_name
 from eca_fused.attention.base import ChannelAttention
 from eca_fused.attention.gates import Gate, gate_of
 from eca_fused.attention.norms import ABSENT, as_norm, fits, full_name, named_reason
+from eca_fused.functional import under_autocast
 from eca_fused.functional.choice import choose
 from eca_fused.functional.ways import Way
-from eca_fused.ops.checks import ACTIVATIONS, check_activation, check_map
+from eca_fused.ops.checks import ACTIVATIONS, DTYPES, check, check_activation, check_map
 from eca_fused.ops.results import sums_dtype
 from eca_fused.ops.tail import TailOptions, TailTensors, activate
 from eca_fused.torch_state import child, does_more, is_tracing
@@ -129,7 +130,7 @@ def compute(parts: TailParts, x: Tensor, identity: Tensor | None) -> Tensor:
 
 def _fit(x: Any, identity: Any) -> bool:
     """Whether kernels can take the maps; if not, the modules say what is wrong with them."""
-    if not isinstance(x, Tensor) or is_tracing() or not 2 <= x.dim() <= 5:
+    if not isinstance(x, Tensor) or is_tracing() or not 2 <= x.dim() <= 5 or x.dtype not in DTYPES:
         return False
     if identity is None:
         return True
@@ -143,6 +144,10 @@ def _fit(x: Any, identity: Any) -> bool:
 
 def _compute(parts: TailParts, plan: _Plan, way: Way, x: Tensor, identity: Tensor | None) -> Tensor:
     gate, scale = plan.gate, _scale(parts, x)
+    taps = None if gate.taps is None else gate.taps()
+    if taps is not None and taps.dtype != x.dtype:
+        taps = under_autocast(x, taps)
+        check(x, taps, gate.circular)  # before a norm updates its running statistics
     own = ABSENT if parts.bn is None else as_norm(parts.bn, x, way)
     other = ABSENT
     if parts.identity_bn is not None and identity is not None:
@@ -150,7 +155,7 @@ def _compute(parts: TailParts, plan: _Plan, way: Way, x: Tensor, identity: Tenso
     t = TailTensors(
         x,
         identity,
-        None if gate.taps is None else gate.taps(),
+        taps,
         None,
         scale,
         own.weight,

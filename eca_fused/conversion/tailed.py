@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from eca_fused.attention import norm_act
 from eca_fused.attention.norm_act import NormActParts
-from eca_fused.attention.residual_tail import TailParts, compute
+from eca_fused.attention.residual_tail import TailParts, compute, why_called
 from eca_fused.torch_state import child, does_more, submodules
 
 __all__ = [
@@ -297,6 +297,13 @@ def _parts(block: nn.Module, tail: Tail) -> TailParts:
     )
 
 
+def _why_called(block: nn.Module, program: Program) -> str | None:
+    """Why a block's tail is not one operation any more; None if it is."""
+    if not _holds(block, program):
+        return "its attributes or modules have changed"
+    return None if program.tail is None else why_called(_parts(block, program.tail))
+
+
 class TailedBlock(nn.Module):
     """A block that computes its tail, or a norm to its attention, or both as one operation each.
 
@@ -336,9 +343,10 @@ class TailedBlock(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        own = super().extra_repr()
-        program = f"in one operation: {vars(self)[PROGRAM]}"
-        return f"{own}, {program}" if own else program
+        own, program = super().extra_repr(), vars(self)[PROGRAM]
+        reason = _why_called(self, program)
+        way = "in one operation" if reason is None else f"by calling its modules ({reason})"
+        return f"{own}, {way}: {program}" if own else f"{way}: {program}"
 
 
 _made: dict[type, type[TailedBlock]] = {}

@@ -31,6 +31,7 @@ __all__ = [
     "pool",
     "rescale",
     "residual_tail",
+    "under_autocast",
 ]
 
 
@@ -47,8 +48,7 @@ def _overridden(function: Callable[..., T], *args: Any, **options: Any) -> T:
         TypeError: an argument is not a tensor and has no __torch_function__.
     """
     tensors = dict(zip(signature(function).parameters, args, strict=False))
-    if options.get("out") is not None:
-        tensors["out"] = options["out"]
+    tensors.update({name: t for name, t in options.items() if isinstance(t, Tensor)})
     if has_torch_function(tuple(tensors.values())):
         found: T = handle_torch_function(function, tuple(tensors.values()), *args, **options)
         return found
@@ -57,7 +57,7 @@ def _overridden(function: Callable[..., T], *args: Any, **options: Any) -> T:
     raise AssertionError("one of them is no tensor")
 
 
-def _under_autocast(x: Tensor, weight: Tensor) -> Tensor:
+def under_autocast(x: Tensor, weight: Tensor) -> Tensor:
     """The taps; half precision taps under autocast in the dtype of x, as a convolution casts."""
     half = weight.dtype in (torch.float16, torch.bfloat16)
     if not half or x.dtype == torch.float64 or not autocasts(x):
@@ -112,7 +112,7 @@ def eca(
         return _overridden(eca, x, weight, padding_mode=padding_mode, backend=backend, out=out)
     way = choose(x, backend)
     if weight.dtype != x.dtype:
-        weight = _under_autocast(x, weight)
+        weight = under_autocast(x, weight)
     if out is None:
         return way.eca(x, weight, is_circular(padding_mode))
     return way.eca_into(x, weight, is_circular(padding_mode), out)
@@ -137,7 +137,7 @@ def eca_(
         return _overridden(eca_, x, weight, padding_mode=padding_mode, backend=backend)
     way = choose(x, backend)
     if weight.dtype != x.dtype:
-        weight = _under_autocast(x, weight)
+        weight = under_autocast(x, weight)
     return way.eca_(x, weight, is_circular(padding_mode))
 
 
@@ -236,7 +236,7 @@ def residual_tail(
             or there are both taps and gates.
         RuntimeError: the requested backend cannot be used here; or, with out, a gradient is needed.
     """
-    given = (x, identity, weight, gate, out)
+    given = (x, identity, weight, gate, scale, out)
     if not isinstance(x, Tensor) or has_torch_function(
         tuple(t for t in given if isinstance(t, Tensor))
     ):
@@ -255,7 +255,7 @@ def residual_tail(
     check_activation(activation)
     way = choose(x, backend)
     if weight is not None and isinstance(weight, Tensor) and weight.dtype != x.dtype:
-        weight = _under_autocast(x, weight)
+        weight = under_autocast(x, weight)
     if scale is not None and not isinstance(scale, Tensor):
         scale = x.new_full(x.shape[:1], float(scale), dtype=sums_dtype(x))
     circular = is_circular(padding_mode)

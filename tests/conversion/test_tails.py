@@ -218,6 +218,16 @@ def test_the_report() -> None:
     assert convert(nn.Sequential(Block())).tails == {}
 
 
+def test_print_says_which_way_a_block_goes() -> None:
+    block = converted()
+    assert "in one operation: tail bn2, eca, + shortcut, relu" in repr(block)
+    handle = block.bn2.register_forward_hook(lambda module, inputs, output: None)
+    assert "by calling its modules (bn: BatchNorm2d has hooks" in repr(block)
+    handle.remove()
+    block.more = nn.Identity()
+    assert "by calling its modules (its attributes or modules have changed)" in repr(block)
+
+
 def saved_and_loaded(model: nn.Module) -> Any:
     file = io.BytesIO()
     torch.save(model, file)

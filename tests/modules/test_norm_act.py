@@ -311,7 +311,15 @@ def changed(change):
     return module
 
 
+def unregistered(bn):
+    """Its weight as a plain attribute, as replicas of nn.DataParallel have it."""
+    weight = bn.weight.detach() * 2
+    del bn.weight
+    bn.weight = weight
+
+
 CHANGES = {
+    "a weight that is not registered": lambda m: unregistered(m.bn),
     "a hook on bn": lambda m: m.bn.register_forward_hook(double_output),
     "a hook on the attention": lambda m: m.attention.register_forward_hook(double_output),
     "a hook on its convolution": lambda m: m.attention.conv.register_forward_hook(double_output),

@@ -250,7 +250,15 @@ class DoubleNorm(nn.BatchNorm2d):
         return super().forward(x) * 2
 
 
+def unregistered(bn):
+    """Its weight as a plain attribute, as replicas of nn.DataParallel have it."""
+    weight = bn.weight.detach() * 2
+    del bn.weight
+    bn.weight = weight
+
+
 CHANGES = {
+    "a weight that is not registered": lambda t: unregistered(t.bn),
     "a hook on bn": lambda t: t.bn.register_forward_hook(double_output),
     "a pre-hook on bn": lambda t: t.bn.register_forward_pre_hook(lambda m, a: (a[0] * 2,)),
     "a hook on identity_bn": lambda t: t.identity_bn.register_forward_hook(double_output),
@@ -418,6 +426,21 @@ def test_autocast():
     assert mixed.dtype == torch.float32
     y.sum().backward()
     assert conv.weight.grad is not None
+
+
+def test_taps_and_maps_of_other_dtypes():
+    """As an ECALayer takes them: half precision taps under autocast, and no others."""
+    tail = ResidualTail(ECALayer(C).bfloat16(), batch_norm(C))
+    x, identity = maps(dtype=torch.float32)
+    before = tail.bn.running_mean.clone()
+    with pytest.raises(TypeError, match="expected taps of dtype"):
+        tail(x, identity)
+    assert torch.equal(tail.bn.running_mean, before)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = tail(x, identity)
+    assert y.dtype == torch.float32
+    with pytest.raises((RuntimeError, TypeError), match=r"Int|int64"):
+        ResidualTail(ECALayer(C))(torch.ones(2, C, 3, 3, dtype=torch.int64))
 
 
 @needs_extension
