@@ -49,6 +49,8 @@ def _overridden(function: Callable[..., T], *args: Any, **options: Any) -> T:
     """
     tensors = dict(zip(signature(function).parameters, args, strict=False))
     tensors.update({name: t for name, t in options.items() if isinstance(t, Tensor)})
+    if options.get("out") is not None:
+        tensors["out"] = options["out"]
     if has_torch_function(tuple(tensors.values())):
         found: T = handle_torch_function(function, tuple(tensors.values()), *args, **options)
         return found
