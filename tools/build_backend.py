@@ -77,6 +77,12 @@ def is_recent(version: str, oldest: str) -> bool:
     return (int(major), int(minor)) >= tuple(map(int, oldest.split(".")))
 
 
+def usable_torch(folders: Sequence[Path]) -> Torch | None:
+    """find_torch(), if that is one to build with."""
+    torch = find_torch(folders)
+    return torch if torch and is_recent(torch.version, oldest_torch()) else None
+
+
 def requirements(
     environ: Mapping[str, str], folders: Sequence[Path], homes: Sequence[Path]
 ) -> list[str]:
@@ -89,8 +95,8 @@ def requirements(
     """
     if leaves_kernels_out(environ):
         return []
-    torch = find_torch(folders)
-    if torch is None or not is_recent(torch.version, oldest_torch()):
+    torch = usable_torch(folders)
+    if torch is None:
         return [f"torch>={oldest_torch()}"]
     if environ.get("ECA_FUSED_CUDA") != "1" or torch.cuda is None:
         return []
@@ -98,16 +104,20 @@ def requirements(
     return [] if toolkit else nvcc_packages(torch.cuda)
 
 
+def _is_isolated() -> bool:
+    """Whether pip keeps the packages of the environment from this build."""
+    return importlib.util.find_spec("torch") is None
+
+
 def _missing() -> list[str]:
-    if importlib.util.find_spec("torch"):  # pip does not isolate this build
+    if not _is_isolated():
         return []
     return requirements(os.environ, site_folders(), candidate_homes(os.environ, which("nvcc")))
 
 
 def _see_torch() -> None:
     """Lets this process import the torch that is installed, after the packages of the build."""
-    torch = None if importlib.util.find_spec("torch") else find_torch(site_folders())
-    if torch is not None and is_recent(torch.version, oldest_torch()):
+    if _is_isolated() and usable_torch(site_folders()):
         sys.path += [str(folder) for folder in site_folders()]
         importlib.invalidate_caches()
 

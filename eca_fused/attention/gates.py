@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from eca_fused.attention.base import BandAttention, ChannelAttention
 from eca_fused.attention.norms import full_name
+from eca_fused.functional import under_autocast
 from eca_fused.functional.convolution import plain_taps
 from eca_fused.functional.tails import GateOf
 from eca_fused.layer import ECALayer
-from eca_fused.ops.checks import is_circular
+from eca_fused.ops.checks import check, is_circular
 from eca_fused.torch_state import child, does_more
 
 __all__ = ["NETWORKS", "Gate", "gate_of"]
@@ -72,6 +73,22 @@ class Gate(NamedTuple):
     circular: bool = False
     network: GateOf | None = None
     backend: str = "auto"
+
+    def taps_for(self, x: Tensor) -> Tensor | None:
+        """The taps for a map, in its dtype under autocast; None without taps.
+
+        Call it before a norm updates its running statistics.
+
+        Raises:
+            TypeError: the taps have a dtype that x cannot be computed with.
+        """
+        if self.taps is None:
+            return None
+        taps = self.taps()
+        if taps.dtype != x.dtype:
+            taps = under_autocast(x, taps)
+            check(x, taps, self.circular)
+        return taps
 
 
 def gate_of(attention: nn.Module | None) -> Gate | str:

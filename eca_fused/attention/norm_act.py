@@ -8,10 +8,9 @@ from eca_fused.attention.activations import activation_name
 from eca_fused.attention.base import ChannelAttention
 from eca_fused.attention.gates import Gate, gate_of
 from eca_fused.attention.norms import activation_of, as_norm, fits, named_reason
-from eca_fused.functional import under_autocast
 from eca_fused.functional.choice import choose
 from eca_fused.functional.ways import Way
-from eca_fused.ops.checks import DTYPES, check, check_map
+from eca_fused.ops.checks import DTYPES, check_map
 from eca_fused.ops.gating import ACTIVATIONS
 from eca_fused.ops.tail import TailOptions, TailTensors, activate
 from eca_fused.torch_state import child, is_tracing
@@ -82,10 +81,7 @@ def compute(parts: NormActParts, x: Tensor) -> Tensor:
 
 
 def _compute(bn: nn.Module | None, plan: _Plan, way: Way, x: Tensor) -> Tensor:
-    taps = None if plan.gate.taps is None else plan.gate.taps()
-    if taps is not None and taps.dtype != x.dtype:
-        taps = under_autocast(x, taps)
-        check(x, taps, plan.gate.circular)  # before the norm updates its running statistics
+    taps = plan.gate.taps_for(x)
     t, o = TailTensors(x), TailOptions(plan.activation, plan.gate.circular)
     if bn is not None:
         own = as_norm(bn, x, way)

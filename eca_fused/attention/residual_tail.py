@@ -8,10 +8,9 @@ from eca_fused.attention.activations import activation_name
 from eca_fused.attention.base import ChannelAttention
 from eca_fused.attention.gates import Gate, gate_of
 from eca_fused.attention.norms import ABSENT, as_norm, fits, full_name, named_reason
-from eca_fused.functional import under_autocast
 from eca_fused.functional.choice import choose
 from eca_fused.functional.ways import Way
-from eca_fused.ops.checks import ACTIVATIONS, DTYPES, check, check_activation, check_map
+from eca_fused.ops.checks import ACTIVATIONS, DTYPES, check_activation, check_map
 from eca_fused.ops.results import sums_dtype
 from eca_fused.ops.tail import TailOptions, TailTensors, activate
 from eca_fused.torch_state import child, does_more, is_tracing
@@ -144,10 +143,7 @@ def _fit(x: Any, identity: Any) -> bool:
 
 def _compute(parts: TailParts, plan: _Plan, way: Way, x: Tensor, identity: Tensor | None) -> Tensor:
     gate, scale = plan.gate, _scale(parts, x)
-    taps = None if gate.taps is None else gate.taps()
-    if taps is not None and taps.dtype != x.dtype:
-        taps = under_autocast(x, taps)
-        check(x, taps, gate.circular)  # before a norm updates its running statistics
+    taps = gate.taps_for(x)
     own = ABSENT if parts.bn is None else as_norm(parts.bn, x, way)
     other = ABSENT
     if parts.identity_bn is not None and identity is not None:

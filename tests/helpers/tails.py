@@ -112,6 +112,13 @@ def batch_norm(channels: int, **options: Any) -> nn.Module:
     return bn
 
 
+def unregistered(bn: Any) -> None:
+    """Make a norm's weight a plain attribute, as replicas of nn.DataParallel have it."""
+    weight = bn.weight.detach() * 2
+    del bn.weight
+    bn.weight = weight
+
+
 def assert_same_step(
     tail: nn.Module, *maps: Tensor, twin: nn.Module | None = None, by: Any = called
 ) -> None:

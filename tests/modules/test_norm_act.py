@@ -15,7 +15,7 @@ from eca_fused.ops import native
 from helpers.cases import BACKENDS, COMPILED, DEVICE, LAYOUTS, in_layout, needs_extension
 from helpers.optional import needs_timm, timm_layers, torchvision_ops
 from helpers.processes import python
-from helpers.tails import assert_same_step, batch_norm
+from helpers.tails import assert_same_step, batch_norm, unregistered
 
 pytestmark = [
     pytest.mark.every_torch,
@@ -309,13 +309,6 @@ def changed(change):
     module = NormActAttention(ECALayer(C), batch_norm(C), nn.ReLU()).double()
     change(module)
     return module
-
-
-def unregistered(bn):
-    """Its weight as a plain attribute, as replicas of nn.DataParallel have it."""
-    weight = bn.weight.detach() * 2
-    del bn.weight
-    bn.weight = weight
 
 
 CHANGES = {

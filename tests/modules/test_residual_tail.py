@@ -16,7 +16,7 @@ from eca_fused.ops import native
 from helpers.cases import COMPILED, DEVICE, LAYOUTS, in_layout, needs_extension
 from helpers.optional import needs_timm, needs_torchvision, timm_layers, torchvision_ops
 from helpers.processes import python
-from helpers.tails import assert_same_step, batch_norm, called
+from helpers.tails import assert_same_step, batch_norm, called, unregistered
 
 pytestmark = pytest.mark.every_torch
 
@@ -248,13 +248,6 @@ def changed(change):
 class DoubleNorm(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x) * 2
-
-
-def unregistered(bn):
-    """Its weight as a plain attribute, as replicas of nn.DataParallel have it."""
-    weight = bn.weight.detach() * 2
-    del bn.weight
-    bn.weight = weight
 
 
 CHANGES = {
