@@ -43,7 +43,9 @@ struct NormRows {
   }
 };
 
-inline int64_t samples_of_grain(int64_t channels) { return max_of(kGrain / 8 / channels, 1); }
+inline int64_t samples_of_grain(int64_t channels) {
+  return max_of(kGrain / 8 / max_of(channels, 1), 1);
+}
 
 inline void batch_statistics(const BatchStatistics& t, const ThreadPool&) {
   const int64_t N = t.samples, C = t.channels;

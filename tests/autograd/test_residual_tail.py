@@ -546,6 +546,22 @@ def test_opcheck_between_the_passes(dtype):
 
 
 @needs_extension
+@pytest.mark.skipif(DEVICE != "cpu", reason="the kernels of tails run on the CPU")
+def test_no_samples_between_the_passes():
+    x, _, t, own, other = operands_between_passes(0, 6, torch.float32)
+    taps = (t["weight"], t["means"], None, t["scale"], *own, *other, False, True)
+    assert ops.tail_coefficients(x, *taps)[0].shape == (2, 0, 6)
+    given = (t["weight"], t["gate"], t["scale"], None, t["distance"], *own, False, *(True,) * 3)
+    sums = torch.zeros(3, 0, 6, dtype=torch.float64)
+    totals, _, _, _, dweight = ops.tail_totals(x, sums, *given)
+    assert torch.equal(totals, torch.zeros(4, 6, dtype=torch.float64))
+    assert not dweight.any()
+    rest = (0.0, 0.0, None, None, None, *own, *other, True)
+    for gradient in ops.tail_gradient_coefficients(x, totals, None, *rest)[2:]:
+        assert not gradient.any()
+
+
+@needs_extension
 @pytest.mark.skipif(DEVICE != "cpu", reason="the operands are made on the CPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
