@@ -16,6 +16,7 @@ from eca_fused.functional.convolution import plain_taps
 from eca_fused.functional.tails import GateOf
 from eca_fused.layer import ECALayer
 from eca_fused.ops.checks import check, is_circular
+from eca_fused.ops.graph import padded
 from eca_fused.torch_state import child, does_more
 
 __all__ = ["NETWORKS", "Gate", "gate_of"]
@@ -34,13 +35,29 @@ def _timm_efficientnet_se(module: Any, mean: Tensor) -> Tensor:
     return module.gate(module.conv_expand(inner))  # type: ignore[no-any-return]
 
 
+def _timm_eca(module: Any, mean: Tensor) -> Tensor:
+    rows = mean.flatten(2).transpose(1, 2)
+    if module.conv2 is not None:
+        rows = module.act(module.conv(rows))
+    last = module.conv if module.conv2 is None else module.conv2
+    return module.gate(last(rows)).view_as(mean)  # type: ignore[no-any-return]
+
+
+def _timm_circular_eca(module: Any, mean: Tensor) -> Tensor:
+    around = padded(mean.flatten(1), module.padding, circular=True)
+    return module.gate(module.conv(around.unsqueeze(1))).view_as(mean)  # type: ignore[no-any-return]
+
+
 def _torchvision_se(module: Any, mean: Tensor) -> Tensor:
     inner = module.activation(module.fc1(mean))
     return module.scale_activation(module.fc2(inner))  # type: ignore[no-any-return]
 
 
-# By class, so that neither project need be installed. Each takes means (N, C, 1, 1).
+# By class, so that neither project need be installed. Each takes means (N, C, 1, 1). Those of ECA
+# are for what no ECALayer computes: a hard sigmoid, or an MLP before the convolution.
 NETWORKS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "timm.layers.eca.EcaModule": _timm_eca,
+    "timm.layers.eca.CecaModule": _timm_circular_eca,
     "timm.layers.squeeze_excite.SEModule": _timm_se,
     "timm.layers.squeeze_excite.EffectiveSEModule": _timm_effective_se,
     "timm.models._efficientnet_blocks.SqueezeExcite": _timm_efficientnet_se,

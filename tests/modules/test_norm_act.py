@@ -37,10 +37,12 @@ if timm_layers is not None:
     from timm.models._efficientnet_blocks import SqueezeExcite
 
     SE = timm_layers.squeeze_excite.SEModule
+    EcaModule = timm_layers.EcaModule
     ATTENTIONS |= {
         "timm SE": lambda: SE(C, rd_channels=4),
         "timm SE with hard sigmoid": lambda: SE(C, rd_channels=4, gate_layer="hard_sigmoid"),
         "timm efficientnet SE": lambda: SqueezeExcite(C, rd_channels=4),
+        "timm ECA with hard sigmoid": lambda: EcaModule(C, gate_layer="hard_sigmoid"),
     }
 if torchvision_ops is not None:
     ATTENTIONS["torchvision SE"] = lambda: torchvision_ops.SqueezeExcitation(C, 4)

@@ -33,11 +33,15 @@ if timm_layers is not None:
     from timm.models._efficientnet_blocks import SqueezeExcite
 
     SE = timm_layers.squeeze_excite.SEModule
+    EcaModule, CecaModule = timm_layers.EcaModule, timm_layers.CecaModule
     ATTENTIONS |= {
         "timm SE": lambda: SE(C, rd_channels=4),
         "timm SE with batch norm": lambda: SE(C, rd_channels=4, norm_layer=nn.BatchNorm2d),
         "timm effective SE": lambda: timm_layers.squeeze_excite.EffectiveSEModule(C),
         "timm efficientnet SE": lambda: SqueezeExcite(C, rd_channels=4),
+        "timm ECA with hard sigmoid": lambda: EcaModule(C, gate_layer="hard_sigmoid"),
+        "timm ECA with MLP": lambda: EcaModule(C, use_mlp=True, rd_channels=4),
+        "timm circular ECA with hard sigmoid": lambda: CecaModule(C, gate_layer="hard_sigmoid"),
     }
 if torchvision_ops is not None:
     ATTENTIONS["torchvision SE"] = lambda: torchvision_ops.SqueezeExcitation(C, 4)
