@@ -257,12 +257,22 @@ def add_over_processes(t: Tensor, group: Any) -> Tensor:
 
 
 def gather_over_processes(t: Tensor, group: Any) -> Tensor:
-    """The vectors t of all processes of a group, as rows."""
+    """The vectors t of all processes of a group, as rows.
+
+    With the collectives that torch.nn.SyncBatchNorm uses, as other processes may call that.
+    """
     import torch.distributed as dist
 
-    rows = [torch.empty_like(t) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(rows, t.contiguous(), group=group)
-    return torch.stack(rows)
+    t, size = t.contiguous(), dist.get_world_size(group)
+    if group._get_backend_name() == "gloo":  # it lacks the other one
+        rows = [torch.empty_like(t) for _ in range(size)]
+        dist.all_gather(rows, t, group=group)
+        return torch.stack(rows)
+    gathered = t.new_empty(size * t.numel())
+    # torch 2.11 has only the older name, of which newer ones warn.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, t, group=group)
+    return gathered.view(size, t.numel())
 
 
 def processes_of(bn: Any) -> Any:

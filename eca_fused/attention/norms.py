@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from eca_fused.functional.tails import Tails
+from eca_fused.ops.results import sums_dtype
 from eca_fused.ops.tail import Moments, Norm
 from eca_fused.torch_state import (
     does_more,
@@ -138,25 +139,31 @@ def as_norm(bn: Any, x: Tensor, way: Tails) -> Norm:
         )
     found = way.moments(x)
     if group is not None:
-        found = _over_processes(found, group)
+        found = _over_processes(found, group, x, bn.eps)
     if bn.training and bn.track_running_stats:
         _update(bn, found)
     return Norm(weight, bias, found.mean, found.variance, bn.eps, found.values, group, found.planes)
 
 
-def _over_processes(own: Moments, group: Any) -> Moments:
+def _over_processes(own: Moments, group: Any, x: Tensor, eps: float) -> Moments:
     """The statistics of all processes of a group, each with as many values as it has.
 
-    Merged by the formula of Chan, Golub and LeVeque (1979).
+    They exchange what torch.nn.SyncBatchNorm does, because another process may call that: after an
+    empty batch, or with a hook. Merged by the formula of Chan, Golub and LeVeque (1979).
     """
+    wide = own.variance.dtype
+    spread = torch.rsqrt(own.variance + eps)
     count = own.mean.new_tensor([float(own.values)])
-    rows = gather_over_processes(torch.cat([count, own.mean, own.variance]), group)
+    sent = torch.cat([own.mean, spread, count]).to(sums_dtype(x))
+    rows = gather_over_processes(sent, group).to(wide)
     channels = own.mean.shape[0]
-    counts, means, variances = rows[:, :1], rows[:, 1 : channels + 1], rows[:, channels + 1 :]
+    means, spreads, counts = rows[:, :channels], rows[:, channels:-1], rows[:, -1:]
     total = counts.sum()
     weights = counts / total
+    # A process without values sends zeros.
+    variances = torch.where(counts > 0, spreads.square().reciprocal() - eps, 0.0)
     mean = (weights * means).sum(0)
-    variance = (weights * (variances + (means - mean).square())).sum(0)
+    variance = (weights * (variances + (means - mean).square())).sum(0).clamp_min(0)
     return Moments(own.planes, mean, variance, total)
 
 

@@ -144,10 +144,11 @@ def _fit(x: Any, identity: Any) -> bool:
 def _compute(parts: TailParts, plan: _Plan, way: Way, x: Tensor, identity: Tensor | None) -> Tensor:
     gate, scale = plan.gate, _scale(parts, x)
     taps = gate.taps_for(x)
-    own = ABSENT if parts.bn is None else as_norm(parts.bn, x, way)
     other = ABSENT
+    # First, as by_calling() has it: processes exchange their statistics in this order.
     if parts.identity_bn is not None and identity is not None:
         other = as_norm(parts.identity_bn, identity, way)
+    own = ABSENT if parts.bn is None else as_norm(parts.bn, x, way)
     t = TailTensors(
         x,
         identity,

@@ -157,7 +157,7 @@ def _gradients(
         identity_beta=t.beta,
     )
     its = TailOptions(identity_eps=o.eps, identity_values=o.values, identity_group=o.group)
-    wanted = (*needed[:GAMMA], False, False, *needed[GAMMA : BETA + 1])
+    wanted = (False, needed[X], *needed[WEIGHT:GAMMA], False, False, *needed[GAMMA : BETA + 1])
     norms = gradients_of_norms(
         kernels, as_identity, its, totals, found.gate, dmean, wanted, needed[X]
     )

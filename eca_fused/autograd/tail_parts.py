@@ -145,18 +145,24 @@ def sum_over_planes(
     return kernels.tail_sums(dy, t.x, t.identity, mask, *k, o.number, with_identity)
 
 
-def _shares(o: TailOptions, totals: Tensor) -> Tensor | None:
-    """The totals (4, C) of all processes, divided by their values; None for those of one."""
+def _shares(
+    o: TailOptions, totals: Tensor, dtype: torch.dtype, needed: tuple[bool, ...]
+) -> Tensor | None:
+    """The totals (4, C) of all processes, divided by their values; None for those of one.
+
+    What is exchanged, when, and in which order, is as for modules of torch.nn.SyncBatchNorm that
+    are called one after the other, because another process may call them.
+    """
     if o.group is None and o.identity_group is None:
         return None
     shares = totals.clone()
     parts = (
-        (shares[:2], o.group, o.values),
-        (shares[2:], o.identity_group, o.identity_values),
+        (shares[:2], o.group, o.values, needed[X]),
+        (shares[2:], o.identity_group, o.identity_values, needed[IDENTITY]),
     )
-    for part, group, values in parts:
-        if group is not None:
-            part.copy_(add_over_processes(part, group))
+    for part, group, values, read in parts:
+        if group is not None and read:
+            part.copy_(add_over_processes(part.to(dtype).flatten(), group).view_as(part))
         if values is not None:
             part.div_(values)
     return shares
@@ -191,7 +197,7 @@ def gradients_of_norms(
     planes, channels, *found = kernels.tail_gradient_coefficients(
         t.x,
         totals,
-        None if totals is None else _shares(o, totals),
+        None if totals is None else _shares(o, totals, sums_dtype(t.x), needed),
         _values(o.values),
         _values(o.identity_values),
         gate,
