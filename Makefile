@@ -59,6 +59,6 @@ versions:
 	@tools/versions.sh --write
 
 clean:
-	rm -rf build dist *.egg-info eca_fused/_C*.so '$(ENV)/.eca_fused'
+	rm -rf build dist *.egg-info eca_fused/*.so '$(ENV)/.eca_fused'
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -1,4 +1,8 @@
-"""Builds eca_fused._C, the compiled kernels. The rest of the package is in pyproject.toml.
+"""Builds the two compiled parts. The rest of the package is in pyproject.toml.
+
+eca_fused/_kernels.so has the kernels and operators. It has no Python, and of torch only the stable
+ABI, so one file serves every Python and every torch from the oldest one on. eca_fused._C has the
+planner for Python, and is of one version of Python.
 
 ECA_FUSED_CUDA=1 requires the CUDA kernels and ECA_FUSED_CUDA=0 leaves them out. Without it they are
 built if there is a CUDA toolkit that fits the installed torch. The build needs no GPU.
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 
 # The stable ABI of torch 2.11: an extension built against it also loads in every later torch.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
+PLANNER = [Path("csrc/module.cpp"), Path("csrc/plan.cpp")]  # of the module _C
+EXPORTS = "csrc/kernels.map"
 
 
 class Toolkit(NamedTuple):
@@ -142,7 +148,7 @@ def architectures(version: tuple[int, int]) -> str:
     return "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX" if version >= (12, 8) else "7.5;8.0;8.6;8.9;9.0+PTX"
 
 
-def extension(toolkit: Toolkit | None) -> "Extension":
+def extensions(toolkit: Toolkit | None) -> "list[Extension]":
     if toolkit:
         os.environ["CUDA_HOME"] = str(toolkit.home)
         # By default torch builds for the GPUs it sees, and fails if it sees none.
@@ -159,30 +165,41 @@ def extension(toolkit: Toolkit | None) -> "Extension":
     headers = [p for p in sorted(Path("csrc").rglob("*")) if p.suffix in (".h", ".cuh")]
     if not toolkit:
         sources = [p for p in sources if "cuda" not in p.parts]
+    sources.remove(PLANNER[0])
     # Python's own flags ask for debug information, which would be nine tenths of the file.
     flags = ["-O3", STABLE_ABI]
-    host_flags = ["-g0", "-Wno-psabi", "-Wno-ignored-attributes"]
+    host_flags = ["-g0", "-fvisibility=hidden", "-Wno-psabi", "-Wno-ignored-attributes"]
     # GCC 12 gives hundreds of false warnings about its own header of AVX-512 intrinsics.
     host_flags.append("-Wno-maybe-uninitialized")
     if toolkit:
         # torch declares its current CUDA stream only with USE_CUDA.
-        architectures_built = os.environ["TORCH_CUDA_ARCH_LIST"]
         flags += ["-DECA_FUSED_WITH_CUDA", "-DUSE_CUDA"]
-        flags.append(f'-DECA_FUSED_CUDA_ARCHITECTURES="{architectures_built}"')
+        built = {"ARCHITECTURES": os.environ["TORCH_CUDA_ARCH_LIST"]}
+        built["TOOLKIT"] = dotted(toolkit.version)
+        flags += [f'-DECA_FUSED_CUDA_{name}="{value}"' for name, value in built.items()]
     make = CUDAExtension if toolkit else CppExtension
-    module = make(
-        "eca_fused._C",
+    kernels = make(
+        "eca_fused._kernels",
         [str(p) for p in sources],
-        depends=[str(p) for p in headers],
-        include_dirs=[pybind11.get_include()],
+        depends=[*map(str, headers), EXPORTS],
         extra_compile_args={"cxx": flags + host_flags, "nvcc": flags},
+        extra_link_args=[f"-Wl,--version-script={EXPORTS}"],
+        py_limited_api=True,  # it has no Python at all
     )
     if toolkit:
         # With the static runtime, users need no libcudart of the same minor version.
-        module.libraries = [
-            "cudart_static" if library == "cudart" else library for library in module.libraries
+        kernels.libraries = [
+            "cudart_static" if library == "cudart" else library for library in kernels.libraries
         ] + ["rt", "dl", "pthread"]
-    return module
+    planner = setuptools.Extension(
+        "eca_fused._C",
+        [str(p) for p in PLANNER],
+        depends=[str(p) for p in headers],
+        include_dirs=[pybind11.get_include()],
+        extra_compile_args={"cxx": ["-O2", "-std=c++17", "-g0", "-fvisibility=hidden"]},
+        language="c++",
+    )
+    return [kernels, planner]
 
 
 def oldest_torch() -> str:
@@ -249,7 +266,7 @@ def main() -> None:
         has_kernels=any(Path("csrc/cuda").rglob("*.cu")),
     )
     print(f"eca_fused: {'CPU and CUDA' if toolkit else 'CPU'} kernels ({reason})", flush=True)
-    module = extension(toolkit)
+    modules = extensions(toolkit)
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
@@ -258,7 +275,12 @@ def main() -> None:
             # A folder that stays, unlike pip's temporary one: the next build compiles only changes.
             self.build_temp = f"build/objects-{sys.implementation.cache_tag}"
 
-    setup(ext_modules=[module], cmdclass={"build_ext": Build})
+        def get_ext_filename(self, fullname: str) -> str:
+            if fullname.endswith("_kernels"):  # of no version of Python
+                return f"{fullname.replace('.', '/')}.so"
+            return super().get_ext_filename(fullname)  # type: ignore[no-any-return]
+
+    setup(ext_modules=modules, cmdclass={"build_ext": Build})
 
 
 if __name__ == "__main__":

@@ -347,7 +347,7 @@ def provide_extension(run: Run) -> None:
     """Put the carried extension in its place, or build it here."""
     if (BUNDLE / "commit").is_file():  # the copy of the sources has no history
         os.environ.setdefault("ECA_FUSED_COMMIT", (BUNDLE / "commit").read_text().strip())
-    for built in sorted(BUNDLE.glob("_C.*.so")):
+    for built in sorted(BUNDLE.glob("*.so")):
         # A new file: this process may have loaded the old one, and would crash with its bytes.
         fresh = shutil.copy2(built, ROOT / "eca_fused" / f"{built.name}.new")
         os.replace(fresh, ROOT / "eca_fused" / built.name)

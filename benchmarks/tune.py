@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 
 from eca_fused.cli.common.measure import reason
+from eca_fused.ops import native
 from lib.cases import DIRECTIONS, DTYPES, LAYOUTS, Case
 from lib.checking import Judge
 from lib.contenders import Inputs, make_inputs, record_copy
 from lib.devices import Device, device_named
 from lib.gpu_timing import Call, no_collection
 from lib.machine import machine
-from lib.plans import gpu_limits, native_module, plan_of
+from lib.plans import gpu_limits, plan_of, planner
 from lib.script import write
 from lib.timing import call_times, summarise
 
@@ -47,7 +48,7 @@ SHOWN = 12  # rows of a table
 
 
 class Forced(NamedTuple):
-    """Arguments of _C.force_plan()."""
+    """Arguments of native.force_plan()."""
 
     strategy: str
     tile: int = 0
@@ -92,7 +93,7 @@ def same(plan: dict[str, Any], other: Any) -> bool:
 
 
 def force(forced: Forced | None) -> None:
-    native_module().force_plan(**(forced._asdict() if forced else {"strategy": None}))
+    native.force_plan(**(forced._asdict() if forced else {"strategy": None}))
 
 
 def record(
@@ -227,7 +228,7 @@ def main(argv: list[str]) -> int:
     layers = LAYERS[: args.layers]
     if args.shape:
         layers = [Case(tuple(args.shape), args.taps, args.dtype, args.layout)]
-    limits = native_module().gpu_by_name(args.gpu) if args.gpu else gpu_limits()
+    limits = planner().gpu_by_name(args.gpu) if args.gpu else gpu_limits()
     if args.list:
         print("\n".join(listing(case, limits, args.strategy) for case in layers))
         return 0

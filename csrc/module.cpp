@@ -1,15 +1,11 @@
-// The Python module eca_fused._C: importing it registers the operators of ops.cpp.
+// The Python module eca_fused._C: the planner. It needs neither torch nor the kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstdlib>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
-#include "cpu/cpu.h"
-#include "cuda/call.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -17,35 +13,12 @@ using namespace py::literals;
 
 namespace {
 
-#if defined(ECA_FUSED_WITH_CUDA)
-constexpr bool kCuda = true;
-constexpr const char* kArchitectures = ECA_FUSED_CUDA_ARCHITECTURES;
-#else
-constexpr bool kCuda = false;
-constexpr const char* kArchitectures = "";
-#endif
-
-py::dict build_info() {
-  return py::dict("cpu_capability"_a = eca::cpu::kernels().name, "cuda"_a = kCuda,
-                  "cuda_architectures"_a = kArchitectures);
-}
-
-py::dict to_dict(const eca::Gpu& gpu) {
+py::dict gpu_by_name(const std::string& name) {
+  const eca::Gpu gpu = eca::gpu_by_name(name);
   return py::dict("capability"_a = gpu.capability, "multiprocessors"_a = gpu.multiprocessors,
                   "shared_per_block"_a = gpu.shared_per_block,
                   "shared_per_multiprocessor"_a = gpu.shared_per_multiprocessor, "l2"_a = gpu.l2,
                   "threads_per_multiprocessor"_a = gpu.threads_per_multiprocessor);
-}
-
-py::dict gpu_by_name(const std::string& name) { return to_dict(eca::gpu_by_name(name)); }
-
-py::dict gpu_of_device(int32_t index) {
-#if defined(ECA_FUSED_WITH_CUDA)
-  return to_dict(eca::cuda_call::description(index));
-#else
-  throw std::runtime_error("the extension was compiled without CUDA kernels; no GPU " +
-                           std::to_string(index));
-#endif
 }
 
 eca::Dtype dtype_by_name(const std::string& name) {
@@ -57,26 +30,13 @@ eca::Dtype dtype_by_name(const std::string& name) {
                               name);
 }
 
-// From keyword arguments as force_plan() takes them.
+// From keyword arguments as native.force_plan() takes them.
 eca::Forced to_forced(const py::dict& d) {
   const auto number = [&](const char* name, int32_t otherwise) {
     return d.contains(name) ? d[name].cast<int32_t>() : otherwise;
   };
   return {eca::strategy_by_name(d["strategy"].cast<std::string>()), number("tile", 0),
           number("threads", eca::Forced{}.threads), number("depth", 0)};
-}
-
-void force_plan(const std::optional<std::string>& strategy, int32_t tile, int32_t threads,
-                int32_t depth) {
-#if defined(ECA_FUSED_WITH_CUDA)
-  if (!strategy) return eca::cuda_call::force_plan(nullptr);
-  const eca::Forced forced{eca::strategy_by_name(*strategy), tile, threads, depth};
-  eca::cuda_call::force_plan(&forced);
-#else
-  if (strategy)
-    throw std::runtime_error(
-        "the extension was compiled without CUDA kernels, so no plan of them can be forced");
-#endif
 }
 
 py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64_t samples,
@@ -117,19 +77,11 @@ py::dict plan(bool backward, const std::string& dtype, bool channels_last, int64
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of eca_fused; the operators are torch.ops.eca_fused.*.";
-  m.def("build_info", &build_info,
-        "Instruction set of the CPU kernels in use, whether CUDA kernels were compiled, and for "
-        "which compute capabilities.");
+  m.doc() = "The planner of eca_fused's CUDA kernels.";
   m.def("gpu_by_name", &gpu_by_name, "The limits of a GPU such as sm_90:132.");
-  m.def("gpu_of_device", &gpu_of_device, "The limits of a CUDA device of this machine.");
   m.def("plan", &plan, py::kw_only(), "backward"_a, "dtype"_a, "channels_last"_a, "samples"_a,
         "channels"_a, "pixels"_a, "kernel_size"_a, "own_taps"_a, "circular"_a, "aligned"_a,
         "in_place"_a, "gpu"_a, "forced"_a = py::none(),
         "How the CUDA kernels run a problem on a GPU, and what that moves. With forced, a dict of "
-        "force_plan()'s arguments: how they would run that plan.");
-  m.def("force_plan", &force_plan, "strategy"_a, py::kw_only(), "tile"_a = 0,
-        "threads"_a = eca::Forced{}.threads, "depth"_a = 0,
-        "Only for tuning and tests: every later call of the CUDA kernels in this process uses "
-        "this plan instead of the planner's choice, until force_plan(None).");
+        "native.force_plan()'s arguments: how they would run that plan.");
 }

@@ -1,11 +1,6 @@
-"""The compiled module, csrc/module.cpp."""
+"""The planner, csrc/module.cpp."""
 
 from typing import Literal, TypedDict
-
-class BuildInfo(TypedDict):
-    cpu_capability: str
-    cuda: bool
-    cuda_architectures: str  # compute capabilities, as in TORCH_CUDA_ARCH_LIST; "" without CUDA
 
 class Gpu(TypedDict):
     capability: int  # 90 for 9.0
@@ -38,9 +33,7 @@ class PlanEntries(TypedDict):
     l2_bytes: int
     instructions: int
 
-def build_info() -> BuildInfo: ...
 def gpu_by_name(name: str) -> Gpu: ...
-def gpu_of_device(index: int) -> Gpu: ...
 def plan(
     *,
     backward: bool,
@@ -55,12 +48,5 @@ def plan(
     aligned: bool,
     in_place: bool,
     gpu: Gpu,
-    forced: dict[str, str | int] | None = None,  # arguments of force_plan()
+    forced: dict[str, str | int] | None = None,  # arguments of native.force_plan()
 ) -> PlanEntries: ...
-def force_plan(
-    strategy: str | None,
-    *,
-    tile: int = 0,
-    threads: int = 256,
-    depth: int = 0,
-) -> None: ...

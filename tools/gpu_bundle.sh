@@ -13,7 +13,7 @@ from importlib.metadata import version
 found = sys.version_info[:2], tuple(map(int, version("torch").split(".")[:2]))
 if found[0] != (3, 12) or found[1] > (2, 11):
     sys.exit("gpu_bundle.sh: expected Python 3.12 with torch 2.11 or older, as on the GPU machine, "
-             f"got {found}; an extension loads only in the Python version it was built for")
+             f"got {found}; the planner loads only in the Python version it was built for")
 END
 folder=build/gpu
 work=$(mktemp -d)
@@ -30,7 +30,7 @@ bin=$(cd "$(dirname "$python")" && pwd)
 rm -f "$work.log"
 rm -rf "$folder"
 mkdir -p "$folder"
-cp "$work"/eca_fused/_C.*.so "$folder/"
+cp "$work"/eca_fused/*.so "$folder/"
 git rev-parse --short HEAD >"$folder/commit" 2>/dev/null || true
 bytes=$(du -sb "$folder" | cut -f1)
 [ "$bytes" -lt $((64 << 20)) ] || { echo "$folder has $bytes bytes, more than 64 MiB" >&2; exit 1; }

@@ -225,7 +225,7 @@ done_with() { cp pyproject.toml "$state/$1"; }
 # Whether the extension was built in this folder, the same way, from the current sources. For a
 # quick purpose any way will do.
 built() {
-  ls eca_fused/_C.*.so >/dev/null 2>&1 && [ -f "$state/build" ] &&
+  ls eca_fused/_C.*.so eca_fused/_kernels.so >/dev/null 2>&1 && [ -f "$state/build" ] &&
     case "$(cat "$state/build")" in
       "$build") true ;;
       "$PWD "*) [ "$purpose" = quick ] && [ -z "${ECA_FUSED_CUDA:-}" ] ;;

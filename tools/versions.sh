@@ -124,20 +124,20 @@ while read -r torch _ python with why; do
   printf '    %s in %d s; %s\n' "$result" $((SECONDS - started)) "$log"
 done < <(rows)
 
-# Loads the build of each torch under each other torch of the same Python, to test the stable ABI.
+# Loads the kernels that each torch built under each other torch, to test the stable ABI.
 crossed=()
 if [ ${#chosen[@]} -ne 1 ]; then
   for built in "$folder"/*/source; do
     for under in "$folder"/*/source; do
       a=$(basename "$(dirname "$built")") b=$(basename "$(dirname "$under")")
-      file=$(cd "$built/eca_fused" && ls _C.*.so 2>/dev/null) || continue
-      [ "$a" != "$b" ] && [ -f "$under/eca_fused/$file" ] && kept "$a" >/dev/null &&
+      file=eca_fused/_kernels.so
+      [ "$a" != "$b" ] && [ -f "$built/$file" ] && [ -f "$under/$file" ] && kept "$a" >/dev/null &&
         kept "$b" >/dev/null || continue
-      cp "$under/eca_fused/$file" "$folder/own.so"
-      cp "$built/eca_fused/$file" "$under/eca_fused/$file"
+      cp "$under/$file" "$folder/own.so"
+      cp "$built/$file" "$under/$file"
       run_tests "$folder/$b" tests/ops/test_operators.py tests/ops/test_values.py >"$folder/$a-under-$b.log" 2>&1 </dev/null
       status=$?
-      cp "$folder/own.so" "$under/eca_fused/$file"
+      cp "$folder/own.so" "$under/$file"
       result=$(counts "$folder/$a-under-$b.log")
       [ $status -eq 0 ] || { failed=1; result="FAILED: $result"; }
       crossed+=("$a-under-$b")

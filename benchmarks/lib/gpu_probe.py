@@ -24,10 +24,11 @@ from typing import Any
 import torch
 
 import eca_fused
+from eca_fused.ops import native
 from lib.cases import Case
-from lib.plans import gpu_limits, native_module, plan_of
+from lib.plans import gpu_limits, plan_of
 
-Forced = dict[str, Any]  # arguments of _C.force_plan()
+Forced = dict[str, Any]  # arguments of native.force_plan()
 
 
 def forced(strategy: str, **sizes: int) -> Forced:
@@ -75,7 +76,7 @@ OUR_KERNELS = "regex:forward_|backward_|sum_|make_|rescale_|add_"
 
 def force(plan: Forced | None) -> None:
     if "cuda" in (eca_fused.backends()["native"].devices or ()):
-        native_module().force_plan(**(plan or {"strategy": None}))
+        native.force_plan(**(plan or {"strategy": None}))
 
 
 # ---- facts ----

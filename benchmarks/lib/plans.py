@@ -5,18 +5,19 @@ from typing import Any
 
 import torch
 
+from eca_fused.ops import native
 from lib.cases import Case
 
 
-def native_module() -> Any:
+def planner() -> Any:
     return importlib.import_module("eca_fused._C")
 
 
 def gpu_limits() -> Any:
     """Limits of the current GPU, or of an H200 if there is none."""
     if torch.cuda.is_available():
-        return native_module().gpu_of_device(torch.cuda.current_device())
-    return native_module().gpu_by_name("sm_90:132")
+        return native.gpu_of_device(torch.cuda.current_device())
+    return planner().gpu_by_name("sm_90:132")
 
 
 def plan_of(
@@ -24,9 +25,8 @@ def plan_of(
 ) -> dict[str, Any] | str:
     """The planner's choice, or a forced plan; or why there is none."""
     try:
-        module = native_module()
         n, c, h, w = case.shape
-        made: dict[str, Any] = module.plan(
+        made: dict[str, Any] = planner().plan(
             backward=backward, dtype=case.dtype, channels_last=case.layout == "channels_last",
             samples=n, channels=c, pixels=h * w, kernel_size=case.k, own_taps=False,
             circular=False, aligned=True, in_place=False, gpu=limits or gpu_limits(), forced=forced,

@@ -12,14 +12,13 @@ from typing import Any, TextIO
 import torch
 
 from eca_fused.cli.common.console import bold, table
-from eca_fused.ops import native
 from eca_fused.ops.checks import DTYPES, MAX_SPATIAL_DIMS
-from eca_fused.ops.cuda_plan import Plan, gpu_limits, plan
+from eca_fused.ops.cuda_plan import Plan, gpu_limits, plan, planner
 from eca_fused.ops.taps import adaptive_kernel_size
 
 __all__ = ["main"]
 
-EXTENSION_MISSING = 3  # argparse itself exits with 2
+PLANNER_MISSING = 3  # argparse itself exits with 2
 
 # (C, H, W) of x in the ECA layers: after each stage of the ResNets and each stage of MobileNetV2 at
 # 224x224, and after each stage of ResNet-50 at the sizes of object detection.
@@ -97,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
         description="Print how the CUDA kernels would run the ECA layers of known networks on a "
         "GPU, and the memory traffic that they would cause. Everything is modelled: nothing is run "
         "or measured, and no GPU is needed.",
-        epilog="Exit status: 0, 2 for bad arguments, 3 if the compiled extension is missing.",
+        epilog="Exit status: 0, 2 for bad arguments, 3 if the compiled planner is missing.",
     )
     made.add_argument(
         "--device",
@@ -277,16 +276,18 @@ def main(argv: Sequence[str]) -> int:
     """Print the plans.
 
     Returns:
-        The exit status: 0, or 3 if the compiled extension is missing.
+        The exit status: 0, or 3 if the compiled planner is missing.
 
     Raises:
         SystemExit: 2 for bad arguments, 0 after --help.
     """
     options = parser()
     args = options.parse_args(argv)
-    if native.missing is not None:
-        print(f"error: plans need the compiled extension: {native.missing}", file=sys.stderr)
-        return EXTENSION_MISSING
+    try:
+        planner()
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return PLANNER_MISSING
     try:
         gpu = gpu_limits(args.device)
     except (ValueError, RuntimeError) as error:

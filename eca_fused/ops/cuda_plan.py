@@ -1,5 +1,6 @@
 """plan(): how the CUDA kernels would run a call, and the bytes they would move. Needs no GPU."""
 
+import importlib
 import math
 import re
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from eca_fused.ops.taps import adaptive_kernel_size
 if TYPE_CHECKING:
     from eca_fused._C import Gpu
 
-__all__ = ["Plan", "gpu_limits", "plan"]
+__all__ = ["Plan", "gpu_limits", "plan", "planner"]
 
 # Keeps the planner's 64-bit counts from overflowing. No GPU holds this much.
 MOST_BYTES = 2**42
@@ -195,10 +196,8 @@ def plan(
             f"got shape {tuple(shape)} and k = {k}; use a smaller batch"
         )
     gpu = gpu_limits(device)
-    from eca_fused import _C
-
     entries: dict[str, Any] = dict(
-        _C.plan(
+        planner().plan(
             backward=bool(backward),
             dtype=str(dtype).removeprefix("torch."),
             # The operators' rule: one pixel makes a row of channels, one channel a plane.
@@ -217,23 +216,36 @@ def plan(
     return Plan(**{field.name: entries[field.name] for field in fields(Plan)})
 
 
+def planner() -> Any:
+    """The compiled planner, the module eca_fused._C.
+
+    Raises:
+        RuntimeError: it does not load.
+    """
+    try:
+        return importlib.import_module("eca_fused._C")
+    except ImportError as error:
+        raise RuntimeError(
+            f"plans need the compiled planner, eca_fused._C, which does not load ({error}); "
+            "build it for this Python with `pip install .` in the source folder"
+        ) from error
+
+
 def gpu_limits(device: str | torch.device) -> "Gpu":
     """What the planner knows of a GPU: one by name, or a CUDA device of this machine.
 
     Raises:
         TypeError: device is neither a string nor a torch.device.
         ValueError: it names no GPU, or one that is too old.
-        RuntimeError: the compiled extension is missing, or this machine has no such CUDA device.
+        RuntimeError: the compiled planner is missing, or this machine has no such CUDA device.
     """
     if not isinstance(device, str | torch.device):
         raise TypeError(f"expected device as a str or torch.device, got {device!r}")
-    if native.missing is not None:
-        raise RuntimeError(f"plan() needs the compiled extension: {native.missing}")
-    from eca_fused import _C
-
+    made = planner()
     name = str(device)
     if re.fullmatch(r"sm_\d{1,4}(:\d{1,6})?", name):
-        return _C.gpu_by_name(name)
+        limits: Gpu = made.gpu_by_name(name)
+        return limits
     if not re.fullmatch(r"cuda(:\d{1,4})?", name):
         raise ValueError(
             "expected device as a GPU by compute capability and number of multiprocessors, "
@@ -253,7 +265,7 @@ def gpu_limits(device: str | torch.device) -> "Gpu":
             f"expected a CUDA device of this machine, got {name!r}, and PyTorch finds {there}; "
             "name a GPU instead, as 'sm_90:132'"
         )
-    return _C.gpu_of_device(index)
+    return native.gpu_of_device(index)
 
 
 def _checked_shape(shape: Sequence[int]) -> tuple[int, ...]:

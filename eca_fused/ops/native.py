@@ -1,29 +1,41 @@
-"""The native backend: loads the compiled extension, or says why it is missing.
+"""The native backend: loads the library of the kernels, or says why it is missing.
 
-This module implements the interface Kernels, see kernels.py.
+The library has the operators and no Python, so the same file serves every Python and every torch
+from the oldest one on. This module implements the interface Kernels, see kernels.py.
 """
 
 import functools
+import json
 import re
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 
 from eca_fused.ops import fakes, flops, gating_fakes, tail_fakes, writing
 from eca_fused.torch_state import folded
 
+if TYPE_CHECKING:
+    from eca_fused._C import Gpu
+
 __all__ = [
+    "LIBRARY",
+    "BuildInfo",
     "activated_sums",
     "backward",
     "batch_statistics",
     "block_tail",
     "block_tail_backward",
+    "build_info",
     "description",
     "devices",
+    "force_plan",
     "forward",
     "gated",
     "gated_block",
     "gated_gradients",
     "gating_devices",
+    "gpu_of_device",
     "inference",
     "inference_",
     "inference_into",
@@ -46,6 +58,56 @@ __all__ = [
     "unsupported",
 ]
 
+LIBRARY = Path(__file__).parents[1] / "_kernels.so"
+
+
+class BuildInfo(TypedDict):
+    """What the library was built with and for."""
+
+    cpu_capability: str  # the instruction set of the CPU kernels in use
+    compiler: str
+    cuda_architectures: str  # compute capabilities, as in TORCH_CUDA_ARCH_LIST; "" without CUDA
+    cuda_toolkit: str  # its version; "" without CUDA
+
+
+def build_info() -> BuildInfo:
+    found: BuildInfo = json.loads(torch.ops.eca_fused.build_info())
+    return found
+
+
+def gpu_of_device(index: int) -> "Gpu":
+    """The limits of a CUDA device of this machine."""
+    names = (
+        *("capability", "multiprocessors", "shared_per_block", "shared_per_multiprocessor"),
+        *("l2", "threads_per_multiprocessor"),
+    )
+    limits = torch.ops.eca_fused.gpu_of_device(index)
+    return cast("Gpu", dict(zip(names, limits, strict=True)))
+
+
+def force_plan(strategy: str | None, *, tile: int = 0, threads: int = 256, depth: int = 0) -> None:
+    """Only for tuning and tests: run a plan instead of the planner's choice.
+
+    Every later call of the CUDA kernels in this process uses it, until force_plan(None).
+
+    Args:
+        strategy: as Plan.strategy.
+        tile: channels; 0 is as many as fit.
+        threads: of a block.
+        depth: vectors of a thread; 0 is as many as fit.
+
+    Raises:
+        RuntimeError: there is no such plan, or the library has no CUDA kernels.
+    """
+    if "cuda" not in devices:
+        if strategy is None:
+            return
+        raise RuntimeError(
+            "the extension was compiled without CUDA kernels, so no plan of them can be forced"
+        )
+    torch.ops.eca_fused.force_plan(strategy or "", tile, threads, depth)
+
+
 name = "native"
 missing: str | None = None  # the reason why there are no native kernels
 devices: frozenset[str] = frozenset()  # device types that the extension was compiled for
@@ -57,12 +119,11 @@ description = ""
 architectures = ""  # of CUDA: compute capabilities, as in TORCH_CUDA_ARCH_LIST; "" if not known
 
 try:
-    import eca_fused._C as _C
-
-    _info = _C.build_info()
-    devices = frozenset({"cpu", "cuda"} if _info["cuda"] else {"cpu"})
-    architectures = _info.get("cuda_architectures", "")
-    description = f"CPU ({_info['cpu_capability']})" + (" and CUDA" if _info["cuda"] else "")
+    torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
+    _info = build_info()
+    architectures = _info["cuda_architectures"]
+    devices = frozenset({"cpu", "cuda"} if architectures else {"cpu"})
+    description = f"CPU ({_info['cpu_capability']})" + (" and CUDA" if architectures else "")
     forward = torch.ops.eca_fused.forward.default
     backward = torch.ops.eca_fused.backward.default
     inference = torch.ops.eca_fused.inference.default
@@ -94,7 +155,12 @@ try:
 except Exception as error:  # a broken build may fail in any way, and must not break the import
     devices = tail_devices = one_pass_tail_devices = frozenset()
     gating_devices = one_pass_gating_devices = frozenset()
-    if "ECA_FUSED_" in str(error):  # a bad value of a setting: building again would not help
+    if not LIBRARY.is_file():
+        missing = (
+            "this install has no compiled kernels; build them with `pip install .` in the source "
+            "folder, which needs a C++ compiler"
+        )
+    elif "ECA_FUSED_" in str(error):  # a bad value of a setting: building again would not help
         missing = (
             f"the compiled extension does not start: {error}; unset the variable, or give it one "
             "of these values"

@@ -203,7 +203,7 @@ def test_a_carried_extension_does_not_change_the_file_that_is_loaded(monkeypatch
 @needs_extension
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_small_probe_forces_plans_that_exist(backward):
-    limits = plans.native_module().gpu_by_name("sm_90:132")
+    limits = plans.planner().gpu_by_name("sm_90:132")
     for shape, layout, forced in gpu_probe.SMALL:
         for dtype in ("float32", "bfloat16"):
             found = plans.plan_of(Case(shape, 3, dtype, layout), backward, forced, limits)
@@ -261,7 +261,8 @@ def test_rehearsal_from_what_would_travel(plan, tmp_path):
 
     bundle = copy / "build" / "gpu"
     bundle.mkdir(parents=True)
-    shutil.copy2(_C.__file__, bundle)
+    for built in (_C.__file__, eca_fused.ops.native.LIBRARY):
+        shutil.copy2(built, bundle)
     command = [sys.executable, "benchmarks/gpu_check.py", str(out), plan, "--device", "dry-run"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr

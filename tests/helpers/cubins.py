@@ -32,18 +32,10 @@ needs_cubins = [
 ]
 
 
-def extension() -> Path:
-    import eca_fused._C as _C
-
-    return Path(_C.__file__)
-
-
 def built_for(architecture: str) -> bool:
-    import eca_fused._C as _C
-
     number = architecture.removeprefix("sm_")
     wanted = f"{number[:-1]}.{number[-1]}"
-    listed = re.split(r"[; ]", _C.build_info()["cuda_architectures"].replace("+PTX", ""))
+    listed = re.split(r"[; ]", native.build_info()["cuda_architectures"].replace("+PTX", ""))
     return wanted in listed
 
 
@@ -51,14 +43,14 @@ def dump(architecture: str, *what: str) -> str:
     """What cuobjdump prints with these options."""
     if not built_for(architecture):
         pytest.skip(f"not built for {architecture}: rebuild without TORCH_CUDA_ARCH_LIST")
-    command = [str(tool()), *what, "-arch", architecture, str(extension())]
+    command = [str(tool()), *what, "-arch", architecture, str(native.LIBRARY)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 @cache
 def nvcc_releases() -> set[str]:
     """Of the compilers that the kernels are from, such as 13.0: a cubin names its own."""
-    found = re.findall(rb"Cuda compilation tools, release (\d+\.\d+)", extension().read_bytes())
+    found = re.findall(rb"Cuda compilation tools, release (\d+\.\d+)", native.LIBRARY.read_bytes())
     return {release.decode() for release in found}
 
 

@@ -45,7 +45,7 @@ ops = torch.ops.eca_fused
 
 
 def forced(strategy: str, **sizes: int) -> dict[str, Any]:
-    """Arguments of _C.force_plan()."""
+    """Arguments of native.force_plan()."""
     return {"strategy": strategy, **sizes}
 
 
@@ -101,13 +101,7 @@ def exists(name: str, dtype: torch.dtype, padding_mode: str) -> bool:
 @pytest.fixture(autouse=True)
 def no_forced_plan() -> Iterator[None]:
     yield
-    extension().force_plan(None)
-
-
-def extension() -> Any:
-    from eca_fused import _C
-
-    return _C
+    native.force_plan(None)
 
 
 def on_gpu(case: Case, device: str = "cuda") -> Case:
@@ -117,7 +111,7 @@ def on_gpu(case: Case, device: str = "cuda") -> Case:
 def forced_case(name: str, dtype: torch.dtype = torch.float32, k: int = 5) -> Case:
     """The case of a forced plan; every later call gets the plan."""
     plan, shape, layout = FORCED[name]
-    extension().force_plan(**plan)
+    native.force_plan(**plan)
     return on_gpu(make_case(shape, k=k, dtype=dtype, layout=layout))
 
 
@@ -127,11 +121,13 @@ def ours(case: Case) -> Results:
 
 def plan_of(case: Case, name: str, backward: bool) -> dict[str, Any]:
     plan, shape, layout = FORCED[name]
-    return extension().plan(
+    from eca_fused import _C
+
+    return _C.plan(
         backward=backward, dtype=name_of(case.x.dtype), channels_last=layout == "channels_last",
         samples=shape[0], channels=shape[1], pixels=shape[2] * shape[3],
         kernel_size=case.weight.shape[2], own_taps=False, circular=False, aligned=True,
-        in_place=False, gpu=extension().gpu_of_device(0), forced=plan,
+        in_place=False, gpu=native.gpu_of_device(0), forced=plan,
     )  # fmt: skip
 
 
@@ -165,7 +161,7 @@ def test_the_forced_plans_are_what_their_names_say(name):
 )
 def test_forced_plans_are_right(name, dtype, padding_mode):
     plan, shape, layout = FORCED[name]
-    extension().force_plan(**plan)
+    native.force_plan(**plan)
     for k, own_taps in ((5, False), (3, True)):
         case = on_gpu(
             make_case(
@@ -219,10 +215,10 @@ def test_forced_plans_in_place(name, dtype):
 
 def test_a_plan_that_cannot_run_is_an_error_and_no_forced_plan_lasts():
     case = on_gpu(make_case((2, 24, 8, 8)))
-    extension().force_plan("rows", threads=64, depth=5)
+    native.force_plan("rows", threads=64, depth=5)
     with pytest.raises((ValueError, RuntimeError), match=r"cannot run rows with .* a depth of 5"):
         eca_fused.eca(case.x, case.weight)
-    extension().force_plan(None)
+    native.force_plan(None)
     assert_as_accurate(ours(case), case)
 
 
@@ -258,7 +254,7 @@ def test_misaligned_storage(name, layout, offset):
     shape = FORCED[name][1] if name else (3, 40, 9, 7)
     case = on_gpu(make_case(shape, k=5, dtype=torch.bfloat16, layout=layout))
     if name and layout == "contiguous":
-        extension().force_plan(**FORCED[name][0])
+        native.force_plan(**FORCED[name][0])
     for what in ("x", "dy"):
         dense = getattr(case, what)
         buffer = torch.empty(dense.numel() + offset, dtype=dense.dtype, device="cuda")
@@ -463,8 +459,8 @@ import torch, eca_fused
 x = torch.randn(20, 64, 28, 28, device="cuda").to(memory_format=torch.channels_last)
 weight = torch.randn(1, 1, 5, device="cuda")
 stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-from eca_fused import _C
-_C.force_plan("kept")  # blocks meet through counters, which belong to the extension's module
+from eca_fused.ops import native
+native.force_plan("kept")  # blocks meet through counters, which belong to the CUDA module
 with torch.cuda.graph(graph, stream=stream):
     y = eca_fused.eca(x, weight)
 graph.replay()

@@ -1,11 +1,16 @@
 """What a build needs, and setup.py's choice between builds with and without kernels."""
 
 import importlib.util
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from eca_fused.ops import native
+from helpers.cases import needs_extension
 from helpers.processes import ROOT
 
 pytestmark = pytest.mark.xdist_group("build")
@@ -235,3 +240,24 @@ def test_without_kernels_nothing_is_asked_for(build, backend, tmp_path, monkeypa
 def test_the_folder_of_the_installed_torch_is_looked_at(backend):
     folder = Path(importlib.util.find_spec("torch").origin).parents[1]
     assert folder in backend.site_folders()
+
+
+@needs_extension
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm: install binutils")
+def test_the_library_of_the_kernels_depends_on_no_python_and_exports_nothing():
+    """Of torch it needs the C interface alone, so that one file serves every Python and torch."""
+
+    def symbols(which: str) -> list[str]:
+        listed = subprocess.run(
+            ["nm", "-D", "-C", which, str(native.LIBRARY)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return [line.split(maxsplit=1)[1] for line in listed.stdout.splitlines()]
+
+    assert symbols("--defined-only") == []
+    needed = symbols("--undefined-only")
+    assert any(name.startswith("aoti_torch_") for name in needed)
+    assert [name for name in needed if name.startswith(("Py", "_Py"))] == []
+    assert [name for name in needed if re.match(r"(c10|at|torch)::", name)] == []
