@@ -14,9 +14,9 @@ from eca_fused import convert, revert
 from eca_fused.attention import norm_act, residual_tail
 from eca_fused.conversion import tailed
 from helpers.cases import needs_extension
-from helpers.eca_modules import eca_layer
 from helpers.optional import needs_timm, timm_layers
 from helpers.residual_blocks import (
+    Middle,
     as_before,
     assert_the_same,
     converted,
@@ -26,26 +26,6 @@ from helpers.residual_blocks import (
 )
 
 pytestmark = pytest.mark.every_torch
-
-
-class Middle(nn.Module):
-    """A block as RegNet has it, with parts that a test can replace."""
-
-    def __init__(self, attention: nn.Module | None = None) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(8)
-        self.act1 = nn.ReLU(inplace=True)
-        self.idle: nn.Module = nn.Identity()
-        self.eca = eca_layer(8) if attention is None else attention
-        self.conv2 = nn.Conv2d(8, 8, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(8)
-
-    def middle(self, x: Tensor) -> Tensor:
-        return self.eca(self.idle(self.act1(self.bn1(self.conv1(x)))))  # type: ignore[no-any-return]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn2(self.conv2(self.middle(x))) + x)
 
 
 def middles(block: nn.Module) -> list[str]:

@@ -1,5 +1,6 @@
 """Fresh Python processes, and where the repository's files are."""
 
+import concurrent.futures
 import os
 import subprocess
 import sys
@@ -31,6 +32,29 @@ def python(
         capture_output=True,
         text=True,
     )
+
+
+def two_processes(
+    script: Path, *arguments: object, **env: str
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a script in two fresh processes at a time, on one thread each.
+
+    Args:
+        script: its path. Its sys.argv[1] is 0 or 1, and sys.argv[2:] the arguments.
+        arguments: see script.
+        env: variables that the processes have beside those of this one.
+    """
+    paths = path_with(ROOT / "tests") + os.pathsep + str(ROOT)
+    env = (
+        os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | env
+    )
+
+    def run(rank: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), str(rank), *map(str, arguments)]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(run, (0, 1)))
 
 
 def run_tests(*arguments: str, **env: str) -> str:

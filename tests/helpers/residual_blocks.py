@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from eca_fused import convert, revert
 from helpers.eca_modules import eca_layer
@@ -37,6 +38,26 @@ class Block(nn.Module):
             residual = self.downsample(x)
         out += residual
         return self.relu(out)  # type: ignore[no-any-return]
+
+
+class Middle(nn.Module):
+    """A block as RegNet has it, with norm, activation and attention in its middle."""
+
+    def __init__(self, attention: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.act1 = nn.ReLU(inplace=True)
+        self.idle: nn.Module = nn.Identity()
+        self.eca = eca_layer(8) if attention is None else attention
+        self.conv2 = nn.Conv2d(8, 8, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return self.eca(self.idle(self.act1(self.bn1(self.conv1(x)))))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(self.middle(x))) + x)
 
 
 def with_downsample() -> Block:
