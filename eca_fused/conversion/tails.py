@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eca_fused.attention.residual_tail import ResidualTail
 from eca_fused.conversion.search import is_attention, program_of
-from eca_fused.conversion.tailed import PROGRAM, Program, former, module_at, tailed
+from eca_fused.conversion.tailed import PROGRAM, Program, module_at, tailed
 from eca_fused.conversion.tracing import NoTail, near_modules
 from eca_fused.layer import ECALayer
 from eca_fused.torch_state import BatchNorm, Convolution, hooks_of, is_compiled, without_modes
@@ -40,7 +40,7 @@ def examine(model: nn.Module) -> Examined:
     found = Examined({}, {}, [])
     tried: dict[Any, str | None] = {}  # why a trial failed
     for name, block in model.named_modules():
-        if former(block) is not None:
+        if PROGRAM in vars(block):  # its class may be derived from ours, as FSDP2 derives one
             found.tailed.append(name)
             continue
         if not _may_be_a_block(block):

@@ -264,6 +264,7 @@ def test_several_conversions() -> None:
 def test_a_class_that_was_changed_since() -> None:
     block = converted()
     block.__class__ = type("Wrapped", (type(block),), {})
+    assert convert(block, tails=True).already_fused == ("eca", "")
     with pytest.raises(RuntimeError, match="expected the model as the block that convert"):
         revert(block)
 
