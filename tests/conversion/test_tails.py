@@ -60,6 +60,7 @@ def of_torchvision(name: str) -> Callable[[], nn.Module]:
 
 
 SMALL: dict[str, Any] = {"layers": (1, 2, 1, 1), "channels": QUARTER}
+NORMFREE: dict[str, Any] = {"depths": (1, 2, 1, 1), "channels": tuple(4 * c for c in QUARTER)}
 
 
 class Family(NamedTuple):
@@ -82,11 +83,16 @@ FAMILIES = {
     "SE": Family(of_timm("seresnet18", **SMALL), 5),
     "ECA": Family(of_timm("ecaresnet26t", **SMALL), 5),
     "ECA, drop paths": Family(of_timm("ecaresnet50d", drop_path_rate=0.2, **SMALL), 5),
+    "cECA": Family(of_timm("resnet26t", block_args={"attn_layer": "ceca"}, **SMALL), 5),
+    "effective SE": Family(of_timm("resnet26t", block_args={"attn_layer": "ese"}, **SMALL), 5),
+    "ECA without norms": Family(of_timm("nf_ecaresnet26", **NORMFREE), 5),
     "ResNet-RS": Family(of_timm("resnetrs50", **SMALL), 5),
     "ResNeXt": Family(of_timm("ecaresnext26t_32x4d", **SMALL), 5),
     "SE between, ByobNet": Family(of_timm("seresnext26ts"), 8, 8),
     "ECA between, ByobNet": Family(of_timm("eca_resnet33ts"), 10, 10),
     "NFNet": Family(of_timm("eca_nfnet_l0", depths=(1, 2, 1, 1), drop_path_rate=0.2, **NFNET), 5),
+    "NFNet with SE": Family(of_timm("dm_nfnet_f0", depths=(1, 2, 1, 1), **NFNET), 5),
+    "RegNet without attention": Family(of_timm("regnetx_002"), 13),
     "RegNet": Family(of_timm("regnety_002"), 13, 13),
     "EfficientNet": Family(of_timm("efficientnet_b0", drop_path_rate=0.2), 9, 16),
     "MobileNetV3": Family(of_timm("mobilenetv3_small_050"), 7, 9),
