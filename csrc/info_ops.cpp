@@ -1,5 +1,6 @@
 // Operators without tensors: what this library was built for, the limits of a GPU, forced plans.
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/cpu.h"
@@ -17,13 +18,33 @@ constexpr const char* kToolkit = ECA_FUSED_CUDA_TOOLKIT;
 constexpr const char *kArchitectures = "", *kToolkit = "";
 #endif
 
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang++ " __clang_version__;
+#else
+constexpr const char* kCompiler = "g++ " __VERSION__;
+#endif
+
+// The oldest torch whose stable ABI has all that this library calls: two bytes of the number.
+std::string torch_abi() {
+  constexpr uint64_t version = TORCH_TARGET_VERSION;
+  return std::to_string(version >> 56) + "." + std::to_string(version >> 48 & 0xff);
+}
+
+// As JSON.
 std::string build_info() {
-  const auto entry = [](const std::string& name, const std::string& value) {
-    return '"' + name + "\": \"" + value + '"';
-  };
-  return '{' + entry("cpu_capability", cpu::kernels().name) + ", " +
-         entry("compiler", __VERSION__) + ", " + entry("cuda_architectures", kArchitectures) +
-         ", " + entry("cuda_toolkit", kToolkit) + '}';
+  std::string all;
+  for (const std::string& name : cpu::compiled_capabilities())
+    all += (all.empty() ? "" : ",") + name;
+  const std::pair<const char*, std::string> entries[] = {{"cpu_capability", cpu::kernels().name},
+                                                         {"cpu_capabilities", all},
+                                                         {"cuda_architectures", kArchitectures},
+                                                         {"cuda_toolkit", kToolkit},
+                                                         {"torch_abi", torch_abi()},
+                                                         {"compiler", kCompiler}};
+  std::string text;
+  for (const auto& [name, value] : entries)
+    text += (text.empty() ? "{\"" : ", \"") + std::string(name) + "\": \"" + value + '"';
+  return text + '}';
 }
 
 #if defined(ECA_FUSED_WITH_CUDA)
@@ -45,7 +66,7 @@ void force_plan(std::string strategy, int64_t tile, int64_t threads, int64_t dep
 }  // namespace eca
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eca_fused, m) {
-  // JSON. The compute capabilities are as in TORCH_CUDA_ARCH_LIST, and empty without CUDA.
+  // JSON of texts. The compute capabilities are as in TORCH_CUDA_ARCH_LIST, and empty without CUDA.
   m.def("build_info() -> str");
 #if defined(ECA_FUSED_WITH_CUDA)
   // The members of Gpu in their order, for a CUDA device of this machine.

@@ -1,6 +1,9 @@
 // The contract of eca.h on the CPU.
 #pragma once
 
+#include <string>
+#include <vector>
+
 #include "../coefficients.h"
 #include "../eca.h"
 
@@ -52,6 +55,9 @@ extern const Kernels kernels;
 // The best build that this processor can run. ECA_FUSED_CPU_CAPABILITY=baseline|avx2|avx512, read
 // at the first call, limits it.
 const Kernels& kernels();
+
+// The names of all builds in this module, the best first.
+std::vector<std::string> compiled_capabilities();
 
 // Sizes of the second-level cache of a core, and of the cache closest to memory; 1 MB and 32 MB
 // where the system does not say. ECA_FUSED_CPU_CACHE_BYTES, read at the first call, replaces the

@@ -5,6 +5,7 @@
 #include <fstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "cpu.h"
 
@@ -29,6 +30,14 @@ const Kernels& kernels() {
     return baseline::kernels;
   }();
   return best;
+}
+
+std::vector<std::string> compiled_capabilities() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return {avx512::kernels.name, avx2::kernels.name, baseline::kernels.name};
+#else
+  return {baseline::kernels.name};
+#endif
 }
 
 namespace {

@@ -65,9 +65,11 @@ class BuildInfo(TypedDict):
     """What the library was built with and for."""
 
     cpu_capability: str  # the instruction set of the CPU kernels in use
-    compiler: str
+    cpu_capabilities: str  # all that were compiled, with commas, the best first
     cuda_architectures: str  # compute capabilities, as in TORCH_CUDA_ARCH_LIST; "" without CUDA
-    cuda_toolkit: str  # its version; "" without CUDA
+    cuda_toolkit: str  # its version, such as "13.0"; "" without CUDA
+    torch_abi: str  # the oldest torch that it loads in, such as "2.11"
+    compiler: str  # of C++, with its version
 
 
 def build_info() -> BuildInfo:
