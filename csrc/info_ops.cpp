@@ -1,6 +1,5 @@
 // Operators without tensors: what this library was built for, the limits of a GPU, forced plans.
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cpu/cpu.h"
@@ -32,18 +31,18 @@ std::string torch_abi() {
 
 // As JSON.
 std::string build_info() {
-  std::string all;
+  std::string text, separator = "{\"cpu_capabilities\": [";
   for (const std::string& name : cpu::compiled_capabilities())
-    all += (all.empty() ? "" : ",") + name;
-  const std::pair<const char*, std::string> entries[] = {{"cpu_capability", cpu::kernels().name},
-                                                         {"cpu_capabilities", all},
-                                                         {"cuda_architectures", kArchitectures},
-                                                         {"cuda_toolkit", kToolkit},
-                                                         {"torch_abi", torch_abi()},
-                                                         {"compiler", kCompiler}};
-  std::string text;
-  for (const auto& [name, value] : entries)
-    text += (text.empty() ? "{\"" : ", \"") + std::string(name) + "\": \"" + value + '"';
+    text += separator + '"' + name + '"', separator = ", ";
+  text += ']';
+  const auto add = [&](const std::string& name, const std::string& value) {
+    text += ", \"" + name + "\": \"" + value + '"';
+  };
+  add("cpu_capability", cpu::kernels().name);
+  add("cuda_architectures", kArchitectures);
+  add("cuda_toolkit", kToolkit);
+  add("torch_abi", torch_abi());
+  add("compiler", kCompiler);
   return text + '}';
 }
 
@@ -66,7 +65,7 @@ void force_plan(std::string strategy, int64_t tile, int64_t threads, int64_t dep
 }  // namespace eca
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eca_fused, m) {
-  // JSON of texts. The compute capabilities are as in TORCH_CUDA_ARCH_LIST, and empty without CUDA.
+  // JSON. The compute capabilities are as in TORCH_CUDA_ARCH_LIST, and empty without CUDA.
   m.def("build_info() -> str");
 #if defined(ECA_FUSED_WITH_CUDA)
   // The members of Gpu in their order, for a CUDA device of this machine.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 # The module of each command has main(argv) -> exit status, and is imported only when it runs.
 COMMANDS = {
     "run": "eca_fused.cli.demo.command",
+    "doctor": "eca_fused.cli.doctor.command",
     "gates": "eca_fused.cli.gates.command",
     "plan": "eca_fused.cli.plan",
     "tables": "eca_fused.cli.tables.command",

@@ -39,6 +39,7 @@ __all__ = [
     "inference",
     "inference_",
     "inference_into",
+    "load_error",
     "missing",
     "moments",
     "name",
@@ -61,20 +62,15 @@ __all__ = [
 LIBRARY = Path(__file__).parents[1] / "_kernels.so"
 
 
-class BuildInfo(TypedDict):
-    """What the library was built with and for."""
+class BuildInfo(TypedDict, total=False):
+    """What the library was built with and for. Empty if it does not load."""
 
     cpu_capability: str  # the instruction set of the CPU kernels in use
-    cpu_capabilities: str  # all that were compiled, with commas, the best first
+    cpu_capabilities: list[str]  # all that were compiled, the best first
     cuda_architectures: str  # compute capabilities, as in TORCH_CUDA_ARCH_LIST; "" without CUDA
     cuda_toolkit: str  # its version, such as "13.0"; "" without CUDA
     torch_abi: str  # the oldest torch that it loads in, such as "2.11"
     compiler: str  # of C++, with its version
-
-
-def build_info() -> BuildInfo:
-    found: BuildInfo = json.loads(torch.ops.eca_fused.build_info())
-    return found
 
 
 def gpu_of_device(index: int) -> "Gpu":
@@ -112,6 +108,8 @@ def force_plan(strategy: str | None, *, tile: int = 0, threads: int = 256, depth
 
 name = "native"
 missing: str | None = None  # the reason why there are no native kernels
+load_error: str | None = None  # what importing the extension raised
+build_info: BuildInfo = {}
 devices: frozenset[str] = frozenset()  # device types that the extension was compiled for
 tail_devices: frozenset[str] = frozenset()  # those with kernels for the tail of a block
 one_pass_tail_devices: frozenset[str] = frozenset()  # those with block_tail()
@@ -122,10 +120,10 @@ architectures = ""  # of CUDA: compute capabilities, as in TORCH_CUDA_ARCH_LIST;
 
 try:
     torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
-    _info = build_info()
-    architectures = _info["cuda_architectures"]
+    build_info = json.loads(torch.ops.eca_fused.build_info())
+    architectures = build_info["cuda_architectures"]
     devices = frozenset({"cpu", "cuda"} if architectures else {"cpu"})
-    description = f"CPU ({_info['cpu_capability']})" + (" and CUDA" if architectures else "")
+    description = f"CPU ({build_info['cpu_capability']})" + (" and CUDA" if architectures else "")
     forward = torch.ops.eca_fused.forward.default
     backward = torch.ops.eca_fused.backward.default
     inference = torch.ops.eca_fused.inference.default
@@ -157,6 +155,7 @@ try:
 except Exception as error:  # a broken build may fail in any way, and must not break the import
     devices = tail_devices = one_pass_tail_devices = frozenset()
     gating_devices = one_pass_gating_devices = frozenset()
+    load_error = f"{type(error).__name__}: {error}"
     if not LIBRARY.is_file():
         missing = (
             "this install has no compiled kernels; build them with `pip install .` in the source "
@@ -170,7 +169,7 @@ except Exception as error:  # a broken build may fail in any way, and must not b
     else:
         missing = (
             f"the compiled extension could not be loaded, or is another version's "
-            f"({type(error).__name__}: {error}); build it with `pip install .` in the source folder"
+            f"({load_error}); build it with `pip install .` in the source folder"
         )
 
 if missing is None:

@@ -386,6 +386,7 @@ def test_a_reader_that_wants_no_more() -> None:
 
 COMMANDS = {
     "plan": ["plan", "--shape", "64x7x7"],
+    "doctor": ["doctor"],
     "json": ["plan", "--shape", "64x7x7", "--json"],
     "tables": ["tables"],
 }

@@ -35,7 +35,7 @@ needs_cubins = [
 def built_for(architecture: str) -> bool:
     number = architecture.removeprefix("sm_")
     wanted = f"{number[:-1]}.{number[-1]}"
-    listed = re.split(r"[; ]", native.build_info()["cuda_architectures"].replace("+PTX", ""))
+    listed = re.split(r"[; ]", native.build_info["cuda_architectures"].replace("+PTX", ""))
     return wanted in listed
 
 
