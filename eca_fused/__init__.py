@@ -10,11 +10,10 @@ import signal
 import sys
 
 if (
-    sys.argv[:1] == ["-m"]
-    and "eca_fused" in sys.orig_argv
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
-    # Interrupting `python -m eca_fused` while it imports torch shows no traceback.
+    (sys.argv[:1] == ["-m"] and "eca_fused" in sys.orig_argv)
+    or (sys.argv and sys.argv[0].endswith("/eca-fused"))
+) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Interrupting the program while it imports torch shows no traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from eca_fused import reference

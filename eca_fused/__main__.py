@@ -1,6 +1,7 @@
-"""`python -m eca_fused`: the main job and other commands.
+"""`python -m eca_fused`, and the script `eca-fused`: the main job and other commands.
 
-Without a command, or with options only, the main job runs. The command `run` runs it too.
+Without a command, or with options only, the main job runs. The command `run` runs it too. --help
+alone lists the commands.
 """
 
 import importlib
@@ -9,13 +10,31 @@ import signal
 import sys
 from collections.abc import Sequence
 
-# The module of each command has main(argv) -> exit status, and is imported only when it runs.
+from eca_fused.cli.common.options import program
+
+# The module of each command, and what it does. The module has main(argv) -> exit status, and is
+# imported only when it runs.
 COMMANDS = {
-    "run": "eca_fused.cli.demo.command",
-    "doctor": "eca_fused.cli.doctor.command",
-    "gates": "eca_fused.cli.gates.command",
-    "plan": "eca_fused.cli.plan",
-    "tables": "eca_fused.cli.tables.command",
+    "run": (
+        "eca_fused.cli.demo.command",
+        "check, time and draw an ECA-ResNet-50 on two photographs; the default",
+    ),
+    "doctor": (
+        "eca_fused.cli.doctor.command",
+        "show what is installed and which kernels run here, and test them",
+    ),
+    "plan": (
+        "eca_fused.cli.plan",
+        "show how the CUDA kernels would run layers; needs no GPU",
+    ),
+    "tables": (
+        "eca_fused.cli.tables.command",
+        "count parameters and FLOPs, beside those of the ECA-Net poster",
+    ),
+    "gates": (
+        "eca_fused.cli.gates.command",
+        "draw the gates of a network for images of your classes",
+    ),
 }
 # The exit status that shells give a program ended by SIGPIPE and by SIGINT.
 READER_GONE = 141
@@ -27,14 +46,36 @@ NO_MEMORY = ("can't allocate memory", "out of memory", "calculation overflowed")
 
 def main(argv: Sequence[str]) -> int:
     """Run the command that the first argument names, or the main job; return its exit status."""
+    if list(argv) in (["-h"], ["--help"]):
+        print(overview())
+        return 0
     name, arguments = "run", list(argv)
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
-        print(f"error: expected a command ({known}) or options, got {name!r}", file=sys.stderr)
+        message = f"error: expected a command ({known}) or options, got {name!r}"
+        print(f"{message}; --help lists the commands", file=sys.stderr)
         return 2
-    return int(importlib.import_module(COMMANDS[name]).main(arguments))
+    return int(importlib.import_module(COMMANDS[name][0]).main(arguments))
+
+
+def overview() -> str:
+    """The commands, a line each."""
+    lines = [f"  {name:<8}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {program()} [COMMAND] [OPTION...]",
+            "",
+            "Efficient Channel Attention for PyTorch as one fused operation.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            f"`{program()} COMMAND --help` lists the options of a command and shows an example.",
+            f"Begin with `{program()} doctor`.",
+        ]
+    )
 
 
 def process(argv: Sequence[str]) -> int:
@@ -83,6 +124,11 @@ def process(argv: Sequence[str]) -> int:
 def too_large(error: BaseException) -> str:
     reason = str(error).partition("\n")[0]
     return f"not enough memory for these sizes: {reason or 'none left'}; use smaller ones"
+
+
+def script() -> int:
+    """The console script `eca-fused`."""
+    return process(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import torch
 
 from eca_fused.cli.common.console import bold, table
+from eca_fused.cli.common.options import Options, positive
 from eca_fused.ops.checks import DTYPES, MAX_SPATIAL_DIMS
 from eca_fused.ops.cuda_plan import Plan, gpu_limits, plan, planner
 from eca_fused.ops.taps import adaptive_kernel_size
@@ -91,12 +92,13 @@ class Row:
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    made = argparse.ArgumentParser(
-        prog="python -m eca_fused plan",
+    made = Options(
+        "plan",
         description="Print how the CUDA kernels would run the ECA layers of known networks on a "
         "GPU, and the memory traffic that they would cause. Everything is modelled: nothing is run "
         "or measured, and no GPU is needed.",
-        epilog="Exit status: 0, 2 for bad arguments, 3 if the compiled planner is missing.",
+        status="0, 2 for bad arguments, 3 if the compiled planner is missing",
+        examples=["plan --device sm_80 --model resnet50", "plan --shape 256x56x56 --batch 64"],
     )
     made.add_argument(
         "--device",
@@ -133,13 +135,6 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--json", action="store_true", help="one JSON document on standard output")
     return made
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 up."""
-    if not re.fullmatch("[0-9]+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
-    return int(text)
 
 
 def bandwidth(text: str) -> float:

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import eca_fused
+from eca_fused import __main__ as program
 from eca_fused.__main__ import main
 from eca_fused.cli.common import console, environment, photographs
 from eca_fused.cli.common.measure import Contender, Spread, interleave, ratio
@@ -25,7 +27,7 @@ from eca_fused.cli.demo.comparison import Check, Comparison, TopFive
 from eca_fused.cli.demo.main_job import Settings, run
 from eca_fused.ops import native
 from helpers.cases import needs_extension
-from helpers.processes import python
+from helpers.processes import ROOT, path_with, python
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -370,6 +372,49 @@ def test_bad_arguments(argv: list[str], message: str, capsys: pytest.CaptureFixt
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tablets"]) == 2
     assert "expected a command (run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["-h"]])
+def test_help_lists_the_commands(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 0
+    text = capsys.readouterr().out
+    listed = [line.split()[0] for line in text.splitlines() if line.startswith("  ")]
+    assert listed == list(program.COMMANDS)
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("command", program.COMMANDS)
+def test_help_of_a_command_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"\nusage: python -m eca_fused {command}" in f"\n{text}"
+    assert "Exit status: 0" in text
+    _, _, examples = text.partition("\nexamples:\n")
+    assert examples.startswith(f"  python -m eca_fused {command}")
+
+
+def test_the_console_script(tmp_path: Path) -> None:
+    """The file that pip writes for it, by the name in pyproject.toml."""
+    settings = (ROOT / "pyproject.toml").read_text()
+    found = re.search(r'\[project.scripts\]\n(\S+) = "(\S+):(\S+)"\n', settings)
+    assert found is not None
+    path = tmp_path / found[1]
+    path.write_text(f"import sys\nfrom {found[2]} import {found[3]}\nsys.exit({found[3]}())\n")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(path), *arguments]
+        env = os.environ | {"PYTHONPATH": path_with(ROOT)}
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    done = run("plan", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: eca-fused plan")
+    assert "\n  eca-fused plan --device" in done.stdout
+    done = run("tablets")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "expected a command" in done.stderr
 
 
 def test_a_reader_that_wants_no_more() -> None:

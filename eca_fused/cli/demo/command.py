@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from eca_fused.cli.common.console import finite
+from eca_fused.cli.common.options import Options, positive
 from eca_fused.cli.common.packages import PACKAGES_MISSING, missing_packages, need
 from eca_fused.cli.demo.main_job import Settings, run
 from eca_fused.cli.demo.timing import Effort
@@ -29,12 +30,13 @@ QUICK = Effort(budget_s=0.8, rounds=(5, 20), compile_training=False, compile_net
 
 def parser() -> argparse.ArgumentParser:
     """The options of the main job."""
-    made = argparse.ArgumentParser(
-        prog="python -m eca_fused",
+    made = Options(
+        "run",
         description="Run an ECA-ResNet-50 on two photographs: check the fused ECA against plain "
         "PyTorch and float64, time it, and draw its gates and the times.",
-        epilog="Exit status: 0 if the check passes, 1 if it fails, 2 for bad arguments, 3 if a "
-        "package is missing.",
+        status="0 if the check passes, 1 if it fails, 2 for bad arguments, 3 if a package is "
+        "missing",
+        examples=["run", "run --quick --dtype bfloat16 --output pictures"],
     )
     made.add_argument(
         "--quick",
@@ -61,13 +63,6 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--json", action="store_true", help="one JSON document on standard output")
     return made
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 up."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
-    return int(text)
 
 
 def default_batch(device: str, dtype: torch.dtype, quick: bool) -> int:

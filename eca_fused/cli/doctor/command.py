@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from eca_fused.cli.common.console import bold, finite
+from eca_fused.cli.common.options import Options
 from eca_fused.cli.doctor import facts, text
 from eca_fused.cli.doctor.choices import Choice, Finding, Off, choices, findings, off
 from eca_fused.cli.doctor.self_test import Result, self_test, testable
@@ -37,14 +38,14 @@ class Report:
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    made = argparse.ArgumentParser(
-        prog="python -m eca_fused doctor",
+    made = Options(
+        "doctor",
         description="Show versions, GPUs, what the compiled module was built for and which backend "
         "runs where, and test every backend that can run here against float64, for about two "
         "seconds. Triton's first run compiles, which takes longer. Send its output with a bug "
         "report.",
-        epilog="Exit status: 0 if all that should run does, 1 if something does not, 2 for bad "
-        "arguments. Example: python -m eca_fused doctor --json > doctor.json",
+        status="0 if all that should run does, 1 if something does not, 2 for bad arguments",
+        examples=["doctor", "doctor --json > doctor.json"],
     )
     made.add_argument("--json", action="store_true", help="one JSON document on standard output")
     return made

@@ -16,6 +16,7 @@ import torch
 
 from eca_fused import attention
 from eca_fused.cli.common.console import finite, table
+from eca_fused.cli.common.options import Options
 from eca_fused.cli.common.packages import PACKAGES_MISSING, missing_packages, need
 from eca_fused.cli.common.photographs import Photograph, load_photographs
 from eca_fused.cli.gates.class_gates import (
@@ -71,12 +72,12 @@ def picture(text: str) -> Path:
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    made = argparse.ArgumentParser(
-        prog="python -m eca_fused gates",
+    made = Options(
+        "gates",
         description="Draw the gate of each channel in the last block of each stage of a network, "
         "for images of one or more classes: a panel for each stage, a colour for each class.",
-        epilog="Exit status: 0, 2 for bad arguments, images or checkpoints, 3 if a package is "
-        "missing.",
+        status="0, 2 for bad arguments, images or checkpoints, 3 if a package is missing",
+        examples=["gates cats/ dogs/ --checkpoint weights.pth --output gates.png"],
     )
     made.add_argument(
         "images",

@@ -9,6 +9,7 @@ from typing import Any
 
 from eca_fused import attention
 from eca_fused.cli.common.console import table
+from eca_fused.cli.common.options import Options
 from eca_fused.cli.tables.count import MMDETECTION, count_flops, count_parameters
 from eca_fused.cli.tables.published import (
     BACKBONES,
@@ -313,12 +314,13 @@ def show(
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    made = argparse.ArgumentParser(
-        prog="python -m eca_fused tables",
+    made = Options(
+        "tables",
         description="Print the parameters and FLOPs of every row of the ECA-Net poster's tables of "
         "methods, of ImageNet backbones and of detectors beside the poster's figures. Accuracy is "
         "printed as reported, never as measured here.",
-        epilog="Exit status: 0, 1 if a figure is outside its tolerance, 2 for bad arguments.",
+        status="0, 1 if a figure is outside its tolerance, 2 for bad arguments",
+        examples=["tables", "tables --format markdown > tables.md"],
     )
     made.add_argument("--format", choices=FORMATS, default="text", help="of the output (text)")
     return made
