@@ -23,6 +23,10 @@ COMMANDS = {
         "eca_fused.cli.doctor.command",
         "show what is installed and which kernels run here, and test them",
     ),
+    "convert": (
+        "eca_fused.cli.convert",
+        "report what converting a checkpoint or a timm network does; write its weights",
+    ),
     "plan": (
         "eca_fused.cli.plan",
         "show how the CUDA kernels would run layers; needs no GPU",

@@ -20,7 +20,7 @@ from eca_fused.conversion.files import (
 )
 from eca_fused.conversion.modules import convert
 
-__all__ = ["CheckpointError", "load_checkpoint"]
+__all__ = ["CheckpointError", "load_checkpoint", "title_of", "weights"]
 
 # Keys under which training scripts store the state dict: the authors', timm's, and others'.
 WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema", "model_ema")
@@ -83,9 +83,8 @@ def load_checkpoint(
             f"expected no {', '.join(decided)}, which the tensors decide; build the network "
             "and pass it as model="
         )
-    name = "the state dict" if isinstance(source, Mapping) else os.fspath(source)
-    contents = source if isinstance(source, Mapping) else read(Path(name))
-    tensors = _unprefixed(_unwrapped(contents, key, name))
+    name = _name(source)
+    tensors = weights(source, key)
     size = None if isinstance(source, Mapping) else Path(name).stat().st_size
     _check_options(options)
     check_memory(name, tensors, size, built=model is None)
@@ -100,6 +99,30 @@ def load_checkpoint(
         if theirs is None:
             raise
         return _timms(*theirs, tensors, **options)
+
+
+def weights(
+    source: str | os.PathLike[str] | Mapping[str, Any], key: str | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a file or state dict by name, without wrappers and prefixes.
+
+    Args and errors are those of load_checkpoint(), which checks more.
+    """
+    name = _name(source)
+    contents = source if isinstance(source, Mapping) else read(Path(name))
+    return _unprefixed(_unwrapped(contents, key, name))
+
+
+def _name(source: str | os.PathLike[str] | Mapping[str, Any]) -> str:
+    return "the state dict" if isinstance(source, Mapping) else os.fspath(source)
+
+
+def title_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """What load_checkpoint() builds from these tensors; None if it does not know them."""
+    if found := architectures.infer(tensors):
+        return found.title
+    theirs = architectures.infer_timm(tensors)
+    return None if theirs is None else f"{theirs[0]} of timm"
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -78,6 +78,8 @@ def wrong(words: list[str]) -> str:
     """What is wrong with a command of a page; "" if nothing is."""
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
     program, *arguments = words
+    if program == "eca-fused":
+        program, arguments = "python", ["-m", "eca_fused", *arguments]
     if program == "make":
         return "" if arguments and arguments[0] in targets else "no such target"
     if program in ("pip", "pre-commit", "export", "torchrun"):
@@ -88,7 +90,8 @@ def wrong(words: list[str]) -> str:
         missing = [a for a in arguments[2:] if a.endswith(".py") and not (ROOT / a).is_file()]
         return f"no {missing}" if missing else ""
     if arguments[:2] == ["-m", "eca_fused"]:
-        command = arguments[:3] if len(arguments) > 2 and arguments[2][0] != "-" else arguments[:2]
+        named = len(arguments) > 2 and arguments[2][0] != "-"
+        command = arguments[:3] if named else [*arguments[:2], "run"]
     else:
         command = arguments[:1]
         if not (ROOT / command[0]).is_file():
@@ -146,6 +149,7 @@ def test_a_command_that_fails_is_found(tmp_path: Path) -> None:
         "python benchmarks/nothing.py",
         "python benchmarks/report.py --nothing",
         "python -m eca_fused plan --nothing",
+        "eca-fused plan --nothing",
         "tools/nothing.sh",
         "python -m pytest tests/test_nothing.py",
     ],
