@@ -157,7 +157,7 @@ def network(args: argparse.Namespace) -> Network:
     try:
         load_checkpoint(path, model, key=args.key)
     except CheckpointError as error:
-        hint = error.mismatched and not args.classes
+        hint = not (error.missing or error.unexpected or args.classes)
         raise extended(error, "the number of its classes is --classes" if hint else "") from error
     return Network(f"{name} of timm", model, tensors)
 
@@ -167,9 +167,11 @@ def fitting(path: Path, tensors: Mapping[str, Tensor], key: str | None) -> Netwo
     title = title_of(tensors)
     if title is None:
         names = ", ".join(list(tensors)[:3])
+        no_timm = importlib.util.find_spec("timm") is None
+        first = "install timm, whose networks are not known without it, or " if no_timm else ""
         raise Refused(
             f"{path}: expected the weights of a ResNet, a MobileNetV2 or an ECA network of timm, "
-            f"got tensors named {names} and so on; name their network by --arch timm:NAME"
+            f"got tensors named {names} and so on; {first}name their network by --arch timm:NAME"
         )
     try:
         return Network(title, load_checkpoint(path, key=key, fused=False), tensors)
