@@ -7,6 +7,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from eca_fused.cli.common.timing import RESNET50
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LAYOUTS = ("contiguous", "channels_last")
 DIRECTIONS = ("forward", "backward", "forward and backward")
@@ -17,7 +19,7 @@ Layer = tuple[int, int, int, int]  # channels, height, width, taps
 # for ResNet-18). MobileNetV2: one block for each size of its maps, with one tap below 96 channels
 # and three above, as the authors have it. Detection: ResNet-50 on 800x1333 pixels.
 NETWORKS: dict[str, list[Layer]] = {
-    "resnet50": [(256, 56, 56, 3), (512, 28, 28, 5), (1024, 14, 14, 5), (2048, 7, 7, 7)],
+    "resnet50": RESNET50,
     "mobilenetv2": [(24, 56, 56, 1), (32, 28, 28, 1), (96, 14, 14, 3), (320, 7, 7, 3)],
     "resnet18": [(64, 56, 56, 3), (128, 28, 28, 5), (256, 14, 14, 7), (512, 7, 7, 7)],
     "detection": [(256, 200, 334, 3), (512, 100, 167, 5), (1024, 50, 84, 5), (2048, 25, 42, 7)],

@@ -13,6 +13,7 @@ import torch
 
 from eca_fused.cli.common.console import bold, table
 from eca_fused.cli.common.options import Options, positive
+from eca_fused.cli.common.timing import RESNET50
 from eca_fused.ops.checks import DTYPES, MAX_SPATIAL_DIMS
 from eca_fused.ops.cuda_plan import Plan, gpu_limits, plan, planner
 from eca_fused.ops.taps import adaptive_kernel_size
@@ -24,7 +25,7 @@ PLANNER_MISSING = 3  # argparse itself exits with 2
 # (C, H, W) of x in the ECA layers: after each stage of the ResNets and each stage of MobileNetV2 at
 # 224x224, and after each stage of ResNet-50 at the sizes of object detection.
 MODELS: dict[str, tuple[str, list[tuple[int, ...]]]] = {
-    "resnet50": ("ResNet-50", [(256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]),
+    "resnet50": ("ResNet-50", [layer[:3] for layer in RESNET50]),
     "resnet18": ("ResNet-18", [(64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)]),
     "mobilenetv2": (
         "MobileNetV2",

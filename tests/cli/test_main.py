@@ -20,10 +20,12 @@ import eca_fused
 from eca_fused import __main__ as program
 from eca_fused.__main__ import main
 from eca_fused.cli.common import console, environment, photographs
+from eca_fused.cli.common.comparison import Comparison
 from eca_fused.cli.common.measure import Contender, Spread, interleave, ratio
+from eca_fused.cli.common.timing import Effort
 from eca_fused.cli.demo import command, network, timing
 from eca_fused.cli.demo.check import check_layers, check_network
-from eca_fused.cli.demo.comparison import Check, Comparison, TopFive
+from eca_fused.cli.demo.comparison import Check, TopFive
 from eca_fused.cli.demo.main_job import Settings, run
 from eca_fused.ops import native
 from helpers.cases import needs_extension
@@ -315,7 +317,7 @@ def test_run_with_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     out = io.StringIO()
-    effort = timing.Effort(0, (2, 2), compile_training=True, compile_network=True)
+    effort = Effort(0, (2, 2), compile_training=True, compile_network=True)
     found = run(settings(tmp_path, effort=effort), out)
     cases = found["times"]
     assert len(cases) == timing.CASES

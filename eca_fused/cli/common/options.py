@@ -4,10 +4,12 @@ import argparse
 import os
 import re
 import sys
+from pathlib import Path
 
-__all__ = ["SCRIPT", "Options", "positive", "program"]
+__all__ = ["SCRIPT", "Options", "picture", "positive", "program"]
 
 SCRIPT = "eca-fused"  # [project.scripts] of pyproject.toml
+ENDINGS = (".pdf", ".png", ".svg")
 
 
 def program() -> str:
@@ -44,3 +46,13 @@ def positive(text: str) -> int:
     if not re.fullmatch("[0-9]+", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
     return int(text)
+
+
+def picture(text: str) -> Path:
+    """The file of a picture."""
+    path = Path(text)
+    if path.suffix.lower() not in ENDINGS:
+        raise argparse.ArgumentTypeError(
+            f"expected a file that ends with {', '.join(ENDINGS)}, got {text!r}"
+        )
+    return path

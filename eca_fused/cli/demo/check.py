@@ -14,51 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from eca_fused.cli.common.accuracy import error, floor, magnitudes
+from eca_fused.cli.common.accuracy import error
+from eca_fused.cli.common.comparison import Comparison, compare_layer
 from eca_fused.cli.common.networks import hooked
-from eca_fused.cli.demo.comparison import Check, Comparison, TopFive
+from eca_fused.cli.demo.comparison import Check, TopFive
 from eca_fused.cli.demo.network import eca_layers, moved_gates, outputs
-from eca_fused.layer import ECALayer
 from eca_fused.models import ResNet
 
 __all__ = ["check", "check_layers", "check_network"]
 
 SEED = 1
-
-
-def layer_results(layer: ECALayer, x: Tensor, dy: Tensor) -> dict[str, list[Tensor]]:
-    """y (in inference and in training), dx and dw of a layer."""
-    with torch.no_grad():
-        y = layer(x)
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        y_training = layer(leaf)
-        dx, dw = torch.autograd.grad(y_training, (leaf, layer.conv.weight), dy)
-    return {"y": [y, y_training.detach()], "dx": [dx], "dw": [dw]}
-
-
-def compare_layer(place: str, plain: ECALayer, fused: ECALayer, x: Tensor) -> list[Comparison]:
-    """y, dx and dw of one layer, for a map x (N, C, H, W) and a random gradient of y."""
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(SEED))
-    dy = torch.empty_like(x).copy_(noise)
-    layer64, x64, dy64 = copy.deepcopy(plain).double(), x.double(), dy.double()
-    exact = layer_results(layer64, x64, dy64)
-    largest = magnitudes(x64, layer64.conv.weight, dy64, plain.padding_mode)
-    usual, ours = layer_results(plain, x, dy), layer_results(fused, x, dy)
-    found = []
-    for name, (target, *_) in exact.items():
-        scale = float(target.abs().max()) or 1.0
-        found.append(
-            Comparison(
-                place,
-                name,
-                scale,
-                plain=error(usual[name], target) / scale,
-                fused=error(ours[name], target) / scale,
-                floor=floor(x.dtype, largest[name], scale),
-            )
-        )
-    return found
 
 
 def check_layers(plain: ResNet, fused: ResNet, x: Tensor) -> list[Comparison]:

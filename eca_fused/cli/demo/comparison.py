@@ -1,53 +1,10 @@
 """The results of the check: errors, tolerances and messages."""
 
-import math
 from dataclasses import dataclass
 
+from eca_fused.cli.common.comparison import Comparison
+
 __all__ = ["Check", "Comparison", "TopFive"]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Errors of one quantity against float64, relative to its largest absolute value.
-
-    Attributes:
-        place: "stage 1" to "stage 4", or "logits".
-        quantity: "y", "dx" and "dw" of an ECA layer, or "output" of the network up to this place.
-        scale: the largest absolute value in float64.
-        plain, fused: largest absolute error, divided by scale.
-        floor: error allowed beyond plain PyTorch's own error, divided by scale.
-    """
-
-    place: str
-    quantity: str
-    scale: float
-    plain: float
-    fused: float
-    floor: float
-
-    @property
-    def tolerance(self) -> float:
-        return self.plain + self.floor
-
-    @property
-    def passed(self) -> bool:
-        return self.fused <= self.tolerance  # false for NaN
-
-    @property
-    def used(self) -> float:
-        """The share of the tolerance that the fused error takes; above 1 if it fails."""
-        if self.fused == 0:
-            return 0.0
-        share = self.fused / self.tolerance if self.tolerance else math.inf
-        return math.inf if math.isnan(share) else share
-
-    def __str__(self) -> str:
-        what = f"{self.quantity} of the ECA layers" if self.quantity != "output" else "output"
-        return (
-            f"{self.place}, {what}: fused is {self.fused:.2g} of the largest value "
-            f"({self.scale:.3g}) away from float64, {self.tolerance:.2g} is allowed, "
-            f"and plain is {self.plain:.2g} away"
-        )
 
 
 @dataclass(frozen=True)

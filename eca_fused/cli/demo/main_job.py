@@ -11,10 +11,12 @@ from torch import Tensor
 from eca_fused.cli.common import environment, photographs
 from eca_fused.cli.common.console import Progress
 from eca_fused.cli.common.photographs import Photograph
+from eca_fused.cli.common.time_tables import how_timed, timing_document
+from eca_fused.cli.common.timing import Case, Effort
 from eca_fused.cli.demo import network, report
 from eca_fused.cli.demo.check import check
 from eca_fused.cli.demo.comparison import Check
-from eca_fused.cli.demo.timing import CASES, Case, Effort, layer_cases, network_cases
+from eca_fused.cli.demo.timing import CASES, layer_cases, network_cases
 from eca_fused.models import ResNet
 
 __all__ = ["Settings", "run"]
@@ -109,7 +111,7 @@ def run(settings: Settings, out: TextIO) -> dict[str, Any]:
             progress.step("pictures")
             pictures = draw(settings, scene, cases, environment.summary(found))
     if cases:
-        print("\n" + report.timing_text(cases, malloc_text(found), out), file=out)
+        print("\n" + report.timing_text(cases, how_timed(found), out), file=out)
     for path in pictures.values():
         print(f"{path}", file=out)
     return document(settings, found, scene, checked, cases, pictures)
@@ -129,21 +131,6 @@ def introduction(settings: Settings, found: dict[str, Any]) -> str:
         used = "with" if found["tf32_convolutions"] else "without"
         lines.append(f"Convolutions {used} TF32, in the plain and in the fused network alike")
     return "\n".join(lines)
-
-
-def malloc_text(found: dict[str, Any]) -> str:
-    """How the times were taken, and the settings they depend on."""
-    if found["device"] == "cuda":
-        return "Timed by CUDA events around eager calls; maps rotate, so the layers find a cold L2."
-    text = f"Timed by the clock in interleaved rounds, {found['threads']} threads, every result in "
-    text += f"new memory, malloc: {found['malloc']}."
-    if found["malloc"] == "default":
-        text += (
-            " With this malloc, results of tens of MB and more cost page faults, equally in every "
-            "column; MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1099511627776 in the environment "
-            "recycles the heap instead."
-        )
-    return text
 
 
 def draw(settings: Settings, scene: Scene, cases: list[Case], where: str) -> dict[str, str]:
@@ -198,6 +185,6 @@ def document(
         },
         "check": report.check_document(checked),
         "effort": asdict(settings.effort) if settings.effort else None,
-        "times": report.timing_document(cases) if cases else None,
+        "times": timing_document(cases) if cases else None,
         "pictures": pictures,
     }

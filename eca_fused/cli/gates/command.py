@@ -16,7 +16,7 @@ import torch
 
 from eca_fused import attention
 from eca_fused.cli.common.console import finite, table
-from eca_fused.cli.common.options import Options
+from eca_fused.cli.common.options import Options, picture
 from eca_fused.cli.common.packages import PACKAGES_MISSING, missing_packages, need
 from eca_fused.cli.common.photographs import Photograph, load_photographs
 from eca_fused.cli.gates.class_gates import (
@@ -34,7 +34,6 @@ __all__ = ["main"]
 
 MODELS = (*(f"resnet{depth}" for depth in RESNETS), "mobilenetv2")
 GATED = tuple(name for name in attention.METHODS if name != "none")
-ENDINGS = (".pdf", ".png", ".svg")
 ORDERS = ("gate", "channel")
 SEED = 0
 LEAST_SIDE = 64  # below it the last stage has one pixel, too few for batch norm statistics
@@ -58,16 +57,6 @@ def side(text: str) -> int:
             f"expected a whole number of pixels from {LEAST_SIDE} to {MOST_SIDE}, got {text!r}"
         )
     return int(text)
-
-
-def picture(text: str) -> Path:
-    """The file of a picture."""
-    path = Path(text)
-    if path.suffix.lower() not in ENDINGS:
-        raise argparse.ArgumentTypeError(
-            f"expected a file that ends with {', '.join(ENDINGS)}, got {text!r}"
-        )
-    return path
 
 
 def parser() -> argparse.ArgumentParser:
