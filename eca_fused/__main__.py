@@ -27,6 +27,10 @@ COMMANDS = {
         "eca_fused.cli.convert",
         "report what converting a checkpoint or a timm network does; write its weights",
     ),
+    "bench": (
+        "eca_fused.cli.bench",
+        "check and time ECA layers: ours, plain PyTorch, torch.compile and a copy",
+    ),
     "plan": (
         "eca_fused.cli.plan",
         "show how the CUDA kernels would run layers; needs no GPU",
