@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from helpers.cases import needs_extension
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+LIBRARY = native.LIBRARY.name
 WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 CPU = torch.device("cpu")
 
@@ -38,7 +37,7 @@ def in_process(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]
 def install(tmp_path: Path) -> Path:
     """A folder with a copy of the package that has no compiled module."""
     package = Path(eca_fused.__file__).parent
-    ignored = shutil.ignore_patterns("_C.*", "__pycache__")
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(package, tmp_path / "eca_fused", ignore=ignored)
     return tmp_path
 
@@ -100,7 +99,7 @@ def test_the_text_has_the_same_facts_in_100_columns(capsys: pytest.CaptureFixtur
     assert max(map(len, text.splitlines())) <= 100
     joined = " ".join(text.split())
     assert found["software"]["torch"] in joined
-    assert found["compiled"]["files"][0] in joined
+    assert found["compiled"]["file"] in joined
     assert ", ".join(found["compiled"]["info"]["cpu_capabilities"]) in joined
     assert "native for eca(), ResidualTail, NormActAttention, in every dtype and layout" in joined
     assert "cpu native passed, 16 cases" in joined
@@ -136,12 +135,12 @@ def test_without_compiled_kernels(install: Path) -> None:
     assert text.endswith("No problems, 1 warning.")
 
 
-def test_a_damaged_module(install: Path) -> None:
-    (install / "eca_fused" / f"_C{SUFFIX}").write_text("no library")
+def test_damaged_kernels(install: Path) -> None:
+    (install / "eca_fused" / LIBRARY).write_text("no library")
     done = run_in(install)
     assert done.returncode == 1
     text = " ".join(done.stdout.split())
-    assert "NOT LOADED ImportError" in text
+    assert "NOT LOADED OSError" in text
     assert "PROBLEM NO COMPILED KERNELS" in text
     assert "as the file is damaged" in text
     assert "cpu reference passed" in text  # the rest is still reported
@@ -149,13 +148,11 @@ def test_a_damaged_module(install: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="makes a library: needs a C compiler")
 def test_an_undefined_symbol(install: Path) -> None:
-    """As after an update of torch that a module without a stable ABI does not survive."""
-    source = install / "module.c"
-    source.write_text(
-        "void torch_of_before(void);\nvoid *PyInit__C(void) { torch_of_before(); return 0; }\n"
-    )
-    library = install / "eca_fused" / f"_C{SUFFIX}"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    """As after an update of torch that a library without a stable ABI does not survive."""
+    source = install / "kernels.c"
+    source.write_text("void torch_of_before(void);\nvoid forward(void) { torch_of_before(); }\n")
+    library = install / "eca_fused" / LIBRARY
+    subprocess.run(["cc", "-shared", "-fPIC", "-Wl,-z,now", "-o", library, source], check=True)
     done = run_in(install, "--json")
     assert done.returncode == 1
     found = json.loads(done.stdout)
@@ -168,20 +165,26 @@ def test_an_undefined_symbol(install: Path) -> None:
     assert "pip install" in problem["fix"]
 
 
-def test_a_module_for_another_python(install: Path) -> None:
+@needs_extension
+def test_a_planner_for_another_python(install: Path) -> None:
+    """The kernels are of no version of Python, so the rest works."""
+    shutil.copy2(native.LIBRARY, install / "eca_fused")
     (install / "eca_fused" / "_C.cpython-39-x86_64-linux-gnu.so").touch()
     done = run_in(install, "--json")
-    assert done.returncode == 1
-    (problem,) = json.loads(done.stdout)["problems"]
-    assert "is for another Python" in problem["what"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["compiled"]["loaded"] is True
+    (warning,) = found["warnings"]
+    assert "plan() does not work" in warning["what"]
+    assert "pip install" in warning["fix"]
 
 
 @pytest.mark.parametrize(
     ("module", "what", "fix"),
     [
-        (Compiled([], None, {}, True, "/site/eca_fused"), "the sources", "finds /site/eca_fused"),
-        (Compiled([], None, {}, True, None), "the sources", "make build"),
-        (Compiled([], None, {}, False, None), "ECA_FUSED_NATIVE=0", "with a C++ compiler"),
+        (Compiled(None, None, {}, True, "/site/eca_fused"), "the sources", "finds /site/eca_fused"),
+        (Compiled(None, None, {}, True, None), "the sources", "make build"),
+        (Compiled(None, None, {}, False, None), "ECA_FUSED_NATIVE=0", "with a C++ compiler"),
     ],
 )
 def test_the_fix_fits_the_reason(module: Compiled, what: str, fix: str) -> None:
@@ -200,7 +203,7 @@ def test_the_fix_fits_the_reason(module: Compiled, what: str, fix: str) -> None:
 )
 def test_what_the_linker_means(monkeypatch: pytest.MonkeyPatch, error: str, meaning: str) -> None:
     monkeypatch.setattr(native, "load_error", error)
-    reason, fix = choices.missing_module(Compiled([f"/x/_C{SUFFIX}"], error, {}, False, None))
+    reason, fix = choices.missing_module(Compiled(f"/x/{LIBRARY}", error, {}, False, None))
     assert meaning in reason
     assert error in reason
     assert "pip install" in fix
@@ -212,7 +215,7 @@ def test_an_installed_copy_behind_the_sources_is_found(
     (tmp_path / "eca_fused").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert facts.compiled().installed is None
-    (tmp_path / "eca_fused" / f"_C{SUFFIX}").touch()
+    (tmp_path / "eca_fused" / LIBRARY).touch()
     assert facts.compiled().installed == str(tmp_path / "eca_fused")
 
 
@@ -326,7 +329,7 @@ def test_plain_pytorch_is_tested_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- GPUs ----
 
-MODULE = Compiled([f"/x/_C{SUFFIX}"], None, {"cuda": True}, False, None)
+MODULE = Compiled(f"/x/{LIBRARY}", None, {}, False, None)
 NO_GPUS = Gpus([], [], False, "")
 
 

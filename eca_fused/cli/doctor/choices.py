@@ -30,7 +30,7 @@ LINKER = (
     (
         "cannot open shared object",
         "a library that it needs is missing",
-        f"install that library, or build the module anew: {BUILD}",
+        f"install that library, or build the kernels anew: {BUILD}",
     ),
     ("invalid ELF header", "the file is damaged", f"install the package again, or {BUILD}"),
     ("file too short", "the file is damaged", f"install the package again, or {BUILD}"),
@@ -134,7 +134,7 @@ def _fix_of_triton(device: torch.device) -> str:
 
 
 def _fix_for(device: torch.device) -> str:
-    """What makes the compiled module have kernels for a GPU."""
+    """What makes the library have kernels for a GPU."""
     if device.type not in native.devices:
         return f"`ECA_FUSED_CUDA=1 {BUILD.removeprefix('`')}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -145,24 +145,22 @@ def missing_module(module: Compiled) -> tuple[str, str]:
     """Why there are no compiled kernels, and the fix."""
     error = native.load_error or ""
     if module.error is not None and "ECA_FUSED_" in error:
-        return f"the compiled module does not start: {error}", "unset this variable"
-    if module.files and not module.for_this_python:
-        return f"the compiled module is for another Python: {module.files[0]}", f"{BUILD}"
-    if module.files:
+        return f"the compiled kernels do not start: {error}", "unset this variable"
+    if module.file:
         meaning, fix = _linkers(error)
-        return f"the compiled module does not load, as {meaning}: {error}", fix
+        return f"the compiled kernels do not load, as {meaning}: {error}", fix
     if module.installed:
         return (
-            "Python imported the sources in this folder, which have no compiled module",
+            "Python imported the sources in this folder, which have no compiled kernels",
             f"start Python in another folder, so that it finds {module.installed}",
         )
     if module.is_source:
         return (
-            "the sources in this folder have no compiled module",
+            "the sources in this folder have no compiled kernels",
             "`make build` compiles it here; or `pip install .`, and start Python in another folder",
         )
     return (
-        "this install has no compiled module: it was built with ECA_FUSED_NATIVE=0 or without a "
+        "this install has no compiled kernels: it was built with ECA_FUSED_NATIVE=0 or without a "
         "C++ compiler",
         f"{BUILD}, with a C++ compiler and without ECA_FUSED_NATIVE=0",
     )
@@ -185,7 +183,10 @@ def findings(
     if native.missing is not None:
         reason, fix = missing_module(module)
         without = "NO COMPILED KERNELS, so CPUs run the slower plain PyTorch"
-        yield Finding(bool(module.files), f"{without}: {reason}", fix)
+        yield Finding(module.file is not None, f"{without}: {reason}", fix)
+    elif module.planner_error:
+        what, _, fix = module.planner_error.rpartition("; ")
+        yield Finding(False, f"plan() does not work: {what}", fix)
     if gpus.unseen and not gpus.hidden:
         names = ", ".join(gpus.unseen)
         yield Finding(True, f"torch cannot use the GPU ({names}): {gpus.reason}", _for_torch(gpus))

@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     made = Options(
         "doctor",
-        description="Show versions, GPUs, what the compiled module was built for and which backend "
+        description="Show versions, GPUs, what the kernels were built for and which backend "
         "runs where, and test every backend that can run here against float64, for about two "
         "seconds. Triton's first run compiles, which takes longer. Send its output with a bug "
         "report.",

@@ -1,7 +1,6 @@
-"""What there is on this machine: versions, settings, GPUs, and the compiled module."""
+"""What there is on this machine: versions, settings, GPUs, and the compiled parts."""
 
 import ctypes
-import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
@@ -20,7 +19,7 @@ import torch
 
 from eca_fused._version import __version__
 from eca_fused.cli.common.environment import commit, cpu_model
-from eca_fused.ops import native
+from eca_fused.ops import cuda_plan, native
 
 __all__ = ["Compiled", "Gpus", "compiled", "cpu", "gpus", "settings", "software"]
 
@@ -177,53 +176,59 @@ def _error_of_cuda() -> str:
     return "torch finds no GPU"
 
 
-# ---- the compiled module ----
+# ---- the compiled parts ----
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The compiled module, as it was found and imported with the package.
+    """The library of the kernels, as it was loaded with the package, and the planner.
 
     Attributes:
-        files: of the module, for this Python and for others.
-        error: what its import raised; None if it is loaded, or if there is no file.
-        info: what it was compiled for, see BuildInfo of _C.pyi; empty if it is not loaded.
+        file: of the library; None without one.
+        error: what loading it raised; None if it is loaded, or if there is no file.
+        info: what it was compiled for; empty if it is not loaded.
         is_source: the package is in the folder of its sources.
-        installed: where another copy of the package is installed that has a compiled module.
+        installed: where another copy of the package is installed that has the library.
+        planner_error: what importing the planner raises; None if it is there.
     """
 
-    files: list[str]
+    file: str | None
     error: str | None
-    info: dict[str, Any]
+    info: native.BuildInfo
     is_source: bool
     installed: str | None
+    planner_error: str | None = None
 
     @property
     def loaded(self) -> bool:
         return bool(self.info) and self.error is None
 
-    @property
-    def for_this_python(self) -> bool:
-        suffixes = tuple(f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-        return any(file.endswith(suffixes) for file in self.files)
-
 
 def compiled() -> Compiled:
-    files = sorted(str(path) for path in PACKAGE.glob("_C.*") if path.suffix in (".so", ".pyd"))
+    found = native.LIBRARY.is_file()
     root = PACKAGE.parent
     return Compiled(
-        files=files,
-        error=native.load_error if files else None,
+        file=str(native.LIBRARY) if found else None,
+        error=native.load_error if found else None,
         info=native.build_info,
         is_source=(root / "setup.py").is_file() and (root / "csrc").is_dir(),
         installed=_installed_elsewhere(),
+        planner_error=_error_of_planner(),
     )
 
 
+def _error_of_planner() -> str | None:
+    try:
+        cuda_plan.planner()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def _installed_elsewhere() -> str | None:
-    """The folder of another copy with a compiled module: Python took the one in this folder."""
+    """The folder of another copy with the kernels: Python took the one in this folder."""
     for place in sys.path:
         folder = Path(place or ".").resolve() / "eca_fused"
-        if folder != PACKAGE and any(folder.glob("_C.*.so")):
+        if folder != PACKAGE and (folder / native.LIBRARY.name).is_file():
             return str(folder)
     return None

@@ -16,7 +16,6 @@ LABEL = 12  # columns of the names on the left
 OPERATIONS = {"eca": "eca()", "residual_tail": "ResidualTail", "norm_act": "NormActAttention"}
 PLAIN = {"reference": "plain PyTorch"}
 SHOWN = 2  # cases that fail in the same way
-NOT_RECORDED = "not recorded by this build"
 
 
 def line(label: str, value: str, indent: int = 2) -> str:
@@ -113,28 +112,23 @@ def machine(cpu: dict[str, Any], gpus: Gpus) -> list[str]:
 
 
 def module(compiled: Compiled) -> list[str]:
-    if not compiled.files:
+    if not compiled.file:
         return [line("file", "none")]
-    found = [line("file", path) for path in compiled.files]
+    found = [line("file", compiled.file)]
     if not compiled.loaded:
-        return [*found, line("NOT LOADED", compiled.error or "for another Python")]
+        return [*found, line("NOT LOADED", compiled.error or "")]
     info = compiled.info
-    every = ", ".join(info.get("cpu_capabilities", [])) or NOT_RECORDED
+    every = ", ".join(info["cpu_capabilities"])
     found.append(line("CPU", f"compiled for {every}; in use: {info['cpu_capability']}"))
-    if info["cuda"]:
-        capabilities = info.get("cuda_architectures") or NOT_RECORDED
-        found.append(line("CUDA", f"compute capabilities {capabilities}"))
-        found.append(line("toolkit", f"CUDA {info.get('cuda_toolkit') or NOT_RECORDED}"))
+    if info["cuda_architectures"]:
+        found.append(line("CUDA", f"compute capabilities {info['cuda_architectures']}"))
+        found.append(line("toolkit", f"CUDA {info['cuda_toolkit']}"))
     else:
         found.append(line("CUDA", "compiled without CUDA kernels"))
-    abi = info.get("torch_abi")
-    found.append(
-        line(
-            "torch ABI",
-            f"stable, of torch {abi}: loads in {abi} and later" if abi else NOT_RECORDED,
-        )
-    )
-    found.append(line("compiler", info.get("compiler") or NOT_RECORDED))
+    abi = info["torch_abi"]
+    found.append(line("torch ABI", f"stable, of torch {abi}: loads in {abi} and later"))
+    found.append(line("compiler", info["compiler"]))
+    found.append(line("planner", "NOT LOADED" if compiled.planner_error else "loaded"))
     return found
 
 
