@@ -218,7 +218,7 @@ def test_folders_that_cannot_be_written_to(
         (["{folder}"], "as a file of weights, got a folder"),
         (["{folder}/text.pth"], "is not a complete file of torch.save()"),
         (["{folder}/list.pth"], "expected a state dict, names to tensors"),
-        (["{folder}/other.pth"], "got tensors named a, b and so on; name their network by --arch"),
+        (["{folder}/other.pth"], "got tensors named a, b and so on; "),
         (["{folder}/weights.pth", "--key", "ema"], "expected an entry 'ema'"),
         (["{folder}/weights.pth", "--arch", "resnet18"], "expected --arch as timm:NAME"),
         (["{folder}/weights.pth", "--pretrained"], "--pretrained is for timm:NAME"),
