@@ -108,7 +108,7 @@ def force_plan(strategy: str | None, *, tile: int = 0, threads: int = 256, depth
 
 name = "native"
 missing: str | None = None  # the reason why there are no native kernels
-load_error: str | None = None  # what importing the extension raised
+load_error: str | None = None  # what loading the library raised
 build_info: BuildInfo = {}
 devices: frozenset[str] = frozenset()  # device types that the extension was compiled for
 tail_devices: frozenset[str] = frozenset()  # those with kernels for the tail of a block
@@ -155,13 +155,14 @@ try:
 except Exception as error:  # a broken build may fail in any way, and must not break the import
     devices = tail_devices = one_pass_tail_devices = frozenset()
     gating_devices = one_pass_gating_devices = frozenset()
-    load_error = f"{type(error).__name__}: {error}"
+    reason = error.__cause__ or error  # torch's own error hides what the dynamic linker says
+    load_error = f"{type(reason).__name__}: {reason}"
     if not LIBRARY.is_file():
         missing = (
             "this install has no compiled kernels; build them with `pip install .` in the source "
             "folder, which needs a C++ compiler"
         )
-    elif "ECA_FUSED_" in str(error):  # a bad value of a setting: building again would not help
+    elif "ECA_FUSED_" in load_error:  # a bad value of a setting: building again would not help
         missing = (
             f"the compiled extension does not start: {error}; unset the variable, or give it one "
             "of these values"

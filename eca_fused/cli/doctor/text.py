@@ -56,7 +56,7 @@ def facts(
             bold("Machine", stream),
             *machine(cpu, gpus),
             "",
-            bold("Compiled module", stream),
+            bold("Compiled kernels", stream),
             *module(compiled),
             "",
         ]
