@@ -148,12 +148,12 @@ def sum_over_planes(
 def _shares(
     o: TailOptions, totals: Tensor, dtype: torch.dtype, needed: tuple[bool, ...]
 ) -> Tensor | None:
-    """The totals (4, C) of all processes, divided by their values; None for those of one.
+    """The totals (4, C) of all processes, divided by their values, where these are tensors.
 
     What is exchanged, when, and in which order, is as for modules of torch.nn.SyncBatchNorm that
     are called one after the other, because another process may call them.
     """
-    if o.group is None and o.identity_group is None:
+    if not isinstance(o.values, Tensor) and not isinstance(o.identity_values, Tensor):
         return None
     shares = totals.clone()
     parts = (

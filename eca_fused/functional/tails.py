@@ -101,7 +101,13 @@ class FusedTails(Tails):
             kernels = self._kernels()
             planes, pixels = kernels.moments(x.detach()), pixels_of(x)
             mean, variance = kernels.batch_statistics(planes, pixels)
-            return Moments(planes[0], mean, variance, float(x.shape[0] * pixels))
+            values: Any = x.shape[0] * pixels
+            if torch.compiler.is_compiling():
+                # Not a float: operators that take one would fix the size of the batch.
+                values = mean.new_full((), values, dtype=torch.float64)
+            else:
+                values = float(values)
+            return Moments(planes[0], mean, variance, values)
 
     def _with_means(self, t: TailTensors) -> TailTensors:
         if t.means is not None:

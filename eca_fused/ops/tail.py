@@ -75,7 +75,7 @@ class TailOptions(NamedTuple):
     eps: float = 0.0
     identity_eps: float = 0.0
     # How many values of a channel the statistics of x are of; None for running statistics. A
-    # tensor, if several processes have put theirs together.
+    # tensor, if several processes have put theirs together, or where a compiler calls.
     values: float | Tensor | None = None
     identity_values: float | Tensor | None = None
     group: Any = None  # these processes

@@ -1,0 +1,105 @@
+"""torch.export and torch.compile of ResidualTail with batch norms, for batches of any size."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from eca_fused import ECALayer, NormActAttention, ResidualTail
+from eca_fused.attention import SE
+from helpers.cases import needs_extension
+from helpers.programs import called as operators_of
+from helpers.tails import batch_norm, called
+
+pytestmark = pytest.mark.every_torch
+
+C = 6
+ATTENTIONS = {"ECA": lambda: ECALayer(C), "SE": lambda: SE(C, 2)}
+
+
+def maps(samples):
+    return [torch.randn(samples, C, 4, 5) for _ in range(2)]
+
+
+def exported(tail, strict):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    sizes = ({0: batch}, {0: batch})
+    return torch.export.export(tail, tuple(maps(2)), dynamic_shapes=sizes, strict=strict)
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_the_program_is_the_modules(name, training, strict, grad, decomposed):
+    """Values and running statistics, for other batches than that of the export."""
+    tail = ResidualTail(ATTENTIONS[name](), batch_norm(C), batch_norm(C)).train(training)
+    twin = copy.deepcopy(tail)
+    with torch.set_grad_enabled(grad):
+        program = exported(tail, strict)
+    for key, value in twin.state_dict().items():
+        assert torch.equal(tail.state_dict()[key], value), key  # the export changed nothing
+    module = (program.run_decompositions() if decomposed else program).module()
+    with torch.no_grad():
+        for samples in (1, 2, 5):
+            given = maps(samples)
+            torch.testing.assert_close(module(*given), called(twin, *given))
+    want = twin.state_dict()
+    for key, value in module.state_dict().items():
+        torch.testing.assert_close(value, want[key], msg=lambda m, k=key: f"{k}: {m}")
+
+
+@needs_extension
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_program_has_the_operators(training, grad):
+    tail = ResidualTail(ECALayer(C), batch_norm(C), batch_norm(C)).train(training)
+    with torch.set_grad_enabled(grad):
+        program = exported(tail, strict=False)
+    ours = {str(o).split(".")[1] for o in operators_of(program.graph_module) if "eca_" in str(o)}
+    batch = {"moments", "batch_statistics"} if training else set()
+    gradient = {"tail" if training else "block_tail", "tail_coefficients"}
+    assert ours == batch | (gradient if grad else {"tail_inference"})
+
+
+class Middle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = NormActAttention(ECALayer(C, backend="native"), nn.BatchNorm2d(C))
+
+    def forward(self, x, _):
+        return self.inner(x)
+
+
+def tail_of_kernels():
+    layer = ECALayer(C, backend="native")
+    return ResidualTail(layer, nn.BatchNorm2d(C), nn.BatchNorm2d(C))
+
+
+@needs_extension
+@pytest.mark.parametrize("make", [tail_of_kernels, Middle])
+def test_no_recompilation_for_another_batch(make):
+    module = make()
+    twin = copy.deepcopy(module)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    compiled(
+        *(t.requires_grad_() for t in maps(2))
+    )  # a compiler may restart, and call the backend twice
+    before = counter.frame_count
+    twin.load_state_dict(module.state_dict())
+    for samples in (2, 3, 5):
+        given = maps(samples)
+        results = []
+        for function, own in ((compiled, module), (twin, twin)):
+            x, identity = (t.clone().requires_grad_() for t in given)
+            y = function(x, identity)
+            grads = torch.autograd.grad(y.square().sum(), [x, *own.parameters()])
+            results.append((y, *grads, *own.buffers()))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want)
+    assert counter.frame_count == before
