@@ -1,9 +1,12 @@
 """Networks whose blocks end in one operation, against the same networks without it."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
-from eca_fused import models
+from eca_fused import convert, models
 from eca_fused.attention import residual_tail
 from helpers.cases import needs_extension
 
@@ -105,3 +108,53 @@ def test_torchscript_compiles_the_modules(one_thread):
     x = torch.randn(2, 3, 40, 40)
     with torch.no_grad():
         torch.testing.assert_close(scripted(x), network(x))
+
+
+# ---- memory ----
+
+
+def kept(module, x):
+    """MB of an image that autograd keeps for the backward pass, besides parameters and x."""
+    own = {t.untyped_storage().data_ptr() for t in (x, *module.parameters())}
+    storages = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = module(x)
+    del y
+    return sum(storages.values()) / x.shape[0] / 1e6
+
+
+# docs/performance.md has these numbers, in MB for each image: of one block more in a row of blocks.
+KEPT = {1: (12.9, 9.7), 2: (6.4, 4.9), 3: (3.2, 2.5), 4: (1.6, 1.3)}
+KEPT_BY_ALL = (107.7, 86.2)
+
+
+@needs_extension
+@pytest.mark.parametrize("stage", KEPT)
+def test_memory_of_a_block_of_resnet50(stage):
+    block = getattr(models.resnet(50), f"layer{stage}")[1]
+    channels, size = 128 << stage, 112 >> stage
+    found = []
+    for tails in (False, True):
+        row = nn.Sequential(*(copy.deepcopy(block) for _ in range(2)))
+        assert not tails or len(convert(row, tails=True).tails) == 2
+        x = torch.randn(2, channels, size, size)
+        found.append(kept(row, x) - kept(row[:1], x))
+    assert found == pytest.approx(KEPT[stage], abs=0.06)
+    one_map = 4 * channels * size**2 / 1e6
+    assert found[0] - found[1] == pytest.approx(one_map, rel=0.15)
+
+
+@needs_extension
+def test_memory_of_resnet50():
+    network, x = models.resnet(50), torch.randn(2, 3, 224, 224)
+    found = [kept(network, x)]
+    convert(network, tails=True)
+    found.append(kept(network, x))
+    assert found == pytest.approx(KEPT_BY_ALL, abs=0.06)
