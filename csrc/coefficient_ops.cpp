@@ -254,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail_gradient_coeffic
   "identity_beta, float identity_eps, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(eca_fused, m) {
-  m.def("batch_statistics(Tensor planes, int pixels) -> (Tensor mean, Tensor variance)");
+  m.def("batch_statistics(Tensor planes, SymInt pixels) -> (Tensor mean, Tensor variance)");
   m.def(
       "tail_coefficients(Tensor x, Tensor? weight, Tensor? means, Tensor? gate, Tensor? "
       "scale, " ECA_NORM ECA_IDENTITY_NORM

@@ -19,8 +19,8 @@ C = 6
 ATTENTIONS = {"ECA": lambda: ECALayer(C), "SE": lambda: SE(C, 2)}
 
 
-def maps(samples):
-    return [torch.randn(samples, C, 4, 5) for _ in range(2)]
+def maps(samples, height=4, width=5):
+    return [torch.randn(samples, C, height, width) for _ in range(2)]
 
 
 def exported(tail, strict):
@@ -81,19 +81,18 @@ def tail_of_kernels():
 
 @needs_extension
 @pytest.mark.parametrize("make", [tail_of_kernels, Middle])
-def test_no_recompilation_for_another_batch(make):
+def test_no_recompilation_for_another_size(make):
     module = make()
     twin = copy.deepcopy(module)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
-    compiled(
-        *(t.requires_grad_() for t in maps(2))
-    )  # a compiler may restart, and call the backend twice
+    # A compiler may restart, and call the backend twice.
+    compiled(*(t.requires_grad_() for t in maps(2)))
     before = counter.frame_count
     twin.load_state_dict(module.state_dict())
-    for samples in (2, 3, 5):
-        given = maps(samples)
+    for samples, *size in ((2, 5, 6), (3, 5, 6), (5, 7, 6), (4, 8, 9)):
+        given = maps(samples, *size)
         results = []
         for function, own in ((compiled, module), (twin, twin)):
             x, identity = (t.clone().requires_grad_() for t in given)
