@@ -5,7 +5,7 @@ CPP = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 # The test processes together have more threads than there are processors. With OMP_WAIT_POLICY the
 # threads do not spin while they wait for each other.
-.PHONY: help run test build lint format docs mutations versions clean
+.PHONY: help run test build lint format docs wheel mutations versions clean
 .NOTPARALLEL:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo 'make lint     set up, and check style and types'
 	@echo 'make format   format the sources'
 	@echo 'make docs     set up, and build the documentation into build/docs'
+	@echo 'make wheel    set up, and build the archive of the sources and two wheels into dist'
 	@echo 'make mutations  deliberate faults in the CUDA kernels, each of which a test must find'
 	@echo 'make versions the tests under every supported torch, in clean environments'
 	@echo 'make clean    remove what was built, keep the environment'
@@ -50,6 +51,10 @@ format:
 docs:
 	@tools/setup.sh demo docs
 	'$(BIN)/python' -m sphinx -q -W --keep-going docs build/docs
+
+wheel:
+	@ECA_FUSED_CUDA= tools/setup.sh wheel
+	@tools/wheel.sh
 
 mutations:
 	@tools/setup.sh demo test

@@ -298,10 +298,17 @@ def _parts(block: nn.Module, tail: Tail) -> TailParts:
 
 
 def _why_called(block: nn.Module, program: Program) -> str | None:
-    """Why a block's tail is not one operation any more; None if it is."""
+    """Why a block's tail or middle is not one operation any more; None if both are."""
     if not _holds(block, program):
         return "its attributes or modules have changed"
-    return None if program.tail is None else why_called(_parts(block, program.tail))
+    reasons = []
+    for step in program.steps:
+        if step.kind == "norm_act":
+            reason = norm_act.why_called(norm_act_parts(block, step.target))
+            reasons += [] if reason is None else [f"of {step.target}, {reason}"]
+    reason = None if program.tail is None else why_called(_parts(block, program.tail))
+    reasons += [] if reason is None else [reason]
+    return "; ".join(reasons) or None
 
 
 class TailedBlock(nn.Module):

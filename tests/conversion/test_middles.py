@@ -155,6 +155,9 @@ def test_reports_and_repr() -> None:
         "  in Middle: attention bn1, act1, eca; tail bn2, + shortcut, relu: the model itself",
     ]
     assert "in one operation: attention bn1, act1, eca; tail bn2, + shortcut, relu" in repr(block)
+    block.bn1.register_forward_hook(lambda *arguments: None)
+    reason = "of bn1, act1, eca, bn: BatchNorm2d has hooks, or a forward of its own"
+    assert f"by calling its modules ({reason}): attention bn1" in repr(block)
 
 
 def test_copies_and_pickles() -> None:
