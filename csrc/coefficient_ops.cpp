@@ -2,7 +2,6 @@
 // What they compute is in coefficients.h.
 #include "coefficient_ops.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
@@ -12,6 +11,7 @@
 #include "cuda/call.h"
 #include "maps.h"
 #include "run.h"
+#include "stable_abi.h"
 
 namespace eca {
 namespace {
@@ -253,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail_gradient_coeffic
   "Tensor? identity_mean, Tensor? identity_variance, Tensor? identity_gamma, Tensor? " \
   "identity_beta, float identity_eps, "
 
-STABLE_TORCH_LIBRARY_FRAGMENT(eca_fused, m) {
+ECA_LIBRARY_FRAGMENT(m) {
   m.def("batch_statistics(Tensor planes, SymInt pixels) -> (Tensor mean, Tensor variance)");
   m.def(
       "tail_coefficients(Tensor x, Tensor? weight, Tensor? means, Tensor? gate, Tensor? "
@@ -280,8 +280,8 @@ static void implement(Library& m) {
   m.impl("tail_gradient_coefficients", TORCH_BOX(&eca::tail_gradient_coefficients));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) { implement(m); }
+ECA_LIBRARY_IMPL(CPU, m) { implement(m); }
 
 #if defined(ECA_FUSED_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CUDA, m) { implement(m); }
+ECA_LIBRARY_IMPL(CUDA, m) { implement(m); }
 #endif

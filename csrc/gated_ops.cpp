@@ -1,6 +1,5 @@
 // The operators of attention after an activation: schema, checks, dispatch to the kernels. What they
 // compute is in eca.h.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
@@ -8,6 +7,7 @@
 #include "cuda/call.h"
 #include "maps.h"
 #include "run.h"
+#include "stable_abi.h"
 
 namespace eca {
 namespace {
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> gated_block(const Tensor& x, const Tensor& we
 }  // namespace
 }  // namespace eca
 
-STABLE_TORCH_LIBRARY_FRAGMENT(eca_fused, m) {
+ECA_LIBRARY_FRAGMENT(m) {
   m.def(
       "activated_sums(Tensor? dy, Tensor x, Tensor channels, int activation, bool for_norm) -> "
       "Tensor");
@@ -143,11 +143,11 @@ static void implement_passes(Library& m) {
   m.impl("gated_gradients", TORCH_BOX(&eca::gated_gradients));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) {
+ECA_LIBRARY_IMPL(CPU, m) {
   implement_passes(m);
   m.impl("gated_block", TORCH_BOX(&eca::gated_block));
 }
 
 #if defined(ECA_FUSED_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CUDA, m) { implement_passes(m); }
+ECA_LIBRARY_IMPL(CUDA, m) { implement_passes(m); }
 #endif

@@ -10,6 +10,12 @@
 namespace eca {
 namespace {
 
+// Only setup.py says these. kernel-builder chooses the architectures by itself.
+#if defined(ECA_FUSED_WITH_CUDA) && !defined(ECA_FUSED_CUDA_ARCHITECTURES)
+#define ECA_FUSED_CUDA_ARCHITECTURES "unknown"
+#define ECA_FUSED_CUDA_TOOLKIT "unknown"
+#endif
+
 #if defined(ECA_FUSED_WITH_CUDA)
 constexpr const char* kArchitectures = ECA_FUSED_CUDA_ARCHITECTURES;
 constexpr const char* kToolkit = ECA_FUSED_CUDA_TOOLKIT;
@@ -64,7 +70,7 @@ void force_plan(std::string strategy, int64_t tile, int64_t threads, int64_t dep
 }  // namespace
 }  // namespace eca
 
-STABLE_TORCH_LIBRARY_FRAGMENT(eca_fused, m) {
+ECA_LIBRARY_FRAGMENT(m) {
   // JSON. The compute capabilities are as in TORCH_CUDA_ARCH_LIST, and empty without CUDA.
   m.def("build_info() -> str");
 #if defined(ECA_FUSED_WITH_CUDA)
@@ -76,7 +82,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(eca_fused, m) {
 #endif
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CompositeExplicitAutograd, m) {
+ECA_LIBRARY_IMPL(CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&eca::build_info));
 #if defined(ECA_FUSED_WITH_CUDA)
   m.impl("gpu_of_device", TORCH_BOX(&eca::gpu_of_device));

@@ -1,6 +1,5 @@
 // The operators torch.ops.eca_fused.*: schema, checks, dispatch to the kernels. Torch types stop
 // here.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
@@ -8,6 +7,7 @@
 
 #include "cuda/call.h"
 #include "run.h"
+#include "stable_abi.h"
 #include "tensors.h"
 
 namespace eca {
@@ -231,7 +231,7 @@ std::tuple<Tensor, Tensor> rescale_backward(const Tensor& dy, const Tensor& x, c
 }  // namespace
 }  // namespace eca
 
-STABLE_TORCH_LIBRARY(eca_fused, m) {
+ECA_LIBRARY(m) {
   m.def(
       "forward(Tensor x, Tensor weight, bool circular=False) -> (Tensor y, Tensor mean, Tensor "
       "gate)");
@@ -265,8 +265,8 @@ static void implement(Library& m) {
   m.impl("rescale_backward", TORCH_BOX(&eca::rescale_backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) { implement(m); }
+ECA_LIBRARY_IMPL(CPU, m) { implement(m); }
 
 #if defined(ECA_FUSED_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CUDA, m) { implement(m); }
+ECA_LIBRARY_IMPL(CUDA, m) { implement(m); }
 #endif

@@ -1,6 +1,5 @@
 // The operators of a residual block's tail: schema, checks, dispatch to the kernels. What they
 // compute is in eca.h.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 #include "coefficient_ops.h"
 #include "maps.h"
 #include "run.h"
+#include "stable_abi.h"
 #include "tensors.h"
 
 namespace eca {
@@ -315,7 +315,7 @@ Tensor tail_inference(const Tensor& x, const OptionalTensor& identity, const Opt
 }  // namespace
 }  // namespace eca
 
-STABLE_TORCH_LIBRARY_FRAGMENT(eca_fused, m) {
+ECA_LIBRARY_FRAGMENT(m) {
   m.def("moments(Tensor x) -> Tensor");
   m.def(
       "tail(Tensor x, Tensor? identity, Tensor planes, Tensor channels, int activation, bool "
@@ -355,8 +355,8 @@ static void implement_passes(Library& m) {
   m.impl("block_tail_backward", TORCH_BOX(&eca::block_tail_backward));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CPU, m) { implement_passes(m); }
+ECA_LIBRARY_IMPL(CPU, m) { implement_passes(m); }
 
 #if defined(ECA_FUSED_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(eca_fused, CUDA, m) { implement_passes(m); }
+ECA_LIBRARY_IMPL(CUDA, m) { implement_passes(m); }
 #endif

@@ -19,6 +19,7 @@ from eca_fused.ops.checks import (
     is_circular,
     needs_grad,
 )
+from eca_fused.ops.library import operators
 
 __all__ = [
     "eca",
@@ -33,16 +34,16 @@ __all__ = [
 if native.missing is None:
 
     def _inference(x: Tensor, weight: Tensor, circular: bool) -> Tensor:
-        return torch.ops.eca_fused.inference(x, weight, circular)  # type: ignore[no-any-return]
+        return operators.inference(x, weight, circular)  # type: ignore[no-any-return]
 
     def _inference_(x: Tensor, weight: Tensor, circular: bool) -> None:
-        torch.ops.eca_fused.inference_(x, weight, circular)
+        operators.inference_(x, weight, circular)
 
     def _pool(x: Tensor) -> Tensor:
-        return torch.ops.eca_fused.pool(x)  # type: ignore[no-any-return]
+        return operators.pool(x)  # type: ignore[no-any-return]
 
     def _rescale(x: Tensor, gate: Tensor) -> Tensor:
-        return torch.ops.eca_fused.rescale(x, gate)  # type: ignore[no-any-return]
+        return operators.rescale(x, gate)  # type: ignore[no-any-return]
 
 else:
     _pool, _rescale = graph.pool, graph.rescale

@@ -129,6 +129,7 @@ def use_backend(name: str) -> Iterator[None]:
         _default = before
 
 
+_OURS = __name__.partition(".")[0]
 _warned: set[str] = set()
 
 
@@ -139,10 +140,7 @@ def warn_once(message: str) -> None:
         return
     _warned.add(message)
     level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
-        "eca_fused",
-        "torch",
-    ):
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (_OURS, "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, RuntimeWarning, stacklevel=level)
 

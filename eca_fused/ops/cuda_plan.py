@@ -223,7 +223,7 @@ def planner() -> Any:
         RuntimeError: it does not load.
     """
     try:
-        return importlib.import_module("eca_fused._C")
+        return importlib.import_module(".._C", __package__)
     except ImportError as error:
         raise RuntimeError(
             f"plans need the compiled planner, eca_fused._C, which does not load ({error}); "

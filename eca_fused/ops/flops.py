@@ -16,7 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import torch
+from eca_fused.ops.library import operators
 
 __all__ = ["register"]
 
@@ -53,7 +53,7 @@ FORMULAS = {
 
 
 def register(prefix: str) -> None:
-    """Register the formulas of torch.ops.eca_fused.<prefix>* as soon as the counter is imported.
+    """Register the formulas of the operators <prefix>* as soon as the counter is imported.
 
     Importing the counter imports Triton. That takes 0.24 s, five times as long as importing
     eca_fused after torch, so this waits until other code imports the counter.
@@ -61,11 +61,11 @@ def register(prefix: str) -> None:
     formulas = {prefix + name: formula for name, formula in FORMULAS.items()}
     # The operators that those in writing.py call.
     formulas |= {f"_{prefix}{name}": FORMULAS[name] for name in ("inference_", "inference_into")}
-    operators = {getattr(torch.ops.eca_fused, name): f for name, f in formulas.items()}
+    by_operator = {getattr(operators, name): f for name, f in formulas.items()}
     if MODULE in sys.modules:
-        _add(sys.modules[MODULE], operators)
+        _add(sys.modules[MODULE], by_operator)
     else:
-        sys.meta_path.insert(0, _WhenImported(operators))
+        sys.meta_path.insert(0, _WhenImported(by_operator))
 
 
 def _add(flop_counter: ModuleType, formulas: dict[Any, Any]) -> None:

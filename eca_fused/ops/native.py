@@ -7,12 +7,12 @@ from the oldest one on. This module implements the interface Kernels, see kernel
 import functools
 import json
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
 import torch
 
 from eca_fused.ops import fakes, flops, gating_fakes, tail_fakes, writing
+from eca_fused.ops.library import LIBRARY, load, operators, qualified
 from eca_fused.torch_state import folded
 
 if TYPE_CHECKING:
@@ -59,8 +59,6 @@ __all__ = [
     "unsupported",
 ]
 
-LIBRARY = Path(__file__).parents[1] / "_kernels.so"
-
 
 class BuildInfo(TypedDict, total=False):
     """What the library was built with and for. Empty if it does not load."""
@@ -79,7 +77,7 @@ def gpu_of_device(index: int) -> "Gpu":
         *("capability", "multiprocessors", "shared_per_block", "shared_per_multiprocessor"),
         *("l2", "threads_per_multiprocessor"),
     )
-    limits = torch.ops.eca_fused.gpu_of_device(index)
+    limits = operators.gpu_of_device(index)
     return cast("Gpu", dict(zip(names, limits, strict=True)))
 
 
@@ -103,7 +101,7 @@ def force_plan(strategy: str | None, *, tile: int = 0, threads: int = 256, depth
         raise RuntimeError(
             "the extension was compiled without CUDA kernels, so no plan of them can be forced"
         )
-    torch.ops.eca_fused.force_plan(strategy or "", tile, threads, depth)
+    operators.force_plan(strategy or "", tile, threads, depth)
 
 
 name = "native"
@@ -119,37 +117,37 @@ description = ""
 architectures = ""  # of CUDA: compute capabilities, as in TORCH_CUDA_ARCH_LIST; "" if not known
 
 try:
-    torch.ops.load_library(LIBRARY)  # type: ignore[no-untyped-call]
-    build_info = json.loads(torch.ops.eca_fused.build_info())
+    load()
+    build_info = json.loads(operators.build_info())
     architectures = build_info["cuda_architectures"]
     devices = frozenset({"cpu", "cuda"} if architectures else {"cpu"})
     description = f"CPU ({build_info['cpu_capability']})" + (" and CUDA" if architectures else "")
-    forward = torch.ops.eca_fused.forward.default
-    backward = torch.ops.eca_fused.backward.default
-    inference = torch.ops.eca_fused.inference.default
+    forward = operators.forward.default
+    backward = operators.backward.default
+    inference = operators.inference.default
     # The operators without the leading "_" also check gradients and count writes: see writing.py.
-    inference_ = torch.ops.eca_fused._inference_.default
-    inference_into = torch.ops.eca_fused._inference_into.default
-    pool = torch.ops.eca_fused.pool.default
-    rescale = torch.ops.eca_fused.rescale.default
-    rescale_backward = torch.ops.eca_fused.rescale_backward.default
-    moments = torch.ops.eca_fused.moments.default
-    tail = torch.ops.eca_fused.tail.default
-    tail_sums = torch.ops.eca_fused.tail_sums.default
-    tail_gradients = torch.ops.eca_fused.tail_gradients.default
-    block_tail = torch.ops.eca_fused.block_tail.default
-    block_tail_backward = torch.ops.eca_fused.block_tail_backward.default
-    tail_inference = torch.ops.eca_fused.tail_inference.default
-    batch_statistics = torch.ops.eca_fused.batch_statistics.default
-    tail_coefficients = torch.ops.eca_fused.tail_coefficients.default
-    tail_totals = torch.ops.eca_fused.tail_totals.default
-    tail_gradient_coefficients = torch.ops.eca_fused.tail_gradient_coefficients.default
+    inference_ = operators._inference_.default
+    inference_into = operators._inference_into.default
+    pool = operators.pool.default
+    rescale = operators.rescale.default
+    rescale_backward = operators.rescale_backward.default
+    moments = operators.moments.default
+    tail = operators.tail.default
+    tail_sums = operators.tail_sums.default
+    tail_gradients = operators.tail_gradients.default
+    block_tail = operators.block_tail.default
+    block_tail_backward = operators.block_tail_backward.default
+    tail_inference = operators.tail_inference.default
+    batch_statistics = operators.batch_statistics.default
+    tail_coefficients = operators.tail_coefficients.default
+    tail_totals = operators.tail_totals.default
+    tail_gradient_coefficients = operators.tail_gradient_coefficients.default
     tail_devices = devices
     one_pass_tail_devices = devices
-    activated_sums = torch.ops.eca_fused.activated_sums.default
-    gated = torch.ops.eca_fused.gated.default
-    gated_gradients = torch.ops.eca_fused.gated_gradients.default
-    gated_block = torch.ops.eca_fused.gated_block.default
+    activated_sums = operators.activated_sums.default
+    gated = operators.gated.default
+    gated_gradients = operators.gated_gradients.default
+    gated_block = operators.gated_block.default
     gating_devices = devices
     one_pass_gating_devices = frozenset({"cpu"})
 except Exception as error:  # a broken build may fail in any way, and must not break the import
@@ -176,7 +174,7 @@ except Exception as error:  # a broken build may fail in any way, and must not b
 if missing is None:
     for _fakes in (fakes, tail_fakes, gating_fakes):
         for _operator in _fakes.__all__:
-            torch.library.register_fake(f"eca_fused::{_operator}")(getattr(_fakes, _operator))
+            torch.library.register_fake(qualified(_operator))(getattr(_fakes, _operator))
     writing.register("", inference_, inference_into)
     flops.register("")
 

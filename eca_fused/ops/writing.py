@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eca_fused.ops import fakes
 from eca_fused.ops.checks import check_tensor, check_writable
+from eca_fused.ops.library import NAMESPACE, qualified
 from eca_fused.torch_state import has_tangent
 
 __all__ = ["define", "register"]
@@ -48,7 +49,7 @@ def _written(target: Tensor) -> None:
 
 
 def register(prefix: str, over: Operator, into: Operator) -> None:
-    """Make torch.ops.eca_fused.<prefix>inference_ and <prefix>inference_into behave like ATen's.
+    """Make the operators <prefix>inference_ and <prefix>inference_into behave like ATen's.
 
     Args:
         prefix: of the operators, which must exist.
@@ -65,7 +66,7 @@ def register(prefix: str, over: Operator, into: Operator) -> None:
         into(x, weight, out, circular)
         _written(out)
 
-    library: Any = torch.library.Library("eca_fused", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
     # Inference mode and inference tensors skip the Autograd key.
     for key in ("Autograd", "ADInplaceOrView", "Negative"):
         library.impl(prefix + "inference_", inference_, key)
@@ -75,7 +76,7 @@ def register(prefix: str, over: Operator, into: Operator) -> None:
 
 def define(prefix: str, over: Operator, into: Operator) -> None:
     """Define the operators, then register() them. Args as for register()."""
-    library: Any = torch.library.Library("eca_fused", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(f"{prefix}inference_(Tensor(a!) x, Tensor weight, bool circular=False) -> ()")
     into_schema = "(Tensor x, Tensor weight, Tensor(a!) out, bool circular=False) -> ()"
     library.define(f"{prefix}inference_into{into_schema}")
@@ -83,5 +84,5 @@ def define(prefix: str, over: Operator, into: Operator) -> None:
     library.impl(prefix + "inference_into", into, "CompositeExplicitAutograd")
     _libraries.append(library)
     for name, fake in (("inference_", fakes.inference_), ("inference_into", fakes.inference_into)):
-        torch.library.register_fake(f"eca_fused::{prefix}{name}")(fake)
+        torch.library.register_fake(qualified(prefix + name))(fake)
     register(prefix, over, into)

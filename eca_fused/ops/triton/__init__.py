@@ -4,11 +4,11 @@ It serves GPUs that the extension was not compiled for, and torch.compile, which
 these operators down to the kernels. Importing it imports Triton, so backend.py does so on demand.
 """
 
-import torch
 from torch import Tensor
 
-from eca_fused.ops import fakes, flops, writing
+from eca_fused.ops import fakes, flops, library, writing
 from eca_fused.ops.checks import check, check_dy, check_gate, check_out, check_saved, check_x
+from eca_fused.ops.library import qualified
 from eca_fused.ops.triton import launch
 from eca_fused.ops.triton.coefficients import (
     batch_statistics,
@@ -60,7 +60,7 @@ gating_devices: frozenset[str] = frozenset()
 description = "its interpreter, on any device: slow, for tests" if INTERPRETED else "GPUs"
 
 
-@operator("eca_fused::triton_forward", mutates_args=())
+@operator(qualified("triton_forward"), mutates_args=())
 def _forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     check(x, weight, circular)
     y = empty_like(x)
@@ -70,7 +70,7 @@ def _forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor,
     return y, *kept
 
 
-@operator("eca_fused::triton_inference", mutates_args=())
+@operator(qualified("triton_inference"), mutates_args=())
 def _inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
     check(x, weight, circular)
     y = empty_like(x)
@@ -108,17 +108,17 @@ def _write(x: Tensor, weight: Tensor, circular: bool, out: Tensor, name: str) ->
 
 
 # The operators without the leading "_" also check gradients and count writes: see writing.py.
-@operator("eca_fused::_triton_inference_", mutates_args=("x",))
+@operator(qualified("_triton_inference_"), mutates_args=("x",))
 def _inference_(x: Tensor, weight: Tensor, circular: bool = False) -> None:
     _write(x, weight, circular, x, "x")
 
 
-@operator("eca_fused::_triton_inference_into", mutates_args=("out",))
+@operator(qualified("_triton_inference_into"), mutates_args=("out",))
 def _inference_into(x: Tensor, weight: Tensor, out: Tensor, circular: bool = False) -> None:
     _write(x, weight, circular, out, "out")
 
 
-@operator("eca_fused::triton_backward", mutates_args=())
+@operator(qualified("triton_backward"), mutates_args=())
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -144,7 +144,7 @@ def _backward(
     return unused if dx is None else dx, unused.clone() if dweight is None else dweight
 
 
-@operator("eca_fused::triton_pool", mutates_args=())
+@operator(qualified("triton_pool"), mutates_args=())
 def _pool(x: Tensor) -> Tensor:
     check_x(x)
     mean = x.new_empty(x.shape[:2])
@@ -154,7 +154,7 @@ def _pool(x: Tensor) -> Tensor:
     return mean
 
 
-@operator("eca_fused::triton_rescale", mutates_args=())
+@operator(qualified("triton_rescale"), mutates_args=())
 def _rescale(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> Tensor:
     check_gate(x, gate, shift)
     y = empty_like(x)
@@ -164,7 +164,7 @@ def _rescale(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> Tensor:
     return y
 
 
-@operator("eca_fused::triton_rescale_backward", mutates_args=())
+@operator(qualified("triton_rescale_backward"), mutates_args=())
 def _rescale_backward(
     dy: Tensor, x: Tensor, gate: Tensor, need_dx: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -193,7 +193,7 @@ for _body, _fake in (
 ):
     _body.register_fake(_fake)
 
-_operators = torch.ops.eca_fused
+_operators = library.operators
 inference_ = _operators._triton_inference_.default
 inference_into = _operators._triton_inference_into.default
 writing.define("triton_", inference_, inference_into)

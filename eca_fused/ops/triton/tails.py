@@ -5,6 +5,7 @@ from torch import Tensor
 
 from eca_fused.ops import tail_fakes
 from eca_fused.ops.checks import ACTIVATIONS, check_dy, check_identity, check_x
+from eca_fused.ops.library import operators, qualified
 from eca_fused.ops.results import mask_bytes, mask_size, sums_dtype
 from eca_fused.ops.triton import tail_launch
 from eca_fused.ops.triton.coefficients import tail_coefficients
@@ -73,7 +74,7 @@ def _need_identity(identity: Tensor | None, needed: bool, what: str) -> None:
 # ---- the operators ----
 
 
-@operator("eca_fused::triton_moments", mutates_args=())
+@operator(qualified("triton_moments"), mutates_args=())
 def _moments(x: Tensor) -> Tensor:
     check_x(x)
     found = x.new_empty((2, *x.shape[:2]), dtype=torch.float64)
@@ -84,7 +85,7 @@ def _moments(x: Tensor) -> Tensor:
     return found
 
 
-@operator("eca_fused::triton_tail", mutates_args=())
+@operator(qualified("triton_tail"), mutates_args=())
 def _tail(
     x: Tensor,
     identity: Tensor | None,
@@ -106,7 +107,7 @@ def _tail(
     return y, mask
 
 
-@operator("eca_fused::triton_tail_sums", mutates_args=())
+@operator(qualified("triton_tail_sums"), mutates_args=())
 def _tail_sums(
     dy: Tensor,
     x: Tensor,
@@ -128,7 +129,7 @@ def _tail_sums(
     return sums
 
 
-@operator("eca_fused::triton_tail_gradients", mutates_args=())
+@operator(qualified("triton_tail_gradients"), mutates_args=())
 def _tail_gradients(
     dy: Tensor,
     x: Tensor,
@@ -186,10 +187,10 @@ for _body, _fake in (
 ):
     _body.register_fake(_fake)
 
-moments = torch.ops.eca_fused.triton_moments.default
-tail = torch.ops.eca_fused.triton_tail.default
-tail_sums = torch.ops.eca_fused.triton_tail_sums.default
-tail_gradients = torch.ops.eca_fused.triton_tail_gradients.default
+moments = operators.triton_moments.default
+tail = operators.triton_tail.default
+tail_sums = operators.triton_tail_sums.default
+tail_gradients = operators.triton_tail_gradients.default
 
 
 def tail_inference(
