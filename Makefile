@@ -5,7 +5,7 @@ CPP = $(shell find csrc tests -name "*.h" -o -name "*.cpp" -o -name "*.cu")
 
 # The test processes together have more threads than there are processors. With OMP_WAIT_POLICY the
 # threads do not spin while they wait for each other.
-.PHONY: help run test build lint format docs wheel mutations versions clean
+.PHONY: help run test build lint format docs wheel hub mutations versions clean
 .NOTPARALLEL:
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo 'make format   format the sources'
 	@echo 'make docs     set up, and build the documentation into build/docs'
 	@echo 'make wheel    set up, and build the archive of the sources and two wheels into dist'
+	@echo 'make hub      set up, and lay the sources out for kernel-builder, in dist/kernels/eca-fused'
 	@echo 'make mutations  deliberate faults in the CUDA kernels, each of which a test must find'
 	@echo 'make versions the tests under every supported torch, in clean environments'
 	@echo 'make clean    remove what was built, keep the environment'
@@ -55,6 +56,10 @@ docs:
 wheel:
 	@ECA_FUSED_CUDA= tools/setup.sh wheel
 	@tools/wheel.sh
+
+hub:
+	@tools/setup.sh
+	@'$(BIN)/python' tools/hub_layout.py $(ARGS)
 
 mutations:
 	@tools/setup.sh demo test

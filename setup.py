@@ -39,6 +39,15 @@ if TYPE_CHECKING:
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 PLANNER = [Path("csrc/module.cpp"), Path("csrc/plan.cpp")]  # of the module _C
 EXPORTS = "csrc/kernels.map"
+HOST_FLAGS = [
+    # Python's own flags ask for debug information, which would be nine tenths of the file.
+    "-g0",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-Wno-ignored-attributes",
+    # GCC 12 gives hundreds of false warnings about its own header of AVX-512 intrinsics.
+    "-Wno-maybe-uninitialized",
+]
 
 
 class Toolkit(NamedTuple):
@@ -166,11 +175,7 @@ def extensions(toolkit: Toolkit | None) -> "list[Extension]":
     if not toolkit:
         sources = [p for p in sources if "cuda" not in p.parts]
     sources.remove(PLANNER[0])
-    # Python's own flags ask for debug information, which would be nine tenths of the file.
     flags = ["-O3", STABLE_ABI]
-    host_flags = ["-g0", "-fvisibility=hidden", "-Wno-psabi", "-Wno-ignored-attributes"]
-    # GCC 12 gives hundreds of false warnings about its own header of AVX-512 intrinsics.
-    host_flags.append("-Wno-maybe-uninitialized")
     if toolkit:
         # torch declares its current CUDA stream only with USE_CUDA.
         flags += ["-DECA_FUSED_WITH_CUDA", "-DUSE_CUDA"]
@@ -182,7 +187,7 @@ def extensions(toolkit: Toolkit | None) -> "list[Extension]":
         "eca_fused._kernels",
         [str(p) for p in sources],
         depends=[*map(str, headers), EXPORTS],
-        extra_compile_args={"cxx": flags + host_flags, "nvcc": flags},
+        extra_compile_args={"cxx": flags + HOST_FLAGS, "nvcc": flags},
         extra_link_args=[f"-Wl,--version-script={EXPORTS}"],
         py_limited_api=True,  # it has no Python at all
     )
@@ -204,7 +209,7 @@ def extensions(toolkit: Toolkit | None) -> "list[Extension]":
 
 def oldest_torch() -> str:
     """Major and minor version of the oldest supported torch, from tools/versions.txt."""
-    lines = Path("tools/versions.txt").read_text().splitlines()
+    lines = (Path(__file__).parent / "tools" / "versions.txt").read_text().splitlines()
     first = next(line for line in lines if line.strip() and not line.startswith("#"))
     return ".".join(first.split()[0].split(".")[:2])
 
