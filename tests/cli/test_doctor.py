@@ -45,8 +45,15 @@ def install(tmp_path: Path) -> Path:
 def run_in(
     folder: Path, *arguments: str, before: str = "", **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """The command in a fresh process that imports the package of a folder."""
-    code = f"{before}\nimport sys\nfrom eca_fused.__main__ import process\n"
+    """The command in a fresh process that imports the package of a folder.
+
+    An editable install would give it the modules that the folder lacks.
+    """
+    code = f"{before}\nimport sys\n"
+    code += (
+        "finders = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
+    )
+    code += "sys.meta_path[:] = finders\nfrom eca_fused.__main__ import process\n"
     code += "sys.exit(process(['doctor', *sys.argv[1:]]))"
     dropped = ("PYTHONPATH", "ECA_FUSED_BACKEND", "TRITON_INTERPRET")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
@@ -359,7 +366,8 @@ def test_a_gpu_on_triton_is_a_warning() -> None:
 
 @needs_extension
 @WITHOUT_GPU
-def test_why_the_others_are_off() -> None:
+def test_why_the_others_are_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "devices", frozenset({"cpu"}))  # as in a build without CUDA
     found = {one.backend: one for one in choices.off([torch.device("cuda", 0)], MODULE)}
     assert found["native"].reason == "the extension was compiled without kernels for cuda"
     assert found["native"].fix == "`ECA_FUSED_CUDA=1 pip install .` in the source folder"
