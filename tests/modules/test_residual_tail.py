@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import textwrap
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from eca_fused.attention import residual_tail
 from eca_fused.ops import native
 from helpers.cases import COMPILED, DEVICE, LAYOUTS, in_layout, needs_extension
 from helpers.optional import needs_timm, needs_torchvision, timm_layers, torchvision_ops
-from helpers.processes import python
+from helpers.processes import two_processes
 from helpers.tails import assert_same_step, batch_norm, called, unregistered
 
 pytestmark = pytest.mark.every_torch
@@ -508,11 +507,7 @@ os._exit(0)
 
 @needs_extension
 def test_statistics_of_two_processes_with_batches_of_different_sizes(tmp_path):
-    import concurrent.futures
-
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        done = list(
-            pool.map(lambda rank: python(textwrap.dedent(PROCESSES), rank, tmp_path / "s"), (0, 1))
-        )
-    for process in done:
+    script = tmp_path / "processes.py"
+    script.write_text(PROCESSES)
+    for process in two_processes(script, tmp_path / "s"):
         assert process.returncode == 0, process.stderr[-3000:]

@@ -1,11 +1,9 @@
 """Tails and norms of several processes, some of which call the modules one after the other."""
 
-import concurrent.futures
-
 import pytest
 
 from helpers.cases import needs_extension
-from helpers.processes import ROOT, path_with, python
+from helpers.processes import two_processes
 
 # Each process has a part of the batch. The first runs one operation, the second the modules.
 PROCESSES = """
@@ -81,10 +79,7 @@ os._exit(0)
 @pytest.mark.every_torch
 @pytest.mark.parametrize("why", ["a hook", "an empty batch", "frozen maps"])
 def test_one_process_runs_the_operation_and_another_the_modules(tmp_path, why):
-    paths = {"PYTHONPATH": path_with(ROOT / "tests")}
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        done = list(
-            pool.map(lambda rank: python(PROCESSES, rank, tmp_path / "s", why, **paths), (0, 1))
-        )
-    for process in done:
+    script = tmp_path / "processes.py"
+    script.write_text(PROCESSES)
+    for process in two_processes(script, tmp_path / "s", why):
         assert process.returncode == 0, process.stderr[-3000:]
