@@ -1,7 +1,5 @@
 // The operators of the arithmetic between the passes over a tail's maps: schema, checks, dispatch.
 // What they compute is in coefficients.h.
-#include "coefficient_ops.h"
-
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
@@ -12,6 +10,7 @@
 #include "maps.h"
 #include "run.h"
 #include "stable_abi.h"
+#include "tail_ops.h"
 
 namespace eca {
 namespace {
@@ -114,12 +113,24 @@ const void* taps_of(const OptionalTensor& weight, OptionalTensor& held) {
   return held->data_ptr();
 }
 
-std::tuple<Tensor, Tensor> batch_statistics(const Tensor& planes, int64_t pixels) {
+}  // namespace
+
+std::tuple<Tensor, Tensor> batch_statistics(const Tensor& planes, int64_t pixels,
+                                            const OptionalTensor& running_mean,
+                                            const OptionalTensor& running_variance, double factor) {
   check(planes.dim() == 3 && planes.size(0) == 2 && dtype_code(planes) == kFloat64Code &&
             planes.is_contiguous() && planes.size(1) > 0 && pixels > 0,
         "expected planes (2, N, C) as moments() returns them for a map with elements, got ",
         shape{planes}, ", ", dtype{dtype_code(planes)});
   const int64_t N = planes.size(1), C = planes.size(2);
+  const auto values = [&](const OptionalTensor& t, const char* name) {
+    if (!t) return Values{nullptr, Dtype::kFloat32};
+    check_sizes(*t, name, planes, {C});
+    check(t->is_contiguous(), "expected ", name, " contiguous");
+    return Values{t->data_ptr(), dtype_of(*t, name)};
+  };
+  const Values old_mean = values(running_mean, "running_mean"),
+               old_variance = values(running_variance, "running_variance");
   Tensor mean = empty_rows(planes, {C}, kFloat64Code),
          variance = empty_rows(planes, {C}, kFloat64Code);
   const BatchStatistics t{N,
@@ -127,12 +138,16 @@ std::tuple<Tensor, Tensor> batch_statistics(const Tensor& planes, int64_t pixels
                           pixels,
                           static_cast<const double*>(planes.data_ptr()),
                           static_cast<double*>(mean.data_ptr()),
-                          static_cast<double*>(variance.data_ptr())};
+                          static_cast<double*>(variance.data_ptr()),
+                          {old_mean, old_variance, const_cast<void*>(old_mean.data),
+                           const_cast<void*>(old_variance.data), factor}};
   if (C > 0) run(t, device_of(planes));
   return {mean, variance};
 }
 
-}  // namespace
+static std::tuple<Tensor, Tensor> statistics_of_batch(const Tensor& planes, int64_t pixels) {
+  return batch_statistics(planes, pixels, {}, {}, 0);
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> tail_coefficients(
     const Tensor& x, const OptionalTensor& weight, const OptionalTensor& means,
@@ -166,8 +181,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tail_coefficients(
   if (C > 0) run(t, device_of(x));
   return {planes, channels, made, distance};
 }
-
-namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> tail_totals(
     const Tensor& x, const Tensor& sums, const OptionalTensor& weight, const OptionalTensor& gate,
@@ -245,13 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> tail_gradient_coeffic
   return {planes, channels, dgamma, dbeta, identity_dgamma, identity_dbeta};
 }
 
-}  // namespace
 }  // namespace eca
-
-#define ECA_NORM "Tensor? mean, Tensor? variance, Tensor? gamma, Tensor? beta, float eps, "
-#define ECA_IDENTITY_NORM                                                              \
-  "Tensor? identity_mean, Tensor? identity_variance, Tensor? identity_gamma, Tensor? " \
-  "identity_beta, float identity_eps, "
 
 ECA_LIBRARY_FRAGMENT(m) {
   m.def("batch_statistics(Tensor planes, SymInt pixels) -> (Tensor mean, Tensor variance)");
@@ -274,7 +281,7 @@ ECA_LIBRARY_FRAGMENT(m) {
 
 template <class Library>
 static void implement(Library& m) {
-  m.impl("batch_statistics", TORCH_BOX(&eca::batch_statistics));
+  m.impl("batch_statistics", TORCH_BOX(&eca::statistics_of_batch));
   m.impl("tail_coefficients", TORCH_BOX(&eca::tail_coefficients));
   m.impl("tail_totals", TORCH_BOX(&eca::tail_totals));
   m.impl("tail_gradient_coefficients", TORCH_BOX(&eca::tail_gradient_coefficients));

@@ -21,12 +21,21 @@ struct NormValues {
   double eps;
 };
 
+// A batch norm's running statistics (channels), and where they go: there too, or elsewhere. Those
+// with a null pointer are not updated.
+struct Running {
+  Values mean, variance;
+  void *new_mean, *new_variance;
+  double factor;  // of the batch; that of the old ones is 1 - factor
+};
+
 // The mean and variance of a batch from the moments of its planes.
 struct BatchStatistics {
   int64_t samples, channels, pixels;
   const double* planes;  // (2, samples, channels), of Moments
   double* mean;          // (channels), written
   double* variance;      // (channels), written: what batch norm divides by
+  Running running;
 };
 
 // Before the pass of Tail or BlockTail. The problem has the dtype of the maps and the taps. What is

@@ -7,11 +7,10 @@
 #include <tuple>
 
 #include "cuda/call.h"
-#include "coefficient_ops.h"
 #include "maps.h"
 #include "run.h"
 #include "stable_abi.h"
-#include "tensors.h"
+#include "tail_ops.h"
 
 namespace eca {
 namespace {
@@ -111,6 +110,8 @@ TailCoefficients coefficients_of(const Tensor& planes, const Tensor& channels, c
   return {row_of(planes, 0, NC), row_of(planes, 1, NC), row_of(channels, 0, C),
           row_of(channels, 1, C), row_of(channels, 2, C)};
 }
+
+}  // namespace
 
 Tensor moments(const Tensor& x) {
   const Problem p = problem_of(x);
@@ -215,9 +216,9 @@ std::tuple<Tensor, Tensor> tail_gradients(const Tensor& dy, const Tensor& x,
 // ---- with ECA's gate, in one pass; channels (6, C) has shift, alpha, beta, centre,
 // identity_scale and identity_centre ----
 
-BlockTail block_tail_of(const Maps& maps, Activation activation, const Tensor& weight,
-                        const OptionalTensor& scale, const Tensor& channels, const Tensor& mask,
-                        const Tensor& distance, const Tensor& gate) {
+static BlockTail block_tail_of(const Maps& maps, Activation activation, const Tensor& weight,
+                               const OptionalTensor& scale, const Tensor& channels,
+                               const Tensor& mask, const Tensor& distance, const Tensor& gate) {
   const int64_t C = maps.problem.channels;
   const auto channel = [&](int64_t k) { return row_of(channels, k, C); };
   return {maps.problem,        activation,
@@ -288,31 +289,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_tail_backward(
   return {dx, d_identity, sums, dmean, dweight};
 }
 
-// y alone, for calls that need no gradient: one operator takes the norms as they are. A call from
-// Python costs as much as a pass over a small map.
-Tensor tail_inference(const Tensor& x, const OptionalTensor& identity, const OptionalTensor& weight,
-                      const OptionalTensor& means, const OptionalTensor& gate,
-                      const OptionalTensor& scale, const OptionalTensor& mean,
-                      const OptionalTensor& variance, const OptionalTensor& gamma,
-                      const OptionalTensor& beta, double eps, const OptionalTensor& identity_mean,
-                      const OptionalTensor& identity_variance, const OptionalTensor& identity_gamma,
-                      const OptionalTensor& identity_beta, double identity_eps, bool circular,
-                      int64_t activation) {
-  check(!weight || !gate, "expected taps or a gate, got both");
-  const bool in_one_pass = weight && !means;
-  auto made =
-      tail_coefficients(x, in_one_pass ? OptionalTensor() : weight, means, gate, scale, mean,
-                        variance, gamma, beta, eps, identity_mean, identity_variance,
-                        identity_gamma, identity_beta, identity_eps, circular, !in_one_pass);
-  Tensor& channels = std::get<1>(made);
-  if (in_one_pass)
-    return std::get<0>(
-        block_tail(x, identity, *weight, scale, channels, circular, activation, false));
-  const Tensor rest = torch::stable::narrow(channels, 0, 3, 3);
-  return std::get<0>(tail(x, identity, std::get<0>(made), rest, activation, false));
-}
-
-}  // namespace
 }  // namespace eca
 
 ECA_LIBRARY_FRAGMENT(m) {
@@ -337,11 +313,6 @@ ECA_LIBRARY_FRAGMENT(m) {
       "activation, "
       "bool identity_sum, bool need_dx, bool need_d_identity, bool need_dweight) -> (Tensor dx, "
       "Tensor d_identity, Tensor sums, Tensor dmean, Tensor dweight)");
-  m.def(
-      "tail_inference(Tensor x, Tensor? identity, Tensor? weight, Tensor? means, Tensor? gate, "
-      "Tensor? scale, Tensor? mean, Tensor? variance, Tensor? gamma, Tensor? beta, float eps, "
-      "Tensor? identity_mean, Tensor? identity_variance, Tensor? identity_gamma, Tensor? "
-      "identity_beta, float identity_eps, bool circular, int activation) -> Tensor");
 }
 
 template <class Library>
@@ -350,7 +321,6 @@ static void implement_passes(Library& m) {
   m.impl("tail", TORCH_BOX(&eca::tail));
   m.impl("tail_sums", TORCH_BOX(&eca::tail_sums));
   m.impl("tail_gradients", TORCH_BOX(&eca::tail_gradients));
-  m.impl("tail_inference", TORCH_BOX(&eca::tail_inference));
   m.impl("block_tail", TORCH_BOX(&eca::block_tail));
   m.impl("block_tail_backward", TORCH_BOX(&eca::block_tail_backward));
 }

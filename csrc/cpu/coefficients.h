@@ -60,6 +60,18 @@ inline void batch_statistics(const BatchStatistics& t, const ThreadPool&) {
       variance[c] += t.planes[(N + n) * C + c] + between * between * t.pixels;
     }
   for (int64_t c = 0; c < C; ++c) variance[c] /= double(N) * t.pixels;
+  const Running& r = t.running;
+  if (!r.new_mean && !r.new_variance) return;
+  const double values = double(N) * t.pixels;
+  Array<double> row(C);
+  const auto update = [&](const Values& old, void* to, const double* batch, double by) {
+    if (!to) return;
+    read(row, old, 0, C, 0);
+    for (int64_t c = 0; c < C; ++c) row[c] = r.factor * (batch[c] * by) + (1 - r.factor) * row[c];
+    write(to, old.dtype, 0, row, C);
+  };
+  update(r.mean, r.new_mean, mean, 1);
+  update(r.variance, r.new_variance, variance, values / (values - 1));
 }
 
 // Taps in float64; without taps, one that nothing reads.

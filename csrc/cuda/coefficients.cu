@@ -78,7 +78,7 @@ __device__ inline double over_samples(int64_t samples, Shared<double> parts, F v
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
-    batch_statistics_of(BatchStatistics t, double of_samples, double of_values) {
+    batch_statistics_of(BatchStatistics t, double of_samples, double of_values, double unbiased) {
   const auto parts = shared_array<double>(0, kThreads);
   const int64_t c = block_index() * 32 + thread_index() % 32, N = t.samples, C = t.channels;
   const bool own = c < C;
@@ -89,8 +89,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     return plane(N + n) + between * between * double(t.pixels);
   });
   if (!own || thread_index() >= 32) return;
+  const double variance = squares * of_values;
   put(t.mean + c, mean);
-  put(t.variance + c, squares * of_values);
+  put(t.variance + c, variance);
+  const Running& r = t.running;
+  const auto updated = [&](const Values& old, double batch) {
+    return r.factor * batch + (1 - r.factor) * number(old, c, 0);
+  };
+  put_number(r.new_mean, r.mean.dtype, c, updated(r.mean, mean));
+  put_number(r.new_variance, r.variance.dtype, c, updated(r.variance, variance * unbiased));
 }
 
 // ---- before the first pass ----
@@ -333,9 +340,10 @@ int64_t workspace_of(const Totals& t) {
 }
 
 void batch_statistics(const BatchStatistics& t, const Memory& memory) {
+  const double values = double(t.samples) * double(t.pixels);
   launch({(t.channels + 31) / 32, kThreads, kThreads * int64_t(sizeof(double)),
           static_cast<Stream>(memory.stream)},
-         batch_statistics_of, t, 1 / double(t.samples), 1 / (double(t.samples) * double(t.pixels)));
+         batch_statistics_of, t, 1 / double(t.samples), 1 / values, values / (values - 1));
 }
 
 void coefficients(const Coefficients& t, const Memory& memory) {

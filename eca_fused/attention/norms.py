@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from eca_fused.functional.tails import Tails
 from eca_fused.ops.results import sums_dtype
-from eca_fused.ops.tail import Moments, Norm
+from eca_fused.ops.tail import Moments, Norm, Running
 from eca_fused.torch_state import (
     does_more,
     gather_over_processes,
@@ -137,11 +137,14 @@ def as_norm(bn: Any, x: Tensor, way: Tails) -> Norm:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {x.shape}"
         )
-    found = way.moments(x)
+    running = None
+    if bn.training and bn.track_running_stats and group is None and way.updates(x):
+        running = _writable(mean, variance, bn)
+    found = way.moments(x, running)
     if group is not None:
         found = _over_processes(found, group, x, bn.eps)
     if bn.training and bn.track_running_stats:
-        _update(bn, found)
+        _update(bn, found, running is not None)
     return Norm(weight, bias, found.mean, found.variance, bn.eps, found.values, group, found.planes)
 
 
@@ -167,16 +170,36 @@ def _over_processes(own: Moments, group: Any, x: Tensor, eps: float) -> Moments:
     return Moments(own.planes, mean, variance, total)
 
 
-@torch.no_grad()
-def _update(bn: Any, found: Moments) -> None:
-    """Update the running statistics as _BatchNorm.forward does."""
+def _factor(bn: Any) -> float:
+    """By how much the next batch changes the running statistics."""
     factor = bn.momentum
+    if factor is None and bn.num_batches_tracked is not None:
+        factor = 1.0 / (float(bn.num_batches_tracked) + 1.0)
+    return 0.0 if factor is None else float(factor)
+
+
+def _writable(mean: Tensor | None, variance: Tensor | None, bn: Any) -> Running | None:
+    """The running statistics, if a kernel can write them."""
+    for t in (mean, variance):
+        if type(t) is not Tensor or not t.is_contiguous() or t.is_inference():
+            return None
+    return Running(mean, variance, _factor(bn))  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def _update(bn: Any, found: Moments, written: bool) -> None:
+    """Update the running statistics as _BatchNorm.forward does.
+
+    Args:
+        bn: the norm.
+        found: the statistics of the batch.
+        written: a kernel has done so, but for the number of batches.
+    """
+    factor = 0.0 if written else _factor(bn)
     if bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
-        if factor is None:
-            factor = 1.0 / float(bn.num_batches_tracked)
-    if factor is None:
-        factor = 0.0
+    if written:
+        return
     unbiased = found.variance * (found.values / (found.values - 1))
     for running, new in ((bn.running_mean, found.mean), (bn.running_var, unbiased)):
         if running is not None:

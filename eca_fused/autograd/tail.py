@@ -28,6 +28,7 @@ from eca_fused.autograd.tail_parts import (
     gradients_of_norms,
     kept,
     needs_sums,
+    number_of,
     only,
     plain_gradients,
     plain_gradients_of_tail,
@@ -44,6 +45,7 @@ __all__ = [
     "LinkedTail",
     "LinkedTailPool",
     "Tail",
+    "backward_in_steps",
     "given_mean",
     "inference",
 ]
@@ -66,13 +68,88 @@ def _tail_forward(
     t: TailTensors, o: TailOptions, kernels: TailKernels
 ) -> tuple[Tensor, Tensor, Stored, Tensor | None, Tensor]:
     """y, the mask, the coefficients, the gates (N, C) if any, and the means of x - centre."""
-    means = None if t.weight is None else t.means
-    planes, channels, made, distance = kernels.tail_coefficients(
-        t.x, t.weight, means, t.gate, t.scale, *t.own_norm(o), *t.identity_norm(o), o.circular, True
+    y, mask, planes, channels, made, distance = kernels.tail_training(
+        t.x,
+        t.identity,
+        t.weight,
+        None if t.weight is None else t.means,
+        t.gate,
+        t.scale,
+        *t.own_norm(o),
+        *t.identity_norm(o),
+        o.circular,
+        o.number,
     )
-    k = Stored(planes, channels[3:])
-    y, mask = kernels.tail(t.x, t.identity, *k, o.number, True)
-    return y, mask, k, t.gate if t.weight is None else made, distance
+    return y, mask, Stored(planes, channels), t.gate if t.weight is None else made, distance
+
+
+def _backward(
+    dy: Tensor,
+    t: TailTensors,
+    o: TailOptions,
+    kernels: TailKernels,
+    mask: Tensor,
+    k: Stored,
+    gate: Tensor | None,
+    distance: Tensor,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of those of TailTensors that can have one, in one call."""
+    norms = *t.own_norm(o), *t.identity_norm(o)
+    found = kernels.tail_backward(
+        dy,
+        t.x,
+        t.identity,
+        mask,
+        k.planes,
+        k.channels,
+        t.weight,
+        gate,
+        t.scale,
+        distance,
+        *norms,
+        number_of(o.values),
+        number_of(o.identity_values),
+        o.circular,
+        o.number,
+        sum(need << place for place, need in enumerate(needed)),
+    )
+    return tuple(only(d, need) for d, need in zip(found, needed, strict=True))
+
+
+def backward_in_steps(
+    dy: Tensor,
+    t: TailTensors,
+    o: TailOptions,
+    kernels: TailKernels,
+    mask: Tensor,
+    k: Stored,
+    gate: Tensor | None,
+    distance: Tensor,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The same; processes exchange their sums in between."""
+    totals = dgate = dscale = dmean = dweight = None
+    if needs_sums(t, o, needed):
+        sums = sum_over_planes(kernels, dy, t, o, mask, k, needed)
+        taps = t.weight is not None
+        flags = o.circular, needed[GATE], needed[SCALE], needed[WEIGHT]
+        totals, dgate, dscale, dmean, dweight = kernels.tail_totals(
+            t.x,
+            sums,
+            t.weight,
+            gate,
+            t.scale,
+            None,
+            distance if taps else None,
+            *t.own_norm(o),
+            *flags,
+        )
+        dgate, dscale = only(dgate, needed[GATE]), only(dscale, needed[SCALE])
+        dmean, dweight = only(dmean, taps), only(dweight, needed[WEIGHT])
+    found = gradients_of_norms(kernels, t, o, totals, gate, dmean, needed)
+    dx, d_identity = write_gradients(kernels, dy, t, o, mask, k, found, needed)
+    return dx, d_identity, dweight, dgate, dscale, *found.dnorms
 
 
 class Tail(torch.autograd.Function):
@@ -100,28 +177,11 @@ class Tail(torch.autograd.Function):
         if plainly(dy):
             gradients = plain_gradients_of_tail(dy, t, o, needed, kernels, mask)
             return None, None, *gradients, *NOTHING
+        whole = t.x.device.type in kernels.whole_tail_devices and not o.has_tensors
+        compute = _backward if whole else backward_in_steps
         k = Stored(planes, channels)
-        totals = dgate = dscale = dmean = dweight = None
-        if needs_sums(t, o, needed):
-            sums = sum_over_planes(kernels, dy, t, o, mask, k, needed)
-            taps = t.weight is not None
-            flags = o.circular, needed[GATE], needed[SCALE], needed[WEIGHT]
-            totals, dgate, dscale, dmean, dweight = kernels.tail_totals(
-                t.x,
-                sums,
-                t.weight,
-                gate,
-                t.scale,
-                None,
-                distance if taps else None,
-                *t.own_norm(o),
-                *flags,
-            )
-            dgate, dscale = only(dgate, needed[GATE]), only(dscale, needed[SCALE])
-            dmean, dweight = only(dmean, taps), only(dweight, needed[WEIGHT])
-        found = gradients_of_norms(kernels, t, o, totals, gate, dmean, needed)
-        dx, d_identity = write_gradients(kernels, dy, t, o, mask, k, found, needed)
-        return None, None, dx, d_identity, dweight, dgate, dscale, *found.dnorms, *NOTHING
+        gradients = compute(dy, t, o, kernels, mask, k, gate, distance, needed)
+        return None, None, *gradients, *NOTHING
 
 
 # ---- with ECA's gate and without statistics of the batch ----

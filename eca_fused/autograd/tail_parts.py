@@ -22,6 +22,7 @@ __all__ = [
     "gradients_of_norms",
     "kept",
     "needs_sums",
+    "number_of",
     "only",
     "plain_gradients",
     "plain_gradients_of_tail",
@@ -153,7 +154,7 @@ def _shares(
     What is exchanged, when, and in which order, is as for modules of torch.nn.SyncBatchNorm that
     are called one after the other, because another process may call them.
     """
-    if not isinstance(o.values, Tensor) and not isinstance(o.identity_values, Tensor):
+    if not o.has_tensors:
         return None
     shares = totals.clone()
     parts = (
@@ -168,7 +169,7 @@ def _shares(
     return shares
 
 
-def _values(values: float | Tensor | None) -> float:
+def number_of(values: float | Tensor | None) -> float:
     """As the operator takes them; a tensor has gone into the shares."""
     if values is None:
         return 0.0
@@ -198,8 +199,8 @@ def gradients_of_norms(
         t.x,
         totals,
         None if totals is None else _shares(o, totals, sums_dtype(t.x), needed),
-        _values(o.values),
-        _values(o.identity_values),
+        number_of(o.values),
+        number_of(o.identity_values),
         gate,
         t.scale,
         dmean,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from eca_fused.autograd.tail import (
     BlockTail,
@@ -22,6 +23,7 @@ from eca_fused.ops.kernels import Kernels, TailKernels
 from eca_fused.ops.tail import (
     WITH_GRADIENT,
     Moments,
+    Running,
     TailOptions,
     TailTensors,
     plain,
@@ -50,8 +52,17 @@ class Tails:
         """
         return False
 
-    def moments(self, x: Tensor) -> Moments:
-        """The statistics of a batch."""
+    def updates(self, x: Tensor) -> bool:
+        """Whether moments(x) updates running statistics."""
+        return False
+
+    def moments(self, x: Tensor, running: Running | None = None) -> Moments:
+        """The statistics of a batch.
+
+        Args:
+            x: (N, C, *spatial).
+            running: updated with them, as torch.nn.BatchNorm2d does. Only where updates(x).
+        """
         raise NotImplementedError
 
     def tail(self, t: TailTensors, o: TailOptions) -> Tensor:
@@ -69,7 +80,7 @@ class PlainTails(Tails):
     def has_tails(self, x: Tensor, network: bool) -> bool:
         return True
 
-    def moments(self, x: Tensor) -> Moments:
+    def moments(self, x: Tensor, running: Running | None = None) -> Moments:
         """The statistics, with their gradients."""
         wide = graph.widened(x)
         variance, mean = torch.var_mean(wide, [0, *range(2, x.dim())], correction=0)
@@ -95,14 +106,18 @@ class FusedTails(Tails):
         kernels: Any = self.kernels  # it has them: has_tails() was asked
         return kernels  # type: ignore[no-any-return]
 
-    def moments(self, x: Tensor) -> Moments:
+    def updates(self, x: Tensor) -> bool:
+        # A compiler fuses an update in plain operations.
+        return x.device.type in self._kernels().whole_tail_devices and not is_compiling()
+
+    def moments(self, x: Tensor, running: Running | None = None) -> Moments:
         """The statistics, as constants: the functions of autograd/tail.py differentiate them."""
         with torch.no_grad():
-            kernels = self._kernels()
-            planes, pixels = kernels.moments(x.detach()), pixels_of(x)
-            mean, variance = kernels.batch_statistics(planes, pixels)
-            values: Any = x.shape[0] * pixels
-            if torch.compiler.is_compiling():
+            planes, mean, variance = self._kernels().batch_moments(x.detach(), *(running or ()))
+            if running is not None:
+                torch.autograd.graph.increment_version(running[:2])
+            values: Any = x.shape[0] * pixels_of(x)
+            if is_compiling():
                 # Not a float: operators that take one would fix the size of the batch.
                 values = mean.new_full((), values, dtype=torch.float64)
             else:

@@ -11,11 +11,14 @@ class TailKernels(Protocol):
     """The operators of a residual block's tail, on the devices that a backend has them for.
 
     What they compute is in csrc/eca.h and csrc/coefficients.h; their schemas are in
-    csrc/tail_ops.cpp and csrc/coefficient_ops.cpp. x, the identity and
+    csrc/tail_ops.cpp, csrc/coefficient_ops.cpp and csrc/whole_tail_ops.cpp. x, the identity and
     y are (N, C, *spatial). Coefficients, in the dtype of sums over x: planes (2, N, C) has p and q;
     channels (3, C) has centre, identity_scale and identity_centre. `activation` is a place in
     ACTIVATIONS. The mask, for ReLU, is bytes in an order that only the backend knows.
     """
+
+    # Those where tail_backward() is one of them, and batch_moments() takes running statistics.
+    whole_tail_devices: frozenset[str]
 
     def moments(self, x: Tensor, /) -> Tensor:
         """(2, N, C) in float64: means of the planes, and sums of squared distances from them."""
@@ -135,8 +138,82 @@ class TailKernels(Protocol):
         block_tail(). The norms' arguments are those of tail_coefficients().
         """
 
-    def batch_statistics(self, planes: Tensor, pixels: int, /) -> tuple[Tensor, Tensor]:
-        """Mean and variance (C,) in float64 of a batch, from moments(); pixels is S."""
+    def tail_training(
+        self,
+        x: Tensor,
+        identity: Tensor | None,
+        weight: Tensor | None,
+        means: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        identity_mean: Tensor | None,
+        identity_variance: Tensor | None,
+        identity_gamma: Tensor | None,
+        identity_beta: Tensor | None,
+        identity_eps: float,
+        circular: bool,
+        activation: int,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """y, the mask, planes, channels, and as tail_coefficients() the gate and distance.
+
+        The arguments are those of tail_coefficients(). Taps need the means.
+        """
+
+    def tail_backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        identity: Tensor | None,
+        mask: Tensor,
+        planes: Tensor,
+        channels: Tensor,
+        weight: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor | None,
+        distance: Tensor | None,
+        mean: Tensor | None,
+        variance: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        identity_mean: Tensor | None,
+        identity_variance: Tensor | None,
+        identity_gamma: Tensor | None,
+        identity_beta: Tensor | None,
+        identity_eps: float,
+        values: float,
+        identity_values: float,
+        circular: bool,
+        activation: int,
+        needed: int,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The gradients of x, identity, weight, gate, scale and the four parameters of norms.
+
+        One of a process alone: between its sums and its gradients, nothing is exchanged. needed has
+        a bit for each gradient, in this order; of the others, some are empty. values are as for
+        tail_gradient_coefficients(), and the rest is what tail_training() took and gave.
+        """
+
+    def batch_moments(
+        self,
+        x: Tensor,
+        running_mean: Tensor | None = None,
+        running_variance: Tensor | None = None,
+        factor: float = 0.0,
+        /,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """moments(x), and the mean and variance (C,) of the batch, all in float64.
+
+        Writes factor * the batch's mean + (1 - factor) * running_mean into running_mean (C,), and
+        likewise the unbiased variance; does not bump their version counters.
+        """
 
     def tail_coefficients(
         self,

@@ -23,7 +23,7 @@ __all__ = [
     "BuildInfo",
     "activated_sums",
     "backward",
-    "batch_statistics",
+    "batch_moments",
     "block_tail",
     "block_tail_backward",
     "build_info",
@@ -49,6 +49,7 @@ __all__ = [
     "rescale",
     "rescale_backward",
     "tail",
+    "tail_backward",
     "tail_coefficients",
     "tail_devices",
     "tail_gradient_coefficients",
@@ -56,7 +57,9 @@ __all__ = [
     "tail_inference",
     "tail_sums",
     "tail_totals",
+    "tail_training",
     "unsupported",
+    "whole_tail_devices",
 ]
 
 
@@ -111,6 +114,7 @@ build_info: BuildInfo = {}
 devices: frozenset[str] = frozenset()  # device types that the extension was compiled for
 tail_devices: frozenset[str] = frozenset()  # those with kernels for the tail of a block
 one_pass_tail_devices: frozenset[str] = frozenset()  # those with block_tail()
+whole_tail_devices: frozenset[str] = frozenset()  # those with tail_backward()
 gating_devices: frozenset[str] = frozenset()  # those with kernels for attention after activations
 one_pass_gating_devices: frozenset[str] = frozenset()  # those with gated_block()
 description = ""
@@ -138,12 +142,14 @@ try:
     block_tail = operators.block_tail.default
     block_tail_backward = operators.block_tail_backward.default
     tail_inference = operators.tail_inference.default
-    batch_statistics = operators.batch_statistics.default
+    tail_training = operators.tail_training.default
+    tail_backward = operators.tail_backward.default
+    batch_moments = operators.batch_moments.default
     tail_coefficients = operators.tail_coefficients.default
     tail_totals = operators.tail_totals.default
     tail_gradient_coefficients = operators.tail_gradient_coefficients.default
     tail_devices = devices
-    one_pass_tail_devices = devices
+    one_pass_tail_devices = whole_tail_devices = devices
     activated_sums = operators.activated_sums.default
     gated = operators.gated.default
     gated_gradients = operators.gated_gradients.default
@@ -151,7 +157,7 @@ try:
     gating_devices = devices
     one_pass_gating_devices = frozenset({"cpu"})
 except Exception as error:  # a broken build may fail in any way, and must not break the import
-    devices = tail_devices = one_pass_tail_devices = frozenset()
+    devices = tail_devices = one_pass_tail_devices = whole_tail_devices = frozenset()
     gating_devices = one_pass_gating_devices = frozenset()
     reason = error.__cause__ or error  # torch's own error hides what the dynamic linker says
     load_error = f"{type(reason).__name__}: {reason}"

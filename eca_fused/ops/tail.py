@@ -24,6 +24,7 @@ __all__ = [
     "WITH_GRADIENT",
     "Moments",
     "Norm",
+    "Running",
     "TailOptions",
     "TailTensors",
     "activate",
@@ -82,6 +83,11 @@ class TailOptions(NamedTuple):
     identity_group: Any = None
 
     @property
+    def has_tensors(self) -> bool:
+        """Whether values are tensors, which only steps of a backward pass take."""
+        return isinstance(self.values, Tensor) or isinstance(self.identity_values, Tensor)
+
+    @property
     def number(self) -> int:
         return ACTIVATIONS.index(self.activation)
 
@@ -101,6 +107,14 @@ class Moments(NamedTuple):
     mean: Tensor  # (C,)
     variance: Tensor  # (C,), over all values: what batch norm divides by
     values: float | Tensor  # how many of a channel
+
+
+class Running(NamedTuple):
+    """Running statistics of a batch norm, and by what factor a batch changes them."""
+
+    mean: Tensor  # (C,)
+    variance: Tensor  # (C,)
+    factor: float
 
 
 class Norm(NamedTuple):

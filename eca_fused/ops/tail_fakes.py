@@ -7,17 +7,20 @@ from eca_fused.ops.checks import ACTIVATIONS, check, check_dy, check_identity, c
 from eca_fused.ops.results import mask_size, output_strides, sums_dtype
 
 __all__ = [
+    "batch_moments",
     "batch_statistics",
     "block_tail",
     "block_tail_backward",
     "moments",
     "tail",
+    "tail_backward",
     "tail_coefficients",
     "tail_gradient_coefficients",
     "tail_gradients",
     "tail_inference",
     "tail_sums",
     "tail_totals",
+    "tail_training",
 ]
 
 
@@ -274,6 +277,96 @@ def tail_gradient_coefficients(
     return (
         _planes(x, need_planes, 2),
         _rows(x, 4, need_planes),
+        _gradient(gamma, x, summed),
+        _gradient(beta, x, summed),
+        _gradient(identity_gamma, x, summed),
+        _gradient(identity_beta, x, summed),
+    )
+
+
+# ---- a direction in one call ----
+
+
+def batch_moments(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_variance: Tensor | None = None,
+    factor: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    planes = moments(x)
+    return planes, *batch_statistics(planes, 0)
+
+
+def tail_training(
+    x: Tensor,
+    identity: Tensor | None,
+    weight: Tensor | None,
+    means: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    identity_mean: Tensor | None,
+    identity_variance: Tensor | None,
+    identity_gamma: Tensor | None,
+    identity_beta: Tensor | None,
+    identity_eps: float,
+    circular: bool,
+    activation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(x, identity)
+    return (
+        _like(x),
+        _mask(x, activation, True),
+        _planes(x, True, 2),
+        _rows(x, 6)[3:],
+        _planes(x, weight is not None),
+        _planes(x, means is not None),
+    )
+
+
+def tail_backward(
+    dy: Tensor,
+    x: Tensor,
+    identity: Tensor | None,
+    mask: Tensor,
+    planes: Tensor,
+    channels: Tensor,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    distance: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    identity_mean: Tensor | None,
+    identity_variance: Tensor | None,
+    identity_gamma: Tensor | None,
+    identity_beta: Tensor | None,
+    identity_eps: float,
+    values: float,
+    identity_values: float,
+    circular: bool,
+    activation: int,
+    needed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check(x, identity, dy)
+    summed = bool(values > 0 or identity_values > 0 or weight is not None or needed >> 3)
+
+    def need(place: int) -> bool:
+        return bool(needed >> place & 1)
+
+    return (
+        _like(x, need(0)),
+        _like(x, need(1)),
+        _gradient(weight, x, need(2)),
+        _gradient(gate, x, need(3)),
+        _gradient(scale, x, need(4)),
         _gradient(gamma, x, summed),
         _gradient(beta, x, summed),
         _gradient(identity_gamma, x, summed),

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 import eca_fused
+from eca_fused.autograd.tail import backward_in_steps
+from eca_fused.autograd.tail_parts import Stored
 from eca_fused.ops import native
 from eca_fused.ops.results import output_strides
+from eca_fused.ops.tail import WITH_GRADIENT, TailOptions, TailTensors
 from helpers.cases import (
     BACKENDS,
     DEVICE,
@@ -589,6 +592,120 @@ def test_the_operator_of_inference_equals_those_of_training(gate, dtype, layout)
                 assert torch.equal(y, want)
             else:  # means in float32, not in float64
                 torch.testing.assert_close(y, want)
+
+
+def steps_backward(
+    dy: Tensor, t: TailTensors, o: TailOptions, saved: tuple[Tensor, ...], needed: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """What the operator of the backward pass returns, by the operators that it consists of."""
+    mask, planes, channels, made, distance = saved
+    gate = made if t.weight is not None else t.gate
+    stored = Stored(planes, channels)
+    return backward_in_steps(dy, t, o, native, mask, stored, gate, distance, needed)
+
+
+@needs_extension
+@pytest.mark.skipif(DEVICE != "cpu", reason="the operands are made on the CPU")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("gate", ["taps", "given", "none"])
+@pytest.mark.parametrize("batch", [True, False], ids=["batch", "running"])
+def test_the_operators_of_a_direction_equal_their_steps(batch, gate, dtype, layout):
+    x, _, t, own, other = operands_between_passes(2, 9, dtype)
+    x = in_layout(x, layout)
+    identity, dy = torch.randn_like(x), torch.randn_like(x)
+    means = ops.moments(x)[0]
+    weight = t["weight"] if gate == "taps" else None
+    given = t["gate"] if gate == "given" else None
+    absent = ((None,) * 4 + (0.0,),) * 2
+    for norms, scale in itertools.product(((own, other), absent), (None, t["scale"])):
+        (mean, variance, gamma, beta, eps), (imean, ivariance, igamma, ibeta, ieps) = norms
+        tensors = TailTensors(
+            x, identity, weight, given, scale, gamma, beta, igamma, ibeta,
+            mean, variance, imean, ivariance,
+        )  # fmt: skip
+        values = 30.0 if batch and mean is not None else None
+        options = TailOptions("relu", False, eps, ieps, values, values)
+        args = (x, identity, weight, None if weight is None else means, given, scale, *norms[0])
+        args = (*args, *norms[1], False, 1)
+        torch.library.opcheck(ops.tail_training, args)
+        y, *saved = ops.tail_training(*args)
+        planes, channels, made, distance = ops.tail_coefficients(*args[:1], *args[2:-1], True)
+        want = (*ops.tail(x, identity, planes, channels[3:], 1, True), planes, channels[3:])
+        for ours, theirs in zip((y, *saved), (*want, made, distance), strict=True):
+            assert torch.equal(ours, theirs)
+            assert ours.stride() == theirs.stride()
+        present = [s is not None for s in tensors[:WITH_GRADIENT]]
+        for asked in (present, [*present[:2], *(False,) * 7], [False] * 2 + present[2:]):
+            needed = tuple(asked)
+            mask, planes, channels, made, distance = saved
+            number = 0.0 if values is None else values
+            call = (
+                dy, x, identity, mask, planes, channels, weight,
+                made if weight is not None else given, scale, distance, *norms[0], *norms[1],
+                number, number, False, 1, sum(need << i for i, need in enumerate(needed)),
+            )  # fmt: skip
+            torch.library.opcheck(ops.tail_backward, call)
+            wanted = steps_backward(dy, tensors, options, tuple(saved), needed)
+            found = ops.tail_backward(*call)
+            for ours, theirs, need in zip(found, wanted, needed, strict=True):
+                if need:
+                    assert torch.equal(ours, theirs)
+                    assert ours.stride() == theirs.stride()
+
+
+@needs_extension
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_moments_of_a_batch(layout):
+    x = in_layout(torch.randn(3, 9, 4, 5), layout).to(DEVICE)
+    planes, mean, variance = ops.batch_moments(x)
+    assert torch.equal(planes, ops.moments(x))
+    for ours, theirs in zip((mean, variance), ops.batch_statistics(planes, 20), strict=True):
+        assert torch.equal(ours, theirs)
+    if DEVICE == "cpu":
+        torch.library.opcheck(ops.batch_moments, (x,))
+    with pytest.raises(RuntimeError, match="for a map with elements"):
+        ops.batch_moments(x[:0])
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_the_moments_update_running_statistics(dtype):
+    """As torch.nn.functional.batch_norm() does; there in the dtype of x, here in float64."""
+    x = torch.randn(3, 9, 4, 5).to(DEVICE)
+    running = [torch.randn(9).to(DEVICE, dtype), torch.rand(9).to(DEVICE, dtype)]
+    for factor in (0.0, 0.25, 1.0):
+        wide = [t.double().clone() for t in running]
+        torch.nn.functional.batch_norm(x.double(), *wide, training=True, momentum=factor)
+        ours = [t.clone() for t in running]
+        ops.batch_moments(x, *ours, factor)
+        for got, want in zip(ours, wide, strict=True):
+            torch.testing.assert_close(got, want.to(dtype))
+        half = [running[0].clone(), None]
+        ops.batch_moments(x, *half, factor)
+        assert torch.equal(half[0], ours[0])
+    if DEVICE == "cpu":
+        torch.library.opcheck(ops.batch_moments, (x, *running, 0.25))
+    before = running[1].clone()
+    for mean, message in (
+        (running[0][:8], r"expected running_mean of shape \(9\)"),
+        (running[0].repeat_interleave(2)[::2], "expected running_mean contiguous"),
+        (running[0].long(), "running_mean"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.batch_moments(x, mean, running[1], 0.5)
+    assert torch.equal(running[1], before)
+
+
+@needs_extension
+def test_the_backward_operator_refuses_unknown_gradients():
+    x = torch.randn(2, 6, 3, 5).to(DEVICE)
+    none = (None,) * 4
+    y, mask, planes, channels, *_ = ops.tail_training(x, x, *none, *none, 0.0, *none, 0.0, False, 1)
+    args = (y, x, x, mask, planes, channels, *none, *none, 0.0, *none, 0.0, 0.0, 0.0, False, 1)
+    for needed in (-1, 1 << WITH_GRADIENT):
+        with pytest.raises(RuntimeError, match="expected needed as 9 bits"):
+            ops.tail_backward(*args, needed)
 
 
 @needs_extension

@@ -60,8 +60,8 @@ def test_the_program_has_the_operators(training, grad):
     with torch.set_grad_enabled(grad):
         program = exported(tail, strict=False)
     ours = {str(o).split(".")[1] for o in operators_of(program.graph_module) if "eca_" in str(o)}
-    batch = {"moments", "batch_statistics"} if training else set()
-    gradient = {"tail" if training else "block_tail", "tail_coefficients"}
+    batch = {"batch_moments"} if training else set()
+    gradient = {"tail_training"} if training else {"block_tail", "tail_coefficients"}
     assert ours == batch | (gradient if grad else {"tail_inference"})
 
 

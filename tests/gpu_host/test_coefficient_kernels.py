@@ -87,6 +87,23 @@ def test_statistics(gpu, shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
+def test_running_statistics(gpu, shape, dtype):
+    planes = torch.rand(2, *shape, dtype=torch.float64)
+    running = [torch.randn(shape[1]).to(dtype), torch.rand(shape[1]).to(dtype)]
+    for factor in (0.0, 0.1, 1.0):
+        mean, variance = ops.batch_statistics(planes, 15)
+        values = 15 * shape[0]
+        batch = (mean, variance * values / (values - 1))
+        new = [
+            (factor * b + (1 - factor) * old.double()).to(dtype)
+            for b, old in zip(batch, running, strict=True)
+        ]
+        got = gpu.update(planes, 15, running, factor)
+        assert_same(got, (mean, variance, *new), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_coefficients(gpu, dtype, shape):
     x, (own, other), t = drawn(shape, dtype)
     none = (None,) * 4 + (0.0,)

@@ -43,10 +43,35 @@ class CoefficientGpu(HostGpu):
         numbers = (
             OPERATIONS.index(operation), DTYPES.index(dtype), n, c, pixels,
             DTYPES.index(taps.dtype), taps.shape[2], taps.shape[0] != 1,
-            others.get("circular", False), sums, seed, len(tensors), len(like),
+            others.get("circular", False), sums, seed,
         )  # fmt: skip
         floats = [others.get(k, 0.0) for k in ("eps", "identity_eps", "values", "identity_values")]
-        request = struct.pack("13q4d", *map(int, numbers), *floats)
+        return self._ask(numbers, floats, tensors, like)
+
+    def update(
+        self, planes: Tensor, pixels: int, running: Sequence[Tensor], factor: float
+    ) -> tuple[Tensor, ...]:
+        """Mean and variance of a batch, and what its running mean and variance become.
+
+        Args:
+            planes: (2, N, C), as the operator moments() returns them.
+            pixels: of a plane.
+            running: the running mean and variance (C,).
+            factor: by which they follow the batch.
+        """
+        numbers = (0, 0, *planes.shape[1:], pixels, 0, 1, False, False, False, 1)
+        own = torch.empty(planes.shape[2], dtype=torch.float64)
+        given = [planes, *running]
+        return self._ask(numbers, [0.0, 0.0, factor, 0.0], given, [own, own, *running])
+
+    def _ask(
+        self,
+        numbers: Sequence[int],
+        floats: Sequence[float],
+        tensors: Sequence[Tensor | None],
+        like: Sequence[Tensor],
+    ) -> tuple[Tensor, ...]:
+        request = struct.pack("13q4d", *map(int, numbers), len(tensors), len(like), *floats)
         for t in tensors:
             request += _head(t) + (b"" if t is None else _bytes(t))
         request += b"".join(_head(t if t.numel() else None) for t in like)

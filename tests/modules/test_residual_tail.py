@@ -409,6 +409,43 @@ def test_compile_in_one_graph(training, name, backend, dynamic):
     assert int(tail.bn.num_batches_tracked) == int(training)
 
 
+def with_inference_tensors(bn):
+    with torch.inference_mode():
+        bn.running_mean, bn.running_var = bn.running_mean + 0, bn.running_var + 0
+    return bn
+
+
+def with_strides(bn):
+    bn.running_mean = bn.running_mean.repeat_interleave(2)[::2]
+    bn.running_var = bn.running_var.repeat_interleave(2)[::2]
+    return bn
+
+
+@pytest.mark.parametrize("change", [lambda bn: bn, with_strides, with_inference_tensors])
+def test_running_statistics_in_any_memory(change):
+    """Kernels update them where they can, and autograd sees that they changed."""
+    tail = ResidualTail(ECALayer(C), change(batch_norm(C)))
+    twin = copy.deepcopy(tail)
+    x, identity = maps(dtype=torch.float32)
+    with torch.inference_mode():  # the only place where tensors of inference may be written
+        for function in (tail, lambda *a: called(twin, *a)):
+            function(x, identity)
+            function(x, identity)
+    for key, value in tail.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[key], msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_autograd_sees_the_update_of_running_statistics():
+    tail = ResidualTail(ECALayer(C), batch_norm(C))
+    x, identity = maps(dtype=torch.float32)
+    factor = torch.ones(C, requires_grad=True)
+    for name in ("running_mean", "running_var"):
+        product = factor * getattr(tail.bn, name)
+        tail(x, identity)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.sum().backward()
+
+
 def test_autocast():
     tail = ResidualTail(ECALayer(C), batch_norm(C))
     conv = nn.Conv2d(C, C, 1)

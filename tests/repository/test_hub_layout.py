@@ -175,7 +175,9 @@ def test_a_second_layout_keeps_what_is_not_of_the_first(layout):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
-@pytest.mark.parametrize("source", ["coefficient_ops", "gated_ops", "info_ops", "ops", "tail_ops"])
+@pytest.mark.parametrize(
+    "source", ["coefficient_ops", "gated_ops", "info_ops", "ops", "tail_ops", "whole_tail_ops"]
+)
 def test_operators_are_registered_in_the_namespace_of_the_build(layout, build, source):
     flags = build["kernel"]["eca_fused_cpu"]["cxx-flags"]
     includes = [f"-I{path}" for path in [*include_paths(), sysconfig.get_path("include")]]

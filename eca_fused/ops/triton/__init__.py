@@ -11,7 +11,6 @@ from eca_fused.ops.checks import check, check_dy, check_gate, check_out, check_s
 from eca_fused.ops.library import qualified
 from eca_fused.ops.triton import launch
 from eca_fused.ops.triton.coefficients import (
-    batch_statistics,
     tail_coefficients,
     tail_gradient_coefficients,
     tail_totals,
@@ -19,16 +18,18 @@ from eca_fused.ops.triton.coefficients import (
 from eca_fused.ops.triton.maps import apart, in_planes, overlap, readable, same_memory
 from eca_fused.ops.triton.operators import INTERPRETED, empty_like, on_device, operator
 from eca_fused.ops.triton.tails import (
+    batch_moments,
     moments,
     tail,
     tail_gradients,
     tail_inference,
     tail_sums,
+    tail_training,
 )
 
 __all__ = [
     "backward",
-    "batch_statistics",
+    "batch_moments",
     "description",
     "devices",
     "forward",
@@ -50,12 +51,15 @@ __all__ = [
     "tail_inference",
     "tail_sums",
     "tail_totals",
+    "tail_training",
+    "whole_tail_devices",
 ]
 
 name = "triton"
 devices = frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"})
 tail_devices = devices
 one_pass_tail_devices: frozenset[str] = frozenset()
+whole_tail_devices: frozenset[str] = frozenset()
 gating_devices: frozenset[str] = frozenset()
 description = "its interpreter, on any device: slow, for tests" if INTERPRETED else "GPUs"
 

@@ -1,5 +1,7 @@
 """The operators of a residual block's tail that pass over maps; see TailKernels in kernels.py."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -8,11 +10,19 @@ from eca_fused.ops.checks import ACTIVATIONS, check_dy, check_identity, check_x
 from eca_fused.ops.library import operators, qualified
 from eca_fused.ops.results import mask_bytes, mask_size, sums_dtype
 from eca_fused.ops.triton import tail_launch
-from eca_fused.ops.triton.coefficients import tail_coefficients
+from eca_fused.ops.triton.coefficients import batch_statistics, tail_coefficients
 from eca_fused.ops.triton.maps import in_planes
 from eca_fused.ops.triton.operators import empty_like, on_device, operator
 
-__all__ = ["moments", "tail", "tail_gradients", "tail_inference", "tail_sums"]
+__all__ = [
+    "batch_moments",
+    "moments",
+    "tail",
+    "tail_gradients",
+    "tail_inference",
+    "tail_sums",
+    "tail_training",
+]
 
 # ---- what they check, beyond the maps ----
 
@@ -193,33 +203,42 @@ tail_sums = operators.triton_tail_sums.default
 tail_gradients = operators.triton_tail_gradients.default
 
 
+# ---- not operators: they only call those ----
+
+
+def batch_moments(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Without running statistics."""
+    planes = moments(x)
+    return planes, *batch_statistics(planes, x.shape[2:].numel())
+
+
 def tail_inference(
+    x: Tensor,
+    identity: Tensor | None,
+    weight: Tensor | None,
+    means: Tensor | None,
+    *rest: Any,
+) -> Tensor:
+    if weight is not None and means is None:
+        means = moments(x)[0]
+    return _forward(x, identity, weight, means, *rest, need_mask=False)[0]
+
+
+def tail_training(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _forward(*arguments, need_mask=True)
+
+
+def _forward(
     x: Tensor,
     identity: Tensor | None,
     weight: Tensor | None,
     means: Tensor | None,
     gate: Tensor | None,
     scale: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    identity_mean: Tensor | None,
-    identity_variance: Tensor | None,
-    identity_gamma: Tensor | None,
-    identity_beta: Tensor | None,
-    identity_eps: float,
-    circular: bool,
-    activation: int,
-) -> Tensor:
-    """Not an operator: it only calls those."""
-    if weight is not None and means is None:
-        means = moments(x)[0]
-    norm = mean, variance, gamma, beta, eps
-    other = identity_mean, identity_variance, identity_gamma, identity_beta, identity_eps
-    planes, channels, _, _ = tail_coefficients(
-        x, weight, means, gate, scale, *norm, *other, circular, True
-    )
-    y: Tensor = tail(x, identity, planes, channels[3:], activation, False)[0]
-    return y
+    *rest: Any,
+    need_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    coefficients: Any = tail_coefficients
+    planes, channels, made, distance = coefficients(x, weight, means, gate, scale, *rest[:-1], True)
+    y, mask = tail(x, identity, planes, channels[3:], rest[-1], need_mask)
+    return y, mask, planes, channels[3:], made, distance

@@ -63,8 +63,10 @@ class Tensors {
 void compute(const Request& r, const Problem& p, const Tensors& in, const Tensors& out) {
   cuda::Memory memory{nullptr, nullptr, nullptr};
   if (r.operation == kStatistics) {
+    Running running{};
+    if (r.inputs > 1) running = {in.values(1), in.values(2), out.data(2), out.data(3), r.values};
     cuda::batch_statistics({p.samples, p.channels, p.pixels, in.data<double>(0),
-                            out.data<double>(0), out.data<double>(1)},
+                            out.data<double>(0), out.data<double>(1), running},
                            memory);
   } else if (r.operation == kCoefficients) {
     cuda::coefficients(
