@@ -1,7 +1,10 @@
 """The forward of a block as steps: what it calls and computes, without looking into its modules."""
 
 import math
+import os
+import traceback
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +41,8 @@ NAMES = {function: name for name, function in FUNCTIONS.items()}
 IN_PLACE = ("operator.iadd", "operator.imul")
 # Attributes of these types are compared at each call, so what a trace made of them may change.
 PLAIN = (bool, int, float, str, type(None))
+# Of torch and of this package, where a traced forward fails for a reason that its own code gives.
+OTHER_CODE = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
 class NoTail(Exception):
@@ -146,7 +151,9 @@ def _traced(block: nn.Module, training: bool) -> list[fx.Node]:
     except NoTail:
         raise
     except Exception as error:
-        raise NoTail(f"its forward cannot be traced: {_first_line(error)}") from error
+        raise NoTail(
+            f"its forward cannot be traced: {_first_line(error)}{_place(error)}"
+        ) from error
     finally:
         for device, enabled in zip(("cpu", "cuda"), was, strict=True):
             torch.set_autocast_enabled(device, enabled)
@@ -160,6 +167,13 @@ def _traced(block: nn.Module, training: bool) -> list[fx.Node]:
 def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _place(error: Exception) -> str:
+    """The line of a block's own code where an error was raised, as " at `code`"; "" if unknown."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith(OTHER_CODE)]
+    return f" at `{theirs[-1].line}`" if theirs and theirs[-1].line else ""
 
 
 # ---- the graph as steps ----
@@ -206,6 +220,10 @@ def steps_of(block: nn.Module, training: bool) -> Steps:
             output = args[0]
             continue
         kwargs = tuple((name, argument(a)) for name, a in node.kwargs.items())
+        if node.op == "call_module" and any(
+            isinstance(a, list) for a in (*node.args, *node.kwargs.values())
+        ):
+            raise NoTail(f"its forward passes a list to {node.target}, which may change it")
         steps.append(Step(*_kind(node), args, kwargs))
         numbers[node] = len(steps)
         if is_in_place(steps[-1]) and isinstance(node.args[0], fx.Node):

@@ -628,7 +628,8 @@ def test_the_operators_of_a_direction_equal_their_steps(batch, gate, dtype, layo
         options = TailOptions("relu", False, eps, ieps, values, values)
         args = (x, identity, weight, None if weight is None else means, given, scale, *norms[0])
         args = (*args, *norms[1], False, 1)
-        torch.library.opcheck(ops.tail_training, args)
+        if scale is not None:
+            torch.library.opcheck(ops.tail_training, args)
         y, *saved = ops.tail_training(*args)
         planes, channels, made, distance = ops.tail_coefficients(*args[:1], *args[2:-1], True)
         want = (*ops.tail(x, identity, planes, channels[3:], 1, True), planes, channels[3:])
@@ -645,7 +646,8 @@ def test_the_operators_of_a_direction_equal_their_steps(batch, gate, dtype, layo
                 made if weight is not None else given, scale, distance, *norms[0], *norms[1],
                 number, number, False, 1, sum(need << i for i, need in enumerate(needed)),
             )  # fmt: skip
-            torch.library.opcheck(ops.tail_backward, call)
+            if needed[0] and scale is not None:  # it takes long
+                torch.library.opcheck(ops.tail_backward, call)
             wanted = steps_backward(dy, tensors, options, tuple(saved), needed)
             found = ops.tail_backward(*call)
             for ours, theirs, need in zip(found, wanted, needed, strict=True):

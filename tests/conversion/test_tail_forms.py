@@ -182,6 +182,13 @@ def with_dropout(m: Any, x: Tensor) -> Tensor:
     return F.relu(F.dropout(m.branch(x), 0.1, m.training) + x)
 
 
+def with_a_list(m: Any, x: Tensor) -> Tensor:
+    """As timm's VoVNet passes one."""
+    found = [x]
+    m.conv1(x, found)
+    return F.relu(m.bn2(found[-1]) + x)
+
+
 def late_change(m: Any, x: Tensor) -> Tensor:
     """Changes what the norm has read, which the tail would read afterwards."""
     out = m.conv1(x)
@@ -213,8 +220,9 @@ REFUSED: dict[str, tuple[Callable[..., Any] | None, dict[str, Any], str | None]]
     "checkpoint": (
         lambda m, x: F.relu(checkpoint(m.branch, x, use_reentrant=False) + x),
         {},
-        "its forward cannot be traced: argument of type",
+        "its forward cannot be traced: argument of type.* at `lambda m, x: F.relu",
     ),
+    "a list": (with_a_list, {}, "its forward passes a list to conv1, which may change it"),
     "autocast": (under_autocast, {}, "its forward switches autocast or gradients"),
     "no gradients": (without_gradients, {}, "its forward switches autocast or gradients"),
     "over the input": (
