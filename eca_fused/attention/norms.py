@@ -30,7 +30,6 @@ KINDS: dict[type[nn.Module], tuple[int, ...]] = {
 # Batch norms that go on with two modules, by name, so that timm need not be installed.
 WITH_MORE: dict[str, tuple[int, ...]] = {"timm.layers.norm_act.BatchNormAct2d": (4,)}
 MORE = ("drop", "act")
-TENSORS = ("weight", "bias", "running_mean", "running_var")  # registered even where they are None
 
 
 # What as_norm() would return without a norm.
@@ -73,10 +72,15 @@ def not_plain(bn: nn.Module, activated: bool = False) -> str | None:
                 continue
             if type(more) is not nn.Identity or does_more(more):
                 return f"{name} goes on with {type(more).__name__}"
-    registered = {*own_parameters(bn), *own_buffers(bn)}
-    if not registered.issuperset(TENSORS):
+    parameters, buffers = own_parameters(bn), own_buffers(bn)
+    if not (
+        "weight" in parameters
+        and "bias" in parameters
+        and "running_mean" in buffers
+        and "running_var" in buffers
+    ):
         return f"{name} has tensors that are not registered, as in a replica of nn.DataParallel"
-    for parameter in own_parameters(bn).values():
+    for parameter in parameters.values():
         if (
             parameter is not None
             and type(parameter) is not nn.Parameter

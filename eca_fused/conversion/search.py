@@ -1,6 +1,7 @@
 """Finds what can be one operation in the steps of a block's forward: its tail, and norm, activation
 and attention in its middle."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -365,7 +366,9 @@ def program_of(block: nn.Module) -> Program | None:
     plain = {n: v for n, v in vars(block).items() if isinstance(v, PLAIN) and n not in OF_MODULES}
     constants = tuple(plain.items())
     containers = tuple(_containers(block, "", whole))
-    return Program(kept, tail, output, containers, names_of_children(block), constants)
+    between = [step.target.idle for step in kept if step.kind == "norm_act"]
+    idle = tuple(itertools.chain(() if tail is None else tail.idle, *between))
+    return Program(kept, tail, output, containers, names_of_children(block), constants, idle)
 
 
 def _containers(block: nn.Module, prefix: str, whole: dict[str, range]) -> Iterator[Container]:

@@ -133,6 +133,10 @@ class Step(NamedTuple):
     kwargs: tuple[tuple[str, Any], ...]
     free: tuple[int, ...] = ()
 
+    @property
+    def takes_one_value(self) -> bool:
+        return len(self.args) == 1 and not self.kwargs and type(self.args[0]) is Value
+
 
 class Tail(NamedTuple):
     """The tail by the names of its parts in the block; None for absent ones.
@@ -184,6 +188,7 @@ class Program(NamedTuple):
         containers: the modules that are not called, because the program calls their children.
         children: the names of the block's submodules.
         constants: the block's attributes of plain types.
+        idle: the names of the nn.Identity modules that are not called.
     """
 
     steps: tuple[Step, ...]
@@ -192,14 +197,10 @@ class Program(NamedTuple):
     containers: tuple[Container, ...]
     children: tuple[str, ...]
     constants: tuple[tuple[str, Any], ...]
+    idle: tuple[str, ...]
 
     def middles(self) -> list[NormAct]:
         return [step.target for step in self.steps if step.kind == "norm_act"]
-
-    def idle(self) -> list[str]:
-        """The names of the nn.Identity modules that are not called."""
-        of_tail = () if self.tail is None else self.tail.idle
-        return [*of_tail, *(name for middle in self.middles() for name in middle.idle)]
 
     def __str__(self) -> str:
         parts = [f"attention {middle}" for middle in self.middles()]
@@ -208,6 +209,8 @@ class Program(NamedTuple):
 
 def module_at(block: nn.Module, name: str) -> Any:
     """A submodule by its dotted name."""
+    if "." not in name:
+        return child(block, name)
     found: Any = block
     for part in name.split("."):
         found = child(found, part)
@@ -236,14 +239,15 @@ def _holds(block: nn.Module, program: Program) -> bool:
         module = module_at(block, name)
         if type(module) is not cls or does_more(module) or names_of_children(module) != children:
             return False
-    for name in program.idle():
+    for name in program.idle:
         module = module_at(block, name)
         if type(module) is not nn.Identity or does_more(module):
             return False
-    return program.tail is None or all(
-        isinstance(factor, float) or tensor_at(block, factor).dim() == 0
-        for factor in program.tail.factors
-    )
+    if program.tail is not None:
+        for factor in program.tail.factors:
+            if not isinstance(factor, float) and tensor_at(block, factor).dim() != 0:
+                return False
+    return True
 
 
 def _filled(argument: Any, values: list[Any]) -> Any:
@@ -258,6 +262,8 @@ def _filled(argument: Any, values: list[Any]) -> Any:
 
 
 def _run(block: nn.Module, step: Step, values: list[Any]) -> Any:
+    if step.kind == "module" and step.takes_one_value:  # most steps
+        return module_at(block, step.target)(values[step.args[0].number])
     if step.kind == "attribute":
         return tensor_at(block, step.target)
     args = [_filled(argument, values) for argument in step.args]

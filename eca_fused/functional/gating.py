@@ -17,7 +17,7 @@ from eca_fused.autograd.gating import (
     gated_forward,
     means_of,
 )
-from eca_fused.functional.tails import GateOf, needs_grad
+from eca_fused.functional.tails import GateOf, kind_of, needs_grad
 from eca_fused.ops.gating import plain, plain_mean
 from eca_fused.ops.kernels import GatingKernels, Kernels
 from eca_fused.ops.tail import TailOptions, TailTensors
@@ -61,7 +61,7 @@ class FusedGating(Gating):
     kernels: Kernels
 
     def has_gating(self, x: Tensor, network: bool) -> bool:
-        return x.device.type in self.kernels.gating_devices
+        return kind_of(x) in self.kernels.gating_devices
 
     def _gating(self) -> GatingKernels:
         kernels: Any = self.kernels  # it has them: has_gating() was asked
