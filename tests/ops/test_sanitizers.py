@@ -14,7 +14,13 @@ COMPILER = os.environ.get("CXX", "g++")
 
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs a C++ compiler: {COMPILER}")
 def test_exact_buffers(tmp_path):
-    flags = ["-std=c++17", "-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = [
+        "-std=c++17",
+        "-O0",
+        "-g1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    ]
     flags += ["-Wno-psabi", "-Wno-ignored-attributes"]
     kernels = sorted((ROOT / "csrc/cpu").glob("isa_*.cpp"))
     sources = [ROOT / "tests/ops/exact_buffers.cpp", *kernels]

@@ -436,6 +436,6 @@ def test_instructions(layer, backward, tmp_path, monkeypatch):
 def test_the_common_suite_in_the_interpreter():
     whole = os.environ.get("ECA_FUSED_TRITON_SUITE") == "whole"
     env = {"TRITON_INTERPRET": "1", "ECA_FUSED_BACKEND": "triton"}
-    env["ECA_FUSED_TEST_SAMPLE"] = "1" if whole else "31"
+    env["ECA_FUSED_TEST_SAMPLE"] = "1" if whole else "61"
     chosen = ["-p", "helpers.sample", "-m", "any_device and not needs_gpu"]
     print(run_tests(*chosen, "--durations=5", **env))
