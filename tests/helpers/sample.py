@@ -1,7 +1,8 @@
 """A pytest plugin: a sample of the tests, where all of them would take too long.
 
 ECA_FUSED_TEST_SAMPLE=N keeps about one in N of the cases of each test. For Triton's interpreter
-that is so of all tests that suit it; under another torch, of those not marked every_torch.
+that is so of all tests that suit it; under another torch, of those not marked every_torch, and
+tests that run without torch are left out.
 """
 
 import os
@@ -29,11 +30,14 @@ LEFT_OUT = [
     "test_mixed_precision",
 ]
 
+# Compilers and simulators, which take minutes: the same under every torch.
+WITHOUT_TORCH = ["tests/gpu_host/", "tests/ops/test_sanitizers.py"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     one_in = int(os.environ["ECA_FUSED_TEST_SAMPLE"])
     interpreted = os.environ.get("ECA_FUSED_BACKEND") == "triton"
-    left_out = LEFT_OUT if interpreted else []
+    left_out = LEFT_OUT if interpreted else WITHOUT_TORCH
     if interpreted and one_in > 1:  # only the whole suite has the time for random views
         left_out = [*left_out, "random_views"]
     cases: dict[str, list[pytest.Item]] = {}
