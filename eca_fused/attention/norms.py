@@ -199,12 +199,11 @@ def _update(bn: Any, found: Moments, written: bool) -> None:
         found: the statistics of the batch.
         written: a kernel has done so, but for the number of batches.
     """
-    factor = 0.0 if written else _factor(bn)
+    if not written:
+        factor = _factor(bn)
+        unbiased = found.variance * (found.values / (found.values - 1))
+        for running, new in ((bn.running_mean, found.mean), (bn.running_var, unbiased)):
+            if running is not None:
+                running.mul_(1 - factor).add_(new.to(running.dtype), alpha=factor)
     if bn.num_batches_tracked is not None:
         bn.num_batches_tracked.add_(1)
-    if written:
-        return
-    unbiased = found.variance * (found.values / (found.values - 1))
-    for running, new in ((bn.running_mean, found.mean), (bn.running_var, unbiased)):
-        if running is not None:
-            running.mul_(1 - factor).add_(new.to(running.dtype), alpha=factor)

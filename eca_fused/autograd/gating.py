@@ -23,20 +23,26 @@ from torch import Tensor
 
 from eca_fused.autograd.derivatives import pixels_of, plainly
 from eca_fused.autograd.tail_parts import (
-    BETA,
-    GAMMA,
-    GATE,
     NOTHING,
-    WEIGHT,
-    X,
     gradients_of_norms,
     only,
     plain_gradients,
 )
+from eca_fused.ops.backend import kind_of
 from eca_fused.ops.gating import activation_number, plain, plain_mean
 from eca_fused.ops.kernels import GatingKernels
 from eca_fused.ops.results import sums_dtype
-from eca_fused.ops.tail import NO_NORM, WITH_GRADIENT, TailOptions, TailTensors
+from eca_fused.ops.tail import (
+    BETA,
+    GAMMA,
+    GATE,
+    NO_NORM,
+    WEIGHT,
+    WITH_GRADIENT,
+    TailOptions,
+    TailTensors,
+    X,
+)
 
 __all__ = [
     "Gated",
@@ -71,7 +77,7 @@ def gated_forward(
         assert t.gate is not None, "taps or gates"
         gate = t.gate.to(sums_dtype(t.x)).contiguous()
         return kernels.gated(t.x, gate, channels, number), None, gate
-    if t.x.device.type in kernels.one_pass_gating_devices:
+    if kind_of(t.x) in kernels.one_pass_gating_devices:
         return kernels.gated_block(t.x, t.weight, channels, o.circular, number)
     found = means_of(t, o, kernels, channels)  # as those of a tail without norms
     _, _, gate, means = kernels.tail_coefficients(

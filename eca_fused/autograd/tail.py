@@ -11,20 +11,15 @@ ReLU's mask:
 | BlockTail, for running statistics or none | 3 1/16 | 4 1/16 |
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from eca_fused.autograd.derivatives import plainly
 from eca_fused.autograd.tail_parts import (
-    GATE,
-    IDENTITY,
     NOTHING,
-    SCALE,
-    WEIGHT,
     Stored,
-    X,
     gradients_of_norms,
     kept,
     needs_sums,
@@ -36,14 +31,26 @@ from eca_fused.autograd.tail_parts import (
     sums_identity,
     write_gradients,
 )
+from eca_fused.ops.backend import kind_of
 from eca_fused.ops.kernels import TailKernels
 from eca_fused.ops.results import sums_dtype
-from eca_fused.ops.tail import WITH_GRADIENT, TailOptions, TailTensors, plain_mean
+from eca_fused.ops.tail import (
+    GATE,
+    IDENTITY,
+    SCALE,
+    WEIGHT,
+    WITH_GRADIENT,
+    TailOptions,
+    TailTensors,
+    X,
+    plain_mean,
+)
 
 __all__ = [
     "BlockTail",
     "LinkedTail",
     "LinkedTailPool",
+    "Saved",
     "Tail",
     "backward_in_steps",
     "given_mean",
@@ -64,10 +71,22 @@ def _scale(t: TailTensors) -> Tensor | None:
     return None if t.scale is None else t.scale.to(sums_dtype(t.x)).contiguous()
 
 
-def _tail_forward(
-    t: TailTensors, o: TailOptions, kernels: TailKernels
-) -> tuple[Tensor, Tensor, Stored, Tensor | None, Tensor]:
-    """y, the mask, the coefficients, the gates (N, C) if any, and the means of x - centre."""
+class Saved(NamedTuple):
+    """What the forward pass has computed for the backward pass."""
+
+    mask: Tensor
+    planes: Tensor  # of Stored
+    channels: Tensor  # likewise
+    gate: Tensor | None  # (N, C)
+    distance: Tensor  # (N, C), the means of x - centre; empty without taps
+
+    @property
+    def stored(self) -> Stored:
+        return Stored(self.planes, self.channels)
+
+
+def _tail_forward(t: TailTensors, o: TailOptions, kernels: TailKernels) -> tuple[Tensor, Saved]:
+    """y, and what the backward pass needs."""
     y, mask, planes, channels, made, distance = kernels.tail_training(
         t.x,
         t.identity,
@@ -80,7 +99,7 @@ def _tail_forward(
         o.circular,
         o.number,
     )
-    return y, mask, Stored(planes, channels), t.gate if t.weight is None else made, distance
+    return y, Saved(mask, planes, channels, t.gate if t.weight is None else made, distance)
 
 
 def _backward(
@@ -88,10 +107,7 @@ def _backward(
     t: TailTensors,
     o: TailOptions,
     kernels: TailKernels,
-    mask: Tensor,
-    k: Stored,
-    gate: Tensor | None,
-    distance: Tensor,
+    s: Saved,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of those of TailTensors that can have one, in one call."""
@@ -100,13 +116,13 @@ def _backward(
         dy,
         t.x,
         t.identity,
-        mask,
-        k.planes,
-        k.channels,
+        s.mask,
+        s.planes,
+        s.channels,
         t.weight,
-        gate,
+        s.gate,
         t.scale,
-        distance,
+        s.distance,
         *norms,
         number_of(o.values),
         number_of(o.identity_values),
@@ -122,33 +138,30 @@ def backward_in_steps(
     t: TailTensors,
     o: TailOptions,
     kernels: TailKernels,
-    mask: Tensor,
-    k: Stored,
-    gate: Tensor | None,
-    distance: Tensor,
+    s: Saved,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The same; processes exchange their sums in between."""
     totals = dgate = dscale = dmean = dweight = None
     if needs_sums(t, o, needed):
-        sums = sum_over_planes(kernels, dy, t, o, mask, k, needed)
+        sums = sum_over_planes(kernels, dy, t, o, s.mask, s.stored, needed)
         taps = t.weight is not None
         flags = o.circular, needed[GATE], needed[SCALE], needed[WEIGHT]
         totals, dgate, dscale, dmean, dweight = kernels.tail_totals(
             t.x,
             sums,
             t.weight,
-            gate,
+            s.gate,
             t.scale,
             None,
-            distance if taps else None,
+            s.distance if taps else None,
             *t.own_norm(o),
             *flags,
         )
         dgate, dscale = only(dgate, needed[GATE]), only(dscale, needed[SCALE])
         dmean, dweight = only(dmean, taps), only(dweight, needed[WEIGHT])
-    found = gradients_of_norms(kernels, t, o, totals, gate, dmean, needed)
-    dx, d_identity = write_gradients(kernels, dy, t, o, mask, k, found, needed)
+    found = gradients_of_norms(kernels, t, o, totals, s.gate, dmean, needed)
+    dx, d_identity = write_gradients(kernels, dy, t, o, s.mask, s.stored, found, needed)
     return dx, d_identity, dweight, dgate, dscale, *found.dnorms
 
 
@@ -163,24 +176,23 @@ class Tail(torch.autograd.Function):
     def forward(ctx: Any, o: TailOptions, kernels: TailKernels, *tensors: Tensor | None) -> Tensor:
         t = TailTensors(*tensors)  # type: ignore[arg-type]
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
-        y, mask, k, gate, distance = _tail_forward(t, o, kernels)
-        saved = (mask, k.planes, k.channels, gate, distance, *kept(t, o, needed))
-        ctx.save_for_backward(*saved)
+        y, saved = _tail_forward(t, o, kernels)
+        ctx.save_for_backward(*saved, *kept(t, o, needed))
         ctx.options, ctx.kernels = o, kernels
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        mask, planes, channels, gate, distance, *saved = ctx.saved_tensors
-        t, o, kernels = TailTensors(*saved), ctx.options, ctx.kernels
+        mask, planes, channels, gate, distance, *rest = ctx.saved_tensors
+        s, t = Saved(mask, planes, channels, gate, distance), TailTensors(*rest)
+        o, kernels = ctx.options, ctx.kernels
         needed = tuple(ctx.needs_input_grad[2 : 2 + WITH_GRADIENT])
         if plainly(dy):
-            gradients = plain_gradients_of_tail(dy, t, o, needed, kernels, mask)
+            gradients = plain_gradients_of_tail(dy, t, o, needed, kernels, s.mask)
             return None, None, *gradients, *NOTHING
-        whole = t.x.device.type in kernels.whole_tail_devices and not o.has_tensors
+        whole = kind_of(t.x) in kernels.whole_tail_devices and not o.has_tensors
         compute = _backward if whole else backward_in_steps
-        k = Stored(planes, channels)
-        gradients = compute(dy, t, o, kernels, mask, k, gate, distance, needed)
+        gradients = compute(dy, t, o, kernels, s, needed)
         return None, None, *gradients, *NOTHING
 
 
@@ -336,8 +348,8 @@ class LinkedTail(torch.autograd.Function):
     ) -> Tensor:
         t = TailTensors(*tensors)  # type: ignore[arg-type]
         needed = tuple(ctx.needs_input_grad[3 : 3 + WITH_GRADIENT])
-        y, mask, k, _, _ = _tail_forward(t, o, kernels)
-        ctx.save_for_backward(mask, k.planes, k.channels, *kept(t, o, needed))
+        y, s = _tail_forward(t, o, kernels)
+        ctx.save_for_backward(s.mask, *s.stored, *kept(t, o, needed))
         ctx.options, ctx.kernels = o, kernels
         return y
 

@@ -7,18 +7,23 @@ from torch import Tensor
 
 from eca_fused.ops.kernels import TailKernels
 from eca_fused.ops.results import sums_dtype
-from eca_fused.ops.tail import WITH_GRADIENT, TailOptions, TailTensors, plain
+from eca_fused.ops.tail import (
+    GAMMA,
+    GATE,
+    IDENTITY,
+    IDENTITY_GAMMA,
+    WITH_GRADIENT,
+    TailOptions,
+    TailTensors,
+    X,
+    plain,
+)
 from eca_fused.torch_state import add_over_processes
 
 __all__ = [
-    "GATE",
-    "IDENTITY",
     "NOTHING",
-    "SCALE",
-    "WEIGHT",
     "Norms",
     "Stored",
-    "X",
     "gradients_of_norms",
     "kept",
     "needs_sums",
@@ -30,8 +35,6 @@ __all__ = [
     "sums_identity",
     "write_gradients",
 ]
-
-X, IDENTITY, WEIGHT, GATE, SCALE, GAMMA, BETA, IDENTITY_GAMMA, IDENTITY_BETA = range(WITH_GRADIENT)
 
 NOTHING = (None,) * 5  # for those of TailTensors that have no gradient
 

@@ -17,7 +17,8 @@ from eca_fused.autograd.gating import (
     gated_forward,
     means_of,
 )
-from eca_fused.functional.tails import GateOf, kind_of, needs_grad
+from eca_fused.functional.tails import GateOf, needs_grad
+from eca_fused.ops.backend import kind_of
 from eca_fused.ops.gating import plain, plain_mean
 from eca_fused.ops.kernels import GatingKernels, Kernels
 from eca_fused.ops.tail import TailOptions, TailTensors

@@ -19,6 +19,7 @@ from eca_fused.autograd.tail import (
     inference,
 )
 from eca_fused.ops import graph
+from eca_fused.ops.backend import kind_of
 from eca_fused.ops.kernels import Kernels, TailKernels
 from eca_fused.ops.tail import (
     WITH_GRADIENT,
@@ -30,7 +31,7 @@ from eca_fused.ops.tail import (
     plain_mean,
 )
 
-__all__ = ["FusedTails", "GateOf", "PlainTails", "Tails", "kind_of", "needs_grad"]
+__all__ = ["FusedTails", "GateOf", "PlainTails", "Tails", "needs_grad"]
 
 GateOf = Callable[[Tensor], Tensor]  # from means (N, C) to gates (N, C)
 
@@ -38,11 +39,6 @@ GateOf = Callable[[Tensor], Tensor]  # from means (N, C) to gates (N, C)
 def pixels_of(x: Tensor) -> int:
     """S, the number of spatial positions of x (N, C, *spatial)."""
     return x.shape[2:].numel()
-
-
-def kind_of(x: Tensor) -> str:
-    """x.device.type, which takes three times as long."""
-    return "cpu" if x.is_cpu else x.device.type
 
 
 class Tails:

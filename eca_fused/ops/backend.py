@@ -145,6 +145,11 @@ def warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
+def kind_of(x: Tensor) -> str:
+    """x.device.type, which takes three times as long."""
+    return "cpu" if x.is_cpu else x.device.type
+
+
 def select(x: Tensor, backend: str) -> Kernels | None:
     """The kernels for x, or None for plain PyTorch.
 
@@ -156,7 +161,7 @@ def select(x: Tensor, backend: str) -> Kernels | None:
         RuntimeError: the backend was asked for by name and cannot run for x; says why.
     """
     asked = _default if backend == "auto" else backend
-    kind = "cpu" if x.is_cpu else x.device.type  # device.type takes three times as long
+    kind = kind_of(x)
     if (
         kind in native.devices
         and asked in ("auto", "native")

@@ -37,7 +37,8 @@ __all__ = [
 # mean, variance, gamma, beta and eps
 NormArguments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]
 NO_NORM: NormArguments = (None, None, None, None, 0.0)
-WITH_GRADIENT = 9  # of TailTensors, the first that can have a gradient
+WITH_GRADIENT = 9  # of TailTensors, the first that can have a gradient; their places:
+X, IDENTITY, WEIGHT, GATE, SCALE, GAMMA, BETA, IDENTITY_GAMMA, IDENTITY_BETA = range(WITH_GRADIENT)
 
 
 class TailTensors(NamedTuple):

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from eca_fused.ops.checks import ACTIVATIONS, check, check_dy, check_identity, check_x
 from eca_fused.ops.results import mask_size, output_strides, sums_dtype
+from eca_fused.ops.tail import GATE, IDENTITY, SCALE, WEIGHT, X
 
 __all__ = [
     "batch_moments",
@@ -356,17 +357,17 @@ def tail_backward(
     needed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check(x, identity, dy)
-    summed = bool(values > 0 or identity_values > 0 or weight is not None or needed >> 3)
+    summed = bool(values > 0 or identity_values > 0 or weight is not None or needed >> GATE)
 
     def need(place: int) -> bool:
         return bool(needed >> place & 1)
 
     return (
-        _like(x, need(0)),
-        _like(x, need(1)),
-        _gradient(weight, x, need(2)),
-        _gradient(gate, x, need(3)),
-        _gradient(scale, x, need(4)),
+        _like(x, need(X)),
+        _like(x, need(IDENTITY)),
+        _gradient(weight, x, need(WEIGHT)),
+        _gradient(gate, x, need(GATE)),
+        _gradient(scale, x, need(SCALE)),
         _gradient(gamma, x, summed),
         _gradient(beta, x, summed),
         _gradient(identity_gamma, x, summed),

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 import eca_fused
-from eca_fused.autograd.tail import backward_in_steps
-from eca_fused.autograd.tail_parts import Stored
+from eca_fused.autograd.tail import Saved, backward_in_steps
 from eca_fused.ops import native
 from eca_fused.ops.results import output_strides
 from eca_fused.ops.tail import WITH_GRADIENT, TailOptions, TailTensors
@@ -594,16 +593,6 @@ def test_the_operator_of_inference_equals_those_of_training(gate, dtype, layout)
                 torch.testing.assert_close(y, want)
 
 
-def steps_backward(
-    dy: Tensor, t: TailTensors, o: TailOptions, saved: tuple[Tensor, ...], needed: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """What the operator of the backward pass returns, by the operators that it consists of."""
-    mask, planes, channels, made, distance = saved
-    gate = made if t.weight is not None else t.gate
-    stored = Stored(planes, channels)
-    return backward_in_steps(dy, t, o, native, mask, stored, gate, distance, needed)
-
-
 @needs_extension
 @pytest.mark.skipif(DEVICE != "cpu", reason="the operands are made on the CPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -640,15 +629,17 @@ def test_the_operators_of_a_direction_equal_their_steps(batch, gate, dtype, layo
         for asked in (present, [*present[:2], *(False,) * 7], [False] * 2 + present[2:]):
             needed = tuple(asked)
             mask, planes, channels, made, distance = saved
+            gates = made if weight is not None else given
             number = 0.0 if values is None else values
             call = (
                 dy, x, identity, mask, planes, channels, weight,
-                made if weight is not None else given, scale, distance, *norms[0], *norms[1],
+                gates, scale, distance, *norms[0], *norms[1],
                 number, number, False, 1, sum(need << i for i, need in enumerate(needed)),
             )  # fmt: skip
             if needed[0] and scale is not None:  # it takes long
                 torch.library.opcheck(ops.tail_backward, call)
-            wanted = steps_backward(dy, tensors, options, tuple(saved), needed)
+            steps = Saved(mask, planes, channels, gates, distance)
+            wanted = backward_in_steps(dy, tensors, options, native, steps, needed)
             found = ops.tail_backward(*call)
             for ours, theirs, need in zip(found, wanted, needed, strict=True):
                 if need:
