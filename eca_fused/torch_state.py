@@ -6,7 +6,9 @@ torch in tools/versions.txt. Where a version lacks a name, its replacement is he
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
+from operator import is_
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +28,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 __all__ = [
     "BatchNorm",  # of any number of dimensions, and SyncBatchNorm
     "Convolution",
+    "Snapshot",
     "add_over_processes",
     "batched",
     "batched_by_autograd",
@@ -73,6 +76,7 @@ _BACKWARD_PRE_HOOKS = modules._global_backward_pre_hooks
 
 
 _PARTS = ("_parameters", "_buffers", "_modules")
+_HOOKS_OF_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def has_hooks_of_its_own(module: nn.Module) -> bool:
@@ -105,6 +109,42 @@ def does_more(module: nn.Module) -> bool:
         or _BACKWARD_HOOKS
         or _BACKWARD_PRE_HOOKS
     )
+
+
+class Snapshot:
+    """What modules have at one time: attributes, parameters, buffers, submodules and classes.
+
+    As long as it holds, what was decided from these holds too. To look at each of them again takes
+    many times as long, because after a convolution little of Python's memory is in the caches.
+
+    Args:
+        modules: without hooks.
+        owner: another module, which may have hooks; the snapshot has no reference to it.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], owner: nn.Module | None = None) -> None:
+        self.modules = list(dict.fromkeys(modules))
+        self.classes = list(map(type, self.modules))
+        every = [vars(m) for m in (self.modules if owner is None else [owner, *self.modules])]
+        every += [own[name] for own in every for name in _PARTS if isinstance(own.get(name), dict)]
+        self.held: list[dict[str, Any]] = every
+        self.sizes = list(map(len, every))
+        self.values = list(self._now())
+        hooks = [_HOOKS, _PRE_HOOKS, _BACKWARD_HOOKS, _BACKWARD_PRE_HOOKS]
+        self.hooks = hooks + [getattr(m, name) for m in self.modules for name in _HOOKS_OF_CALLS]
+
+    def holds(self) -> bool:
+        """Whether all of that is the same objects still, and no hook is on the modules."""
+        if any(self.hooks):
+            return False
+        return (
+            list(map(len, self.held)) == self.sizes
+            and all(map(is_, self._now(), self.values))
+            and list(map(type, self.modules)) == self.classes
+        )
+
+    def _now(self) -> Iterable[Any]:
+        return chain.from_iterable(map(dict.values, self.held))
 
 
 def child(module: nn.Module, name: str) -> Any:

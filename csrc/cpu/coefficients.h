@@ -20,20 +20,21 @@ inline void write(void* out, Dtype dtype, int64_t first, const double* values, i
   });
 }
 
-// A norm as u = alpha * (x - centre) + beta. What rounding takes from the centre goes into beta.
+// A norm as u = alpha * (x - centre) + beta, for n channels from c on. What rounding takes from the
+// centre goes into beta.
 struct NormRows {
   bool present;
   Array<double> alpha, beta, centre, shift, spread;
 
   template <class A>
-  NormRows(const NormValues& norm, int64_t C, A)
-      : present(norm.mean.data), alpha(C), beta(C), centre(C), shift(C), spread(C) {
-    read(alpha, norm.gamma, 0, C, 1);
+  NormRows(const NormValues& norm, int64_t first, int64_t n, A)
+      : present(norm.mean.data), alpha(n), beta(n), centre(n), shift(n), spread(n) {
+    read(alpha, norm.gamma, first, n, 1);
     if (!present) return;
-    read(shift, norm.mean, 0, C, 0);
-    read(spread, norm.variance, 0, C, 0);
-    read(beta, norm.beta, 0, C, 0);
-    for (int64_t c = 0; c < C; ++c) {
+    read(shift, norm.mean, first, n, 0);
+    read(spread, norm.variance, first, n, 0);
+    read(beta, norm.beta, first, n, 0);
+    for (int64_t c = 0; c < n; ++c) {
       centre[c] = A(shift[c]);
       shift[c] -= centre[c];
       spread[c] = 1 / __builtin_sqrt(spread[c] + norm.eps);
@@ -81,18 +82,37 @@ struct GateTaps : Taps<double> {
       : Taps<double>(p, weight ? weight : &kOne, transposed) {}
 };
 
+// Writes the coefficients of the n channels of both norms, from the channel `first` on.
+template <class A>
+void write_channels(const Coefficients& t, const NormRows& own, const NormRows& other,
+                    int64_t first, int64_t n) {
+  const int64_t C = t.problem.channels;
+  A* const to = (A*)t.channels + first;
+  for (int64_t c = 0; c < n; ++c) {
+    to[c] = other.beta[c], to[C + c] = own.alpha[c];
+    to[2 * C + c] = own.beta[c], to[3 * C + c] = own.centre[c];
+    to[4 * C + c] = other.alpha[c], to[5 * C + c] = other.centre[c];
+  }
+}
+
+// Channels whose norms stay in the first-level cache: fresh memory for all takes longer than the
+// arithmetic.
+constexpr int64_t kNormsAtOnce = 256;
+
 template <class A>
 void coefficients_as(const Coefficients& t, const ThreadPool& pool) {
   const Problem& p = t.problem;
   const int64_t N = p.samples, C = p.channels;
-  const NormRows own(t.norm, C, A()), other(t.identity_norm, C, A());
-  A* const channels = (A*)t.channels;
-  for (int64_t c = 0; c < C; ++c) {
-    channels[c] = other.beta[c], channels[C + c] = own.alpha[c];
-    channels[2 * C + c] = own.beta[c], channels[3 * C + c] = own.centre[c];
-    channels[4 * C + c] = other.alpha[c], channels[5 * C + c] = other.centre[c];
+  if (!t.planes && !t.distance) {
+    for (int64_t first = 0; first < C; first += kNormsAtOnce) {
+      const int64_t n = min_of(kNormsAtOnce, C - first);
+      const NormRows own(t.norm, first, n, A()), other(t.identity_norm, first, n, A());
+      write_channels<A>(t, own, other, first, n);
+    }
+    return;
   }
-  if (!t.planes && !t.distance) return;
+  const NormRows own(t.norm, 0, C, A()), other(t.identity_norm, 0, C, A());
+  write_channels<A>(t, own, other, 0, C);
   const GateTaps taps(p, t.weight, false);
   parallel(pool, N, samples_of_grain(C), [&](int64_t begin, int64_t end) {
     Array<double> factor(C), row(C);
@@ -129,7 +149,7 @@ template <class A>
 void totals_as(const Totals& t, const ThreadPool& pool) {
   const Problem& p = t.problem;
   const int64_t N = p.samples, C = p.channels;
-  const NormRows own(t.norm, C, A());
+  const NormRows own(t.norm, 0, C, A());
   const double *g = t.sums, *by_x = g + N * C, *by_identity = by_x + N * C;
   const GateTaps taps(p, t.weight, true);
   const A* const distance = (const A*)t.distance;
@@ -216,7 +236,7 @@ template <class A>
 void gradient_coefficients_as(const GradientCoefficients& t, const ThreadPool& pool) {
   const Problem& p = t.problem;
   const int64_t N = p.samples, C = p.channels;
-  const NormRows own(t.norm, C, A()), other(t.identity_norm, C, A());
+  const NormRows own(t.norm, 0, C, A()), other(t.identity_norm, 0, C, A());
   const double *total = t.totals, *share = t.values > 0 ? t.shares : nullptr;
   const double *identity_total = total ? total + 2 * C : nullptr,
                *identity_share = t.identity_values > 0 && t.shares ? t.shares + 2 * C : nullptr;

@@ -3,10 +3,12 @@
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from eca_fused.attention.activations import activation_name
 from eca_fused.attention.base import ChannelAttention
 from eca_fused.attention.gates import Gate, gate_of
+from eca_fused.attention.kept import Kept, kept_for
 from eca_fused.attention.norms import activation_of, as_norm, fits, named_reason
 from eca_fused.functional.choice import choose
 from eca_fused.functional.ways import Way
@@ -15,7 +17,7 @@ from eca_fused.ops.gating import ACTIVATIONS
 from eca_fused.ops.tail import TailOptions, TailTensors, activate
 from eca_fused.torch_state import child, is_tracing
 
-__all__ = ["NormActAttention", "NormActParts", "compute", "why_called"]
+__all__ = ["KeptNormAct", "NormActAttention", "NormActParts", "compute", "why_called"]
 
 
 class NormActParts(NamedTuple):
@@ -60,14 +62,30 @@ def _plan_of(parts: NormActParts) -> _Plan | str:
     return _Plan(activation, gate)
 
 
-def compute(parts: NormActParts, x: Tensor) -> Tensor:
+def compute(parts: NormActParts, x: Tensor, block: nn.Module | None = None) -> Tensor:
     """attention(activation(bn(x))), as one operation if the modules and the call allow it.
 
     Args:
         parts: the modules.
         x: (N, C, *spatial).
+        block: what has these parts; its next call is faster.
     """
-    plan = _plan_of(parts)
+    if block is None or is_compiling():
+        return _by_plan(parts, _plan_of(parts), x)
+    return kept_for(block, parts, KeptNormAct)(x)
+
+
+class KeptNormAct(Kept[NormActParts]):
+    """compute() with the same NormActParts."""
+
+    def plan(self) -> _Plan | str:
+        return _plan_of(self.parts)
+
+    def compute(self, plan: _Plan | str, *maps: Any) -> tuple[Tensor, None]:
+        return _by_plan(self.parts, plan, *maps), None
+
+
+def _by_plan(parts: NormActParts, plan: _Plan | str, x: Tensor) -> Tensor:
     if isinstance(plan, str) or not isinstance(x, Tensor) or is_tracing():
         return by_calling(parts, x)
     if not 2 <= x.dim() <= 5 or x.numel() == 0 or x.dtype not in DTYPES:
@@ -163,7 +181,7 @@ class NormActAttention(nn.Module):
         return NormActParts(child(self, "bn"), self.activation, child(self, "attention"))
 
     def forward(self, x: Tensor) -> Tensor:
-        return compute(self.parts(), x)
+        return compute(self.parts(), x, self)
 
     def extra_repr(self) -> str:
         reason = why_called(self.parts())

@@ -3,19 +3,22 @@
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from eca_fused.attention.activations import activation_name
 from eca_fused.attention.base import ChannelAttention
 from eca_fused.attention.gates import Gate, gate_of
+from eca_fused.attention.kept import Kept, kept_for
 from eca_fused.attention.norms import ABSENT, as_norm, fits, full_name, named_reason
 from eca_fused.functional.choice import choose
+from eca_fused.functional.tails import InferenceCall
 from eca_fused.functional.ways import Way
 from eca_fused.ops.checks import ACTIVATIONS, DTYPES, check_activation, check_map
 from eca_fused.ops.results import sums_dtype
 from eca_fused.ops.tail import TailOptions, TailTensors, activate
 from eca_fused.torch_state import child, does_more, is_tracing
 
-__all__ = ["DROP_PATHS", "ResidualTail", "TailParts", "compute", "why_called"]
+__all__ = ["DROP_PATHS", "KeptTail", "ResidualTail", "TailParts", "compute", "why_called"]
 
 DROP_PATHS = (
     "timm.layers.drop.DropPath",
@@ -105,23 +108,44 @@ def _scale(parts: TailParts, x: Tensor) -> Tensor | None:
     return own if drop is None else own * drop
 
 
-def compute(parts: TailParts, x: Tensor, identity: Tensor | None) -> Tensor:
+def compute(
+    parts: TailParts, x: Tensor, identity: Tensor | None, block: nn.Module | None = None
+) -> Tensor:
     """y of a tail, as one operation if its modules and the call allow it.
 
     Args:
         parts: the modules.
         x: (N, C, *spatial).
         identity: of the shape of x; None for nothing.
+        block: what has these parts; its next call is faster.
     """
-    plan = _plan_of(parts)
+    if block is None or is_compiling():
+        return _by_plan(parts, _plan_of(parts), x, identity)[0]
+    return kept_for(block, parts, KeptTail)(x, identity)
+
+
+class KeptTail(Kept[TailParts]):
+    """compute() with the same TailParts."""
+
+    def plan(self) -> _Plan | str:
+        return _plan_of(self.parts)
+
+    def compute(self, plan: _Plan | str, *maps: Any) -> tuple[Tensor, InferenceCall | None]:
+        return _by_plan(self.parts, plan, *maps)
+
+
+def _by_plan(
+    parts: TailParts, plan: _Plan | str, x: Tensor, identity: Tensor | None
+) -> tuple[Tensor, InferenceCall | None]:
+    """y, and the call that gives it for other maps with these parts; None if it may differ."""
     if isinstance(plan, str) or not _fit(x, identity):
-        return by_calling(parts, x, identity)
+        return by_calling(parts, x, identity), None
     way = choose(x, plan.gate.backend)
     if not way.has_tails(x, plan.gate.network is not None) or x.numel() == 0:
-        return by_calling(parts, x, identity)
+        return by_calling(parts, x, identity), None
     # Before the first norm updates its running statistics.
     if not fits(parts.bn, x) or not fits(parts.identity_bn, identity):
-        return by_calling(parts, x, identity)
+        return by_calling(parts, x, identity), None
     if isinstance(parts.attention, ChannelAttention):
         check_map(x, parts.attention.width())
     return _compute(parts, plan, way, x, identity)
@@ -141,7 +165,10 @@ def _fit(x: Any, identity: Any) -> bool:
     )
 
 
-def _compute(parts: TailParts, plan: _Plan, way: Way, x: Tensor, identity: Tensor | None) -> Tensor:
+def _compute(
+    parts: TailParts, plan: _Plan, way: Way, x: Tensor, identity: Tensor | None
+) -> tuple[Tensor, InferenceCall | None]:
+    """As _by_plan(), as one operation."""
     gate, scale = plan.gate, _scale(parts, x)
     taps = gate.taps_for(x)
     other = ABSENT
@@ -175,7 +202,9 @@ def _compute(parts: TailParts, plan: _Plan, way: Way, x: Tensor, identity: Tenso
         own.group,
         other.group,
     )
-    return way.tail(t, o) if gate.network is None else way.gated_tail(t, o, gate.network)
+    if gate.network is not None:
+        return way.gated_tail(t, o, gate.network), None
+    return way.tail(t, o), way.inference_call(t, o, gate.backend)
 
 
 def by_calling(parts: TailParts, x: Tensor, identity: Tensor | None) -> Tensor:
@@ -273,7 +302,7 @@ class ResidualTail(nn.Module):
         )
 
     def forward(self, x: Tensor, identity: Tensor | None = None) -> Tensor:
-        return compute(self.parts(), x, identity)
+        return compute(self.parts(), x, identity, self)
 
     def extra_repr(self) -> str:
         reason = why_called(self.parts())

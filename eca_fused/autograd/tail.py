@@ -55,15 +55,20 @@ __all__ = [
     "backward_in_steps",
     "given_mean",
     "inference",
+    "inference_arguments",
 ]
 
 
 def inference(t: TailTensors, o: TailOptions, kernels: TailKernels) -> Tensor:
-    """y of a tail whose gradients nothing needs; means go with taps and a batch's statistics."""
+    """y of a tail whose gradients nothing needs."""
+    return kernels.tail_inference(*inference_arguments(t, o))
+
+
+def inference_arguments(t: TailTensors, o: TailOptions) -> tuple[Any, ...]:
+    """Those of TailKernels.tail_inference(); means go with taps and a batch's statistics."""
     norms = *t.own_norm(o), *t.identity_norm(o)
     scale, means = _scale(t), None if t.weight is None else t.means
-    rest = o.circular, o.number
-    return kernels.tail_inference(t.x, t.identity, t.weight, means, t.gate, scale, *norms, *rest)
+    return t.x, t.identity, t.weight, means, t.gate, scale, *norms, o.circular, o.number
 
 
 def _scale(t: TailTensors) -> Tensor | None:

@@ -9,15 +9,17 @@ import operator
 import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from eca_fused.attention import norm_act
-from eca_fused.attention.norm_act import NormActParts
-from eca_fused.attention.residual_tail import TailParts, compute, why_called
-from eca_fused.torch_state import child, does_more, submodules
+from eca_fused.attention.norm_act import KeptNormAct, NormActParts
+from eca_fused.attention.residual_tail import KeptTail, TailParts, compute, why_called
+from eca_fused.torch_state import Snapshot, child, does_more, submodules
 
 __all__ = [
     "FUNCTIONS",
@@ -161,6 +163,10 @@ class Tail(NamedTuple):
     factors: tuple[float | str, ...]
     idle: tuple[str, ...]
 
+    @property
+    def has_tensors(self) -> bool:
+        return not all(isinstance(factor, float) for factor in self.factors)
+
     def __str__(self) -> str:
         names = [name for name in (self.bn, self.attention, self.drop_path) if name is not None]
         if self.shortcut is not None:
@@ -261,9 +267,7 @@ def _filled(argument: Any, values: list[Any]) -> Any:
     return argument
 
 
-def _run(block: nn.Module, step: Step, values: list[Any]) -> Any:
-    if step.kind == "module" and step.takes_one_value:  # most steps
-        return module_at(block, step.target)(values[step.args[0].number])
+def _result_of(block: nn.Module, step: Step, values: list[Any]) -> Any:
     if step.kind == "attribute":
         return tensor_at(block, step.target)
     args = [_filled(argument, values) for argument in step.args]
@@ -303,6 +307,54 @@ def _parts(block: nn.Module, tail: Tail) -> TailParts:
     )
 
 
+# Steps, and for those that call something with one value, as most do, that and the value's number.
+Calls = list[tuple[Callable[[Any], Any] | None, int, Step]]
+
+
+def _calls(block: nn.Module, program: Program, keep: bool) -> Calls:
+    def of(step: Step) -> Callable[[Any], Any] | None:
+        if not step.takes_one_value:
+            return None
+        if step.kind == "norm_act" and keep:
+            return KeptNormAct(norm_act_parts(block, step.target))
+        return module_at(block, step.target) if step.kind == "module" else None
+
+    found = [(of(step), step) for step in program.steps]
+    return [(call, 0 if call is None else step.args[0].number, step) for call, step in found]
+
+
+def _run(block: nn.Module, program: Program, calls: Calls, kept: KeptTail | None, x: Any) -> Any:
+    values = [x]
+    for call, number, step in calls:
+        values.append(_result_of(block, step, values) if call is None else call(values[number]))
+        for freed in step.free:
+            values[freed] = None
+    tail = program.tail
+    if tail is None:
+        return values[program.output.number]
+    shortcut = None if tail.shortcut is None else values[tail.shortcut.number]
+    branch = values[tail.branch.number]
+    if kept is not None:
+        return kept(branch, shortcut)
+    return compute(_parts(block, tail), branch, shortcut)
+
+
+class _Kept:
+    """A block's program with its modules, as long as the block has the same.
+
+    It refers to no block, so that it goes with its block.
+    """
+
+    def __init__(self, block: nn.Module, program: Program) -> None:
+        names = [*[container.name for container in program.containers], *program.idle]
+        self.seen = Snapshot([module_at(block, name) for name in names], block)
+        self.program, self.calls = program, _calls(block, program, keep=True)
+        self.tail = None if program.tail is None else KeptTail(_parts(block, program.tail))
+
+
+_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+
+
 def _why_called(block: nn.Module, program: Program) -> str | None:
     """Why a block's tail or middle is not one operation any more; None if both are."""
     if not _holds(block, program):
@@ -329,19 +381,17 @@ class TailedBlock(nn.Module):
     _eca_fused_former: type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        program: Program = self.__dict__[PROGRAM]
-        if kwargs or len(args) != 1 or not _holds(self, program):
+        if kwargs or len(args) != 1:
             return super().forward(*args, **kwargs)
-        values: list[Any] = [args[0]]
-        for step in program.steps:
-            values.append(_run(self, step, values))
-            for number in step.free:
-                values[number] = None
-        tail = program.tail
-        if tail is None:
-            return values[program.output.number]
-        shortcut = None if tail.shortcut is None else values[tail.shortcut.number]
-        return compute(_parts(self, tail), values[tail.branch.number], shortcut)
+        kept = None if is_compiling() else _kept.get(self)
+        if kept is None or not kept.seen.holds():
+            program: Program = self.__dict__[PROGRAM]
+            if not _holds(self, program):
+                return super().forward(*args)
+            if is_compiling() or (program.tail is not None and program.tail.has_tensors):
+                return _run(self, program, _calls(self, program, keep=False), None, args[0])
+            _kept[self] = kept = _Kept(self, program)
+        return _run(self, kept.program, kept.calls, kept.tail, args[0])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles and copies name the former class, because this one is made at run time."""

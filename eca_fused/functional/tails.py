@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from eca_fused.autograd.tail import (
@@ -17,9 +17,10 @@ from eca_fused.autograd.tail import (
     Tail,
     given_mean,
     inference,
+    inference_arguments,
 )
 from eca_fused.ops import graph
-from eca_fused.ops.backend import kind_of
+from eca_fused.ops.backend import kind_of, named
 from eca_fused.ops.kernels import Kernels, TailKernels
 from eca_fused.ops.tail import (
     WITH_GRADIENT,
@@ -30,8 +31,9 @@ from eca_fused.ops.tail import (
     plain,
     plain_mean,
 )
+from eca_fused.torch_state import is_tracing, transformed
 
-__all__ = ["FusedTails", "GateOf", "PlainTails", "Tails", "needs_grad"]
+__all__ = ["FusedTails", "GateOf", "InferenceCall", "PlainTails", "Tails", "needs_grad"]
 
 GateOf = Callable[[Tensor], Tensor]  # from means (N, C) to gates (N, C)
 
@@ -70,9 +72,50 @@ class Tails:
         """y, like x."""
         raise NotImplementedError
 
+    def inference_call(
+        self, t: TailTensors, o: TailOptions, backend: str
+    ) -> "InferenceCall | None":
+        """tail(t, o) for other maps, without gradients; None if it needs more than the maps."""
+        return None
+
     def gated_tail(self, t: TailTensors, o: TailOptions, gate_of: GateOf) -> Tensor:
         """y with the gates that a network makes from the means of norm(x)."""
         raise NotImplementedError
+
+
+class InferenceCall:
+    """The kernels' call for a tail without gradients, with all arguments but the maps.
+
+    Args:
+        t, o: of a call that the kernels have computed.
+        backend: what the attention asks for.
+        kernels: those that this backend gave.
+    """
+
+    def __init__(self, t: TailTensors, o: TailOptions, backend: str, kernels: TailKernels) -> None:
+        self.dtype, self.dims, self.adds = t.x.dtype, t.x.dim(), t.identity is not None
+        self.device = None if t.x.is_cpu else t.x.device  # to make one takes long
+        self.backend, self.named = backend, named(backend)
+        self.operator = kernels.tail_inference
+        self.arguments = inference_arguments(t, o)[2:]
+
+    def __call__(self, x: Tensor, identity: Tensor | None) -> Tensor | None:
+        """y; None where something about the call is not as it was."""
+        if (
+            type(x) is not Tensor
+            or (type(identity) is not Tensor if self.adds else identity is not None)
+            or x.dtype is not self.dtype
+            or x.dim() != self.dims
+            or (not x.is_cpu if self.device is None else x.device != self.device)
+            or named(self.backend) != self.named
+            or is_tracing()
+            or transformed()
+        ):
+            return None
+        try:
+            return self.operator(x, identity, *self.arguments)
+        except RuntimeError:
+            return None  # a slower way says why, or computes it
 
 
 class PlainTails(Tails):
@@ -142,6 +185,18 @@ class FusedTails(Tails):
         function: Any = BlockTail if in_one_pass else Tail
         y: Tensor = function.apply(o, self._kernels(), *t)
         return y
+
+    def inference_call(self, t: TailTensors, o: TailOptions, backend: str) -> InferenceCall | None:
+        of_batch = o.values is not None or o.identity_values is not None
+        if torch.is_grad_enabled() or is_compiling() or of_batch:
+            return None
+        if t.scale is not None or t.gate is not None:
+            return None
+        # A tensor that was made for this call may be another one in the next.
+        fixed = t.weight, t.gamma, t.beta, t.identity_gamma, t.identity_beta
+        if not all(s is None or type(s) is nn.Parameter for s in fixed):
+            return None
+        return InferenceCall(t, o, backend, self._kernels())
 
     def gated_tail(self, t: TailTensors, o: TailOptions, gate_of: GateOf) -> Tensor:
         t, kernels = self._with_means(t), self._kernels()

@@ -86,7 +86,7 @@ class InvertedResidual(nn.Module):
         for module in before:
             out = module(out)
         parts = TailParts(bn, attention, None, None, "none")
-        return compute(parts, out, x if self.added else None)
+        return compute(parts, out, x if self.added else None, self)
 
 
 class MobileNetV2(nn.Module):

@@ -41,7 +41,7 @@ class _Block(nn.Module):
         if self.downsample is not None:
             identity, norm = before_norm(self.downsample, identity)
         parts = TailParts(bn, getattr(self, self.key), None, norm, self.relu)
-        return compute(parts, x, identity)
+        return compute(parts, x, identity, self)
 
     def _attend(self, x: Tensor) -> Tensor:
         # TorchScript knows attributes by constant names only.

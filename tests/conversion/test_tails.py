@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from eca_fused import convert, models, revert
 from eca_fused.attention import residual_tail
+from eca_fused.attention.residual_tail import KeptTail
 from eca_fused.conversion import tailed
 from eca_fused.ops import native
 from helpers.cases import needs_extension
@@ -121,16 +122,20 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A word for each tail that was computed: fused, or by calling its modules."""
     seen: list[str] = []
 
-    def compute(*arguments: Any) -> Tensor:
-        seen.append("fused")
-        return residual_tail.compute(*arguments)
+    def counted(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def count(*arguments: Any) -> Tensor:
+            seen.append("fused")
+            return compute(*arguments)
+
+        return count
 
     def by_calling(*arguments: Any) -> Tensor:
         seen[-1] = "called"
         return original(*arguments)
 
     original = residual_tail.by_calling
-    monkeypatch.setattr(tailed, "compute", compute)
+    monkeypatch.setattr(tailed, "compute", counted(tailed.compute))
+    monkeypatch.setattr(KeptTail, "__call__", counted(KeptTail.__call__))
     monkeypatch.setattr(residual_tail, "by_calling", by_calling)
     return seen
 
