@@ -376,11 +376,11 @@ class ForTheCompiler(FusedTails, Graph):
 
     | | this way | with the kernels |
     |---|---|---|
-    | inference | 0.97 to 1.06 | 1.00 to 1.10 |
-    | training step, contiguous | 1.01 to 1.03 | 1.01 to 1.08 |
-    | training step, channels_last | 1.02 to 1.06 | - (plain ECA 1.02 to 1.11) |
-    | tails, training step, contiguous | 1.04 | 1.05 (commit 523a9ae) |
-    | tails, training step, channels_last | 0.94 | 0.94 |
+    | inference | 1.01 to 1.04 | 1.03 to 1.10 |
+    | training step, contiguous | 1.00 to 1.06 | 1.00 to 1.06 |
+    | training step, channels_last | 1.01 to 1.02 | - (plain ECA 0.98 to 1.04) |
+    | tails, training step, contiguous | 1.01 | 1.05 (commit 523a9ae) |
+    | tails, training step, channels_last | 0.95 | 0.95 |
 
     A layer compiled alone has nothing to fuse with, and is faster with backend="native".
     """
