@@ -207,6 +207,14 @@ class Walk:
         shutil.rmtree(place)
         return Outcome(way, wrong, seconds, size)
 
+    def torch_version(self) -> str:
+        found = [
+            self.work / "with_torch" / "bin" / "python",
+            "-c",
+            "import torch as t; print(t.__version__)",
+        ]
+        return subprocess.run(found, check=True, capture_output=True, text=True).stdout.strip()
+
     def installed(self, made: Path) -> Iterator[str]:
         listed = subprocess.run(
             [made / "bin" / "pip", "list", "--format", "json"],
@@ -240,6 +248,12 @@ class Walk:
             file.stat().st_size for file in where.rglob("*") if "__pycache__" not in str(file)
         )
         return "", size / 2**20
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -280,14 +294,16 @@ def main() -> int:
                 continue
             outcomes.append(walk.go(way))
             print(f"    {outcomes[-1].wrong or 'right'}, {outcomes[-1].seconds:.0f} s", flush=True)
+        version = walk.torch_version() if args.write else ""
     print(table(outcomes))
     if args.write:
         TABLE.write_text(
             "# Ways to install\n\n"
-            f"Walked by `tools/install_paths.py` on {date.today()}: Python "
-            f"{platform.python_version()}, Linux, {os.cpu_count()} cores. Each began with a fresh "
-            "copy of the sources, and ended with `eca-fused doctor` in another folder. CUDA "
-            "kernels were compiled for compute capability 9.0 alone.\n\n" + table(outcomes)
+            f"Walked by `tools/install_paths.py` on {date.today()} at commit {commit()}: torch "
+            f"{version}, Python {platform.python_version()}, Linux, {os.cpu_count()} cores. Each "
+            "began with a fresh copy of the sources, and ended with `eca-fused doctor` in another "
+            "folder. CUDA kernels were compiled for compute capability 9.0 alone. The size is "
+            "that of the installed package.\n\n" + table(outcomes)
         )
     return int(any(one.wrong for one in outcomes))
 
