@@ -302,10 +302,11 @@ def main() -> int:
         TABLE.write_text(
             "# Ways to install\n\n"
             f"Walked by `tools/install_paths.py` on {date.today()} at commit {commit()}: torch "
-            f"{version}, Python {platform.python_version()}, Linux, {os.cpu_count()} cores. Each "
-            "began with a fresh copy of the sources, and ended with `eca-fused doctor` in another "
-            "folder. CUDA kernels were compiled for compute capability 9.0 alone. The size is "
-            "that of the installed package.\n\n" + table(outcomes)
+            f"{version}, Python {platform.python_version()}, Linux, {os.cpu_count()} cores.\n\n"
+            "Each began with a fresh copy of the sources, and ended with `eca-fused doctor` in\n"
+            "another folder. Only `ECA_FUSED_CUDA=1 pip install .` saw a CUDA toolkit. CUDA "
+            "kernels were\ncompiled for compute capability 9.0 alone. The size is that of the "
+            "installed package.\n\n" + table(outcomes)
         )
     return int(any(one.wrong for one in outcomes))
 
