@@ -210,11 +210,8 @@ class Walk:
         return Outcome(way, wrong, seconds, size)
 
     def torch_version(self) -> str:
-        found = [
-            self.work / "with_torch" / "bin" / "python",
-            "-c",
-            "import torch as t; print(t.__version__)",
-        ]
+        python = self.environment(with_torch=True) / "bin" / "python"
+        found = [python, "-c", "import torch; print(torch.__version__)"]
         return subprocess.run(found, check=True, capture_output=True, text=True).stdout.strip()
 
     def installed(self, made: Path) -> Iterator[str]:

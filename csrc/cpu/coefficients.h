@@ -20,8 +20,8 @@ inline void write(void* out, Dtype dtype, int64_t first, const double* values, i
   });
 }
 
-// A norm as u = alpha * (x - centre) + beta, for n channels from c on. What rounding takes from the
-// centre goes into beta.
+// A norm as u = alpha * (x - centre) + beta, for n channels from `first` on. What rounding takes from
+// the centre goes into beta.
 struct NormRows {
   bool present;
   Array<double> alpha, beta, centre, shift, spread;
