@@ -202,9 +202,8 @@ def _compute(
         own.group,
         other.group,
     )
-    if gate.network is not None:
-        return way.gated_tail(t, o, gate.network), None
-    return way.tail(t, o), way.inference_call(t, o, gate.backend)
+    y = way.tail(t, o) if gate.network is None else way.gated_tail(t, o, gate.network)
+    return y, way.inference_call(t, o, gate.backend, gate.network)
 
 
 def by_calling(parts: TailParts, x: Tensor, identity: Tensor | None) -> Tensor:

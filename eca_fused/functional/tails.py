@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from eca_fused.autograd.gating import channels_of_norm, means_of
 from eca_fused.autograd.tail import (
     BlockTail,
     LinkedTail,
@@ -23,6 +24,7 @@ from eca_fused.ops import graph
 from eca_fused.ops.backend import kind_of, named
 from eca_fused.ops.kernels import Kernels, TailKernels
 from eca_fused.ops.tail import (
+    IDENTITY,
     WITH_GRADIENT,
     Moments,
     Running,
@@ -73,9 +75,12 @@ class Tails:
         raise NotImplementedError
 
     def inference_call(
-        self, t: TailTensors, o: TailOptions, backend: str
+        self, t: TailTensors, o: TailOptions, backend: str, gate_of: GateOf | None = None
     ) -> "InferenceCall | None":
-        """tail(t, o) for other maps, without gradients; None if it needs more than the maps."""
+        """tail() or gated_tail() for other maps, without gradients.
+
+        Returns None if it needs more than the maps.
+        """
         return None
 
     def gated_tail(self, t: TailTensors, o: TailOptions, gate_of: GateOf) -> Tensor:
@@ -93,7 +98,8 @@ class InferenceCall:
     """
 
     def __init__(self, t: TailTensors, o: TailOptions, backend: str, kernels: TailKernels) -> None:
-        self.dtype, self.dims, self.adds = t.x.dtype, t.x.dim(), t.identity is not None
+        self.dtype, self.dims, self.channels = t.x.dtype, t.x.dim(), t.x.shape[1]
+        self.adds = t.identity is not None
         self.device = None if t.x.is_cpu else t.x.device  # to make one takes long
         self.backend, self.named = backend, named(backend)
         self.operator = kernels.tail_inference
@@ -110,12 +116,40 @@ class InferenceCall:
             or named(self.backend) != self.named
             or is_tracing()
             or transformed()
+            or x.shape[1] != self.channels  # in a trace it is a tensor
         ):
             return None
+        return self._compute(x, identity)
+
+    def _compute(self, x: Tensor, identity: Tensor | None) -> Tensor | None:
         try:
             return self.operator(x, identity, *self.arguments)
         except RuntimeError:
             return None  # a slower way says why, or computes it
+
+
+class _GatedCall(InferenceCall):
+    """The same where a network makes the gates."""
+
+    def __init__(
+        self, t: TailTensors, o: TailOptions, backend: str, way: "FusedTails", gate_of: GateOf
+    ) -> None:
+        super().__init__(t, o, backend, way.tail_kernels())
+        self.way, self.options, self.gate_of = way, o, gate_of
+        self.rest = t[IDENTITY + 1 :]
+
+    def _compute(self, x: Tensor, identity: Tensor | None) -> Tensor | None:
+        if identity is not None and (
+            identity.shape != x.shape or identity.dtype != x.dtype or identity.device != x.device
+        ):
+            return None
+        t = TailTensors(x, identity, *self.rest)
+        try:
+            pooled = self.way.pooled(t, self.options)
+        except RuntimeError:
+            return None
+        # Not tried: a hook in the network must not run twice.
+        return self.way.tail_by(t, self.options, self.gate_of(pooled))
 
 
 class PlainTails(Tails):
@@ -146,18 +180,18 @@ class FusedTails(Tails):
     def has_tails(self, x: Tensor, network: bool) -> bool:
         return kind_of(x) in self.kernels.tail_devices
 
-    def _kernels(self) -> TailKernels:
+    def tail_kernels(self) -> TailKernels:
         kernels: Any = self.kernels  # it has them: has_tails() was asked
         return kernels  # type: ignore[no-any-return]
 
     def updates(self, x: Tensor) -> bool:
         # A compiler fuses an update in plain operations.
-        return kind_of(x) in self._kernels().whole_tail_devices and not is_compiling()
+        return kind_of(x) in self.tail_kernels().whole_tail_devices and not is_compiling()
 
     def moments(self, x: Tensor, running: Running | None = None) -> Moments:
         """The statistics, as constants: the functions of autograd/tail.py differentiate them."""
         with torch.no_grad():
-            planes, mean, variance = self._kernels().batch_moments(x.detach(), *(running or ()))
+            planes, mean, variance = self.tail_kernels().batch_moments(x.detach(), *(running or ()))
             if running is not None:
                 torch.autograd.graph.increment_version(running[:2])
             values: Any = x.shape[0] * pixels_of(x)
@@ -172,21 +206,23 @@ class FusedTails(Tails):
         if t.means is not None:
             return t
         with torch.no_grad():
-            return t._replace(means=self._kernels().moments(t.x.detach())[0])
+            return t._replace(means=self.tail_kernels().moments(t.x.detach())[0])
 
     def tail(self, t: TailTensors, o: TailOptions) -> Tensor:
         if not needs_grad(t):
-            return inference(t, o, self._kernels())
+            return inference(t, o, self.tail_kernels())
         of_batch = o.values is not None or o.identity_values is not None
         one_pass_devices = self.kernels.one_pass_tail_devices
         in_one_pass = t.weight is not None and not of_batch and kind_of(t.x) in one_pass_devices
         if t.weight is not None and not in_one_pass:
             t = self._with_means(t)
         function: Any = BlockTail if in_one_pass else Tail
-        y: Tensor = function.apply(o, self._kernels(), *t)
+        y: Tensor = function.apply(o, self.tail_kernels(), *t)
         return y
 
-    def inference_call(self, t: TailTensors, o: TailOptions, backend: str) -> InferenceCall | None:
+    def inference_call(
+        self, t: TailTensors, o: TailOptions, backend: str, gate_of: GateOf | None = None
+    ) -> InferenceCall | None:
         of_batch = o.values is not None or o.identity_values is not None
         if torch.is_grad_enabled() or is_compiling() or of_batch:
             return None
@@ -196,13 +232,27 @@ class FusedTails(Tails):
         fixed = t.weight, t.gamma, t.beta, t.identity_gamma, t.identity_beta
         if not all(s is None or type(s) is nn.Parameter for s in fixed):
             return None
-        return InferenceCall(t, o, backend, self._kernels())
+        if gate_of is not None:
+            return _GatedCall(t, o, backend, self, gate_of)
+        return InferenceCall(t, o, backend, self.tail_kernels())
+
+    def pooled(self, t: TailTensors, o: TailOptions) -> Tensor:
+        """The mean of norm(x) over each plane, (N, C) like x, without gradients."""
+        kernels: Any = self.kernels
+        if t.means is None and kind_of(t.x) in self.kernels.gating_devices:
+            # One sum for each plane; moments() has two.
+            channels = channels_of_norm(t, o, kernels)
+            return means_of(t, o._replace(activation="none"), kernels, channels).to(t.x.dtype)
+        return given_mean(self._with_means(t), o, kernels)[0]
+
+    def tail_by(self, t: TailTensors, o: TailOptions, gate: Tensor) -> Tensor:
+        """y with gates (N, C) that were made from pooled(), without gradients."""
+        return inference(t._replace(gate=gate), o, self.tail_kernels())
 
     def gated_tail(self, t: TailTensors, o: TailOptions, gate_of: GateOf) -> Tensor:
-        t, kernels = self._with_means(t), self._kernels()
         if not torch.is_grad_enabled():
-            gate = gate_of(given_mean(t, o, kernels)[0])
-            return inference(t._replace(gate=gate), o, kernels)
+            return self.tail_by(t, o, gate_of(self.pooled(t, o)))
+        t, kernels = self._with_means(t), self.tail_kernels()
         mean, token = LinkedTailPool.apply(o, kernels, *t._replace(scale=None))
         y: Tensor = LinkedTail.apply(token, o, kernels, *t._replace(gate=gate_of(mean)))
         return y

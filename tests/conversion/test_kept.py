@@ -14,7 +14,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 from eca_fused import ECALayer, NormActAttention, ResidualTail, use_backend
+from eca_fused.attention import SE
 from eca_fused.attention.kept import Kept
+from eca_fused.attention.residual_tail import KeptTail
 from helpers.cases import needs_extension
 from helpers.eca_modules import eca_layer
 from helpers.residual_blocks import Block, Middle, as_before, converted, image, with_downsample
@@ -147,6 +149,17 @@ def tail() -> Any:
     return ResidualTail(eca_layer(8), nn.BatchNorm2d(8)).double().eval()
 
 
+def gated() -> Any:
+    """A tail whose gates a network makes."""
+    torch.manual_seed(0)
+    return ResidualTail(SE(8, 2), nn.BatchNorm2d(8)).double().eval()
+
+
+def gated_alone() -> Any:
+    torch.manual_seed(0)
+    return ResidualTail(SE(8, 2)).double().eval()
+
+
 def middle() -> Any:
     torch.manual_seed(0)
     return NormActAttention(eca_layer(8), nn.BatchNorm2d(8)).double().eval()
@@ -174,7 +187,7 @@ CALLS: dict[str, Callable[[Any, Tensor], Any]] = {
     "ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning"
 )
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("make", [tail, middle])
+@pytest.mark.parametrize("make", [tail, gated, middle])
 def test_another_call_after_the_first_is_right(make: Callable[[], Any], call: str) -> None:
     module, x = make(), image()
     with torch.no_grad():
@@ -185,17 +198,20 @@ def test_another_call_after_the_first_is_right(make: Callable[[], Any], call: st
         torch.testing.assert_close(module(x), by_reference(module, x))
 
 
-def test_an_identity_comes_and_goes() -> None:
-    module, x = tail(), image()
+@pytest.mark.parametrize("make", [tail, gated])
+def test_an_identity_comes_and_goes(make: Callable[[], Any]) -> None:
+    module, x = make(), image()
     with torch.no_grad():
         for identity in (None, x, None, x[:1], 2 * x):
             torch.testing.assert_close(module(x, identity), by_reference(module, x, identity))
 
 
-def test_errors_are_those_of_the_first_call() -> None:
-    module, x = tail(), image()
+@pytest.mark.parametrize("make", [tail, gated, gated_alone])
+def test_errors_are_those_of_the_first_call(make: Callable[[], Any]) -> None:
+    module, x = make(), image()
     wrong: list[tuple[Any, ...]] = [
         (x[:, :4],),
+        (x[:, :4], x[:, :4]),
         (x[0],),
         (x.float(), x),
         (x, x[:, :4]),
@@ -211,6 +227,62 @@ def test_errors_are_those_of_the_first_call() -> None:
                     module(*maps)
                 errors.append((error.type, str(error.value)))
     assert errors[: len(wrong)] == errors[len(wrong) :]
+
+
+@needs_extension
+def test_a_call_with_a_gate_network_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = gated(), image()
+    with torch.no_grad():
+        want = module(x, x)
+        monkeypatch.setattr(KeptTail, "compute", None)
+        torch.testing.assert_close(module(x, x), want, rtol=0, atol=0)
+
+
+@needs_extension
+def test_a_gate_network_that_fails_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, calls = gated(), image(), []
+
+    def failing(mean: Tensor) -> Tensor:
+        calls.append(mean)
+        if len(calls) == 2:
+            raise RuntimeError("of the network")
+        return mean.sigmoid()
+
+    monkeypatch.setattr(module.attention, "gate", failing)
+    with torch.no_grad():
+        module(x, x)
+        with pytest.raises(RuntimeError, match="of the network"):
+            module(x, x)
+    assert len(calls) == 2
+
+
+def with_hook_in_network(module: Any) -> Any:
+    return layers_of(module)[0].register_forward_hook(lambda m, a, y: 2 * y)
+
+
+def with_other_layer(module: Any) -> None:
+    layers_of(module)[0].weight = nn.Parameter(-layers_of(module)[0].weight.detach())
+
+
+@torch.no_grad()
+def with_written_layer(module: Any) -> None:
+    layers_of(module)[0].weight.neg_()
+
+
+def layers_of(module: Any) -> list[Any]:
+    return [m for m in module.attention.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+
+@needs_extension
+@pytest.mark.parametrize("change", [with_hook_in_network, with_other_layer, with_written_layer])
+def test_a_change_of_a_gate_network_is_seen(change: Callable[[Any], Any]) -> None:
+    module, x = gated(), image()
+    with torch.no_grad():
+        before = module(x, x)
+        change(module)
+        want = by_reference(module, x, x)
+        assert not torch.allclose(want, before)
+        torch.testing.assert_close(module(x, x), want)
 
 
 # ---- memory ----
@@ -231,7 +303,7 @@ def test_nothing_outlives_the_block(kind: str) -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("make", [tail, middle])
+@pytest.mark.parametrize("make", [tail, gated, middle])
 def test_parameters_of_one_call_are_not_kept(make: Callable[[], Any]) -> None:
     module, x = make(), image()
     with torch.no_grad():
