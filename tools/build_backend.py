@@ -20,9 +20,24 @@ from pathlib import Path
 from shutil import which
 from typing import NamedTuple
 
-from setuptools import build_meta
+OLDEST_PYTHON = (3, 10)
+# pip looks at requires-python after it has called this, and an older Python cannot read setup.py.
+if sys.version_info < OLDEST_PYTHON:
+    sys.exit(
+        f"eca_fused: error: expected Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer, got "
+        f"{sys.version.split()[0]} in {sys.prefix}. Make an environment with a newer Python, and "
+        "call its pip."
+    )
 
-from setup import candidate_homes, choose_toolkit, leaves_kernels_out, nvcc_packages, oldest_torch
+from setuptools import build_meta  # noqa: E402
+
+from setup import (  # noqa: E402
+    candidate_homes,
+    choose_toolkit,
+    leaves_kernels_out,
+    nvcc_packages,
+    oldest_torch,
+)
 
 __all__ = [
     "build_editable",

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Walks the ways to install, each from a fresh copy of the sources, and prints what came of them.
 
-    tools/install_paths.py                        all, in new environments (about half an hour)
-    tools/install_paths.py --quick                those that compile nothing
+    tools/install_paths.py                        all, in new environments (about forty minutes)
+    tools/install_paths.py --quick                those that compile nothing (two minutes)
     tools/install_paths.py --only "pip install ." --write
                                                   one; --write keeps the table in docs/
 
@@ -45,7 +45,9 @@ class Way:
         variables: of the environment.
         without: "compilers", or "toolkits": what the command must not find.
         compiles: takes minutes.
-        torch: the environment has it.
+        torch: the environment has it; "without CUDA" for one whose version names no CUDA.
+        toolkit: of CUDA, that CUDA_HOME names; it has headers and an nvcc that does nothing.
+        python: its version, if not that of the other ways.
     """
 
     name: str
@@ -57,7 +59,9 @@ class Way:
     variables: dict[str, str] = field(default_factory=dict)
     without: str = ""
     compiles: bool = True
-    torch: bool = True
+    torch: bool | str = True
+    toolkit: str = ""
+    python: str = ""
 
 
 BUILD = ("setuptools>=77,<82", "ninja", "pybind11")
@@ -111,7 +115,61 @@ WAYS = (
         "pip install -v --no-build-isolation .", packages=BUILD, torch=False, compiles=False,
         fails=True, says="the build needs PyTorch, which does not import",
     ),
+    Way(
+        "pip install . with a torch without CUDA", "pip install -v .", torch="without CUDA",
+        says=r": CPU kernels \(torch \S+ was built without CUDA\)",
+    ),
+    Way(
+        "ECA_FUSED_CUDA=1 pip install . with a torch without CUDA", "pip install -v .",
+        variables=CUDA, torch="without CUDA", compiles=False, fails=True,
+        says=r"error: ECA_FUSED_CUDA=1, but torch \S+ was built without CUDA\. Install a torch",
+    ),
+    Way(
+        "pip install . with the toolkit of CUDA 12", "pip install -v .", without="toolkits",
+        toolkit="12.4", says=r": CPU kernels \(torch \S+ was built with CUDA .*, but found CUDA 12",
+    ),
+    Way(
+        "ECA_FUSED_CUDA=1 pip install . with the toolkit of CUDA 12", "pip install -v .",
+        ("cpu", "cuda"), variables=CUDA, without="toolkits", toolkit="12.4",
+        says="CPU and CUDA kernels",
+    ),
+    Way(
+        "ECA_FUSED_CUDA=1 pip install --no-build-isolation . with the toolkit of CUDA 12",
+        "pip install -v --no-build-isolation .", packages=BUILD, variables=CUDA,
+        without="toolkits", toolkit="12.4", compiles=False, fails=True,
+        says=r"error: .*, but found CUDA 12\.4 in .*\(or: pip install 'nvidia-cuda-nvcc==",
+    ),
+    Way(
+        "pip install . with Python 3.9", "pip install -v .", torch=False, python="3.9",
+        compiles=False, fails=True, says=r"error: expected Python 3\.10 or newer, got 3\.9",
+    ),
 )  # fmt: skip
+
+
+def make_toolkit(home: Path, version: str) -> Path:
+    """What setup.py takes for a CUDA toolkit of that version."""
+    major, minor = map(int, version.split("."))
+    for folder in ("include", "bin"):
+        (home / folder).mkdir(parents=True)
+    (home / "include" / "cuda_runtime.h").touch()
+    (home / "include" / "cuda_runtime_api.h").write_text(
+        f"#define CUDART_VERSION {1000 * major + 10 * minor}\n"
+    )
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    return home
+
+
+def find_python(version: str) -> str | None:
+    """A Python of that version, on PATH or under pyenv; None without one."""
+    places = [shutil.which(f"python{version}")]
+    places += map(str, Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
+    for place in filter(None, places):
+        # pyenv's commands exist for versions that are not in use, and fail.
+        if subprocess.run([place, "-c", "import venv"], capture_output=True).returncode == 0:
+            return place
+    return None
 
 
 @dataclass(frozen=True)
@@ -163,9 +221,47 @@ def run(command: str, cwd: Path, env: dict[str, str], hidden: bool = False) -> t
     return done.returncode, done.stdout
 
 
+def site_packages(environment: Path) -> Path:
+    return next(environment.glob("lib/python*/site-packages")).resolve()
+
+
+# What another environment has, but a new one must not see.
+OWN = re.compile(
+    r"eca_fused|__editable__|pip\b|setuptools|_distutils_hack|.*\.pth$|torch$|__pycache__"
+)
+
+
+def link_torch(other: Path, environment: Path, with_cuda: bool) -> None:
+    """Gives an environment another one's torch, and all packages that it may depend on, in links.
+
+    Without CUDA, its version names none.
+    """
+    source, target = site_packages(other), site_packages(environment)
+    for part in source.iterdir():
+        if not OWN.match(part.name) and not (target / part.name).exists():
+            (target / part.name).symlink_to(part)
+    (target / "torch").mkdir()
+    for part in (source / "torch").iterdir():
+        if part.name not in ("version.py", "__pycache__"):
+            (target / "torch" / part.name).symlink_to(part)
+    text = (source / "torch" / "version.py").read_text()
+    without, number = re.subn(r"(?m)^(cuda\b[^=\n]*)=.*$", r"\1= None", text)
+    assert number == 1, "torch/version.py has another form"
+    (target / "torch" / "version.py").write_text(text if with_cuda else without)
+
+
 class Walk:
-    def __init__(self, work: Path, python: str, torch: str) -> None:
-        self.work, self.python, self.torch = work, python, torch
+    """The environments of a walk.
+
+    Args:
+        work: where they and the logs are.
+        python: of the new environments.
+        torch: what pip installs there.
+        given: an environment with torch to link to instead.
+    """
+
+    def __init__(self, work: Path, python: str, torch: str, given: Path | None) -> None:
+        self.work, self.python, self.torch, self.given = work, python, torch, given
         self.variables = {
             name: value
             for name, value in os.environ.items()
@@ -173,19 +269,26 @@ class Walk:
             and name not in ("PYTHONPATH", "CUDA_HOME", "CUDA_PATH", "CXX", "VIRTUAL_ENV")
         }
 
-    def environment(self, with_torch: bool) -> Path:
+    def environment(self, torch: bool | str, version: str = "") -> Path:
         """A new environment, made once for all ways that begin so."""
-        folder = self.work / ("with_torch" if with_torch else "empty")
-        if not folder.exists():
-            subprocess.run([self.python, "-m", "venv", folder], check=True)
-            if with_torch:
-                install = [folder / "bin" / "pip", "install", "-q", self.torch]
-                subprocess.run(install, check=True)
+        name = torch if isinstance(torch, str) else "with_torch" if torch else "empty"
+        folder = self.work / f"{name}{version}".replace(" ", "_")
+        if folder.exists():
+            return folder
+        python = find_python(version) if version else self.python
+        assert python is not None, f"there is no Python {version}"
+        subprocess.run([python, "-m", "venv", folder], check=True)
+        if torch == "without CUDA":
+            link_torch(self.given or self.environment(torch=True), folder, with_cuda=False)
+        elif torch and self.given:
+            link_torch(self.given, folder, with_cuda=True)
+        elif torch:
+            subprocess.run([folder / "bin" / "pip", "install", "-q", self.torch], check=True)
         return folder
 
     def go(self, way: Way) -> Outcome:
         place = Path(tempfile.mkdtemp(dir=self.work))
-        made = self.environment(way.torch)
+        made = self.environment(way.torch, way.python)
         sources, elsewhere = copy_sources(place / "sources"), place / "elsewhere"
         elsewhere.mkdir()
         before = set(self.installed(made))
@@ -195,6 +298,8 @@ class Walk:
         elif way.without == "toolkits":
             path = path_without(("nvcc",), place / "bin")
         env = {**self.variables, "PATH": f"{made / 'bin'}{os.pathsep}{path}", **way.variables}
+        if way.toolkit:
+            env["CUDA_HOME"] = str(make_toolkit(place / "toolkit", way.toolkit))
         if way.packages:
             run("pip install -q " + " ".join(map(repr, way.packages)), place, env)
         started = time.monotonic()
@@ -210,13 +315,13 @@ class Walk:
         return Outcome(way, wrong, seconds, size)
 
     def torch_version(self) -> str:
-        python = self.environment(with_torch=True) / "bin" / "python"
+        python = self.environment(torch=True) / "bin" / "python"
         found = [python, "-c", "import torch; print(torch.__version__)"]
         return subprocess.run(found, check=True, capture_output=True, text=True).stdout.strip()
 
     def installed(self, made: Path) -> Iterator[str]:
         listed = subprocess.run(
-            [made / "bin" / "pip", "list", "--format", "json"],
+            [made / "bin" / "pip", "list", "--format", "json", "--path", site_packages(made)],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
         return (package["name"] for package in json.loads(listed.stdout))
@@ -226,7 +331,7 @@ class Walk:
     ) -> tuple[str, float | None]:
         """What is not as promised, and the size of the package in MiB."""
         if way.says and not re.search(way.says, output):
-            return f"its output lacks {way.says!r}", None
+            return f"its output lacks {way.says!r}: {output.strip()[-300:]}", None
         if way.fails:
             return ("" if status else "it does not fail"), None
         if status:
@@ -274,7 +379,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="WAY", help="only these, by their names")
     parser.add_argument("--python", default=sys.executable, help="of the new environments")
     parser.add_argument("--torch", default="torch", help="what pip installs there")
-    parser.add_argument("--environment", type=Path, help="one with torch, instead of a new one")
+    parser.add_argument("--environment", type=Path, help="one whose torch to use, by links")
     parser.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
     args = parser.parse_args()
     names = [way.name for way in WAYS]
@@ -283,13 +388,14 @@ def main() -> int:
     ways = [w for w in WAYS if w.name in (args.only or names) and not (args.quick and w.compiles)]
     outcomes = []
     with tempfile.TemporaryDirectory() as folder:
-        walk = Walk(Path(folder), args.python, args.torch)
-        if args.environment:
-            (Path(folder) / "with_torch").symlink_to(args.environment.resolve())
+        walk = Walk(Path(folder), args.python, args.torch, args.environment)
         for way in ways:
             print(f"==> {way.name}", flush=True)
             if way.without == "toolkits" and os.geteuid() != 0 and Path(TOOLKITS).exists():
                 print("    skipped: only root can hide the CUDA toolkits of this machine")
+                continue
+            if way.python and find_python(way.python) is None:
+                print(f"    skipped: there is no Python {way.python} on PATH or under pyenv")
                 continue
             outcomes.append(walk.go(way))
             print(f"    {outcomes[-1].wrong or 'right'}, {outcomes[-1].seconds:.0f} s", flush=True)

@@ -237,6 +237,16 @@ def test_without_kernels_nothing_is_asked_for(build, backend, tmp_path, monkeypa
         build.leaves_kernels_out({"ECA_FUSED_NATIVE": "yes"})
 
 
+def test_an_old_python_is_named(backend, monkeypatch):
+    major, minor = backend.OLDEST_PYTHON
+    assert f'requires-python = ">={major}.{minor}"' in (ROOT / "pyproject.toml").read_text()
+    monkeypatch.setattr(sys, "version_info", (major, minor - 1, 18))
+    monkeypatch.setitem(sys.modules, "setup", None)  # it cannot be read
+    message = re.escape(f"error: expected Python {major}.{minor} or newer, got ")
+    with pytest.raises(SystemExit, match=message):
+        load("eca_fused_build_backend", ROOT / "tools" / "build_backend.py")
+
+
 def test_the_folder_of_the_installed_torch_is_looked_at(backend):
     folder = Path(importlib.util.find_spec("torch").origin).parents[1]
     assert folder in backend.site_folders()
