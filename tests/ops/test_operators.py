@@ -120,6 +120,10 @@ def test_kernels_for_other_processors(capability):
     assert f"({capability})" in python(code, **env).stdout
     files = ("kernels", "values", "gating_operators")
     run_tests("-x", "-p", "helpers.sample", *(f"tests/ops/test_{name}.py" for name in files), **env)
+    # Of tails, what the passes over maps compute.
+    files = ("tests/autograd/test_residual_tail.py", "tests/modules/test_residual_tail.py")
+    names = "values_gradients or rounds_once or every_shape or views or never_less or moments"
+    run_tests("-x", "-p", "helpers.sample", *files, "-k", names, **env)
 
 
 def calls():
