@@ -5,12 +5,12 @@
     python benchmarks/networks.py --mode eager compiled --output networks.json --plot networks.png
 
 Times inference, and a training step without the optimiser, in both memory layouts. Compiled, fused
-ECA is what backend="auto" chooses, and native ECA always runs the kernels. All weights are the
-same. "tails" is convert(tails=True): batch norm, attention, addition and activation as one
-operation. The outputs of both fused networks are checked against the plain one's before anything is
-timed; layers.py and tails.py check gradients. Convolutions run as PyTorch sets them, on a GPU in
-TF32. --precision bfloat16 is autocast. Memory is the most that a step allocates at a time, beside
-the weights and the images.
+ECA and tails are what backend="auto" chooses; native ECA and native tails always run the kernels.
+All weights are the same. "tails" is convert(tails=True): batch norm, attention, addition and
+activation as one operation. The outputs of all fused networks are checked against the plain one's
+before anything is timed; layers.py and tails.py check gradients. Convolutions run as PyTorch sets
+them, on a GPU in TF32. --precision bfloat16 is autocast. Memory is the most that a step allocates
+at a time, beside the weights and the images.
 """
 
 import argparse
@@ -94,6 +94,15 @@ def fused(network: nn.Module) -> nn.Module:
     return found
 
 
+def by_kernels(network: nn.Module) -> nn.Module:
+    """A copy whose attention and tails always run the native kernels."""
+    found = copy.deepcopy(network)
+    for module in found.modules():
+        if isinstance(module, ECALayer | ChannelAttention):
+            module.backend = "native"
+    return found
+
+
 def built(name: str, device: Device, layout: str, mode: str) -> dict[str, nn.Module]:
     """The network in its kinds; those with attention have the same weights."""
     make, attention = NETWORKS[name]
@@ -102,15 +111,13 @@ def built(name: str, device: Device, layout: str, mode: str) -> dict[str, nn.Mod
     unknown = found["none"].load_state_dict(kinds["plain"].state_dict(), strict=False)
     if unknown.missing_keys:
         raise RuntimeError(f"without attention, {name} has other weights: {unknown.missing_keys}")
-    found[f"fused {attention}"] = fused(kinds["plain"])
+    ours = {f"fused {attention}": fused(kinds["plain"]), "tails": fused(kinds["plain"])}
+    convert(ours["tails"], tails=True)
+    found |= ours
     if mode == "compiled" and native.unsupported(torch.device(device.tensors)) is None:
-        # In a compiled network "auto" may leave layers to the compiler.
-        found[f"native {attention}"] = fused(kinds["plain"])
-        for module in found[f"native {attention}"].modules():
-            if isinstance(module, ECALayer | ChannelAttention):
-                module.backend = "native"
-    found["tails"] = fused(kinds["plain"])
-    convert(found["tails"], tails=True)
+        # In a compiled network "auto" may leave layers and tails to the compiler.
+        for kind, network in ours.items():
+            found[f"native {kind.removeprefix('fused ')}"] = by_kernels(network)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     for network in found.values():
         network.to(device.tensors).to(memory_format=memory_format)  # type: ignore[call-overload]

@@ -15,7 +15,10 @@ from lib.tables import Result, Row
 
 Key = tuple[str, ...]
 
-OURS = ("native", "triton", "fused ECA", "native ECA", "fused SE", "native SE", "tails")
+OURS = (
+    *("native", "triton", "fused ECA", "native ECA", "fused SE", "native SE"),
+    *("tails", "native tails"),
+)
 REFERENCES = ("copy", "eager", "timm", "sigmoid")
 
 

@@ -184,6 +184,7 @@ def networks(result: Result, path: Path) -> None:
         "fused": "#0072b2",
         "native": "#56b4e9",
         "tails": "#009e73",
+        "native tails": "#8fd6bd",
     }
     for axis, name in zip(axes[:, 0], names, strict=True):
         rows = [row for row in result["rows"] if row["network"] == name]
@@ -195,7 +196,7 @@ def networks(result: Result, path: Path) -> None:
             width = 0.88 / len(kinds)
             at = [j + width * (i - (len(kinds) - 1) / 2) for j, e in enumerate(entries) if e]
             ratios = [entry["median"] for entry in entries if entry]
-            axis.bar(at, ratios, 0.9 * width, color=colors[kind.split()[0]], label=kind)
+            axis.bar(at, ratios, 0.9 * width, color=colors[tables.kind_of(kind)], label=kind)
             for x, value in zip(at, ratios, strict=True):
                 axis.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=6)
         labels = [f"{row['pass']}\n{row['mode']}\n{row['layout']}" for row in rows]

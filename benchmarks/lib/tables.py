@@ -440,12 +440,17 @@ def networks(result: Result) -> str:
     return markdown([*head, "peak memory"], lines)
 
 
+def kind_of(name: str) -> str:
+    """A contender of networks.py without its attention: "fused" for "fused ECA"."""
+    return name.removesuffix(" ECA").removesuffix(" SE")
+
+
 def networks_in_short(result: Result) -> str:
     """Markdown: the time of networks with attention, divided by the time without."""
     head = ["network", "images", "precision", "layout", "mode", "pass"]
     kinds: dict[str, list[str]] = {}  # "plain": "plain ECA", "plain SE"
     for name in dict.fromkeys(n for row in result["rows"] for n in row["contenders"]):
-        kinds.setdefault(name.split()[0], []).append(name)
+        kinds.setdefault(kind_of(name), []).append(name)
     kinds.pop("none", None)
     lines = []
     for row in result["rows"]:
