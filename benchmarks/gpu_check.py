@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Runs the checks and measurements that need a GPU. GPU.md says how to use it.
 
-    python benchmarks/gpu_check.py OUT first        # 2.5 minutes: correctness, and our own times
+    python benchmarks/gpu_check.py OUT first        # 4 minutes: correctness, and our own times
     python benchmarks/gpu_check.py OUT second       # 6 minutes: counters, forced plans, rivals
     python benchmarks/gpu_check.py OUT memcheck bench           # single parts
     python benchmarks/gpu_check.py OUT first --device dry-run   # a rehearsal without a GPU
 
 OUT gets log.txt with every line of output as it comes, summary.json with a verdict for each part,
-and the results of the parts: at most eight files. A part's verdict is "running" until it ends, so a
+and the results of the parts: at most ten files. A part's verdict is "running" until it ends, so a
 run that is killed shows how far it came. A part that fails does not stop the next. The exit status
 is 0 if no part failed.
 
@@ -214,6 +214,23 @@ def all_parts(out: Path) -> dict[str, Part]:
         "bench": bench(
             "bench", 75, *RESNET50, "--batch", "256", "32", "1", "--contender", "native"
         ),
+        "tails": Part(
+            150,
+            script("tails", "--device", "cuda", "--batch", "256", "--contender", "native", "eager",
+                   "no attention", "--output", str(out / "tails.json")),
+            script("tails", *dry, "--batch", "1", "--tail", "norm", "--layout", "contiguous",
+                   "--rounds", "2", "--contender", "native", "--output", str(out / "tails.json")),
+            of_rows,
+        ),
+        "compiled tails": Part(
+            200,
+            script("tails", "--device", "cuda", "--batch", "256", "--layout", "channels_last",
+                   "--output", str(out / "compiled_tails.json")),
+            script("tails", *dry, "--batch", "1", "--tail", "block", "--layout", "contiguous",
+                   "--direction", "forward", "--rounds", "2", "--output",
+                   str(out / "compiled_tails.json")),
+            of_rows,
+        ),
         # The layers of gpu_cases() while time is left; the first few are also compiled.
         "rivals": bench("rivals", 110, "--compile-seconds", "60"),
         **profile(out),
@@ -250,13 +267,13 @@ SEQUENCES: dict[str, list[list[str]]] = {
         ["facts"],
         ["small"],
         ["memcheck", "racecheck", "plans", "graphs", "common", "small triton"],
-        ["bench"],
+        ["bench"], ["tails"],
     ],
     "second": [
         ["counters"], ["few counters"], ["counted"], ["tune"], ["rivals"],
         ["common triton", "initcheck", "synccheck"], ["large"],
     ],
-    "third": [["networks"], ["calls"]],
+    "third": [["networks"], ["compiled tails"], ["calls"]],
 }  # fmt: skip
 
 

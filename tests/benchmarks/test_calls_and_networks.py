@@ -38,7 +38,7 @@ def test_compiled_networks_run_the_kernels_by_name_too():
     }
     assert layers == {
         "none": set(), "plain ECA": {"auto"}, "fused ECA": {"auto"}, "native ECA": {"native"},
-        "tails": {"auto"},
+        "tails": {"auto"}, "native tails": {"native"},
     }  # fmt: skip
 
 
