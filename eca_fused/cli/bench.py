@@ -49,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
     made = Options(
         "bench",
         description="Check the ECA layers of ResNet-50 against float64, forward and backward, then "
-        "time ours (fused), plain PyTorch, torch.compile of it, and a copy of the map, interleaved "
-        "in one run. A layer that is wrong is not timed.",
+        "time ours (fused), plain PyTorch, torch.compile of it, and a copy of as many bytes, "
+        "interleaved in one run. A layer that is wrong is not timed.",
         status="0, 1 if a check fails, 2 for bad arguments, 3 if matplotlib is missing for a "
         "picture",
         examples=["bench --quick", "bench --dtype bfloat16 --batch 64 --picture bench.png"],

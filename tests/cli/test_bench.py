@@ -46,7 +46,9 @@ def test_a_run(dtype: str, layout: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert found["passed"] is True
     assert len(found["checks"]) == 6  # y, dx and dw of two layers
     assert len(found["times"]) == 4
-    forward = found["times"][0]["contenders"]
+    assert "vs copy" in text
+    forward, both = (found["times"][i]["contenders"] for i in (0, 1))
+    assert both["copy"]["times_fused"]["median"] > 0
     assert {name for name, one in forward.items() if one["seconds"]} == {"copy", "plain", "fused"}
     assert forward["compiled"]["missing"] == "RuntimeError: no compiler"
     assert all(one["seconds"]["median"] > 0 for one in forward.values() if one["seconds"])

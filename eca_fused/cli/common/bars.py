@@ -12,7 +12,7 @@ from eca_fused.cli.common.timing import Case
 __all__ = ["draw_bars", "handles"]
 
 CONTENDERS = {  # the name in a Case, with its colour and its name in the legend
-    "copy": (GREY, "copy of the map"),
+    "copy": (GREY, "copy of as many bytes"),
     "plain": (ORANGE, "plain PyTorch"),
     "compiled": (GREEN, "torch.compile of plain"),
     "fused": (BLUE, "fused"),

@@ -1,4 +1,4 @@
-"""Times an ECA layer: plain, fused and compiled, and a copy of its map, in interleaved rounds."""
+"""Times an ECA layer: plain, fused, compiled, and a copy of as many bytes, interleaved."""
 
 import copy
 import itertools
@@ -100,9 +100,13 @@ def layer_case(
             y = layer(leaf)
             results.append((y.detach(), torch.autograd.grad(y, (leaf, *layer.parameters()), dy)))
 
-    contenders = [Contender("plain", lambda: use(plain)), Contender("fused", lambda: use(fused))]
-    if pass_ == FORWARD:
-        contenders.append(Contender("copy", lambda: results.append(next(turn).clone())))
+    moved = 2 if pass_ == FORWARD else 5  # x and y; backward dy, x and dx
+    sources = itertools.cycle([x.new_ones(moved * x.numel() // 2) for _ in maps])
+    contenders = [
+        Contender("plain", lambda: use(plain)),
+        Contender("fused", lambda: use(fused)),
+        Contender("copy", lambda: results.append(next(sources).clone())),
+    ]
     forget_compiled()
     if pass_ == FORWARD or effort.compile_training:
         contenders.append(attempt("compiled", plain, use))
@@ -115,5 +119,5 @@ def layer_case(
         rounds=effort.rounds,
         multiple=len(maps),
     )
-    ideal = (2 if pass_ == FORWARD else 5) * x.numel() * x.element_size()
+    ideal = moved * x.numel() * x.element_size()
     return Case(place, pass_, tuple(x.shape), ideal, {c.name: c for c in contenders}, others)
