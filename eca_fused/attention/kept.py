@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eca_fused.functional.tails import InferenceCall
 from eca_fused.torch_state import Snapshot
 
-__all__ = ["Kept", "kept_for"]
+__all__ = ["Kept", "cannot_be_scripted", "kept_for"]
 
 Parts = TypeVar("Parts", bound=tuple[Any, ...])
 
@@ -77,3 +77,15 @@ def kept_for(block: nn.Module, parts: Parts, make: Callable[[Parts], Kept[Parts]
     if kept is None or kept.parts != parts:
         kept = _kept[block] = make(parts)
     return kept
+
+
+def cannot_be_scripted(module: nn.Module) -> None:
+    """What torch.jit.script gets of a module whose plan is no TorchScript.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        f"expected a model without {type(module).__name__}; call its modules one after the other, "
+        "or call torch.jit.trace instead"
+    )

@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 from eca_fused.attention.activations import activation_name
 from eca_fused.attention.base import ChannelAttention
 from eca_fused.attention.gates import Gate, gate_of
-from eca_fused.attention.kept import Kept, kept_for
+from eca_fused.attention.kept import Kept, cannot_be_scripted, kept_for
 from eca_fused.attention.norms import ABSENT, as_norm, fits, full_name, named_reason
 from eca_fused.functional.choice import choose
 from eca_fused.functional.tails import InferenceCall
@@ -302,6 +302,9 @@ class ResidualTail(nn.Module):
 
     def forward(self, x: Tensor, identity: Tensor | None = None) -> Tensor:
         return compute(self.parts(), x, identity, self)
+
+    def __prepare_scriptable__(self) -> None:
+        cannot_be_scripted(self)
 
     def extra_repr(self) -> str:
         reason = why_called(self.parts())

@@ -7,17 +7,23 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
-from torch.utils.checkpoint import checkpoint
 
 from eca_fused import ECALayer, ResidualTail, attention
 from eca_fused.attention import residual_tail
 from eca_fused.ops import native
-from helpers.cases import COMPILED, DEVICE, LAYOUTS, in_layout, needs_extension
+from helpers.cases import BACKENDS, COMPILED, DEVICE, LAYOUTS, in_layout, needs_extension
 from helpers.optional import needs_timm, needs_torchvision, timm_layers, torchvision_ops
 from helpers.processes import two_processes
 from helpers.tails import assert_same_step, batch_norm, called, unregistered
 
-pytestmark = pytest.mark.every_torch
+pytestmark = [
+    pytest.mark.every_torch,
+    pytest.mark.any_device,
+    pytest.mark.skipif(
+        BACKENDS == ["triton"],
+        reason="minutes in Triton's interpreter; test_triton_tails.py has its tails",
+    ),
+]
 
 C = 12
 ATTENTIONS = {
@@ -373,19 +379,6 @@ def test_copies_pickles_and_state_dicts():
         "bn.num_batches_tracked",
     }
     torch.testing.assert_close(other(*given), copy.deepcopy(tail)(*given))
-
-
-def test_checkpointing():
-    tail = ResidualTail(ECALayer(C), batch_norm(C)).double()
-    twin = copy.deepcopy(tail)
-    x, identity = maps()
-    results = []
-    for function in (tail, lambda *a: checkpoint(twin, *a, use_reentrant=False)):
-        given = x.detach().requires_grad_()
-        y = function(given, identity)
-        results.append((y, *torch.autograd.grad(y.square().sum(), given)))
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize(("backend", "dynamic"), COMPILED)
