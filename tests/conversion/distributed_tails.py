@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from eca_fused import attention, convert
 from eca_fused.attention import norm_act, residual_tail
 from helpers.residual_blocks import Block, Middle, distance, everywhere_something, with_downsample
+from helpers.sync_batch_norm import allow_on_cpu
 
 STEPS = 4
 OPERATIONS = 5  # of the network in one forward: four tails and a middle
@@ -81,6 +82,14 @@ def fsdp_of_the_root(model: nn.Module) -> nn.Module:
     return model
 
 
+def ddp_synchronised(model: nn.Module) -> nn.Module:
+    """DDP with SyncBatchNorm, which PyTorch has for GPUs only: here with sums on the CPU."""
+    allow_on_cpu()
+    unchecked: Any = DistributedDataParallel
+    unchecked._passing_sync_batchnorm_handle = lambda *_: None
+    return DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model))
+
+
 # ---- the comparison ----
 
 
@@ -126,6 +135,9 @@ CHECKS: dict[str, Check] = {
     # A tail calls the network that makes its gates.
     "FSDP2 of a gate's network": Check(fsdp(lambda m: [m[3].eca.fc])),
     "FSDP2 of an activation": Check(fsdp(lambda m: [m[1].relu]), OPERATIONS - 1),
+    # Last, because they change what PyTorch does on the CPU.
+    "DDP, SyncBatchNorm": Check(ddp_synchronised, own=False),
+    "DDP, SyncBatchNorm, then converted": Check(ddp_synchronised, own=False, late=True),
 }
 
 

@@ -32,6 +32,8 @@ CHECKS = [
     "FSDP2 of taps",
     "FSDP2 of a gate's network",
     "FSDP2 of an activation",
+    "DDP, SyncBatchNorm",
+    "DDP, SyncBatchNorm, then converted",
 ]
 
 

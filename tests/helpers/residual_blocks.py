@@ -60,6 +60,62 @@ class Middle(nn.Module):
         return F.relu(self.bn2(self.conv2(self.middle(x))) + x)
 
 
+class AuthorsBottleneck(nn.Module):
+    """The ECA-Net authors' Bottleneck."""
+
+    def __init__(self, channels: int, planes: int = 4, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, 4 * planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.eca = eca_layer(4 * planes)
+        self.downsample: nn.Module | None = None
+        if stride > 1 or channels != 4 * planes:
+            shortcut = nn.Conv2d(channels, 4 * planes, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(4 * planes))
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.eca(self.bn3(self.conv3(out)))
+        if self.downsample is not None:
+            residual = self.downsample(x)
+        out += residual
+        return self.relu(out)  # type: ignore[no-any-return]
+
+
+class AuthorsInvertedResidual(nn.Module):
+    """The block of the ECA-Net authors' MobileNetV2, whose attention ends a Sequential."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        inner = 2 * channels
+
+        def unit(a: int, b: int, k: int, stride: int = 1, groups: int = 1) -> nn.Module:
+            conv = nn.Conv2d(a, b, k, stride, k // 2, groups=groups, bias=False)
+            return nn.Sequential(conv, nn.BatchNorm2d(b), nn.ReLU6(inplace=True))
+
+        self.use_res_connect = stride == 1 and channels == out
+        self.conv = nn.Sequential(
+            unit(channels, inner, 1),
+            unit(inner, inner, 3, stride, inner),
+            nn.Conv2d(inner, out, 1, bias=False),
+            nn.BatchNorm2d(out),
+            eca_layer(out),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_res_connect:
+            return x + self.conv(x)  # type: ignore[no-any-return]
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
 def with_downsample() -> Block:
     block = Block()
     block.downsample = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8))
