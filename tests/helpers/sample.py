@@ -1,8 +1,8 @@
 """A pytest plugin: a sample of the tests, where all of them would take too long.
 
 ECA_FUSED_TEST_SAMPLE=N keeps about one in N of the cases of each test. For Triton's interpreter
-that is so of all tests that suit it; under another torch, of those not marked every_torch, and
-tests that run without torch are left out.
+that is so of all tests that suit it; under another torch, of those not marked every_torch. Of
+these, large grids keep one in five, and tests that run without torch are left out.
 """
 
 import os
@@ -30,6 +30,8 @@ LEFT_OUT = [
     "test_mixed_precision",
 ]
 
+LARGE_GRID = 25  # cases; smaller ones are of calls that may each differ under another torch
+
 # Compilers and simulators, which take minutes: the same under every torch.
 WITHOUT_TORCH = ["tests/gpu_host/", "tests/ops/test_sanitizers.py"]
 
@@ -45,8 +47,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
 
     def step(group: list[pytest.Item]) -> int:
-        whole = not interpreted and group[0].get_closest_marker("every_torch") is not None
-        return 1 if whole else min(one_in, max(1, len(group) - 1))
+        if not interpreted and group[0].get_closest_marker("every_torch") is not None:
+            return 5 if len(group) > LARGE_GRID else 1
+        return min(one_in, max(1, len(group) - 1))
 
     # A step that shares no factor with the axes of the grids meets all their values.
     items[:] = [
