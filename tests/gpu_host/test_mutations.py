@@ -14,6 +14,7 @@ IN_RESULTS = {
     "the tail of a plane left out": "wrong result: y: error nan",  # an element never written
     "z of elements that are not there summed": "wrong result: sum 0",
     "parts of moments merged without the distance of their means": "wrong result: ",
+    "planes merged without the distance of their means": "wrong result: output 1",
     "bits of half a byte not taken from the other thread": "wrong result: bits behind the end",
 }
 

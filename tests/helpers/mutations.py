@@ -3,8 +3,8 @@
     PYTHONPATH=tests python -m helpers.mutations [NAME...]    # all, or those with NAME in theirs
 
 Each fault is written into a copy of the sources. The copy is built for the host and put through a
-quick version of gpu_host/test_cuda_kernels.py, or of those for tails and gating. This is not part
-of the test suite, as every fault needs a build: seven minutes in all on two cores.
+quick version of gpu_host/test_cuda_kernels.py, or of those for tails, gating and coefficients. This
+is not part of the test suite, as every fault needs a build: ten minutes in all on two cores.
 """
 
 import shutil
@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
-from helpers import block_tails, gating_passes, tail_passes
+from helpers import block_tails, coefficient_passes, gating_passes, tail_passes
 from helpers.cases import LAYOUTS, MODES, assert_as_accurate, make_case
 from helpers.gpu_host import H200, SANITIZED, Fault, Forced, HostGpu, Refused, check_apart
 from helpers.gpu_host_block_tails import BlockTailGpu
+from helpers.gpu_host_coefficients import CoefficientGpu
 from helpers.gpu_host_gating import GatingGpu
 from helpers.gpu_host_tails import TailGpu
 from helpers.processes import ROOT
@@ -307,6 +308,60 @@ MUTATIONS = [
         "if (row.lanes > 32) block_barrier();",
         "",
     ),
+    Mutation(
+        "sums over samples read before all warps have theirs",
+        "cuda/coefficients.cu",
+        "  parts.set(thread_index(), sum);\n  block_barrier();",
+        "  parts.set(thread_index(), sum);",
+    ),
+    Mutation(
+        "a warp's samples left out of a sum",
+        "cuda/coefficients.cu",
+        "for (int w = 0; w < kWarps; ++w) sum += parts",
+        "for (int w = 0; w < kWarps - 1; ++w) sum += parts",
+    ),
+    Mutation(
+        "planes merged without the distance of their means",
+        "cuda/coefficients.cu",
+        "return plane(N + n) + between * between * double(t.pixels);",
+        "return plane(N + n);",
+    ),
+    Mutation(
+        "a running variance that is biased",
+        "cuda/coefficients.cu",
+        "updated(r.variance, variance * unbiased)",
+        "updated(r.variance, variance)",
+    ),
+    Mutation(
+        "the identity's beta left out of a tail",
+        "cuda/coefficients.cu",
+        "factor * own.beta + other.beta);",
+        "factor * own.beta);",
+    ),
+    Mutation(
+        "the gradient of a gate without its slope",
+        "cuda/coefficients.cu",
+        "dfactor * scale * gate * (1 - gate));",
+        "dfactor * scale * gate);",
+    ),
+    Mutation(
+        "taps not mirrored in a tail's gradient",
+        "cuda/coefficients.cu",
+        "channel_at(c - j + k / 2, C, p.circular)",
+        "channel_at(c + j - k / 2, C, p.circular)",
+    ),
+    Mutation(
+        "the last sample left out of a tail's dweight",
+        "cuda/coefficients.cu",
+        "n < p.samples; n += 32)",
+        "n < p.samples - 1; n += 32)",
+    ),
+    Mutation(
+        "a norm's gradient by the sums of one process",
+        "cuda/coefficients.cu",
+        "shared ? value_at(shares + c) : all * each",
+        "all * each",
+    ),
 ]
 
 
@@ -360,6 +415,7 @@ FAMILIES: dict[str, tuple[type[HostGpu], Callable[[Any], None]]] = {
     "block_tail": (BlockTailGpu, block_tails.check),
     "tail_": (TailGpu, tail_passes.check),
     "gated_": (GatingGpu, gating_passes.check),
+    "coefficients": (CoefficientGpu, coefficient_passes.check),
     "": (HostGpu, check),
 }
 

@@ -32,8 +32,11 @@ LEFT_OUT = [
 
 LARGE_GRID = 25  # cases; smaller ones are of calls that may each differ under another torch
 
-# Compilers and simulators, which take minutes: the same under every torch.
-WITHOUT_TORCH = ["tests/gpu_host/", "tests/ops/test_sanitizers.py"]
+# Compilers, simulators and our own kernels, which take minutes: the same under every torch.
+WITHOUT_TORCH = [
+    *("tests/gpu_host/", "tests/ops/test_sanitizers.py"),
+    *("larger_than_the_caches", "other_processors", "random_views"),
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from eca_fused import ECALayer, ResidualTail
 from eca_fused.functional import ECAFunction
 from eca_fused.ops import native
-from helpers.cases import Case, assert_as_accurate, make_case, needs_extension, run
+from helpers.cases import DEVICE, Case, assert_as_accurate, make_case, needs_extension, run
+from helpers.tails import assert_same_step, batch_norm
 
 pytestmark = [pytest.mark.any_device, needs_extension]
 
@@ -82,3 +84,51 @@ def test_a_second_rounding_to_half_precision_is_caught(dtype):
     rounded = gate.to(dtype)[:, :, None, None] * c.x
     assert torch.equal(y, want)
     assert not torch.equal(rounded, want)
+
+
+# ---- tails ----
+
+
+def one_bit(mask):
+    mask = mask.clone()
+    mask.view(-1)[0] ^= 1
+    return mask
+
+
+# An operator, which of its results, and the fault.
+TAIL_FAULTS = {
+    "y of the next channel": ("tail_training", 0, lambda y: y.roll(1, 1)),
+    "one element of y off by 1 %": ("tail_training", 0, one_element),
+    "one bit of the mask": ("tail_training", 1, one_bit),
+    "coefficients of another plane": ("tail_training", 2, lambda p: p.roll(1, -1)),
+    "the gate of another sample": ("tail_training", 4, lambda a: a.roll(1, 0)),
+    "one element of dx off by 1 %": ("tail_backward", 0, one_element),
+    "one element of the identity's gradient off by 1 %": ("tail_backward", 1, one_element),
+    "a partial sum of dweight lost": ("tail_backward", 2, lambda w: w * 0.999),
+    "dgamma of the next channel": ("tail_backward", 5, lambda g: g.roll(1, 0)),
+    "the mean of a batch off": ("batch_moments", 1, lambda m: m + 1e-3),
+    "a running variance that is not updated": ("batch_moments", 2, None),
+}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="whole directions are operators on the CPU alone")
+@pytest.mark.parametrize("fault", TAIL_FAULTS)
+def test_a_broken_kernel_of_tails_is_caught(fault, monkeypatch):
+    name, place, change = TAIL_FAULTS[fault]
+    original = getattr(native, name)
+
+    def broken(*arguments):
+        if change is None:  # without the running statistics
+            return original(arguments[0])
+        found = list(original(*arguments))
+        found[place] = change(found[place])
+        return tuple(found)
+
+    # ReLU needs its mask for the backward pass, SiLU the coefficients.
+    activation = "relu" if "mask" in fault else "silu"
+    tail = ResidualTail(ECALayer(12), batch_norm(12), batch_norm(12), activation).double()
+    x, identity = (torch.randn(3, 12, 5, 6, dtype=torch.float64) for _ in range(2))
+    assert_same_step(tail, x, identity)
+    monkeypatch.setattr(native, name, broken)
+    with pytest.raises(AssertionError):
+        assert_same_step(tail, x, identity)
