@@ -78,7 +78,8 @@ run_tests() { # ENV ARGUMENTS..., of pytest
     export PATH="$env/env/bin:$PATH" OMP_WAIT_POLICY=passive
     [ -z "${ECA_FUSED_TEST_SAMPLE-}" ] || {
       export PYTHONPATH=tests
-      set -- -p helpers.sample "$@"
+      # Of our own kernels alone, and long.
+      set -- -p helpers.sample -k 'not larger_than_the_caches and not other_processors and not random_views' "$@"
     }
     "$env/env/bin/python" -m pytest -q -n logical --maxprocesses 4 --dist loadgroup "$@"
   )

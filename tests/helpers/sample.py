@@ -32,11 +32,8 @@ LEFT_OUT = [
 
 LARGE_GRID = 25  # cases; smaller ones are of calls that may each differ under another torch
 
-# Compilers, simulators and our own kernels, which take minutes: the same under every torch.
-WITHOUT_TORCH = [
-    *("tests/gpu_host/", "tests/ops/test_sanitizers.py"),
-    *("larger_than_the_caches", "other_processors", "random_views"),
-]
+# Compilers and simulators, which take minutes: the same under every torch.
+WITHOUT_TORCH = ["tests/gpu_host/", "tests/ops/test_sanitizers.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
