@@ -13,7 +13,7 @@ from eca_fused.attention.norms import ABSENT, as_norm, fits, full_name, named_re
 from eca_fused.functional.choice import choose
 from eca_fused.functional.tails import InferenceCall
 from eca_fused.functional.ways import Way
-from eca_fused.ops.checks import ACTIVATIONS, DTYPES, check_activation, check_map
+from eca_fused.ops.checks import ACTIVATIONS, DTYPES, alike, check_activation, check_map
 from eca_fused.ops.results import sums_dtype
 from eca_fused.ops.tail import TailOptions, TailTensors, activate
 from eca_fused.torch_state import child, does_more, is_tracing
@@ -155,14 +155,7 @@ def _fit(x: Any, identity: Any) -> bool:
     """Whether kernels can take the maps; if not, the modules say what is wrong with them."""
     if not isinstance(x, Tensor) or is_tracing() or not 2 <= x.dim() <= 5 or x.dtype not in DTYPES:
         return False
-    if identity is None:
-        return True
-    return (
-        isinstance(identity, Tensor)
-        and identity.shape == x.shape
-        and identity.dtype == x.dtype
-        and identity.device == x.device
-    )
+    return identity is None or (isinstance(identity, Tensor) and alike(identity, x))
 
 
 def _compute(

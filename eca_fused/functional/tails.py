@@ -22,6 +22,7 @@ from eca_fused.autograd.tail import (
 )
 from eca_fused.ops import graph
 from eca_fused.ops.backend import kind_of, named
+from eca_fused.ops.checks import alike
 from eca_fused.ops.kernels import Kernels, TailKernels
 from eca_fused.ops.tail import (
     IDENTITY,
@@ -92,18 +93,15 @@ class InferenceCall:
     """The kernels' call for a tail without gradients, with all arguments but the maps.
 
     Args:
-        t, o: of a call that the kernels have computed.
+        t: of a call that the kernels have computed.
         backend: what the attention asks for.
-        kernels: those that this backend gave.
     """
 
-    def __init__(self, t: TailTensors, o: TailOptions, backend: str, kernels: TailKernels) -> None:
+    def __init__(self, t: TailTensors, backend: str) -> None:
         self.dtype, self.dims, self.channels = t.x.dtype, t.x.dim(), t.x.shape[1]
         self.adds = t.identity is not None
         self.device = None if t.x.is_cpu else t.x.device  # to make one takes long
         self.backend, self.named = backend, named(backend)
-        self.operator = kernels.tail_inference
-        self.arguments = inference_arguments(t, o)[2:]
 
     def __call__(self, x: Tensor, identity: Tensor | None) -> Tensor | None:
         """y; None where something about the call is not as it was."""
@@ -122,6 +120,18 @@ class InferenceCall:
         return self._compute(x, identity)
 
     def _compute(self, x: Tensor, identity: Tensor | None) -> Tensor | None:
+        raise NotImplementedError
+
+
+class _OperatorCall(InferenceCall):
+    """One operator, with all its arguments but the maps."""
+
+    def __init__(self, t: TailTensors, o: TailOptions, backend: str, kernels: TailKernels) -> None:
+        super().__init__(t, backend)
+        self.operator = kernels.tail_inference
+        self.arguments = inference_arguments(t, o)[2:]
+
+    def _compute(self, x: Tensor, identity: Tensor | None) -> Tensor | None:
         try:
             return self.operator(x, identity, *self.arguments)
         except RuntimeError:
@@ -129,19 +139,17 @@ class InferenceCall:
 
 
 class _GatedCall(InferenceCall):
-    """The same where a network makes the gates."""
+    """A pass for the means, a network that makes the gates, and the operator."""
 
     def __init__(
         self, t: TailTensors, o: TailOptions, backend: str, way: "FusedTails", gate_of: GateOf
     ) -> None:
-        super().__init__(t, o, backend, way.tail_kernels())
+        super().__init__(t, backend)
         self.way, self.options, self.gate_of = way, o, gate_of
         self.rest = t[IDENTITY + 1 :]
 
     def _compute(self, x: Tensor, identity: Tensor | None) -> Tensor | None:
-        if identity is not None and (
-            identity.shape != x.shape or identity.dtype != x.dtype or identity.device != x.device
-        ):
+        if identity is not None and not alike(identity, x):
             return None
         t = TailTensors(x, identity, *self.rest)
         try:
@@ -234,7 +242,7 @@ class FusedTails(Tails):
             return None
         if gate_of is not None:
             return _GatedCall(t, o, backend, self, gate_of)
-        return InferenceCall(t, o, backend, self.tail_kernels())
+        return _OperatorCall(t, o, backend, self.tail_kernels())
 
     def pooled(self, t: TailTensors, o: TailOptions) -> Tensor:
         """The mean of norm(x) over each plane, (N, C) like x, without gradients."""

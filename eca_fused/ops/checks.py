@@ -188,6 +188,11 @@ def check_gate(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> None:
             )
 
 
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two maps have the same shape, dtype and device, as x and identity of a tail must."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
 def check_identity(x: Tensor, identity: Tensor) -> None:
     """Raise TypeError or ValueError unless the identity has the shape, dtype and device of x."""
     check_tensor("identity", identity)
