@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs the checks and measurements that need a GPU. GPU.md says how to use it.
 
-    python benchmarks/gpu_check.py OUT first        # 4 minutes: correctness, and our own times
+    python benchmarks/gpu_check.py OUT first        # correctness, and our own times
     python benchmarks/gpu_check.py OUT second       # 6 minutes: counters, forced plans, rivals
     python benchmarks/gpu_check.py OUT memcheck bench           # single parts
     python benchmarks/gpu_check.py OUT first --device dry-run   # a rehearsal without a GPU

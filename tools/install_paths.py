@@ -407,9 +407,11 @@ def main() -> int:
             f"Walked by `tools/install_paths.py` on {date.today()} at commit {commit()}: torch "
             f"{version}, Python {platform.python_version()}, Linux, {os.cpu_count()} cores.\n\n"
             "Each began with a fresh copy of the sources, and ended with `eca-fused doctor` in\n"
-            "another folder. Only `ECA_FUSED_CUDA=1 pip install .` saw a CUDA toolkit. CUDA "
-            "kernels were\ncompiled for compute capability 9.0 alone. The size is that of the "
-            "installed package.\n\n" + table(outcomes)
+            "another folder. The CUDA toolkit of the machine was hidden, but for\n"
+            "`ECA_FUSED_CUDA=1 pip install .` and where torch is without CUDA. That torch is the "
+            "same one\nwith another version file, and the toolkit of CUDA 12 has headers and an "
+            "nvcc that does nothing.\nCUDA kernels were compiled for compute capability 9.0 "
+            "alone. The size is that of the installed\npackage.\n\n" + table(outcomes)
         )
     return int(any(one.wrong for one in outcomes))
 
