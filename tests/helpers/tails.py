@@ -4,13 +4,24 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import eca_fused
 from eca_fused import reference
 from eca_fused.attention.residual_tail import by_calling
-from helpers.cases import DEVICE, in_layout, normal
+from helpers.cases import BACKENDS, DEVICE, in_layout, normal
+
+# The marks of files about ResidualTail.
+MODULES_OF_TAILS = [
+    pytest.mark.every_torch,
+    pytest.mark.any_device,
+    pytest.mark.skipif(
+        BACKENDS == ["triton"],
+        reason="minutes in Triton's interpreter; test_triton_tails.py has its tails",
+    ),
+]
 
 
 @dataclass

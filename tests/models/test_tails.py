@@ -48,22 +48,25 @@ def test_training_follows_the_network_without_tails(name, one_thread):
         torch.testing.assert_close(*(network.eval()(x) for network in networks))
 
 
+def losses_of(network, images, labels, batches, rate):
+    """The losses of a run of SGD over slices of images (N, 3, H, W) and labels (N,)."""
+    optimizer = torch.optim.SGD(network.train().parameters(), rate, momentum=0.9)
+    losses = []
+    for batch in batches:
+        loss = torch.nn.functional.cross_entropy(network(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
 def test_a_training_run_follows_the_loss_curve_of_the_plain_one(one_thread):
     """From the first loss to a fifth of it. In float32, rounding alone takes runs apart."""
     torch.manual_seed(0)
     images, labels = torch.randn(24, 3, 24, 24, dtype=torch.float64), torch.randint(8, (24,))
-    curves = []
-    for network in pair("ECA-ResNet-18"):
-        optimizer = torch.optim.SGD(network.train().parameters(), 0.02, momentum=0.9)
-        losses = []
-        for step in range(24):
-            batch = torch.arange(8) + 8 * (step % 3)
-            loss = torch.nn.functional.cross_entropy(network(images[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        curves.append(torch.stack(losses))
+    batches = [slice(8 * i, 8 * i + 8) for i in range(3)] * 8
+    curves = [losses_of(n, images, labels, batches, 0.02) for n in pair("ECA-ResNet-18")]
     torch.testing.assert_close(*curves, rtol=1e-6, atol=1e-8)
     assert curves[0][-3:].mean() < 0.2 * curves[0][:3].mean()
 
@@ -83,19 +86,9 @@ def test_a_run_on_digits_follows_the_plain_one(one_thread):
     ours = copy.deepcopy(plain)
     assert len(convert(ours, tails=True).tails) == 4
     nudge = 1 + 4 * torch.finfo(torch.float32).eps
-    curves = []
-    for network, x in ((plain, images), (copy.deepcopy(plain), images * nudge), (ours, images)):
-        optimizer = torch.optim.SGD(network.train().parameters(), 0.01, momentum=0.9)
-        losses = []
-        for step in range(32):
-            batch = slice(64 * (step % 8), 64 * (step % 8 + 1))
-            loss = torch.nn.functional.cross_entropy(network(x[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        curves.append(torch.stack(losses))
-    want, other, got = curves
+    batches = [slice(64 * i, 64 * i + 64) for i in range(8)] * 4
+    runs = ((copy.deepcopy(plain), images), (plain, images * nudge), (ours, images))
+    want, other, got = (losses_of(n, x, labels, batches, 0.01) for n, x in runs)
     assert (want - other).abs().max() < 1e-4  # 1.4e-5 was seen
     assert (want - got).abs().max() < 1e-3  # likewise
     assert want[-8:].mean() < 0.2 * want[0]

@@ -11,19 +11,12 @@ from torch.nn.utils import prune
 from eca_fused import ECALayer, ResidualTail, attention
 from eca_fused.attention import residual_tail
 from eca_fused.ops import native
-from helpers.cases import BACKENDS, COMPILED, DEVICE, LAYOUTS, in_layout, needs_extension
+from helpers.cases import COMPILED, DEVICE, LAYOUTS, in_layout, needs_extension
 from helpers.optional import needs_timm, needs_torchvision, timm_layers, torchvision_ops
 from helpers.processes import two_processes
-from helpers.tails import assert_same_step, batch_norm, called, unregistered
+from helpers.tails import MODULES_OF_TAILS, assert_same_step, batch_norm, called, unregistered
 
-pytestmark = [
-    pytest.mark.every_torch,
-    pytest.mark.any_device,
-    pytest.mark.skipif(
-        BACKENDS == ["triton"],
-        reason="minutes in Triton's interpreter; test_triton_tails.py has its tails",
-    ),
-]
+pytestmark = MODULES_OF_TAILS
 
 C = 12
 ATTENTIONS = {
