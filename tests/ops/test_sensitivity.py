@@ -126,7 +126,9 @@ def test_a_broken_kernel_of_tails_is_caught(fault, monkeypatch):
 
     # ReLU needs its mask for the backward pass, SiLU the coefficients.
     activation = "relu" if "mask" in fault else "silu"
-    tail = ResidualTail(ECALayer(12), batch_norm(12), batch_norm(12), activation).double()
+    tail = ResidualTail(
+        ECALayer(12, backend="native"), batch_norm(12), batch_norm(12), activation
+    ).double()
     x, identity = (torch.randn(3, 12, 5, 6, dtype=torch.float64) for _ in range(2))
     assert_same_step(tail, x, identity)
     monkeypatch.setattr(native, name, broken)
