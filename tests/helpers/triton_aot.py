@@ -12,7 +12,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from eca_fused.ops.triton import launch, tail_launch
+from eca_fused.ops.triton import (
+    block_tail_launch,
+    coefficient_launch,
+    gating_launch,
+    launch,
+    tail_launch,
+)
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -52,7 +58,7 @@ def recorded(function: Callable[[], object], monkeypatch: Any) -> list[Launch]:
 
             return call
 
-    for module in (launch, tail_launch):
+    for module in (block_tail_launch, coefficient_launch, gating_launch, launch, tail_launch):
         monkeypatch.setattr(module, "wrap_triton", Recorder)
     function()
     return launches

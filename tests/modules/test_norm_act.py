@@ -11,21 +11,23 @@ from torch.utils.checkpoint import checkpoint
 from eca_fused import ECALayer, NormActAttention, attention
 from eca_fused.attention import norm_act
 from eca_fused.ops import native
+from eca_fused.ops.backend import named
 from helpers.cases import BACKENDS, COMPILED, DEVICE, LAYOUTS, in_layout, needs_extension
 from helpers.optional import needs_timm, timm_layers, torchvision_ops
 from helpers.processes import two_processes
 from helpers.tails import assert_same_step, batch_norm, unregistered
 
-pytestmark = [
-    pytest.mark.every_torch,
-    pytest.mark.any_device,
-    # Its interpreter takes minutes for what other tests show: calls of ECALayer.
-    pytest.mark.skipif(BACKENDS == ["triton"], reason="Triton has no kernels for it"),
-]
+pytestmark = [pytest.mark.every_torch, pytest.mark.any_device]
 
 C = 12
-# Whether the kernels compute what can be one operation.
-FUSED = "native" in BACKENDS and DEVICE in native.gating_devices
+# The kernels that compute what can be one operation. "auto" is never Triton on the CPU.
+BY_NATIVE = "native" in BACKENDS and DEVICE in native.gating_devices
+BY_TRITON = BACKENDS == ["triton"] and (DEVICE != "cpu" or named("auto") == "triton")
+FUSED = BY_NATIVE or BY_TRITON
+not_interpreted = pytest.mark.skipif(
+    BY_TRITON and DEVICE == "cpu",
+    reason="minutes in Triton's interpreter; test_triton_gating.py has the same in seconds",
+)
 ATTENTIONS = {
     "eca": lambda: ECALayer(C),
     "circular": lambda: ECALayer(C, padding_mode="circular"),
@@ -94,6 +96,7 @@ def no_calls(monkeypatch):
 # ---- the same as calling the modules ----
 
 
+@not_interpreted
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", ATTENTIONS)
@@ -144,6 +147,7 @@ def test_two_activations_are_called():
     assert_same(module, a_map())
 
 
+@not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 @pytest.mark.parametrize("activation", ["relu", "silu", "hardswish", "gelu"])
@@ -180,7 +184,7 @@ def test_never_less_accurate_than_plain_pytorch(layout, activation, offset, dtyp
                 assert error < 1e-5 * size
 
 
-@pytest.mark.skipif(not FUSED, reason="needs the kernels")
+@pytest.mark.skipif(not BY_NATIVE, reason="needs the native kernels")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", ["eca", "circular", "ECA-NS"])
@@ -442,7 +446,8 @@ def test_export_and_trace():
     want = called(module, x)
     exported = torch.export.export(module, (x,))
     torch.testing.assert_close(exported.module()(x), want)
-    torch.testing.assert_close(torch.jit.trace(module, x)(x), want)
+    if named("auto") != "triton":  # which TorchScript cannot have
+        torch.testing.assert_close(torch.jit.trace(module, x)(x), want)
 
 
 def test_autocast():

@@ -286,7 +286,11 @@ def test_compiles_without_spills(shape, k, dtype, layout, architecture, tmp_path
 
 
 # Kernels that write a map.
-IN_LINES = ("scale", "forward_resident", "tail_result", "gradient_maps")
+IN_LINES = (
+    *("scale", "forward_resident"),
+    *("tail_result", "gradient_maps", "block_tail_result", "block_tail_gradients"),
+    *("gated_result", "gated_gradient"),
+)
 
 
 def check_code(launches, architecture, folder, whole_lines):
@@ -370,6 +374,151 @@ def test_tails_compile_without_spills(
     check_code(launches, architecture, tmp_path, whole_lines=shape[-1] % 28 == 0)
 
 
+# Those whose planes fit into a program.
+BLOCK_TAILS = [
+    ((32, 256, 56, 56), 5, torch.bfloat16, "contiguous", "relu"),
+    ((32, 512, 28, 28), 5, torch.float32, "contiguous", "silu"),
+    ((32, 1024, 14, 14), 5, torch.float16, "channels_last", "relu"),
+    ((32, 2048, 7, 7), 7, torch.bfloat16, "channels_last", "gelu"),
+    ((32, 2048, 7, 7), 7, torch.float16, "contiguous", "none"),
+    ((2, 3, 5, 7), 3, torch.float64, "contiguous", "gelu"),
+]
+
+
+@compiles
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(("shape", "k", "dtype", "layout", "activation"), BLOCK_TAILS, ids=name_of)
+def test_tails_in_one_pass_compile_without_spills(
+    shape, k, dtype, layout, activation, architecture, tmp_path, monkeypatch
+):
+    from eca_fused.ops.checks import ACTIVATIONS
+    from eca_fused.ops.triton import block_tail_launch
+    from helpers.triton_aot import recorded
+
+    x = in_layout(torch.empty(shape, dtype=dtype, device="meta"), layout).to("meta")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    number, (n, c) = ACTIVATIONS.index(activation), shape[:2]
+    kept = torch.empty(0, dtype=torch.uint8, device="meta") if activation == "relu" else None
+
+    def some(*shape, of=wide):
+        return torch.empty(shape, dtype=of, device="meta")
+
+    given = some(1, 1, k), some(n), some(6, c)
+
+    def both_directions():
+        results = torch.empty_like(x), kept, some(n, c), some(n, c)
+        assert block_tail_launch.block_tail(x, x, *given, False, number, *results)
+        saved = some(n, c), some(n, c), False, number
+        results = some(3, n, c, of=torch.float64), some(n, c), torch.empty_like(x)
+        assert block_tail_launch.block_tail_backward(
+            x, x, x, kept, *given, *saved, *results, torch.empty_like(x), given[0]
+        )
+
+    launches = recorded(both_directions, monkeypatch)
+    names = ["block_tail_result", "block_tail_gradients", "tap_gradients", "tap_totals"]
+    assert [one.kernel.__name__ for one in launches] == names
+    check_code(launches, architecture, tmp_path, whole_lines=shape[-1] % 28 == 0)
+
+
+GATINGS = [
+    ((32, 256, 56, 56), torch.bfloat16, "contiguous", "hardswish"),
+    ((32, 256, 56, 56), torch.bfloat16, "channels_last", "silu"),
+    ((32, 512, 28, 28), torch.float32, "channels_last", "relu"),
+    ((32, 2048, 7, 7), torch.float16, "contiguous", "gelu"),
+    ((1, 3, 200, 200), torch.float64, "contiguous", "hardswish"),
+]
+
+
+@compiles
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(("shape", "dtype", "layout", "activation"), GATINGS, ids=name_of)
+def test_attention_after_an_activation_compiles_without_spills(
+    shape, dtype, layout, activation, architecture, tmp_path, monkeypatch
+):
+    from eca_fused.ops.gating import ACTIVATIONS
+    from eca_fused.ops.triton import gating_launch
+    from helpers.triton_aot import recorded
+
+    x = in_layout(torch.empty(shape, dtype=dtype, device="meta"), layout).to("meta")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    number, (n, c) = ACTIVATIONS.index(activation), shape[:2]
+
+    def some(*shape, of=wide):
+        return torch.empty(shape, dtype=of, device="meta")
+
+    planes, channels, result = some(2, n, c), some(3, c), torch.empty_like(x)
+
+    def every_pass():
+        for kinds, dy in ((1, None), (1, x), (5, x)):
+            sums = some(kinds, n, c, of=torch.float64)
+            gating_launch.activated_sums(dy, x, channels, number, sums)
+        gating_launch.gated(x, planes[0], channels, number, result)
+        for by_x in (False, True):
+            given = planes, channels, some(2, c), number, by_x
+            gating_launch.gated_gradients(x, x, *given, result)
+
+    launches = recorded(every_pass, monkeypatch)
+    names = [one.kernel.__name__ for one in launches if one.kernel.__name__ != "finish"]
+    assert names == 3 * ["activated_parts"] + ["gated_result"] + 2 * ["gated_gradient"]
+    check_code(launches, architecture, tmp_path, whole_lines=shape[-1] % 28 == 0)
+
+
+@compiles
+@pytest.mark.parametrize("own_taps", [False, True], ids=["shared", "own_taps"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=name_of)
+def test_numbers_between_the_passes_compile_without_spills(dtype, own_taps, tmp_path, monkeypatch):
+    """With everything that they can have, and with as little as they can."""
+    from eca_fused.ops.triton import coefficient_launch as launch
+    from helpers.triton_aot import recorded
+
+    n, c = 32, 256
+    x = torch.empty(n, c, 14, 14, dtype=dtype, device="meta")
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def some(*shape, of=sums):
+        return torch.empty(shape, dtype=of, device="meta")
+
+    def doubles(*shape):
+        return some(*shape, of=torch.float64)
+
+    weight = some(c if own_taps else 1, 1, 5, of=dtype)
+    norm = launch.NormTensors(doubles(c), doubles(c), some(c), some(c))
+    no_norm = launch.NormTensors(*(None,) * 4)
+    nothing, parameters = (None,) * 4, tuple(some(c) for _ in range(4))
+
+    def every_launch():
+        launch.batch_statistics(doubles(2, n, c), 196, doubles(c), doubles(c))
+        for own, other in ((norm, norm), (no_norm, no_norm)):
+            both = own, 1e-5, other, 1e-3
+            launch.tail_coefficients(
+                *(x, weight, doubles(n, c), None, some(n), *both, True),
+                *(some(2, n, c), some(6, c), some(n, c), some(n, c)),
+            )
+            taps = weight, some(n, c), some(n), some(n, c), some(n, c)
+            gradients = None, some(n), weight
+            launch.tail_totals(
+                x, doubles(3, n, c), *taps, own, 1e-5, False, doubles(4, c), *gradients
+            )
+            gate = None, some(n, c, of=dtype), *nothing[:3]
+            launch.tail_totals(
+                *(x, doubles(2, n, c), *gate, own, 1e-5, False),
+                *(doubles(4, c), some(n, c, of=dtype), None, None),
+            )
+            launch.tail_gradient_coefficients(
+                *(x, doubles(4, c), None, 6272.0, 0.0, some(n, c), some(n), some(n, c), *both),
+                *(some(2, n, c), some(4, c), parameters),
+            )
+            given = x, doubles(4, c), doubles(4, c), 1.0, 1.0, *nothing[:3]
+            launch.tail_gradient_coefficients(*given, *both, None, None, parameters)
+        launch.tail_coefficients(
+            *(x, *nothing, no_norm, 0.0, no_norm, 0.0, False, None, some(6, c), None, None)
+        )
+
+    launches = recorded(every_launch, monkeypatch)
+    assert len(launches) == 1 + 2 * (1 + 5 - own_taps + 2 + 1 + 1) + 1
+    check_code(launches, 90, tmp_path, whole_lines=False)
+
+
 # Warp instructions in the machine code of sm_90 for 512 bytes of x, forward and backward, for these
 # releases of Triton. Hardly anything of a kernel with tiles in registers is a loop or a branch, so
 # each of its instructions is executed once. 256 samples.
@@ -429,13 +578,59 @@ def test_instructions(layer, backward, tmp_path, monkeypatch):
     assert 0.9 * number <= found <= 1.05 * number, f"{found:.1f} instead of {number}"
 
 
+@compiles
+def test_torch_finds_the_kernels_of_each_operator():
+    """They are in the keys of its caches, so no compiled graph with older kernels is used."""
+    from torch._library.triton import get_triton_kernels_for_op
+
+    from eca_fused.ops import triton  # noqa: F401  # registers them
+
+    passes = {"plane_moments", "coefficients", "tail_result"}
+    backward_passes = {"gradient_sums", "plane_gradients", "channel_totals", "gradient_maps"}
+    expected = {
+        "triton_forward": {"forward_resident", "sums", "gates", "scale"},
+        "triton_inference": {"forward_resident", "sums", "gates", "scale"},
+        "_triton_inference_": {"forward_resident", "sums", "gates", "scale"},
+        "_triton_inference_into": {"forward_resident", "sums", "gates", "scale"},
+        "triton_backward": {"backward_resident", "gate_gradients", "tap_gradients", "tap_totals"},
+        "triton_pool": {"sums", "finish"},
+        "triton_rescale": {"scale"},
+        "triton_rescale_backward": {"sums", "finish", "scale"},
+        "triton_moments": {"plane_moments", "merge_moments"},
+        "triton_tail": {"tail_result"},
+        "triton_tail_sums": {"gradient_sums", "finish"},
+        "triton_tail_gradients": {"gradient_maps"},
+        "triton_batch_statistics": {"statistics_of_batch"},
+        "triton_tail_coefficients": {"coefficients"},
+        "triton_tail_totals": {"plane_gradients", "scale_gradients", "channel_totals"},
+        "triton_tail_gradient_coefficients": {"gradient_coefficients"},
+        "triton_block_tail": {"block_tail_result"} | passes,
+        "triton_block_tail_backward": {"block_tail_gradients"} | backward_passes,
+        "triton_activated_sums": {"activated_parts", "finish"},
+        "triton_gated": {"gated_result"},
+        "triton_gated_gradients": {"gated_gradient"},
+    }
+    found = {
+        name: {kernel.__name__ for kernel in get_triton_kernels_for_op(f"eca_fused::{name}")}
+        for name in expected
+    }
+    assert [name for name, kernels in expected.items() if not kernels <= found[name]] == []
+    own = {name for name in dir(torch.ops.eca_fused) if "triton_" in name}
+    assert own - {"triton_inference_", "triton_inference_into"} == expected.keys()
+
+
 # ---- the common suite ----
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the run inside")
-def test_the_common_suite_in_the_interpreter():
+@pytest.mark.parametrize(
+    "folders",
+    [["tests/ops"], ["tests/autograd", "tests/frameworks", "tests/modules"]],
+    ids=["operators", "layers"],
+)
+def test_the_common_suite_in_the_interpreter(folders):
     whole = os.environ.get("ECA_FUSED_TRITON_SUITE") == "whole"
     env = {"TRITON_INTERPRET": "1", "ECA_FUSED_BACKEND": "triton"}
     env["ECA_FUSED_TEST_SAMPLE"] = "1" if whole else "61"
-    chosen = ["-p", "helpers.sample", "-m", "any_device and not needs_gpu"]
+    chosen = ["-p", "helpers.sample", "-m", "any_device and not needs_gpu", *folders]
     print(run_tests(*chosen, "--durations=5", **env))

@@ -9,11 +9,27 @@ from torch import Tensor
 from eca_fused.ops import fakes, flops, library, writing
 from eca_fused.ops.checks import check, check_dy, check_gate, check_out, check_saved, check_x
 from eca_fused.ops.library import qualified
-from eca_fused.ops.triton import launch
+from eca_fused.ops.triton.block_tails import block_tail, block_tail_backward, tail_inference
 from eca_fused.ops.triton.coefficients import (
     tail_coefficients,
     tail_gradient_coefficients,
     tail_totals,
+)
+from eca_fused.ops.triton.gating import activated_sums, gated, gated_gradients
+from eca_fused.ops.triton.launch import (
+    backward as launch_backward,
+)
+from eca_fused.ops.triton.launch import (
+    forward as launch_forward,
+)
+from eca_fused.ops.triton.launch import (
+    pool as launch_pool,
+)
+from eca_fused.ops.triton.launch import (
+    rescale as launch_rescale,
+)
+from eca_fused.ops.triton.launch import (
+    rescale_backward as launch_rescale_backward,
 )
 from eca_fused.ops.triton.maps import apart, in_planes, overlap, readable, same_memory
 from eca_fused.ops.triton.operators import INTERPRETED, empty_like, on_device, operator
@@ -22,23 +38,28 @@ from eca_fused.ops.triton.tails import (
     moments,
     tail,
     tail_gradients,
-    tail_inference,
     tail_sums,
     tail_training,
 )
 
 __all__ = [
+    "activated_sums",
     "backward",
     "batch_moments",
+    "block_tail",
+    "block_tail_backward",
     "description",
     "devices",
     "forward",
+    "gated",
+    "gated_gradients",
     "gating_devices",
     "inference",
     "inference_",
     "inference_into",
     "moments",
     "name",
+    "one_pass_gating_devices",
     "one_pass_tail_devices",
     "pool",
     "rescale",
@@ -58,9 +79,10 @@ __all__ = [
 name = "triton"
 devices = frozenset({"cpu", "cuda"} if INTERPRETED else {"cuda"})
 tail_devices = devices
-one_pass_tail_devices: frozenset[str] = frozenset()
+one_pass_tail_devices = devices
 whole_tail_devices: frozenset[str] = frozenset()
-gating_devices: frozenset[str] = frozenset()
+gating_devices = devices
+one_pass_gating_devices: frozenset[str] = frozenset()
 description = "its interpreter, on any device: slow, for tests" if INTERPRETED else "GPUs"
 
 
@@ -69,7 +91,7 @@ def _forward(x: Tensor, weight: Tensor, circular: bool = False) -> tuple[Tensor,
     check(x, weight, circular)
     y = empty_like(x)
     with on_device(x):
-        kept = launch.forward(x, weight, circular, y, keep=True)
+        kept = launch_forward(x, weight, circular, y, keep=True)
     assert kept is not None
     return y, *kept
 
@@ -79,7 +101,7 @@ def _inference(x: Tensor, weight: Tensor, circular: bool = False) -> Tensor:
     check(x, weight, circular)
     y = empty_like(x)
     with on_device(x):
-        launch.forward(x, weight, circular, y, keep=False)
+        launch_forward(x, weight, circular, y, keep=False)
     return y
 
 
@@ -97,7 +119,7 @@ def _write(x: Tensor, weight: Tensor, circular: bool, out: Tensor, name: str) ->
         weight = weight.clone()
     with on_device(x):
         if apart(out, planes) and (same or not shared):
-            launch.forward(source, weight, circular, source if same else out, keep=False)
+            launch_forward(source, weight, circular, source if same else out, keep=False)
             return
         if any(
             size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride(), strict=True)
@@ -107,7 +129,7 @@ def _write(x: Tensor, weight: Tensor, circular: bool, out: Tensor, name: str) ->
                 "it cannot be written in place; clone() it first"
             )
         y = empty_like(x) if source is x else source
-        launch.forward(source, weight, circular, y, keep=False)
+        launch_forward(source, weight, circular, y, keep=False)
         out.copy_(y)
 
 
@@ -143,7 +165,7 @@ def _backward(
             dweight.zero_()
     elif need_dx or need_dweight:
         with on_device(x):
-            launch.backward(dy, x, weight, mean, gate, circular, dx, dweight)
+            launch_backward(dy, x, weight, mean, gate, circular, dx, dweight)
     unused = x.new_empty(0)
     return unused if dx is None else dx, unused.clone() if dweight is None else dweight
 
@@ -154,7 +176,7 @@ def _pool(x: Tensor) -> Tensor:
     mean = x.new_empty(x.shape[:2])
     if mean.numel() != 0:
         with on_device(x):
-            launch.pool(x, mean)
+            launch_pool(x, mean)
     return mean
 
 
@@ -164,7 +186,7 @@ def _rescale(x: Tensor, gate: Tensor, shift: Tensor | None = None) -> Tensor:
     y = empty_like(x)
     if x.numel() != 0:
         with on_device(x):
-            launch.rescale(x, gate, shift, y)
+            launch_rescale(x, gate, shift, y)
     return y
 
 
@@ -180,7 +202,7 @@ def _rescale_backward(
         dgate.zero_()
     else:
         with on_device(x):
-            launch.rescale_backward(dy, x, gate, dx, dgate)
+            launch_rescale_backward(dy, x, gate, dx, dgate)
     return x.new_empty(0) if dx is None else dx, dgate
 
 

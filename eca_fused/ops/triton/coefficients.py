@@ -1,103 +1,116 @@
-"""The numbers between the passes of a residual block's tail, in plain PyTorch operations.
-
-They are (N, C) or (C,), so they move no bytes that count. As PyTorch has every operation of them,
-they need no kernels, no operators and no fakes: a tracer sees through them, and a compiler fuses
-them. With batch norm and ECA in training the price is some 50 small operations forward and 75
-backward, where the native backend has two. csrc/coefficients.h says what they compute, and
-ops/tail.py derives it.
-
-All of it is in float64, and is rounded once to what a pass takes.
-"""
+"""The operators between the passes of a residual block's tail; see TailKernels in kernels.py."""
 
 import torch
 from torch import Tensor
 
-from eca_fused.ops.convolution import convolve, taps_gradient, transposed
+from eca_fused.ops import tail_fakes
+from eca_fused.ops.checks import check, check_x
+from eca_fused.ops.library import operators, qualified
 from eca_fused.ops.results import sums_dtype
-from eca_fused.ops.tail import (
-    Affine,
-    TailOptions,
-    TailTensors,
-    mean_of_normed,
-    norm_gradients,
-    norms,
+from eca_fused.ops.triton.coefficient_launch import NormTensors
+from eca_fused.ops.triton.coefficient_launch import (
+    batch_statistics as launch_batch_statistics,
 )
+from eca_fused.ops.triton.coefficient_launch import (
+    tail_coefficients as launch_tail_coefficients,
+)
+from eca_fused.ops.triton.coefficient_launch import (
+    tail_gradient_coefficients as launch_tail_gradient_coefficients,
+)
+from eca_fused.ops.triton.coefficient_launch import (
+    tail_totals as launch_tail_totals,
+)
+from eca_fused.ops.triton.operators import on_device, operator
 
 __all__ = [
     "batch_statistics",
+    "compute_coefficients",
+    "compute_gradient_coefficients",
+    "compute_totals",
     "tail_coefficients",
     "tail_gradient_coefficients",
     "tail_totals",
 ]
 
+# ---- what they take and give ----
 
-def _pair(
+
+def _given(
+    x: Tensor, name: str, t: Tensor | None, sizes: tuple[int, ...], dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """A small tensor as the kernels take it: contiguous.
+
+    Raises:
+        ValueError: it is not of these sizes, of the dtype or a floating one, or on the device of x.
+    """
+    if t is None:
+        return None
+    of_dtype = t.dtype.is_floating_point if dtype is None else t.dtype == dtype
+    if t.shape != sizes or not of_dtype or t.device != x.device:
+        raise ValueError(
+            f"expected {name} of shape {tuple(sizes)} and "
+            f"{'a floating dtype' if dtype is None else dtype} on {x.device}, got "
+            f"{tuple(t.shape)}, {t.dtype}, on {t.device}"
+        )
+    return t.contiguous()
+
+
+def _norm(
     x: Tensor,
     mean: Tensor | None,
     variance: Tensor | None,
     gamma: Tensor | None,
     beta: Tensor | None,
-    eps: float,
-    identity_mean: Tensor | None = None,
-    identity_variance: Tensor | None = None,
-    identity_gamma: Tensor | None = None,
-    identity_beta: Tensor | None = None,
-    identity_eps: float = 0.0,
-) -> tuple[Affine | None, Affine | None]:
-    """The norms of x and of the identity; None for one that is absent."""
-    t = TailTensors(
-        x,
-        gamma=gamma,
-        beta=beta,
-        identity_gamma=identity_gamma,
-        identity_beta=identity_beta,
-        mean=mean,
-        variance=variance,
-        identity_mean=identity_mean,
-        identity_variance=identity_variance,
-    )
-    return norms(t, TailOptions(eps=eps, identity_eps=identity_eps))
+) -> NormTensors:
+    """Raises ValueError as _given(), and for one of the statistics without the other."""
+    if (mean is None) != (variance is None):
+        raise ValueError("expected mean and variance of a norm, or neither, got one of them")
+    tensors = {"mean": mean, "variance": variance, "gamma": gamma, "beta": beta}
+    return NormTensors(*(_given(x, name, t, x.shape[1:2]) for name, t in tensors.items()))
 
 
-def _wide(gate: Tensor | None, scale: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
-    """The gate (N, C) and the scale (N, 1) in float64; 1 for absent ones."""
-    return (
-        1.0 if gate is None else gate.double(),
-        1.0 if scale is None else scale.double().unsqueeze(1),
-    )
+def _taps(weight: Tensor | None) -> Tensor | None:
+    return None if weight is None else weight.contiguous()
 
 
-def _times(values: Tensor | float, factor: Tensor | float) -> Tensor | float:
-    """values * factor, without an operation for a factor that is absent."""
-    return values if isinstance(factor, float) and factor == 1.0 else values * factor
+def _rows(x: Tensor, kinds: int, needed: bool = True) -> Tensor | None:
+    """(kinds, C) in the dtype of sums; None if it is not needed."""
+    return x.new_empty((kinds, x.shape[1]), dtype=sums_dtype(x)) if needed else None
 
 
-def _stacked(x: Tensor, shape: tuple[int, ...], *rows: Tensor | float) -> Tensor:
-    """Coefficients as a pass takes them: (rows, *shape) in the dtype of sums."""
-    found = [
-        row.expand(shape)
-        if isinstance(row, Tensor)
-        else x.new_full(shape, row, dtype=torch.float64)
-        for row in rows
-    ]
-    return torch.stack(found).to(sums_dtype(x))
+def _planes(x: Tensor, *kinds: int, needed: bool = True) -> Tensor | None:
+    """(*kinds, N, C), likewise."""
+    return x.new_empty((*kinds, *x.shape[:2]), dtype=sums_dtype(x)) if needed else None
 
 
-def _like(parameter: Tensor | None, gradient: Tensor, needed: bool = True) -> Tensor:
-    """A gradient in the dtype of its parameter; empty if it is not needed."""
-    if parameter is None or not needed:
-        return gradient.new_empty(0)
-    return gradient.to(parameter.dtype)
+def _gradient(of: Tensor | None, needed: bool) -> Tensor | None:
+    """A new tensor like a parameter; None if it is not needed."""
+    return None if of is None or not needed else of.new_empty(of.shape)
 
 
-def batch_statistics(planes: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
-    means, squares = planes.unbind()
-    mean = means.mean(0)
-    between = (means - mean).square().sum(0) * pixels
-    return mean, (squares.sum(0) + between) / (means.shape[0] * pixels)
+def _results(x: Tensor, *results: Tensor | None) -> list[Tensor]:
+    """Empty tensors for those that were not needed."""
+    return [x.new_empty(0) if t is None else t for t in results]
 
 
-def tail_coefficients(
+# ---- the operators ----
+
+
+def compute_statistics(planes: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    fits = planes.dim() == 3 and planes.shape[0] == 2 and planes.dtype == torch.float64
+    if not (fits and planes.is_contiguous() and planes.shape[1] > 0 and pixels > 0):
+        raise ValueError(
+            "expected planes (2, N, C) as moments() returns them for a map with elements, got "
+            f"{tuple(planes.shape)}, {planes.dtype}, and {pixels} pixels"
+        )
+    mean, variance = (planes.new_empty(planes.shape[2]) for _ in range(2))
+    if planes.shape[2] != 0:
+        with on_device(planes):
+            launch_batch_statistics(planes, pixels, mean, variance)
+    return mean, variance
+
+
+def compute_coefficients(
     x: Tensor,
     weight: Tensor | None,
     means: Tensor | None,
@@ -116,28 +129,34 @@ def tail_coefficients(
     circular: bool,
     need_planes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = identity_mean, identity_variance, identity_gamma, identity_beta, identity_eps
-    own, identity = _pair(x, mean, variance, gamma, beta, eps, *given)
-    alpha, offset, centre = (1.0, 0.0, 0.0) if own is None else (own.alpha, own.beta, own.centre)
-    shift = 0.0 if identity is None else identity.beta
-    scaling = (1.0, 0.0) if identity is None else (identity.alpha, identity.centre)
-    channels = _stacked(x, x.shape[1:2], shift, alpha, offset, centre, *scaling)
-
-    planes, made, distance = (x.new_empty(0) for _ in range(3))
-    if means is not None:
-        distance = (means.double() - centre).to(sums_dtype(x))
-    if not need_planes:
-        return planes, channels, made, distance
+    check_x(x)
     if weight is not None:
-        assert means is not None, "taps take them"
-        z = convolve(mean_of_normed(own, distance.double()), weight.double(), circular)
-        gate = made = torch.sigmoid(z).to(sums_dtype(x))
-    factor = _times(*_wide(gate, scale))
-    planes = _stacked(x, x.shape[:2], _times(alpha, factor), _times(offset, factor) + shift)
-    return planes, channels, made, distance
+        check(x, weight, circular)
+        if need_planes and (means is None or gate is not None):
+            raise ValueError("expected the means of x for taps, and no gate")
+    made = _planes(x, needed=weight is not None and need_planes)
+    distance = _planes(x, needed=means is not None)
+    planes, rows = _planes(x, 2, needed=need_planes), _rows(x, 6)
+    assert rows is not None, "needed"
+    given = (
+        None if made is None else _taps(weight),
+        _given(x, "means", means, x.shape[:2]),
+        _given(x, "gate", gate, x.shape[:2]),
+        _given(x, "scale", scale, x.shape[:1]),
+        _norm(x, mean, variance, gamma, beta),
+        eps,
+        _norm(x, identity_mean, identity_variance, identity_gamma, identity_beta),
+        identity_eps,
+        circular,
+    )
+    if x.shape[1] != 0:
+        with on_device(x):
+            launch_tail_coefficients(x, *given, planes, rows, made, distance)
+    found = _results(x, planes, rows, made, distance)
+    return found[0], found[1], found[2], found[3]
 
 
-def tail_totals(
+def compute_totals(
     x: Tensor,
     sums: Tensor,
     weight: Tensor | None,
@@ -155,58 +174,42 @@ def tail_totals(
     need_dscale: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    own, _ = _pair(x, mean, variance, gamma, beta, eps)
-    g, by_x = sums[0], sums[1]
-    a, column = _wide(gate, scale)
-    dfactor = by_x if own is None else own.alpha * by_x + own.beta * g
-    dgate = dfactor if scale is None else dfactor * column
-
-    made, dweight = x.new_empty(0), x.new_empty(0)
+    check_x(x)
     if weight is not None:
-        assert distance is not None, "the forward operator returned it"
-        dz, taps = dgate * a * (1 - a), weight.double()
-        dmean = made = transposed(dz, taps, circular).to(sums_dtype(x))
-        if need_dweight:
-            inputs = mean_of_normed(own, distance.double())
-            dweight = taps_gradient(dz, inputs, taps, circular).to(weight.dtype)
-
-    du = sums[:2] if gate is None and scale is None else sums[:2] * _times(a, column)
-    if dmean is not None:
-        assert distance is not None, "the forward operator returned it"
-        wide = dmean.double()
-        du = du + torch.stack([wide, wide * distance])
-    # g and, where it was summed, g * (identity - its centre)
-    others = [sums[::2]] if sums.shape[0] == 3 else [sums[:1], torch.zeros_like(sums[:1])]
-    totals = torch.cat([du, *others]).sum(1)
-    dscale = x.new_empty(0)
-    if scale is not None and need_dscale:
-        dscale = (dfactor if gate is None else dfactor * a).sum(1).to(scale.dtype)
-    return totals, _like(gate, dgate, need_dgate), dscale, made, dweight
-
-
-def _gradients(
-    norm: Affine | None, totals: Tensor, shares: Tensor | None, values: float
-) -> tuple[Tensor, Tensor | float, Tensor | float]:
-    """The gradient of gamma, and the slope and offset by which the statistics add to dx.
-
-    Args:
-        norm: None for none.
-        totals: (2, C), the sums of du and of du by the distance from the centre.
-        shares: (2, C), the same over all processes and divided by their values, or None.
-        values: of a channel in the batch; 0 for running statistics, which add nothing.
-    """
-    if norm is None:
-        return totals[0], 0.0, 0.0
-    own = norm_gradients(norm, totals[0], totals[1], values if values > 0 else None)
-    if values <= 0:
-        return own.weight, 0.0, 0.0
-    found = own if shares is None else norm_gradients(norm, shares[0], shares[1], 1.0)
-    assert found.slope is not None, "of a batch"
-    assert found.offset is not None, "of a batch"
-    return own.weight, found.slope, found.offset
+        check(x, weight, circular)
+        if gate is None or dmean is not None:
+            raise ValueError("expected the gate that the taps made, and no dmean beside taps")
+    if (weight is not None or dmean is not None) and distance is None:
+        raise ValueError("expected distance, as the forward operator returned it")
+    kinds = 3 if sums.dim() == 3 and sums.shape[0] == 3 else 2
+    doubles = _given(x, "sums", sums, (kinds, *x.shape[:2]), torch.float64)
+    assert doubles is not None, "given"
+    made = _planes(x, needed=weight is not None)
+    totals = x.new_empty((4, x.shape[1]), dtype=torch.float64)
+    dgate, dscale = _gradient(gate, need_dgate), _gradient(scale, need_dscale)
+    dweight = _gradient(weight, need_dweight)
+    given = (
+        _taps(weight),
+        _given(x, "gate", gate, x.shape[:2]),
+        _given(x, "scale", scale, x.shape[:1]),
+        made if weight is not None else _given(x, "dmean", dmean, x.shape[:2]),
+        _given(x, "distance", distance, x.shape[:2], sums_dtype(x)),
+        _norm(x, mean, variance, gamma, beta),
+        eps,
+        circular,
+    )
+    if x.shape[0] != 0 and x.shape[1] != 0:
+        with on_device(x):
+            launch_tail_totals(x, doubles, *given, totals, dgate, dscale, dweight)
+    else:
+        for t in (totals, dscale, dweight):
+            if t is not None:
+                t.zero_()
+    found = _results(x, dgate, dscale, made, dweight)
+    return totals, found[0], found[1], found[2], found[3]
 
 
-def tail_gradient_coefficients(
+def compute_gradient_coefficients(
     x: Tensor,
     totals: Tensor | None,
     shares: Tensor | None,
@@ -227,29 +230,46 @@ def tail_gradient_coefficients(
     identity_eps: float,
     need_planes: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = identity_mean, identity_variance, identity_gamma, identity_beta, identity_eps
-    own, identity = _pair(x, mean, variance, gamma, beta, eps, *given)
-    slope: Tensor | float = 0.0
-    offset: Tensor | float = 0.0
-    identity_slope: Tensor | float = 0.0
-    identity_offset: Tensor | float = 0.0
-    dgamma, dbeta, identity_dgamma, identity_dbeta = (x.new_empty(0) for _ in range(4))
-    if totals is not None:
-        mine, its = (None, None) if shares is None else (shares[:2], shares[2:])
-        found, slope, offset = _gradients(own, totals[:2], mine, values)
-        other, identity_slope, identity_offset = _gradients(
-            identity, totals[2:], its, identity_values
-        )
-        dgamma, dbeta = _like(gamma, found), _like(beta, totals[0])
-        identity_dgamma = _like(identity_gamma, other)
-        identity_dbeta = _like(identity_beta, totals[2])
-    planes, channels = x.new_empty(0), x.new_empty(0)
-    if need_planes:
-        alpha: Tensor | float = 1.0 if own is None else own.alpha
-        if dmean is not None:
-            offset = dmean.double() * (alpha / x.shape[2:].numel()) + offset
-        planes = _stacked(x, x.shape[:2], _times(alpha, _times(*_wide(gate, scale))), offset)
-        identity_alpha = 1.0 if identity is None else identity.alpha
-        rows = slope, identity_alpha, identity_slope, identity_offset
-        channels = _stacked(x, x.shape[1:2], *rows)
-    return planes, channels, dgamma, dbeta, identity_dgamma, identity_dbeta
+    check_x(x)
+    of_channels = (4, x.shape[1])
+    planes, rows = _planes(x, 2, needed=need_planes), _rows(x, 4, need_planes)
+    summed = totals is not None
+    gradients = tuple(
+        _gradient(parameter, summed) for parameter in (gamma, beta, identity_gamma, identity_beta)
+    )
+    given = (
+        _given(x, "totals", totals, of_channels, torch.float64),
+        _given(x, "shares", shares, of_channels, torch.float64),
+        values,
+        identity_values,
+        _given(x, "gate", gate, x.shape[:2]),
+        _given(x, "scale", scale, x.shape[:1]),
+        _given(x, "dmean", dmean, x.shape[:2]),
+        _norm(x, mean, variance, gamma, beta),
+        eps,
+        _norm(x, identity_mean, identity_variance, identity_gamma, identity_beta),
+        identity_eps,
+    )
+    if x.shape[1] != 0 and (need_planes or summed):
+        with on_device(x):
+            launch_tail_gradient_coefficients(x, *given, planes, rows, gradients)
+    found = _results(x, planes, rows, *gradients)
+    return found[0], found[1], found[2], found[3], found[4], found[5]
+
+
+for _name, _compute, _fake in (
+    ("batch_statistics", compute_statistics, tail_fakes.batch_statistics),
+    ("tail_coefficients", compute_coefficients, tail_fakes.tail_coefficients),
+    ("tail_totals", compute_totals, tail_fakes.tail_totals),
+    (
+        "tail_gradient_coefficients",
+        compute_gradient_coefficients,
+        tail_fakes.tail_gradient_coefficients,
+    ),
+):
+    operator(qualified(f"triton_{_name}"), mutates_args=())(_compute).register_fake(_fake)
+
+batch_statistics = operators.triton_batch_statistics.default
+tail_coefficients = operators.triton_tail_coefficients.default
+tail_totals = operators.triton_tail_totals.default
+tail_gradient_coefficients = operators.triton_tail_gradient_coefficients.default

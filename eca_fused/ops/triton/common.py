@@ -34,7 +34,9 @@ def widen(values):
 
 @triton.jit
 def narrow(values, dtype: tl.constexpr):
-    """Values rounded to dtype, to the nearest even."""
+    """Values rounded to dtype, to the nearest even; float64 to half precision by float32."""
+    if values.dtype == tl.float64 and dtype != tl.float64:
+        values = values.to(tl.float32)
     if BY_HAND and dtype == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

@@ -1,7 +1,6 @@
 """Which kernels a forward and a backward pass launch, and with what.
 
-Each launch is written out, with wrap_triton around the kernel's name: torch reads these functions
-to find an operator's kernels, for the keys of its caches of compiled graphs.
+Each launch is written out, with wrap_triton around the kernel's name: see operators.py.
 """
 
 import math
@@ -146,7 +145,8 @@ def _forward_resident(
     gate: Tensor | None,
 ) -> None:
     s = p.shape
-    kernel, chosen = tuning.resident(forward_resident, s, tile, p.halo, y is not x)
+    choice = tuning.resident(forward_resident, s, tile, p.halo, y is not x)
+    kernel = choice[0]
     wrap_triton(kernel)[lambda meta: (p.tiles(meta["BLOCK_C"]),)](
         x,
         y,
@@ -161,7 +161,7 @@ def _forward_resident(
         BLOCK_S=tile.pixels,
         **p.tap_flags(),
         **p.map_flags(),
-        **chosen,
+        **choice[1],
     )
 
 
@@ -224,7 +224,8 @@ def _scale(
 ) -> None:
     """y = gate * x, plus shift."""
     s = p.shape
-    kernel, chosen = tuning.scale(scale, pass_, y is not x)
+    choice = tuning.scale(scale, pass_, y is not x)
+    kernel = choice[0]
 
     def grid(meta: dict[str, int]) -> tuple[int]:
         return (p.tiles(meta["BLOCK_C"]) * ceil_div(s.pixels, meta["BLOCKS"] * meta["BLOCK_S"]),)
@@ -242,7 +243,7 @@ def _scale(
         BLOCK_C=pass_.tile.channels,
         BLOCK_S=pass_.tile.pixels,
         **p.map_flags(),
-        **chosen,
+        **choice[1],
     )
 
 
@@ -292,7 +293,8 @@ def _backward_resident(
     dz: Tensor | None,
 ) -> None:
     s = p.shape
-    kernel, chosen = tuning.resident(backward_resident, s, tile, p.halo, True)
+    choice = tuning.resident(backward_resident, s, tile, p.halo, True)
+    kernel = choice[0]
     wrap_triton(kernel)[lambda meta: (p.tiles(meta["BLOCK_C"]),)](
         dy,
         x,
@@ -310,7 +312,7 @@ def _backward_resident(
         BLOCK_S=tile.pixels,
         **p.tap_flags(),
         **p.map_flags(),
-        **chosen,
+        **choice[1],
     )
 
 

@@ -77,18 +77,19 @@ class Tile:
     warps: int
 
 
-def resident(shape: Shape, maps: int) -> Tile | None:
+def resident(shape: Shape, maps: int, elements: int = TILE) -> Tile | None:
     """The tile of a program that keeps whole planes in registers, or None if they do not fit.
 
     Args:
         shape: of the map.
         maps: how many maps a program reads: 1 forward, 2 backward.
+        elements: of the tile, or more for enough channels.
     """
     pixels = power_of_two(shape.pixels)
     most = TILE_MOST // (2 if shape.itemsize == 8 else 1)
     # At least the halo, and whole cache lines if the channels are innermost.
     least = max(halo_rows(shape.k), 4 if shape.planes else LINE_BYTES // shape.itemsize)
-    tile = min(power_of_two(shape.channels), max(TILE // pixels, 1))
+    tile = min(power_of_two(shape.channels), max(elements // pixels, 1))
     while tile < max(CHANNELS_FEW, least) and tile < shape.channels and 2 * tile * pixels <= most:
         tile *= 2
     if tile * pixels > most or (tile < least and tile < shape.channels):
@@ -97,6 +98,26 @@ def resident(shape: Shape, maps: int) -> Tile | None:
         tile //= 2
     # In the forward pass, fewer threads with more loads each let two programs share a processor.
     return Tile(tile, pixels, warps(tile * pixels, tile, most=8 * maps))
+
+
+def resident_tail(shape: Shape, sloped: bool = False) -> Tile | None:
+    """The same for a block's tail, whose mask has a byte for eight elements of a row.
+
+    Up to three maps are in registers, so a tile is half as large, but for float64 with as many
+    warps.
+
+    Args:
+        shape: of the map.
+        sloped: the program computes the slopes of SiLU or GELU, which take registers too.
+    """
+    half = shape.itemsize < 8
+    tile = resident(shape, 2, TILE // 2 if half else TILE)
+    if tile is None or (sloped and tile.channels * tile.pixels > TILE):
+        return None
+    warps = max(tile.warps, min(2 * tile.warps, 8)) if half else tile.warps
+    if shape.planes:
+        return Tile(tile.channels, max(tile.pixels, 8), warps)
+    return Tile(max(tile.channels, 8), tile.pixels, warps)
 
 
 @dataclass(frozen=True)

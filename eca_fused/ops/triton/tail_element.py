@@ -153,3 +153,17 @@ def load_bits(
     else:
         eights = packed[:, None, :] >> tl.arange(0, 8)[None, :, None]
     return tl.reshape(eights & 1, [BLOCK_C, BLOCK_S]) != 0
+
+
+@triton.jit
+def bits_of(mask, n, c, s, here, channels, pixels, row_bytes, PLANES: tl.constexpr):
+    """The bits of any channels and pixels, each read by itself."""
+    c, s = c.to(tl.int64), s.to(tl.int64)
+    if PLANES:
+        at = ((n * channels + c) * row_bytes)[:, None] + (s // 8)[None, :]
+        place = (s % 8)[None, :]
+    else:
+        at = ((n * pixels + s) * row_bytes)[None, :] + (c // 8)[:, None]
+        place = (c % 8)[:, None]
+    packed = tl.load(mask + at, mask=here, other=0).to(tl.int32)
+    return ((packed >> place.to(tl.int32)) & 1) != 0

@@ -23,32 +23,32 @@ from eca_fused.ops.triton.tail_passes import (
 )
 
 
-def _is_smooth(activation: int) -> bool:
+def is_smooth(activation: int) -> bool:
     """Whether the gradients need v itself; for the others the mask is enough."""
     return ACTIVATIONS[activation] not in ("none", "relu")
 
 
-def _readable(x: Tensor | None, planes: bool) -> Tensor | None:
+def readable_or_none(x: Tensor | None, planes: bool) -> Tensor | None:
     return None if x is None else readable(x, planes)
 
 
-def _problem(planes: bool, *maps: Tensor | None) -> Problem:
+def problem_of(planes: bool, *maps: Tensor | None) -> Problem:
     """Of the maps that are read or written, None for the others."""
     return problem(planes, [map_ for map_ in maps if map_ is not None])
 
 
-def _strides(map_: Tensor | None, planes: bool) -> tuple[int, int]:
+def strides_or_zero(map_: Tensor | None, planes: bool) -> tuple[int, int]:
     return (0, 0) if map_ is None else strides_of(map_, planes)
 
 
-def _row_bytes(p: Problem) -> int:
+def row_bytes(p: Problem) -> int:
     """Bytes of a row of ReLU's mask."""
     return ceil_div(p.shape.pixels if p.shape.planes else p.shape.channels, 8)
 
 
-def _mask_align(p: Problem) -> int:
+def mask_align(p: Problem) -> int:
     align = 16
-    while _row_bytes(p) % align != 0:
+    while row_bytes(p) % align != 0:
         align //= 2
     return align
 
@@ -127,9 +127,9 @@ def tail(
         mask: bytes; None if it is not needed.
     """
     in_rows = in_planes(x)
-    source, other = readable(x, in_rows), _readable(identity, in_rows)
-    smooth = _is_smooth(activation)
-    p = _problem(in_rows, source, other, y)
+    source, other = readable(x, in_rows), readable_or_none(identity, in_rows)
+    smooth = is_smooth(activation)
+    p = problem_of(in_rows, source, other, y)
     s, pass_ = p.shape, plan.tail(p.shape, smooth)
     wrap_triton(tail_result)[_grid(p, pass_)](
         source,
@@ -141,14 +141,14 @@ def tail(
         s.samples,
         s.channels,
         s.pixels,
-        _row_bytes(p),
+        row_bytes(p),
         *strides_of(source, in_rows),
-        *_strides(other, in_rows),
+        *strides_or_zero(other, in_rows),
         *strides_of(y, in_rows),
         ACTIVATION=activation,
         IDENTITY=other is not None,
         KEEP=mask is not None,
-        MASK_ALIGN=_mask_align(p),
+        MASK_ALIGN=mask_align(p),
         **_flags(p, pass_),
     )
 
@@ -172,10 +172,10 @@ def tail_sums(
         sums: (2, N, C), or (3, N, C) with the identity's sum, in float64.
     """
     in_rows = in_planes(x)
-    smooth, with_identity = _is_smooth(activation), sums.shape[0] == 3
+    smooth, with_identity = is_smooth(activation), sums.shape[0] == 3
     gradient, source = readable(dy, in_rows), readable(x, in_rows)
-    other = _readable(identity, in_rows) if smooth or with_identity else None
-    p = _problem(in_rows, source, gradient, other)
+    other = readable_or_none(identity, in_rows) if smooth or with_identity else None
+    p = problem_of(in_rows, source, gradient, other)
     s, pass_ = p.shape, plan.tail(p.shape, smooth)
     whole = pass_.splits == 1
     partial = sums if whole else sums.new_empty((*sums.shape, pass_.splits))
@@ -191,14 +191,14 @@ def tail_sums(
         s.channels,
         s.pixels,
         pass_.splits,
-        _row_bytes(p),
+        row_bytes(p),
         *strides_of(gradient, in_rows),
         *strides_of(source, in_rows),
-        *_strides(other, in_rows),
+        *strides_or_zero(other, in_rows),
         ACTIVATION=activation,
         IDENTITY=smooth and other is not None,
         IDENTITY_SUM=with_identity,
-        MASK_ALIGN=_mask_align(p),
+        MASK_ALIGN=mask_align(p),
         **_flags(p, pass_),
     )
     if whole:
@@ -247,12 +247,12 @@ def tail_gradients(
         dx, d_identity: like x; None for those that are not needed.
     """
     in_rows = in_planes(x)
-    smooth = _is_smooth(activation)
+    smooth = is_smooth(activation)
     by_x, by_identity = by_x and dx is not None, by_identity and d_identity is not None
     gradient = readable(dy, in_rows)
     source = readable(x, in_rows) if smooth or by_x else None
-    other = _readable(identity, in_rows) if smooth or by_identity else None
-    p = _problem(in_rows, gradient, source, other, dx, d_identity)
+    other = readable_or_none(identity, in_rows) if smooth or by_identity else None
+    p = problem_of(in_rows, gradient, source, other, dx, d_identity)
     s, pass_ = p.shape, plan.tail(p.shape, smooth)
     wrap_triton(gradient_maps)[_grid(p, pass_)](
         gradient,
@@ -268,18 +268,18 @@ def tail_gradients(
         s.samples,
         s.channels,
         s.pixels,
-        _row_bytes(p),
+        row_bytes(p),
         *strides_of(gradient, in_rows),
-        *_strides(source, in_rows),
-        *_strides(other, in_rows),
-        *_strides(dx, in_rows),
-        *_strides(d_identity, in_rows),
+        *strides_or_zero(source, in_rows),
+        *strides_or_zero(other, in_rows),
+        *strides_or_zero(dx, in_rows),
+        *strides_or_zero(d_identity, in_rows),
         ACTIVATION=activation,
         IDENTITY=smooth and other is not None,
         BY_X=by_x,
         BY_IDENTITY=by_identity,
         DX=dx is not None,
         D_IDENTITY=d_identity is not None,
-        MASK_ALIGN=_mask_align(p),
+        MASK_ALIGN=mask_align(p),
         **_flags(p, pass_),
     )

@@ -8,18 +8,37 @@ from torch import Tensor
 from eca_fused.ops import tail_fakes
 from eca_fused.ops.checks import ACTIVATIONS, check_dy, check_identity, check_x
 from eca_fused.ops.library import operators, qualified
-from eca_fused.ops.results import mask_bytes, mask_size, sums_dtype
-from eca_fused.ops.triton import tail_launch
+from eca_fused.ops.results import mask_bytes, mask_size
 from eca_fused.ops.triton.coefficients import batch_statistics, tail_coefficients
 from eca_fused.ops.triton.maps import in_planes
-from eca_fused.ops.triton.operators import empty_like, on_device, operator
+from eca_fused.ops.triton.operators import check_coefficients, empty_like, on_device, operator
+from eca_fused.ops.triton.tail_launch import (
+    moments as launch_moments,
+)
+from eca_fused.ops.triton.tail_launch import (
+    tail as launch_tail,
+)
+from eca_fused.ops.triton.tail_launch import (
+    tail_gradients as launch_tail_gradients,
+)
+from eca_fused.ops.triton.tail_launch import (
+    tail_sums as launch_tail_sums,
+)
 
 __all__ = [
     "batch_moments",
+    "check_arguments",
+    "check_mask",
+    "compute_moments",
+    "compute_tail",
+    "compute_tail_gradients",
+    "compute_tail_sums",
     "moments",
+    "need_identity",
+    "new_mask",
     "tail",
+    "tail_forward",
     "tail_gradients",
-    "tail_inference",
     "tail_sums",
     "tail_training",
 ]
@@ -27,7 +46,7 @@ __all__ = [
 # ---- what they check, beyond the maps ----
 
 
-def _check(
+def check_arguments(
     x: Tensor,
     identity: Tensor | None,
     dy: Tensor | None,
@@ -46,28 +65,19 @@ def _check(
         check_identity(x, identity)
     if dy is not None:
         check_dy(x, dy)
-    if not 0 <= activation < len(ACTIVATIONS):
-        raise ValueError(
-            f"expected activation from 0 to {len(ACTIVATIONS) - 1} ({', '.join(ACTIVATIONS)}), "
-            f"got {activation}"
-        )
-    dtype = sums_dtype(x)
-    for name, (t, kinds, dims) in coefficients.items():
-        shape = (kinds, *x.shape[2 - dims : 2])
-        fits = t.shape == shape and t.dtype == dtype and t.device == x.device
-        if not (fits and t.is_contiguous()):
-            raise ValueError(
-                f"expected {name} contiguous, of shape {tuple(shape)} and {dtype} on {x.device}, "
-                f"got {tuple(t.shape)}, {t.dtype}, on {t.device}"
-            )
+    shapes = {
+        name: (t, (kinds, *x.shape[2 - dims : 2]))
+        for name, (t, kinds, dims) in coefficients.items()
+    }
+    check_coefficients(x, activation, ACTIVATIONS, shapes)
 
 
-def _mask_size(x: Tensor, activation: int) -> int:
+def bits_size(x: Tensor, activation: int) -> int:
     return mask_size(x) if ACTIVATIONS[activation] == "relu" else 0
 
 
-def _check_mask(mask: Tensor, x: Tensor, activation: int) -> None:
-    size = _mask_size(x, activation)
+def check_mask(mask: Tensor, x: Tensor, activation: int) -> None:
+    size = bits_size(x, activation)
     fits = mask.shape == (size,) and mask.dtype == torch.uint8 and mask.device == x.device
     if not (fits and mask.is_contiguous()):
         raise ValueError(
@@ -76,7 +86,15 @@ def _check_mask(mask: Tensor, x: Tensor, activation: int) -> None:
         )
 
 
-def _need_identity(identity: Tensor | None, needed: bool, what: str) -> None:
+def new_mask(x: Tensor, activation: int, needed: bool) -> Tensor:
+    """Bytes for ReLU's mask; none for other activations, or if it is not needed."""
+    size = bits_size(x, activation) if needed else 0
+    # The same bytes on every run, those too that only the other layout would need.
+    whole = size == mask_bytes(x, in_planes(x))
+    return (x.new_empty if whole else x.new_zeros)(size, dtype=torch.uint8)
+
+
+def need_identity(identity: Tensor | None, needed: bool, what: str) -> None:
     if needed and identity is None:
         raise ValueError(f"expected identity for {what}, got None")
 
@@ -84,19 +102,17 @@ def _need_identity(identity: Tensor | None, needed: bool, what: str) -> None:
 # ---- the operators ----
 
 
-@operator(qualified("triton_moments"), mutates_args=())
-def _moments(x: Tensor) -> Tensor:
+def compute_moments(x: Tensor) -> Tensor:
     check_x(x)
     found = x.new_empty((2, *x.shape[:2]), dtype=torch.float64)
     if x.numel() == 0:
         return found.zero_()
     with on_device(x):
-        tail_launch.moments(x, found)
+        launch_moments(x, found)
     return found
 
 
-@operator(qualified("triton_tail"), mutates_args=())
-def _tail(
+def compute_tail(
     x: Tensor,
     identity: Tensor | None,
     planes: Tensor,
@@ -104,21 +120,18 @@ def _tail(
     activation: int,
     need_mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(x, identity, None, activation, {"planes": (planes, 2, 2), "channels": (channels, 3, 1)})
-    y = empty_like(x)
-    size = _mask_size(x, activation) if need_mask else 0
-    # The same bytes on every run, those too that only the other layout would need.
-    whole = size == mask_bytes(x, in_planes(x))
-    mask = (x.new_empty if whole else x.new_zeros)(size, dtype=torch.uint8)
+    check_arguments(
+        x, identity, None, activation, {"planes": (planes, 2, 2), "channels": (channels, 3, 1)}
+    )
+    y, mask = empty_like(x), new_mask(x, activation, need_mask)
     if x.numel() != 0:
         with on_device(x):
-            kept = None if size == 0 else mask
-            tail_launch.tail(x, identity, planes, channels, activation, y, kept)
+            kept = None if mask.numel() == 0 else mask
+            launch_tail(x, identity, planes, channels, activation, y, kept)
     return y, mask
 
 
-@operator(qualified("triton_tail_sums"), mutates_args=())
-def _tail_sums(
+def compute_tail_sums(
     dy: Tensor,
     x: Tensor,
     identity: Tensor | None,
@@ -128,19 +141,20 @@ def _tail_sums(
     activation: int,
     identity_sum: bool,
 ) -> Tensor:
-    _check(x, identity, dy, activation, {"planes": (planes, 2, 2), "channels": (channels, 3, 1)})
-    _check_mask(mask, x, activation)
-    _need_identity(identity, identity_sum, "its sum")
+    check_arguments(
+        x, identity, dy, activation, {"planes": (planes, 2, 2), "channels": (channels, 3, 1)}
+    )
+    check_mask(mask, x, activation)
+    need_identity(identity, identity_sum, "its sum")
     sums = x.new_empty((3 if identity_sum else 2, *x.shape[:2]), dtype=torch.float64)
     if x.numel() == 0:
         return sums.zero_()
     with on_device(x):
-        tail_launch.tail_sums(dy, x, identity, mask, planes, channels, activation, sums)
+        launch_tail_sums(dy, x, identity, mask, planes, channels, activation, sums)
     return sums
 
 
-@operator(qualified("triton_tail_gradients"), mutates_args=())
-def _tail_gradients(
+def compute_tail_gradients(
     dy: Tensor,
     x: Tensor,
     identity: Tensor | None,
@@ -161,14 +175,14 @@ def _tail_gradients(
         "gradient_planes": (gradient_planes, 2, 2),
         "gradient_channels": (gradient_channels, 4, 1),
     }
-    _check(x, identity, dy, activation, coefficients)
-    _check_mask(mask, x, activation)
-    _need_identity(identity, by_identity, "a gradient that it is part of")
+    check_arguments(x, identity, dy, activation, coefficients)
+    check_mask(mask, x, activation)
+    need_identity(identity, by_identity, "a gradient that it is part of")
     dx = empty_like(x) if need_dx else None
     d_identity = empty_like(x) if need_d_identity else None
     if x.numel() != 0 and (need_dx or need_d_identity):
         with on_device(x):
-            tail_launch.tail_gradients(
+            launch_tail_gradients(
                 dy,
                 x,
                 identity,
@@ -189,13 +203,13 @@ def _tail_gradients(
     )
 
 
-for _body, _fake in (
-    (_moments, tail_fakes.moments),
-    (_tail, tail_fakes.tail),
-    (_tail_sums, tail_fakes.tail_sums),
-    (_tail_gradients, tail_fakes.tail_gradients),
+for _name, _compute, _fake in (
+    ("moments", compute_moments, tail_fakes.moments),
+    ("tail", compute_tail, tail_fakes.tail),
+    ("tail_sums", compute_tail_sums, tail_fakes.tail_sums),
+    ("tail_gradients", compute_tail_gradients, tail_fakes.tail_gradients),
 ):
-    _body.register_fake(_fake)
+    operator(qualified(f"triton_{_name}"), mutates_args=())(_compute).register_fake(_fake)
 
 moments = operators.triton_moments.default
 tail = operators.triton_tail.default
@@ -212,23 +226,11 @@ def batch_moments(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return planes, *batch_statistics(planes, x.shape[2:].numel())
 
 
-def tail_inference(
-    x: Tensor,
-    identity: Tensor | None,
-    weight: Tensor | None,
-    means: Tensor | None,
-    *rest: Any,
-) -> Tensor:
-    if weight is not None and means is None:
-        means = moments(x)[0]
-    return _forward(x, identity, weight, means, *rest, need_mask=False)[0]
-
-
 def tail_training(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward(*arguments, need_mask=True)
+    return tail_forward(*arguments, need_mask=True)
 
 
-def _forward(
+def tail_forward(
     x: Tensor,
     identity: Tensor | None,
     weight: Tensor | None,
