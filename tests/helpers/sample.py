@@ -10,8 +10,8 @@ import os
 import pytest
 
 # In the interpreter these take up to minutes each: tests of the CPU's caches and threads, of a call
-# for every element, of many runs or steps on one case or on a large map, of the compiler, and of other
-# processors' kernels. It copies every argument itself, so copies are not counted either
+# for every element, of many runs or steps on one case or on a large map, of the compiler, and of
+# other processors' kernels. It copies every argument itself, so copies are not counted either
 # (test_views_are_read_in_place stands in for that). Imports are the same for every backend.
 LEFT_OUT = [
     "larger_than_the_caches",

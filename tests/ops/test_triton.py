@@ -579,6 +579,38 @@ def test_instructions(layer, backward, tmp_path, monkeypatch):
 
 
 @compiles
+def test_launches_of_a_training_step(monkeypatch):
+    """Of a tail with batch norm and ECA: docs/how_it_works.md says how many."""
+    from eca_fused.ops.triton import coefficients, tails
+    from helpers.triton_aot import recorded
+
+    x = torch.empty(32, 1024, 14, 14, dtype=torch.bfloat16, device="meta")
+    weight, gamma = torch.empty(1, 1, 5, device="meta"), torch.empty(1024, device="meta")
+    none = (None,) * 4
+
+    def step():
+        planes = tails.compute_moments(x)
+        norm = *coefficients.compute_statistics(planes, 196), gamma, gamma, 1e-5
+        both = *norm, *none, 0.0
+        planes, rows, gate, distance = coefficients.compute_coefficients(
+            x, weight, planes[0], None, None, *both, False, True
+        )
+        _, mask = tails.compute_tail(x, x, planes, rows[3:], 1, True)
+        maps = x, x, None, mask, planes, rows[3:]
+        sums = tails.compute_tail_sums(*maps, 1, False)
+        flags = False, False, False, True
+        totals, _, _, dmean, _ = coefficients.compute_totals(
+            x, sums, weight, gate, None, None, distance, *norm, *flags
+        )
+        found = coefficients.compute_gradient_coefficients(
+            x, totals, None, 6272.0, 0.0, gate, None, dmean, *both, True
+        )
+        tails.compute_tail_gradients(*maps, found[0], found[1], 1, True, False, True, True)
+
+    assert len(recorded(step, monkeypatch)) == 11
+
+
+@compiles
 def test_torch_finds_the_kernels_of_each_operator():
     """They are in the keys of its caches, so no compiled graph with older kernels is used."""
     from torch._library.triton import get_triton_kernels_for_op
