@@ -54,7 +54,7 @@ def norm_of(mean, variance, gamma, beta, c, exists, EPS: tl.constexpr, DOUBLE: t
         average = number(mean, c, exists, 0.0)
         centre = to_sums(average, DOUBLE)
         shift = average - centre
-        spread = 1.0 / tl.sqrt(number(variance, c, exists, 1.0) + EPS)
+        spread = tl.rsqrt(number(variance, c, exists, 1.0) + EPS)
         alpha = alpha * spread
         offset = number(beta, c, exists, 0.0) - alpha * shift
     return alpha, offset, centre, shift, spread

@@ -77,18 +77,19 @@ class Tile:
     warps: int
 
 
-def resident(shape: Shape, maps: int, elements: int = TILE) -> Tile | None:
+def resident(shape: Shape, maps: int, elements: int = TILE, line: int = LINE_BYTES) -> Tile | None:
     """The tile of a program that keeps whole planes in registers, or None if they do not fit.
 
     Args:
         shape: of the map.
         maps: how many maps a program reads: 1 forward, 2 backward.
         elements: of the tile, or more for enough channels.
+        line: least bytes of a row if the channels are innermost.
     """
     pixels = power_of_two(shape.pixels)
     most = TILE_MOST // (2 if shape.itemsize == 8 else 1)
-    # At least the halo, and whole cache lines if the channels are innermost.
-    least = max(halo_rows(shape.k), 4 if shape.planes else LINE_BYTES // shape.itemsize)
+    # At least the halo, and whole lines if the channels are innermost.
+    least = max(halo_rows(shape.k), 4 if shape.planes else line // shape.itemsize)
     tile = min(power_of_two(shape.channels), max(elements // pixels, 1))
     while tile < max(CHANNELS_FEW, least) and tile < shape.channels and 2 * tile * pixels <= most:
         tile *= 2
@@ -104,14 +105,14 @@ def resident_tail(shape: Shape, sloped: bool = False) -> Tile | None:
     """The same for a block's tail, whose mask has a byte for eight elements of a row.
 
     Up to three maps are in registers, so a tile is half as large, but for float64 with as many
-    warps.
+    warps. With channels innermost, half a cache line is enough: two sectors.
 
     Args:
         shape: of the map.
         sloped: the program computes the slopes of SiLU or GELU, which take registers too.
     """
     half = shape.itemsize < 8
-    tile = resident(shape, 2, TILE // 2 if half else TILE)
+    tile = resident(shape, 2, TILE // 2 if half else TILE, LINE_BYTES // 2)
     if tile is None or (sloped and tile.channels * tile.pixels > TILE):
         return None
     warps = max(tile.warps, min(2 * tile.warps, 8)) if half else tile.warps
