@@ -3,6 +3,7 @@
 A way either has tails, or its callers call a block's modules one after the other.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ GateOf = Callable[[Tensor], Tensor]  # from means (N, C) to gates (N, C)
 
 def pixels_of(x: Tensor) -> int:
     """S, the number of spatial positions of x (N, C, *spatial)."""
-    return x.shape[2:].numel()
+    return math.prod(x.shape[2:])  # numel() would fix sizes that a tracer leaves open
 
 
 class Tails:

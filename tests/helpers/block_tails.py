@@ -85,14 +85,14 @@ class BlockCase:
     def kept_by(self, mask: Tensor) -> Tensor:
         n, c, s = self.x.shape
         rows, length = (c, s) if self.layout == "contiguous" else (s, c)
-        bits = (mask.long()[:, None] >> torch.arange(8)) & 1
+        bits = (mask.long()[:, None] >> torch.arange(8, device="cpu")) & 1
         kept = bits.reshape(n, rows, -1)[..., :length].bool()
         return kept if self.layout == "contiguous" else kept.transpose(1, 2)
 
     def mask(self, kept: Tensor) -> Tensor:
         rows = kept if self.layout == "contiguous" else kept.transpose(1, 2)
         padded = torch.nn.functional.pad(rows, (0, -rows.shape[2] % 8)).reshape(-1, 8)
-        return (padded.long() << torch.arange(8)).sum(1).to(torch.uint8)
+        return (padded.long() << torch.arange(8, device="cpu")).sum(1).to(torch.uint8)
 
 
 def check_forward(gpu: BlockTailGpu, case: BlockCase, **how: Any) -> Outcome:
@@ -141,7 +141,7 @@ def check_backward(
 
     alpha, beta, _, centre, identity_scale, identity_centre = case.channels.double()
     from_centre = x.detach() - centre[:, None]
-    factors = [torch.ones(()), from_centre, other.detach() - identity_centre[:, None]]
+    factors = [torch.ones((), device="cpu"), from_centre, other.detach() - identity_centre[:, None]]
     big = 1.2 * dy.abs()  # of g, as no slope is larger
     for i in range(2 + identity_sum):
         near = ((big * factors[i].abs()).sum(2), torch.float64, case.wide)

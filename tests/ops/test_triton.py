@@ -578,36 +578,80 @@ def test_instructions(layer, backward, tmp_path, monkeypatch):
     assert 0.9 * number <= found <= 1.05 * number, f"{found:.1f} instead of {number}"
 
 
+def training_step(x, weight, gamma):
+    """What autograd/tail.py calls on the Triton backend, for batch norm, ECA and ReLU."""
+    from eca_fused.ops.triton import coefficients, tails
+
+    n, pixels = x.shape[0], math.prod(x.shape[2:])
+    none = (None,) * 4
+    planes = tails.compute_moments(x)
+    norm = *coefficients.compute_statistics(planes, pixels), gamma, gamma, 1e-5
+    both = *norm, *none, 0.0
+    planes, rows, gate, distance = coefficients.compute_coefficients(
+        x, weight, planes[0], None, None, *both, False, True
+    )
+    y, mask = tails.compute_tail(x, x, planes, rows[3:], 1, True)
+    maps = y, x, None, mask, planes, rows[3:]
+    sums = tails.compute_tail_sums(*maps, 1, False)
+    flags = False, False, False, True
+    totals, _, _, dmean, dweight = coefficients.compute_totals(
+        x, sums, weight, gate, None, None, distance, *norm, *flags
+    )
+    shares = totals / (n * pixels)
+    found = coefficients.compute_gradient_coefficients(
+        x, totals, shares, 1.0, 0.0, gate, None, dmean, *both, True
+    )
+    results = tails.compute_tail_gradients(*maps, *found[:2], 1, True, False, True, True)
+    return y, *results, dweight, *found[2:4]
+
+
 @compiles
 def test_launches_of_a_training_step(monkeypatch):
-    """Of a tail with batch norm and ECA: docs/how_it_works.md says how many."""
-    from eca_fused.ops.triton import coefficients, tails
+    """docs/how_it_works.md says how many."""
     from helpers.triton_aot import recorded
 
     x = torch.empty(32, 1024, 14, 14, dtype=torch.bfloat16, device="meta")
     weight, gamma = torch.empty(1, 1, 5, device="meta"), torch.empty(1024, device="meta")
-    none = (None,) * 4
+    assert len(recorded(lambda: training_step(x, weight, gamma), monkeypatch)) == 11
 
-    def step():
-        planes = tails.compute_moments(x)
-        norm = *coefficients.compute_statistics(planes, 196), gamma, gamma, 1e-5
-        both = *norm, *none, 0.0
-        planes, rows, gate, distance = coefficients.compute_coefficients(
-            x, weight, planes[0], None, None, *both, False, True
-        )
-        _, mask = tails.compute_tail(x, x, planes, rows[3:], 1, True)
-        maps = x, x, None, mask, planes, rows[3:]
-        sums = tails.compute_tail_sums(*maps, 1, False)
-        flags = False, False, False, True
-        totals, _, _, dmean, _ = coefficients.compute_totals(
-            x, sums, weight, gate, None, None, distance, *norm, *flags
-        )
-        found = coefficients.compute_gradient_coefficients(
-            x, totals, None, 6272.0, 0.0, gate, None, dmean, *both, True
-        )
-        tails.compute_tail_gradients(*maps, found[0], found[1], 1, True, False, True, True)
 
-    assert len(recorded(step, monkeypatch)) == 11
+@compiles
+def test_no_size_is_fixed_while_tracing():
+    """Batch, height and width stay open, of passes and of tails in one pass."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.functional_tensor import dispatch_functionalize
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import (
+        DimDynamic,
+        ShapeEnv,
+        StatelessSymbolicContext,
+    )
+
+    from eca_fused.ops.triton import block_tails
+
+    def one_pass(x, weight, rows):
+        y, mask, *saved = block_tails.compute_block_tail(x, x, weight, None, rows, False, 1, True)
+        flags = False, 1, False, True, True, True
+        saved = mask, weight, None, rows, *saved
+        return y, *block_tails.compute_block_tail_backward(y, x, None, *saved, *flags)
+
+    def shapes_of(function, *parameters):
+        environment = ShapeEnv()
+        mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
+        opened = StatelessSymbolicContext(
+            [DimDynamic.DYNAMIC, DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.DYNAMIC]
+        )
+        whole = torch.empty(6, 64, 14, 15, device="meta")
+        with mode:
+            given = [torch.empty(shape, device="cuda") for shape in parameters]
+        x = mode.from_tensor(whole, symbolic_context=opened)
+        with mode:
+            x = torch.empty(x.shape, device="cuda")
+            make_fx(dispatch_functionalize(function), tracing_mode="real")(x, *given)
+        return [size.node.expr.is_number for size in (x.shape[0], *x.shape[2:])]
+
+    assert shapes_of(training_step, (1, 1, 3), (64,)) == [False] * 3
+    assert shapes_of(one_pass, (1, 1, 3), (6, 64)) == [False] * 3
 
 
 @compiles
@@ -617,6 +661,7 @@ def test_torch_finds_the_kernels_of_each_operator():
 
     from eca_fused.ops import triton  # noqa: F401  # registers them
 
+    taps = {"tap_gradients", "tap_totals"}
     passes = {"plane_moments", "coefficients", "tail_result"}
     backward_passes = {"gradient_sums", "plane_gradients", "channel_totals", "gradient_maps"}
     expected = {
@@ -624,7 +669,7 @@ def test_torch_finds_the_kernels_of_each_operator():
         "triton_inference": {"forward_resident", "sums", "gates", "scale"},
         "_triton_inference_": {"forward_resident", "sums", "gates", "scale"},
         "_triton_inference_into": {"forward_resident", "sums", "gates", "scale"},
-        "triton_backward": {"backward_resident", "gate_gradients", "tap_gradients", "tap_totals"},
+        "triton_backward": {"backward_resident", "gate_gradients"} | taps,
         "triton_pool": {"sums", "finish"},
         "triton_rescale": {"scale"},
         "triton_rescale_backward": {"sums", "finish", "scale"},
@@ -634,10 +679,10 @@ def test_torch_finds_the_kernels_of_each_operator():
         "triton_tail_gradients": {"gradient_maps"},
         "triton_batch_statistics": {"statistics_of_batch"},
         "triton_tail_coefficients": {"coefficients"},
-        "triton_tail_totals": {"plane_gradients", "scale_gradients", "channel_totals"},
+        "triton_tail_totals": {"plane_gradients", "scale_gradients", "channel_totals"} | taps,
         "triton_tail_gradient_coefficients": {"gradient_coefficients"},
         "triton_block_tail": {"block_tail_result"} | passes,
-        "triton_block_tail_backward": {"block_tail_gradients"} | backward_passes,
+        "triton_block_tail_backward": {"block_tail_gradients"} | backward_passes | taps,
         "triton_activated_sums": {"activated_parts", "finish"},
         "triton_gated": {"gated_result"},
         "triton_gated_gradients": {"gated_gradient"},

@@ -69,6 +69,8 @@ def test_tiles_with_neighbours(layout, mode, monkeypatch):
     monkeypatch.setattr(plan, "resident_tail", lambda shape, sloped: plan.Tile(8, 16, 4))
     for activation, identity, k in (("relu", True, 5), ("silu", True, 3), ("none", False, 9)):
         check(BlockCase((2, 22, 15), torch.float32, layout, activation, identity, mode, True, k))
+    for dtype in (torch.bfloat16, torch.float64):
+        check(BlockCase((1, 13, 15), dtype, layout, "relu", True, mode, False, 5))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -181,7 +183,8 @@ def test_bitwise_the_same_on_every_run(layout):
 def test_opcheck(monkeypatch):
     for layout, plan_of in zip(LAYOUTS, (resident_tail, lambda shape, sloped: None), strict=True):
         monkeypatch.setattr(plan, "resident_tail", plan_of)
-        case = BlockCase((2, 9, 20), torch.float32, layout)
+        case = BlockCase((2, 9, 20), torch.bfloat16, layout)
+        case.weight = case.weight.float()
         tensors = case.x, case.dy, case.identity, case.weight, case.scale, case.channels
         x, dy, identity, weight, scale, channels = (t.to(DEVICE) for t in tensors)
         forward = x, identity, weight, scale, channels, False, 1, True
@@ -233,7 +236,7 @@ def test_operators_refuse_what_does_not_fit():
     rest = False, 1, False, True, False, True
     for message, (bits, saved) in {
         "expected mask as the forward operator returned it": (mask[1:], (distance, gate)),
-        "expected": (mask, (distance[:1], gate)),
+        "expected mean of shape": (mask, (distance[:1], gate)),
     }.items():
         with pytest.raises((ValueError, TypeError), match=message):
             triton.block_tail_backward(x, x, None, bits, weight, None, channels, *saved, *rest)

@@ -64,8 +64,7 @@ def _norms(channels: Tensor) -> tuple[NormArguments, NormArguments]:
     return (centre, one, alpha, beta, 0.0), (identity_centre, one, identity_scale, shift, 0.0)
 
 
-@operator(qualified("triton_block_tail"), mutates_args=())
-def _block_tail(
+def compute_block_tail(
     x: Tensor,
     identity: Tensor | None,
     weight: Tensor,
@@ -86,6 +85,7 @@ def _block_tail(
         given = x, identity, taps, scale, channels, circular, activation
         if launch_block_tail(*given, y, kept, distance, gate):
             return y, mask, distance, gate
+    del y, mask  # or the largest maps would be there twice
     means = compute_moments(x)[0]
     own, other = _norms(channels)
     planes, rows, gate, distance = compute_coefficients(
@@ -95,8 +95,7 @@ def _block_tail(
     return y, mask, distance, gate
 
 
-@operator(qualified("triton_block_tail_backward"), mutates_args=())
-def _block_tail_backward(
+def compute_block_tail_backward(
     dy: Tensor,
     x: Tensor,
     identity: Tensor | None,
@@ -124,8 +123,8 @@ def _block_tail_backward(
     dmean = gate.new_empty(gate.shape)
 
     def results() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        a, b, c = (x.new_empty(0) if t is None else t for t in (dx, d_identity, dweight))
-        return a, b, sums, dmean, c
+        a, b = (x.new_empty(0) if t is None else t for t in (dx, d_identity))
+        return a, b, sums, dmean, weight.new_empty(0) if dweight is None else dweight
 
     if x.numel() == 0:
         for t in (sums, dmean, dweight):
@@ -137,6 +136,7 @@ def _block_tail_backward(
         given = dy, x, identity, mask, taps, scale, channels, distance, gate, circular, activation
         if launch_block_tail_backward(*given, sums, dmean, dx, d_identity, dweight):
             return results()
+    dx = d_identity = None  # likewise
     own, other = _norms(channels)
     of_gate = x, None, None, gate, scale
     planes, rows, _, _ = compute_coefficients(*of_gate, *own, *other, circular, True)
@@ -152,8 +152,12 @@ def _block_tail_backward(
     return results()
 
 
-_block_tail.register_fake(tail_fakes.block_tail)
-_block_tail_backward.register_fake(tail_fakes.block_tail_backward)
+for _name, _compute, _fake in (
+    ("block_tail", compute_block_tail, tail_fakes.block_tail),
+    ("block_tail_backward", compute_block_tail_backward, tail_fakes.block_tail_backward),
+):
+    operator(qualified(f"triton_{_name}"), mutates_args=())(_compute).register_fake(_fake)
+
 block_tail = operators.triton_block_tail.default
 block_tail_backward = operators.triton_block_tail_backward.default
 

@@ -440,6 +440,6 @@ def gradient_coefficients(
         at = n[:, None] * channels + c[None, :]
         factor = number(gate, at, exists, 1.0) * number(scale, n, n < samples, 1.0)[:, None]
         put(planes, at, factor * own[0][None, :], exists)
-        of_mean = own[0] * (1.0 / tl.cast(pixels, tl.float64))
+        of_mean = own[0] * (1.0 / tl.cast(tl.maximum(pixels, 1), tl.float64))
         r = of_mean[None, :] * number(dmean, at, exists, 0.0) + offset[None, :]
         put(planes, samples * wide_channels + at, r, exists)

@@ -4,6 +4,7 @@ The tensors are contiguous, and there are channels. Launches, with batch norm an
 two forward, and one more for a norm of the identity; five backward.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -224,7 +225,7 @@ def tail_gradient_coefficients(
         int(identity_values),
         x.shape[0],
         x.shape[1],
-        x.shape[2:].numel(),
+        math.prod(x.shape[2:]),
         EPS=eps,
         IDENTITY_EPS=identity_eps,
         DOUBLE=_double(x),

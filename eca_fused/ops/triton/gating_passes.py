@@ -103,9 +103,10 @@ def activated_parts(
     n = (program // splits // tiles).to(tl.int64)
     c = wide(program // splits % tiles, WIDE) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = c < channels
+    wide_channels = tl.cast(channels, tl.int64)
     p = column(values, c, exists)
-    q = column(values + channels, c, exists)
-    centre = column(values + 2 * channels, c, exists)
+    q = column(values + wide_channels, c, exists)
+    centre = column(values + 2 * wide_channels, c, exists)
     by_z = tl.zeros([BLOCK_C, BLOCK_S], values.dtype.element_ty)
     by_g = by_z
     by_g_x = by_z
@@ -132,7 +133,7 @@ def activated_parts(
     at = sums + (n * channels + c) * splits + split
     tl.store(at, tl.sum(by_z, 1), mask=exists)
     if FOR_NORM:
-        kind = tl.cast(samples, tl.int64) * channels * splits
+        kind = samples * wide_channels * splits
         tl.store(at + kind, tl.sum(by_g, 1), mask=exists)
         tl.store(at + 2 * kind, tl.sum(by_g_x, 1), mask=exists)
         tl.store(at + 3 * kind, tl.sum(by_slope, 1), mask=exists)
@@ -166,10 +167,11 @@ def gated_result(
     n = (program // splits // tiles).to(tl.int64)
     c = wide(program // splits % tiles, WIDE) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = c < channels
+    wide_channels = tl.cast(channels, tl.int64)
     a = column(gate, n * channels + c, exists)
     p = column(values, c, exists)
-    q = column(values + channels, c, exists)
-    centre = column(values + 2 * channels, c, exists)
+    q = column(values + wide_channels, c, exists)
+    centre = column(values + 2 * wide_channels, c, exists)
     for back in range(BLOCKS):
         block = wide(program % splits, WIDE) * BLOCKS + (BLOCKS - 1 - back)
         s = block * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -216,15 +218,16 @@ def gated_gradient(
     n = (program // splits // tiles).to(tl.int64)
     c = wide(program // splits % tiles, WIDE) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = c < channels
+    wide_channels = tl.cast(channels, tl.int64)
     plane = n * channels + c
     gate = column(planes, plane, exists)
-    shift = column(planes + tl.cast(samples, tl.int64) * channels, plane, exists)
+    shift = column(planes + samples * wide_channels, plane, exists)
     p = column(values, c, exists)
-    q = column(values + channels, c, exists)
-    centre = column(values + 2 * channels, c, exists)
+    q = column(values + wide_channels, c, exists)
+    centre = column(values + 2 * wide_channels, c, exists)
     if BY_X:
         by_x = column(gradient_values, c, exists)
-        offset = column(gradient_values + channels, c, exists)
+        offset = column(gradient_values + wide_channels, c, exists)
     for back in range(BLOCKS):
         block = wide(program % splits, WIDE) * BLOCKS + (BLOCKS - 1 - back)
         s = block * BLOCK_S + tl.arange(0, BLOCK_S)

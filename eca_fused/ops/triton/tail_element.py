@@ -161,9 +161,9 @@ def bits_of(mask, n, c, s, here, channels, pixels, row_bytes, PLANES: tl.constex
     c, s = c.to(tl.int64), s.to(tl.int64)
     if PLANES:
         at = ((n * channels + c) * row_bytes)[:, None] + (s // 8)[None, :]
-        place = (s % 8)[None, :]
+        place = (s & 7)[None, :]
     else:
         at = ((n * pixels + s) * row_bytes)[None, :] + (c // 8)[:, None]
-        place = (c % 8)[:, None]
+        place = (c & 7)[:, None]
     packed = tl.load(mask + at, mask=here, other=0).to(tl.int32)
     return ((packed >> place.to(tl.int32)) & 1) != 0

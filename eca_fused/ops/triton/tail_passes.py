@@ -155,12 +155,13 @@ def tail_result(
     first_c = wide(program // splits % tiles, WIDE) * BLOCK_C
     c = first_c + tl.arange(0, BLOCK_C)
     exists = c < channels
+    wide_channels = tl.cast(channels, tl.int64)
     p = column(planes, n * channels + c, exists)
-    q = column(planes + tl.cast(samples, tl.int64) * channels, n * channels + c, exists)
+    q = column(planes + samples * wide_channels, n * channels + c, exists)
     centre = column(values, c, exists)
     if IDENTITY:
-        identity_scale = column(values + channels, c, exists)
-        identity_centre = column(values + 2 * channels, c, exists)
+        identity_scale = column(values + wide_channels, c, exists)
+        identity_centre = column(values + 2 * wide_channels, c, exists)
     for back in range(BLOCKS):
         first_s = (wide(program % splits, WIDE) * BLOCKS + (BLOCKS - 1 - back)) * BLOCK_S
         s = first_s + tl.arange(0, BLOCK_S)
@@ -235,15 +236,16 @@ def gradient_sums(
     first_c = wide(program // splits % tiles, WIDE) * BLOCK_C
     c = first_c + tl.arange(0, BLOCK_C)
     exists = c < channels
-    all_planes = tl.cast(samples, tl.int64) * channels
+    wide_channels = tl.cast(channels, tl.int64)
+    all_planes = samples * wide_channels
     centre = column(values, c, exists)
     if IDENTITY or IDENTITY_SUM:
-        identity_centre = column(values + 2 * channels, c, exists)
+        identity_centre = column(values + 2 * wide_channels, c, exists)
     if SMOOTH:
         p = column(planes, n * channels + c, exists)
         q = column(planes + all_planes, n * channels + c, exists)
         if IDENTITY:
-            identity_scale = column(values + channels, c, exists)
+            identity_scale = column(values + wide_channels, c, exists)
     by_one = tl.zeros([BLOCK_C, BLOCK_S], planes.dtype.element_ty)
     by_x = by_one
     by_identity = by_one
@@ -341,27 +343,28 @@ def gradient_maps(
     first_c = wide(program // splits % tiles, WIDE) * BLOCK_C
     c = first_c + tl.arange(0, BLOCK_C)
     exists = c < channels
+    wide_channels = tl.cast(channels, tl.int64)
     plane = n * channels + c
-    all_planes = tl.cast(samples, tl.int64) * channels
+    all_planes = samples * wide_channels
     if SMOOTH or BY_X:
         centre = column(values, c, exists)
     if IDENTITY or BY_IDENTITY:
-        identity_centre = column(values + 2 * channels, c, exists)
+        identity_centre = column(values + 2 * wide_channels, c, exists)
     if SMOOTH:
         p = column(planes, plane, exists)
         q = column(planes + all_planes, plane, exists)
         if IDENTITY:
-            identity_scale = column(values + channels, c, exists)
+            identity_scale = column(values + wide_channels, c, exists)
     if DX:
         x_p = column(gradient_planes, plane, exists)
         x_r = column(gradient_planes + all_planes, plane, exists)
         if BY_X:
             x_q = column(gradient_values, c, exists)
     if D_IDENTITY:
-        identity_p = column(gradient_values + channels, c, exists)
+        identity_p = column(gradient_values + wide_channels, c, exists)
         if BY_IDENTITY:
-            identity_q = column(gradient_values + 2 * channels, c, exists)
-            identity_r = column(gradient_values + 3 * channels, c, exists)
+            identity_q = column(gradient_values + 2 * wide_channels, c, exists)
+            identity_r = column(gradient_values + 3 * wide_channels, c, exists)
     for back in range(BLOCKS):
         first_s = (wide(program % splits, WIDE) * BLOCKS + (BLOCKS - 1 - back)) * BLOCK_S
         s = first_s + tl.arange(0, BLOCK_S)

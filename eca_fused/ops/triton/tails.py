@@ -1,5 +1,6 @@
 """The operators of a residual block's tail that pass over maps; see TailKernels in kernels.py."""
 
+import math
 from typing import Any
 
 import torch
@@ -221,9 +222,9 @@ tail_gradients = operators.triton_tail_gradients.default
 
 
 def batch_moments(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Without running statistics."""
+    """Does not update running statistics."""
     planes = moments(x)
-    return planes, *batch_statistics(planes, x.shape[2:].numel())
+    return planes, *batch_statistics(planes, math.prod(x.shape[2:]))
 
 
 def tail_training(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
