@@ -78,9 +78,10 @@ run_tests() { # ENV ARGUMENTS..., of pytest
     export PATH="$env/env/bin:$PATH" OMP_WAIT_POLICY=passive
     [ -z "${ECA_FUSED_TEST_SAMPLE-}" ] || {
       export PYTHONPATH=tests
-      # Of our own kernels alone, and long; of layers on Triton the operators are enough.
+      # Of our own kernels alone, or long: of layers on Triton the operators are enough, and of
+      # converted networks one step.
       left_out='larger_than_the_caches other_processors random_views interpreter[layers]'
-      left_out+=' test_sizes marks_select_them'
+      left_out+=' test_sizes marks_select_them 20_steps_follow'
       set -- -p helpers.sample -k "not ${left_out// / and not }" "$@"
     }
     "$env/env/bin/python" -m pytest -q -n logical --maxprocesses 4 --dist loadgroup "$@"
