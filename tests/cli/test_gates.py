@@ -14,8 +14,7 @@ from eca_fused import ECALayer, attention
 from eca_fused.__main__ import main
 from eca_fused.cli.common import photographs
 from eca_fused.cli.common.networks import hooked
-from eca_fused.cli.gates import class_gates
-from eca_fused.cli.gates import command as gates_command
+from eca_fused.cli.gates import class_gates, command as gates_command
 from eca_fused.models import BasicBlock, ResNet, mobilenetv2, resnet
 
 image = pytest.importorskip("PIL.Image", reason="needs pillow: make test installs it")

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from eca_fused import attention
 from eca_fused.__main__ import main
-from eca_fused.cli.tables import command as tables_command
-from eca_fused.cli.tables import published
+from eca_fused.cli.tables import command as tables_command, published
 from eca_fused.cli.tables.count import MMDETECTION, count_flops, count_parameters
 from eca_fused.models import ResNet, mobilenetv2, resnet
 

@@ -21,8 +21,8 @@ from helpers.cases import (
     make_case,
     name_of,
     plain,
+    run as run_plainly,
 )
-from helpers.cases import run as run_plainly
 from helpers.gpu_host import (
     A100,
     H200,

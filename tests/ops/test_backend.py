@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import eca_fused
-from eca_fused.ops import backend as backend_module
-from eca_fused.ops import native
+from eca_fused.ops import backend as backend_module, native
 from helpers.cases import needs_extension
 from helpers.processes import python
 

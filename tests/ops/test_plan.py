@@ -16,8 +16,7 @@ import eca_fused
 from eca_fused import kernel_size
 from eca_fused.__main__ import main
 from eca_fused.cli import plan as plan_command
-from eca_fused.ops import cuda_plan as planning
-from eca_fused.ops import native
+from eca_fused.ops import cuda_plan as planning, native
 from helpers.cases import DTYPES, IN_REGISTERS, LAYOUTS, grid, name_of
 
 pytestmark = pytest.mark.every_torch

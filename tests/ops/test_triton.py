@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from eca_fused import kernel_size
-from eca_fused.ops import backend as backend_module
-from eca_fused.ops import native
+from eca_fused.ops import backend as backend_module, native
 from helpers.cases import LAYOUTS, READ_IN_PLACE, in_layout, name_of
 from helpers.processes import python, run_tests
 

@@ -18,17 +18,9 @@ from eca_fused.ops.triton.coefficients import (
 from eca_fused.ops.triton.gating import activated_sums, gated, gated_gradients
 from eca_fused.ops.triton.launch import (
     backward as launch_backward,
-)
-from eca_fused.ops.triton.launch import (
     forward as launch_forward,
-)
-from eca_fused.ops.triton.launch import (
     pool as launch_pool,
-)
-from eca_fused.ops.triton.launch import (
     rescale as launch_rescale,
-)
-from eca_fused.ops.triton.launch import (
     rescale_backward as launch_rescale_backward,
 )
 from eca_fused.ops.triton.maps import apart, in_planes, overlap, readable, same_memory

@@ -15,8 +15,6 @@ from eca_fused.ops.results import sums_dtype
 from eca_fused.ops.tail import NormArguments
 from eca_fused.ops.triton.block_tail_launch import (
     block_tail as launch_block_tail,
-)
-from eca_fused.ops.triton.block_tail_launch import (
     block_tail_backward as launch_block_tail_backward,
 )
 from eca_fused.ops.triton.coefficients import (

@@ -7,17 +7,11 @@ from eca_fused.ops import tail_fakes
 from eca_fused.ops.checks import check, check_x
 from eca_fused.ops.library import operators, qualified
 from eca_fused.ops.results import sums_dtype
-from eca_fused.ops.triton.coefficient_launch import NormTensors
 from eca_fused.ops.triton.coefficient_launch import (
+    NormTensors,
     batch_statistics as launch_batch_statistics,
-)
-from eca_fused.ops.triton.coefficient_launch import (
     tail_coefficients as launch_tail_coefficients,
-)
-from eca_fused.ops.triton.coefficient_launch import (
     tail_gradient_coefficients as launch_tail_gradient_coefficients,
-)
-from eca_fused.ops.triton.coefficient_launch import (
     tail_totals as launch_tail_totals,
 )
 from eca_fused.ops.triton.operators import on_device, operator

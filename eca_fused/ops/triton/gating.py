@@ -9,11 +9,7 @@ from eca_fused.ops.gating import ACTIVATIONS
 from eca_fused.ops.library import operators, qualified
 from eca_fused.ops.triton.gating_launch import (
     activated_sums as launch_activated_sums,
-)
-from eca_fused.ops.triton.gating_launch import (
     gated as launch_gated,
-)
-from eca_fused.ops.triton.gating_launch import (
     gated_gradients as launch_gated_gradients,
 )
 from eca_fused.ops.triton.operators import check_coefficients, empty_like, on_device, operator

@@ -4,35 +4,27 @@ Every map has elements here. The coefficients are contiguous, in the dtype of su
 """
 
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from eca_fused.ops.gating import ACTIVATIONS
 from eca_fused.ops.triton import plan
 from eca_fused.ops.triton.gating_passes import activated_parts, gated_gradient, gated_result
-from eca_fused.ops.triton.launch import Problem, channels_with, problem, strides_of, wrap_triton
+from eca_fused.ops.triton.launch import (
+    Problem,
+    finish_parts,
+    pass_flags,
+    pass_grid,
+    problem,
+    strides_of,
+    wrap_triton,
+)
 from eca_fused.ops.triton.maps import in_planes, readable
-from eca_fused.ops.triton.passes import finish
-from eca_fused.ops.triton.plan import Pass, power_of_two
+from eca_fused.ops.triton.plan import Pass
 
 
 def _plan(p: Problem, activation: int) -> Pass:
     return plan.tail(p.shape, ACTIVATIONS[activation] in ("silu", "gelu"))
-
-
-def _flags(p: Problem, pass_: Pass) -> dict[str, Any]:
-    return {
-        **p.map_flags(),
-        "BLOCKS": pass_.blocks,
-        "BLOCK_C": pass_.tile.channels,
-        "BLOCK_S": pass_.tile.pixels,
-        "num_warps": pass_.tile.warps,
-    }
-
-
-def _grid(p: Problem, pass_: Pass) -> tuple[int]:
-    return (p.tiles(pass_.tile.channels) * pass_.splits,)
 
 
 def activated_sums(
@@ -53,7 +45,7 @@ def activated_sums(
     s, pass_ = p.shape, _plan(p, activation)
     whole = pass_.splits == 1
     partial = sums if whole else sums.new_empty((*sums.shape, pass_.splits))
-    wrap_triton(activated_parts)[_grid(p, pass_)](
+    wrap_triton(activated_parts)[pass_grid(p, pass_)](
         gradient,
         source,
         channels,
@@ -67,24 +59,11 @@ def activated_sums(
         ACTIVATION=activation,
         GRADIENT=gradient is not None,
         FOR_NORM=sums.shape[0] == 5,
-        **_flags(p, pass_),
+        **pass_flags(p, pass_),
     )
-    if whole:
-        return
-    rows = replace(p, shape=replace(s, samples=sums.shape[0] * s.samples))
-    parts = power_of_two(pass_.splits)
-    tile = channels_with(parts)
-    wrap_triton(finish)[(rows.tiles(tile),)](
-        partial,
-        sums,
-        s.channels,
-        s.pixels,
-        pass_.splits,
-        MEAN=False,
-        WIDE=p.wide,
-        SPLITS=parts,
-        BLOCK_C=tile,
-    )
+    if not whole:
+        rows = replace(p, shape=replace(s, samples=sums.shape[0] * s.samples))
+        finish_parts(rows, pass_, partial, sums, mean=False)
 
 
 def gated(x: Tensor, gate: Tensor, channels: Tensor, activation: int, y: Tensor) -> None:
@@ -100,7 +79,7 @@ def gated(x: Tensor, gate: Tensor, channels: Tensor, activation: int, y: Tensor)
     source = readable(x, planes)
     p = problem(planes, [source, y])
     s, pass_ = p.shape, _plan(p, activation)
-    wrap_triton(gated_result)[_grid(p, pass_)](
+    wrap_triton(gated_result)[pass_grid(p, pass_)](
         source,
         y,
         gate,
@@ -110,7 +89,7 @@ def gated(x: Tensor, gate: Tensor, channels: Tensor, activation: int, y: Tensor)
         *strides_of(source, planes),
         *strides_of(y, planes),
         ACTIVATION=activation,
-        **_flags(p, pass_),
+        **pass_flags(p, pass_),
     )
 
 
@@ -138,7 +117,7 @@ def gated_gradients(
     gradient, source = readable(dy, in_rows), readable(x, in_rows)
     p = problem(in_rows, [source, gradient, dx])
     s, pass_ = p.shape, _plan(p, activation)
-    wrap_triton(gated_gradient)[_grid(p, pass_)](
+    wrap_triton(gated_gradient)[pass_grid(p, pass_)](
         gradient,
         source,
         dx,
@@ -153,5 +132,5 @@ def gated_gradients(
         *strides_of(dx, in_rows),
         ACTIVATION=activation,
         BY_X=by_x,
-        **_flags(p, pass_),
+        **pass_flags(p, pass_),
     )

@@ -103,6 +103,21 @@ def channels_with(parts: int) -> int:
     return max(1, min(CHANNELS, 2048 // parts))
 
 
+def pass_flags(p: Problem, pass_: Pass) -> dict[str, Any]:
+    """The constants of a kernel whose programs have several tiles."""
+    return {
+        **p.map_flags(),
+        "BLOCKS": pass_.blocks,
+        "BLOCK_C": pass_.tile.channels,
+        "BLOCK_S": pass_.tile.pixels,
+        "num_warps": pass_.tile.warps,
+    }
+
+
+def pass_grid(p: Problem, pass_: Pass) -> tuple[int]:
+    return (p.tiles(pass_.tile.channels) * pass_.splits,)
+
+
 def forward(
     x: Tensor, weight: Tensor, circular: bool, y: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor] | None:
@@ -198,9 +213,9 @@ def _forward_in_passes(
 
 def _sums(p: Problem, pass_: Pass, x: Tensor, dy: Tensor | None) -> Tensor:
     """Sums of x, or of dy * x, in pass_.splits parts: (N, C, splits)."""
-    s, tile = p.shape, pass_.tile
+    s = p.shape
     partial = _channels(x).new_empty((s.samples, s.channels, pass_.splits))
-    wrap_triton(sums)[(p.tiles(tile.channels) * pass_.splits,)](
+    wrap_triton(sums)[pass_grid(p, pass_)](
         x,
         dy,
         partial,
@@ -210,11 +225,7 @@ def _sums(p: Problem, pass_: Pass, x: Tensor, dy: Tensor | None) -> Tensor:
         *strides_of(x, s.planes),
         *strides_of(x if dy is None else dy, s.planes),
         DOT=dy is not None,
-        BLOCKS=pass_.blocks,
-        BLOCK_C=tile.channels,
-        BLOCK_S=tile.pixels,
-        num_warps=tile.warps,
-        **p.map_flags(),
+        **pass_flags(p, pass_),
     )
     return partial
 
@@ -380,7 +391,7 @@ def pool(x: Tensor, mean: Tensor) -> None:
     source = readable(x, planes)
     p = problem(planes, [source])
     pass_ = plan.two_passes(p.shape)
-    _finish(p, pass_, _sums(p, pass_, source, None), mean, mean=True)
+    finish_parts(p, pass_, _sums(p, pass_, source, None), mean, mean=True)
 
 
 def rescale(x: Tensor, gate: Tensor, shift: Tensor | None, y: Tensor) -> None:
@@ -409,7 +420,7 @@ def rescale_backward(dy: Tensor, x: Tensor, gate: Tensor, dx: Tensor | None, dga
     maps = [readable(x, planes), readable(dy, planes)] + ([] if dx is None else [dx])
     p = problem(planes, maps)
     pass_ = plan.two_passes(p.shape)
-    _finish(p, pass_, _sums(p, pass_, maps[0], maps[1]), dgate, mean=False)
+    finish_parts(p, pass_, _sums(p, pass_, maps[0], maps[1]), dgate, mean=False)
     if dx is not None:
         _scale(p, pass_, maps[1], dx, _for_sums(gate, x), None)
 
@@ -419,7 +430,8 @@ def _for_sums(values: Tensor, x: Tensor) -> Tensor:
     return values.to(sums_dtype(x)).contiguous()
 
 
-def _finish(p: Problem, pass_: Pass, partial: Tensor, result: Tensor, mean: bool) -> None:
+def finish_parts(p: Problem, pass_: Pass, partial: Tensor, result: Tensor, mean: bool) -> None:
+    """Write the sums or means of all parts."""
     parts = power_of_two(pass_.splits)
     channels = channels_with(parts)
     wrap_triton(finish)[(p.tiles(channels),)](

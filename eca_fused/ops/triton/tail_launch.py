@@ -4,16 +4,23 @@ Every map has elements here. The coefficients are contiguous, in the dtype of su
 """
 
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from eca_fused.ops.checks import ACTIVATIONS
 from eca_fused.ops.triton import plan
-from eca_fused.ops.triton.launch import Problem, channels_with, problem, strides_of, wrap_triton
+from eca_fused.ops.triton.launch import (
+    Problem,
+    channels_with,
+    finish_parts,
+    pass_flags,
+    pass_grid,
+    problem,
+    strides_of,
+    wrap_triton,
+)
 from eca_fused.ops.triton.maps import in_planes, readable
-from eca_fused.ops.triton.passes import finish
-from eca_fused.ops.triton.plan import Pass, ceil_div, power_of_two
+from eca_fused.ops.triton.plan import ceil_div, power_of_two
 from eca_fused.ops.triton.tail_passes import (
     gradient_maps,
     gradient_sums,
@@ -53,20 +60,6 @@ def mask_align(p: Problem) -> int:
     return align
 
 
-def _flags(p: Problem, pass_: Pass) -> dict[str, Any]:
-    return {
-        **p.map_flags(),
-        "BLOCKS": pass_.blocks,
-        "BLOCK_C": pass_.tile.channels,
-        "BLOCK_S": pass_.tile.pixels,
-        "num_warps": pass_.tile.warps,
-    }
-
-
-def _grid(p: Problem, pass_: Pass) -> tuple[int]:
-    return (p.tiles(pass_.tile.channels) * pass_.splits,)
-
-
 def moments(x: Tensor, found: Tensor) -> None:
     """Write the means of the planes of x, and the sums of squared distances from them.
 
@@ -80,7 +73,7 @@ def moments(x: Tensor, found: Tensor) -> None:
     s, pass_ = p.shape, plan.tail(p.shape)
     whole = pass_.splits == 1
     parts = found if whole else found.new_empty((*found.shape, pass_.splits))
-    wrap_triton(plane_moments)[_grid(p, pass_)](
+    wrap_triton(plane_moments)[pass_grid(p, pass_)](
         source,
         parts,
         s.samples,
@@ -88,7 +81,7 @@ def moments(x: Tensor, found: Tensor) -> None:
         s.pixels,
         pass_.splits,
         *strides_of(source, planes),
-        **_flags(p, pass_),
+        **pass_flags(p, pass_),
     )
     if whole:
         return
@@ -131,7 +124,7 @@ def tail(
     smooth = is_smooth(activation)
     p = problem_of(in_rows, source, other, y)
     s, pass_ = p.shape, plan.tail(p.shape, smooth)
-    wrap_triton(tail_result)[_grid(p, pass_)](
+    wrap_triton(tail_result)[pass_grid(p, pass_)](
         source,
         other,
         y,
@@ -149,7 +142,7 @@ def tail(
         IDENTITY=other is not None,
         KEEP=mask is not None,
         MASK_ALIGN=mask_align(p),
-        **_flags(p, pass_),
+        **pass_flags(p, pass_),
     )
 
 
@@ -179,7 +172,7 @@ def tail_sums(
     s, pass_ = p.shape, plan.tail(p.shape, smooth)
     whole = pass_.splits == 1
     partial = sums if whole else sums.new_empty((*sums.shape, pass_.splits))
-    wrap_triton(gradient_sums)[_grid(p, pass_)](
+    wrap_triton(gradient_sums)[pass_grid(p, pass_)](
         gradient,
         source,
         other,
@@ -199,24 +192,11 @@ def tail_sums(
         IDENTITY=smooth and other is not None,
         IDENTITY_SUM=with_identity,
         MASK_ALIGN=mask_align(p),
-        **_flags(p, pass_),
+        **pass_flags(p, pass_),
     )
-    if whole:
-        return
-    rows = replace(p, shape=replace(s, samples=sums.shape[0] * s.samples))
-    parts = power_of_two(pass_.splits)
-    tile = channels_with(parts)
-    wrap_triton(finish)[(rows.tiles(tile),)](
-        partial,
-        sums,
-        s.channels,
-        s.pixels,
-        pass_.splits,
-        MEAN=False,
-        WIDE=p.wide,
-        SPLITS=parts,
-        BLOCK_C=tile,
-    )
+    if not whole:
+        rows = replace(p, shape=replace(s, samples=sums.shape[0] * s.samples))
+        finish_parts(rows, pass_, partial, sums, mean=False)
 
 
 def tail_gradients(
@@ -254,7 +234,7 @@ def tail_gradients(
     other = readable_or_none(identity, in_rows) if smooth or by_identity else None
     p = problem_of(in_rows, gradient, source, other, dx, d_identity)
     s, pass_ = p.shape, plan.tail(p.shape, smooth)
-    wrap_triton(gradient_maps)[_grid(p, pass_)](
+    wrap_triton(gradient_maps)[pass_grid(p, pass_)](
         gradient,
         source,
         other,
@@ -281,5 +261,5 @@ def tail_gradients(
         DX=dx is not None,
         D_IDENTITY=d_identity is not None,
         MASK_ALIGN=mask_align(p),
-        **_flags(p, pass_),
+        **pass_flags(p, pass_),
     )

@@ -15,14 +15,8 @@ from eca_fused.ops.triton.maps import in_planes
 from eca_fused.ops.triton.operators import check_coefficients, empty_like, on_device, operator
 from eca_fused.ops.triton.tail_launch import (
     moments as launch_moments,
-)
-from eca_fused.ops.triton.tail_launch import (
     tail as launch_tail,
-)
-from eca_fused.ops.triton.tail_launch import (
     tail_gradients as launch_tail_gradients,
-)
-from eca_fused.ops.triton.tail_launch import (
     tail_sums as launch_tail_sums,
 )
 

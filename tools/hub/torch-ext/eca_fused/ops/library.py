@@ -6,8 +6,7 @@ this file takes.
 
 from pathlib import Path
 
-from .._ops import add_op_namespace_prefix as qualified
-from .._ops import ops as operators
+from .._ops import add_op_namespace_prefix as qualified, ops as operators
 
 __all__ = ["LIBRARY", "NAMESPACE", "load", "operators", "qualified"]
 
