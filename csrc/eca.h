@@ -174,7 +174,8 @@ struct BlockTail {
   void* gate;             // (samples, channels), written
 };
 
-// Its gradients; d_identity = identity_scale * g. The sums are those of TailSums.
+// Its gradients; d_identity = identity_scale * g. The sums are those of TailSums. The gates and, where
+// channels are whole vectors, the centres begin at a multiple of 16 bytes.
 struct BlockTailBackward {
   BlockTail forward;  // y is not read
   Map dy;             // (samples, channels, pixels)

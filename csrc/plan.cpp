@@ -108,6 +108,12 @@ constexpr int64_t kStreams = 8;  // on which blocks of K may wait at the same ti
 
 constexpr int64_t kMostParts = 512;  // that a warp adds up for each channel
 
+// K and S: numbers that a part leaves for the last block of its sample. A tail's gradients have two
+// sums of each channel.
+int64_t sums_of_part(int64_t channels, Pass pass) {
+  return sums_of_channels(int32_t(channels)) * (pass == Pass::kTailBackward ? 2 : 1);
+}
+
 // ---- plans ----
 
 struct Candidate {
@@ -389,8 +395,10 @@ struct Planner {
   // With the sums of the parts.
   void count_bytes_of_sample(Plan* plan) const {
     const int64_t parts = 2 * problem.samples * plan->tiling.parts *
-                          sums_of_channels(int32_t(problem.channels)) * accumulator;
-    const int64_t shift = backward ? 2 * problem.samples * problem.channels * accumulator : 0;
+                          sums_of_part(problem.channels, pass) * accumulator;
+    // Written and read; of a tail's, the gradients of means, small_bytes() counts the first.
+    const int64_t moves = backward ? (tail ? 1 : 2) : 0;
+    const int64_t shift = moves * problem.samples * problem.channels * accumulator;
     const int64_t small = small_bytes(*plan) + parts + shift + more_bytes;
     plan->dram_bytes = (maps + 1) * map_bytes + small;
     plan->l2_bytes = (maps + (plan->strategy == 'S' ? 2 : 1)) * map_bytes + small;
@@ -399,12 +407,12 @@ struct Planner {
   // K with this number of vectors in a thread; 0 takes what fits. `for_l1`: bytes of a
   // multiprocessor's memory that shared memory leaves free.
   std::optional<Candidate> kept(int64_t vectors, int64_t for_l1) const {
-    const int64_t depth = backward ? kKeptBackwardDepth : tail ? kKeptTailDepth : kKeptForwardDepth;
+    const int64_t depth = kept_depth(backward, tail);
     if (planes) return {};
     std::optional<Plan> plan = all_channels('K', int32_t(depth));
     if (!plan) return {};
     Tiling& tiling = plan->tiling;
-    const int64_t threads = tiling.threads, blocks = resident_blocks(kept_blocks(backward));
+    const int64_t threads = tiling.threads, blocks = resident_blocks(kept_blocks(backward, tail));
     const int64_t room = std::min(gpu.shared_per_block,
                                   (gpu.shared_per_multiprocessor - for_l1) / blocks - reserved) -
                          shared_layout(problem, pass, 'K', tiling).end;
@@ -560,12 +568,10 @@ struct Planner {
     }
   }
 
-  // Where a vector has four channels of a pixel, a byte of the mask has bits of two threads. There a
-  // tail has its passes.
-  // Backward the means for the taps of each channel are not there, only their distances.
-  bool tail_fits() const {
-    return backward ? planes && !problem.taps_per_channel : planes || size == 2;
-  }
+  // Where a vector has four channels of a pixel, two threads would write a byte of the mask. Backward
+  // the means for the taps of each channel are not there, only their distances. There a tail has its
+  // passes.
+  bool tail_fits() const { return backward ? !problem.taps_per_channel : planes || size == 2; }
 
   Candidate best() const {
     Candidate best = two_passes();
@@ -726,8 +732,10 @@ SharedLayout shared_layout(const Problem& problem, Pass pass, char strategy, con
   place(&shared.held, ceil_div(int64_t(tiling.spare) * tiling.threads * 16, accumulator));
   place(&shared.tail, pass == Pass::kTailForward && !planes
                           ? ceil_div(tiling.tile, 8) * int64_t(kTailColumnTerms)
-                      : pass == Pass::kTailBackward && strategy == 'F' ? tiling.held + 2
-                                                                       : 0);
+                      : pass != Pass::kTailBackward ? 0
+                      : !planes                     ? tiling.tile
+                      : strategy == 'F'             ? tiling.held + 2
+                                                    : 0);
   shared.end = int32_t(at);
   return shared;
 }
@@ -745,10 +753,10 @@ WorkspaceLayout workspace_layout(const Problem& problem, Pass pass, const Plan& 
   const bool streamed = plan.strategy == 'K' || plan.strategy == 'S';
   place(&w.sums, two_passes ? tiling.parts * per_channel
                  : streamed ? problem.samples * tiling.parts *
-                                  sums_of_channels(int32_t(problem.channels)) * accumulator
+                                  sums_of_part(problem.channels, pass) * accumulator
                             : 0);
   place(&w.dz, backward && (two_passes || problem.taps_per_channel) ? per_channel : 0);
-  place(&w.shift, backward && (two_passes || streamed) ? per_channel : 0);
+  place(&w.shift, backward && !is_tail(pass) && (two_passes || streamed) ? per_channel : 0);
   place(&w.dweight, problem.kernel_size * plan.dweight_parts * accumulator);
   place(&w.mean, !backward && (two_passes || streamed) ? per_channel : 0);
   place(&w.gate, !backward && (two_passes || streamed) ? per_channel : 0);

@@ -48,8 +48,10 @@ constexpr int32_t kColumnThreads = 256;
 constexpr int32_t column_blocks(int32_t depth) { return depth > 7 ? 2 : 3; }
 
 // Strategy K: vectors in registers, as above. More of them are in shared memory.
-constexpr int32_t kKeptForwardDepth = 20, kKeptBackwardDepth = 7, kKeptTailDepth = 12;
-constexpr int32_t kept_blocks(bool backward) { return backward ? 3 : 2; }
+constexpr int32_t kept_depth(bool backward, bool tail) {
+  return backward ? (tail ? 10 : 7) : (tail ? 12 : 20);
+}
+constexpr int32_t kept_blocks(bool backward, bool tail) { return backward && !tail ? 3 : 2; }
 
 // Strategy S: of pixels, of parts of planes, and of runs.
 constexpr int32_t stream_pixel_depth(bool backward) { return backward ? 8 : 12; }
@@ -140,8 +142,8 @@ Access access_of(const Problem& problem, const Map& map);
 Access both(const Access& source, const Access& result);
 
 // Of ECA, and of a residual block's tail with ECA's gate (BlockTail of eca.h). A tail also reads the
-// identity and writes a mask; backward it reads that and writes the identity's gradient. It has R and
-// F, forward also P and K. C stands for the passes of cuda/tail_plan.h.
+// identity and writes a mask; backward it reads that and writes the identity's gradient. It has R, F,
+// P and K. C stands for the passes of cuda/tail_plan.h.
 enum class Pass { kForward, kBackward, kTailForward, kTailBackward };
 
 constexpr bool is_backward(Pass pass) {

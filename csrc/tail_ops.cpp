@@ -276,8 +276,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_tail_backward(
   Tensor sums = empty_doubles(x, identity_sum ? 3 : 2), dmean = empty_channels(x);
   if (maps.is_empty()) return {dx, d_identity, zeroed(sums), zeroed(dmean), zeroed(dweight)};
   const Tensor taps = as_contiguous(weight), means = as_contiguous(distance),
-               gates = as_contiguous(gate);
-  const BlockTailBackward b{block_tail_of(maps, act, taps, scale, channels, mask, means, gates),
+               gates = in_lines(gate), numbers = in_lines(channels);
+  const BlockTailBackward b{block_tail_of(maps, act, taps, scale, numbers, mask, means, gates),
                             maps.of(maps.dy),
                             need_dx ? maps.of(dx) : Map{nullptr, 0, 0},
                             need_d_identity ? maps.of(d_identity) : Map{nullptr, 0, 0},

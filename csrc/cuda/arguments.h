@@ -19,9 +19,10 @@ struct Counters {
 // Device memory for one call, of Plan::workspace bytes in all. A is float or double.
 struct Workspace {
   Counters counters;
-  void* sums;     // (parts, samples, channels) for C, (samples, parts, channels) for K and S
+  void* sums;     // (parts, samples, channels) for C, (samples, parts, channels) for K and S, and
+                  // twice that for K of a tail, backward
   void* dz;       // C, and with taps of each channel: (samples, channels)
-  void* shift;    // C, K and S, backward: dm / S, (samples, channels)
+  void* shift;    // C, K and S, backward but for tails: dm / S, (samples, channels)
   void* dweight;  // with one set of taps: (k, parts)
   void* mean;     // C, K and S, inference: (samples, channels)
   void* gate;     // C, K and S, inference: (samples, channels)

@@ -8,6 +8,7 @@
 // rounded as sums of float32, and given on as float64.
 #pragma once
 
+#include "kept.h"
 #include "rows.h"
 #include "runs.h"
 #include "tail_element.h"
@@ -17,16 +18,10 @@ namespace eca::cuda {
 // g from dy: 0 where a bit is not set, whatever dy is.
 template <class T, int V>
 __device__ inline void keep_bits(uint32_t bits, Vector<T, V>& dy) {
-  uint32_t words[sizeof dy / 4];
-  std::memcpy(words, &dy, sizeof dy);
-  constexpr int kInWord = 4 / int(sizeof(T));
-#pragma unroll
-  for (int w = 0; w < V / kInWord; ++w) {
-    uint32_t kept = bits >> w * kInWord & 1 ? (kInWord == 2 ? 0xffffu : ~0u) : 0u;
-    if (kInWord == 2 && bits >> (w * kInWord + 1) & 1) kept |= 0xffff0000u;
-    words[w] &= kept;
-  }
-  std::memcpy(&dy, words, sizeof dy);
+  Packed<T, V> g;
+  std::memcpy(&g, &dy, sizeof g);
+  g.keep(bits);
+  dy = g.vector();
 }
 
 struct BlockTailGradientStep {
@@ -85,6 +80,12 @@ struct BlockTailGradientStep {
   template <class A>
   __device__ void put_dmean(int64_t sample, int channel, A dm) const {
     put(static_cast<A*>(of.dmean) + plane(sample, channel), dm);
+  }
+
+  // Of what put_dmean() wrote, by another block too: after the barrier that follows the wait.
+  template <class A>
+  __device__ A dmean(int64_t sample, int channel) const {
+    return number<A>(of.dmean, plane(sample, channel));
   }
 
   // ---- what is written ----
@@ -255,6 +256,162 @@ struct BlockTailGradientStep {
     for (int e = 0; e < V; ++e)
       v.element[e] = e < kGranule || e / kGranule * kGranule < at.left ? here : next;
     return v;
+  }
+
+  // ---- pixels: a thread keeps to a column, whose channels' bits are a byte or half of one ----
+
+  // Of g, and of g * (x - centre).
+  template <class T>
+  struct ColumnSums {
+    Vector<Accumulator<T>, kVector<T>> of_g, by_x;
+  };
+
+  template <class T, int kDepth>
+  __device__ Cursor<const uint8_t, int64_t> bits_of(const Column<T, kDepth>& column) const {
+    const int64_t first = column.sample * of.forward.problem.pixels + column.first;
+    return {pinned((mask() ? mask() : static_cast<const uint8_t*>(of.forward.x.data)) +
+                   (mask() && column.any() ? first * shape.row_bytes + column.channel / 8 : 0)),
+            int64_t(column.rows) * shape.row_bytes};
+  }
+
+  // Adds the sums of some vectors from `first` on, whose dy become g. The centres are read again for
+  // all of them: kept, they would be in eight registers.
+  template <int kAtOnce, class T, int kDepth, class Vectors>
+  __device__ void add_some(const Column<T, kDepth>& column, const Cursor<T, int64_t>& xs,
+                           const Cursor<const uint8_t, int64_t>& bits, int first, int end,
+                           const Vectors& dy, ColumnSums<T>& sums) const {
+    using A = Accumulator<T>;
+    constexpr int V = kVector<T>, W = 4;
+    const bool masked = mask() != nullptr;
+    const int channel = max(column.channel, 0);
+    Packed<T, V> x[kAtOnce], g[kAtOnce];
+    uint32_t bytes[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int i = first + u;
+      const bool there = i < end && column.has(i);
+      x[u] = load_if<V>(there, static_cast<const T*>(xs.at(i)));
+      bytes[u] = load_byte_if(masked && there, bits.at(i));
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      g[u] = {};
+      if (first + u >= end) continue;
+      const Vector<T, V> here = dy.get(first + u);
+      std::memcpy(&g[u], &here, sizeof here);
+      if (masked) g[u].keep(V == 8 ? bytes[u] : bytes[u] >> channel % 8);
+      forget(g[u]);
+      dy.set(first + u, g[u].vector());
+    }
+#pragma unroll
+    for (int e = 0; e < V; e += W) {
+      const auto centre = coefficients<A, W>(of.forward.rest.centre, hidden(channel + e));
+#pragma unroll
+      for (int u = 0; u < kAtOnce; ++u) {  // zeros add nothing; to ask would take registers
+#pragma unroll
+        for (int w = e; w < e + W; ++w) {
+          sums.of_g.element[w] += g[u].wide(w);
+          sums.by_x.element[w] += g[u].wide(w) * (x[u].wide(w) - centre.element[w - e]);
+        }
+      }
+    }
+  }
+
+  // The same of the vectors in registers.
+  template <class T, int kDepth>
+  __device__ void add_held(const Column<T, kDepth>& column, typename Column<T, kDepth>::Held& dy,
+                           ColumnSums<T>& sums) const {
+    constexpr int kAtOnce = 4;
+    const auto xs = column.cursor(of.forward.x);
+    const auto bits = bits_of(column);
+#pragma unroll
+    for (int first = 0; first < kDepth; first += kAtOnce)
+      add_some<kAtOnce>(column, xs, bits, first, kDepth, HeldVectors<T, kDepth>{dy}, sums);
+  }
+
+  // And of those in shared memory.
+  template <class T, int kDepth>
+  __device__ void add_spares(const Column<T, kDepth>& column, const Spare<T, kDepth>& dy,
+                             ColumnSums<T>& sums) const {
+    constexpr int kAtOnce = 2;
+    const auto xs = column.cursor(of.forward.x);
+    const auto bits = bits_of(column);
+#pragma unroll 1
+    for (int first = kDepth; first < dy.end(); first += kAtOnce)
+      add_some<kAtOnce>(column, xs, bits, first, dy.end(), dy, sums);
+  }
+
+  // dz of the held channels, in two rounds through `parts`. dy becomes g. By all threads, after
+  // fetch_gates_and_means(); before a barrier.
+  template <class T, int kDepth>
+  __device__ void make_dz(const Column<T, kDepth>& column, typename Column<T, kDepth>::Held& dy,
+                          const HeldTile& tile, const Tiling& tiling, Shared<Accumulator<T>> parts,
+                          Shared<Accumulator<T>> gates,
+                          const Neighbours<Accumulator<T>>& dz) const {
+    using A = Accumulator<T>;
+    ColumnSums<T> sums{};
+    add_held(column.again(), dy, sums);
+    column.put_parts(sums.of_g, tiling.held, parts);
+    finish_fetches();
+    block_barrier();
+    for (int h = thread_index(); h < tile.held; h += thread_count())
+      dz.set(h, column.total(h, tiling.held, parts));
+    block_barrier();
+    column.put_parts(sums.by_x, tiling.held, parts);
+    block_barrier();
+    for (int h = thread_index(); h < tile.held; h += thread_count()) {
+      const int channel = tile.channel(h);
+      const A by_x = column.total(h, tiling.held, parts);
+      dz.set(h, channel < 0
+                    ? A(0)
+                    : dz_of(tile.sample, channel, tile.is_own(h), gates.get(h), dz.get(h), by_x));
+    }
+  }
+
+  // The factors of the tile's own channels, for write(). `of_g` and `shifts` begin with the tile's
+  // first one. The gates may lie in `of_g`.
+  template <class A>
+  __device__ void put_factors(const SharedLayout& shared, const HeldTile& tile, int c, A gate, A dm,
+                              A one_over_pixels, Shared<A> of_g, Shared<A> shifts) const {
+    const auto by = factors(tile.sample, tile.begin + c, gate, dm, one_over_pixels);
+    of_g.set(c, by.gate);
+    shifts.set(c, by.shift);
+    identities<A>(shared, tile).set(c, by.identity);
+  }
+
+  template <class A>
+  __device__ static Shared<A> identities(const SharedLayout& shared, const HeldTile& tile) {
+    return shared_array<A>(shared.tail, tile.own);
+  }
+
+  // One result after the other, in as many registers as one of them needs. After put_factors() and
+  // a barrier.
+  template <class T, int kDepth, class Spares>
+  __device__ void write(const Column<T, kDepth>& column, const typename Column<T, kDepth>::Held& g,
+                        const SharedLayout& shared, const HeldTile& tile,
+                        Shared<Accumulator<T>> of_g, Shared<Accumulator<T>> shifts,
+                        const Spares& spares) const {
+    using A = Accumulator<T>;
+    constexpr int V = kVector<T>;
+    const int c = column.channel - tile.begin;
+    if (of.dx.data) {
+      const auto to = column.cursor(of.dx);
+      const auto factor = values_from<V>(of_g, c), shift = values_from<V>(shifts, c);
+      const auto put = [&](int i, const Vector<T, V>& some) {
+        store(to.at(i), rescaled(some, factor, shift));
+      };
+      column.for_each([&](int i) { put(i, g[i]); });
+      spares.for_each(put);
+    }
+    if (of.d_identity.data) {
+      const auto to = column.cursor(of.d_identity);
+      const auto scale = values_from<V>(identities<A>(shared, tile), c);
+      const auto put = [&](int i, const Vector<T, V>& some) {
+        store(to.at(i), rescaled(some, scale));
+      };
+      column.for_each([&](int i) { put(i, g[i]); });
+      spares.for_each(put);
+    }
   }
 };
 

@@ -21,11 +21,13 @@ void run_block_tail_backward(const BlockTailBackward& b, const Plan& plan, const
   const Problem& p = f.problem;
   const Backward gradients{p, b.dy, f.x, b.dx, f.weight, f.distance, f.gate, b.dweight};
   const Workspace work = arrange(p, Pass::kTailBackward, plan, memory);
-  const int channels = int(p.channels), row_bytes = int(mask_row_bytes(p));
-  run_in_registers<T>(gradients, plan, memory, work,
-                      BlockTailGradientStep{b,
-                                            {true, channels, channels, int(p.pixels), row_bytes},
-                                            p.samples * p.channels * row_bytes - 1});
+  const bool planes = p.layout == Layout::kPlanes;
+  const int channels = int(p.channels), pixels = int(p.pixels), row_bytes = int(mask_row_bytes(p));
+  const TailShape shape{planes, channels, planes ? channels : pixels, planes ? pixels : channels,
+                        row_bytes};
+  run_in_registers<T>(
+      gradients, plan, memory, work,
+      BlockTailGradientStep{b, shape, p.samples * shape.rows_of_sample * row_bytes - 1});
   run_dweight<T>(gradients, plan, memory, work);
 }
 

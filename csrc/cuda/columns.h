@@ -51,6 +51,14 @@ struct Column {
 
   __device__ bool any() const { return left > 0; }
 
+  // This column, of which the compiler makes the vectors' positions again: kept, each takes a
+  // register.
+  __device__ Column again() const {
+    Column column = *this;
+    column.rows = hidden(rows);
+    return column;
+  }
+
   __device__ int64_t offset(const Map& map) const {
     return sample * map.sample_stride + first * map.row_stride + channel;
   }
@@ -134,6 +142,15 @@ __device__ inline void add_products(const Column<T, kDepth>& column,
   }
 }
 
+// A column's vectors in registers, by the names of Spare in kept.h.
+template <class T, int kDepth>
+struct HeldVectors {
+  typename Column<T, kDepth>::Held& held;
+
+  __device__ Vector<T, kVector<T>> get(int i) const { return held[i]; }
+  __device__ void set(int i, const Vector<T, kVector<T>>& v) const { held[i] = v; }
+};
+
 // As Spare of kept.h, where registers hold everything.
 struct NoSpares {
   template <class Body>
@@ -206,30 +223,47 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(column_blocks(
   const auto gates = shared_array<A>(shared.gate, tiling.held),
              shifts = shared_array<A>(shared.shift, tiling.tile);
   fetch_gates_and_means(b, tile, gates, means, step);
-  Vector<A, V> sums{};
-  add_products<4>(column, dy, column.cursor(b.x), step.gradient(column), sums);
-  column.put_parts(sums, tiling.held, parts);
-  taps.put();
-  finish_fetches();
-  block_barrier();
-  for (int h = thread_index(); h < tile.held; h += thread_count()) {
-    const A gate = gates.get(h);
-    dz.set(h, column.total(h, tiling.held, parts) * gate * (A(1) - gate));
+  if constexpr (Step::kWholeTiles) {
+    taps.put();
+    step.make_dz(column, dy, tile, tiling, parts, gates, dz);
+  } else {
+    Vector<A, V> sums{};
+    add_products<4>(column, dy, column.cursor(b.x), step.gradient(column), sums);
+    column.put_parts(sums, tiling.held, parts);
+    taps.put();
+    finish_fetches();
+    block_barrier();
+    for (int h = thread_index(); h < tile.held; h += thread_count()) {
+      const A gate = gates.get(h);
+      dz.set(h, column.total(h, tiling.held, parts) * gate * (A(1) - gate));
+    }
   }
   dz.clear_ends();
   means.clear_ends();
   block_barrier();
   means.leave_dweight(b, work, tile, dz);
-  if (!b.dx.data) return;
+  if (!(b.dx.data || Step::kWholeTiles)) return;
 
-  for (int c = thread_index(); c < tile.own; c += thread_count())
-    shifts.set(c, dm_of(tile, dz, taps, c + tile.halo) * tiling.factor);
+  const Shared<A> own_gates = gates.from(tile.halo);
+  for (int c = thread_index(); c < tile.own; c += thread_count()) {
+    const A dm = dm_of(tile, dz, taps, c + tile.halo);
+    if constexpr (Step::kWholeTiles) {
+      step.put_dmean(tile.sample, tile.begin + c, dm);
+      step.put_factors(shared, tile, c, own_gates.get(c), dm, A(tiling.factor), own_gates, shifts);
+    } else {
+      shifts.set(c, dm * tiling.factor);
+    }
+  }
   block_barrier();
   if (!column.any() || !tile.is_own(column.held)) return;
-  const Vector<A, V> gate = values_from<V>(gates, column.held);
-  const Vector<A, V> shift = values_from<V>(shifts, column.held - tile.halo);
-  const auto result = step.backward(b.dx, column);
-  column.for_each([&](int i) { result.put(i, dy[i], gate, shift); });
+  if constexpr (Step::kWholeTiles) {
+    step.write(column.again(), dy, shared, tile, own_gates, shifts, NoSpares{});
+  } else {
+    const Vector<A, V> gate = values_from<V>(gates, column.held);
+    const Vector<A, V> shift = values_from<V>(shifts, column.held - tile.halo);
+    const auto result = step.backward(b.dx, column);
+    column.for_each([&](int i) { result.put(i, dy[i], gate, shift); });
+  }
 }
 
 }  // namespace eca::cuda

@@ -217,6 +217,17 @@ struct Packed {
     std::memcpy(&word[e * sizeof(T) / 4], &some, sizeof some);
   }
 
+  // Zeros where a bit is not set, whatever was there.
+  __device__ void keep(uint32_t bits) {
+    constexpr int kInWord = 4 / int(sizeof(T));
+#pragma unroll
+    for (int w = 0; w < V / kInWord; ++w) {
+      uint32_t kept = bits >> w * kInWord & 1 ? (kInWord == 2 ? 0xffffu : ~0u) : 0u;
+      if (kInWord == 2 && bits >> (w * kInWord + 1) & 1) kept |= 0xffff0000u;
+      word[w] &= kept;
+    }
+  }
+
   __device__ Vector<T, V> vector() const {
     Vector<T, V> v;
     std::memcpy(&v, word, sizeof v);

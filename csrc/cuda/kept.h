@@ -61,9 +61,14 @@ class Spare {
     for (int i = kDepth; i < end_; ++i) body(i, get(i));
   }
 
+  __device__ int end() const { return end_; }
+  __device__ Vector<T, V> get(int i) const { return places_.template load<V>(place(i)); }
+  __device__ void set(int i, const Vector<T, V>& v) const {
+    places_.template store<V>(place(i), v);
+  }
+
  private:
   __device__ int place(int i) const { return ((i - kDepth) * thread_count() + thread_index()) * V; }
-  __device__ Vector<T, V> get(int i) const { return places_.template load<V>(place(i)); }
 
   Shared<T> places_;
   int end_;
@@ -82,24 +87,23 @@ struct KeptPart {
         end(min(int(problem.pixels), begin + tiling.share * rows)) {}
 };
 
-// Hands a block's sums to the last block of the sample. True in that one.
+// Leaves a block's sums for the last block of the sample. counters.arrive() comes later.
 template <class T, int kDepth>
-__device__ inline bool give_sums(const Problem& problem, const Tiling& tiling,
-                                 const SharedLayout& shared, const Workspace& work,
-                                 const KeptPart& here, const Column<T, kDepth>& column,
-                                 const Vector<Accumulator<T>, kVector<T>>& sums,
-                                 const StreamCounters& counters) {
+__device__ inline void leave_sums(const Problem& problem, const Tiling& tiling,
+                                  const SharedLayout& shared, const Workspace& work,
+                                  const KeptPart& here, const Column<T, kDepth>& column,
+                                  const Vector<Accumulator<T>, kVector<T>>& sums) {
   const auto parts = sums_in<T, Layout::kPixels>(tiling, shared);
   column.put_parts(sums, tiling.held, parts);
   block_barrier();
   for (int c = thread_index(); c < tiling.held; c += thread_count())
     put_part<Layout::kPixels>(problem, tiling, work, here.sample, here.part, c,
                               column.total(c, tiling.held, parts));
-  return counters.arrive(shared_array<uint32_t>(shared.flag, 1));
 }
 
 template <class T, int kDepth, class Step>
-__global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(false)))
+__global__ void __launch_bounds__(kColumnThreads,
+                                  resident_blocks(kept_blocks(false, Step::kWholeTiles)))
     forward_kept(Forward f, Tiling tiling, SharedLayout shared, Workspace work, Step step) {
   using A = Accumulator<T>;
   constexpr int V = kVector<T>;
@@ -121,7 +125,8 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   }
   finish_fetches();
   spare.add_to(sums);
-  if (give_sums<T>(problem, tiling, shared, work, here, column, sums, counters))
+  leave_sums<T>(problem, tiling, shared, work, here, column, sums);
+  if (counters.arrive(shared_array<uint32_t>(shared.flag, 1)))
     make_gates_of_sample<T, Layout::kPixels>(f, tiling, shared, work, tile, counters, step);
   counters.wait();
   const uint32_t passed = counters.pass();
@@ -141,12 +146,13 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(fa
   counters.leave(passed);
 }
 
-// dm / S (samples, channels), dx, and what dweight is made from.
+// dm / S (samples, channels), dx, and what dweight is made from; what a tail has in their place.
 template <class T, int kDepth, class Step>
-__global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(true)))
+__global__ void __launch_bounds__(kColumnThreads,
+                                  resident_blocks(kept_blocks(true, Step::kWholeTiles)))
     backward_kept(Backward b, Tiling tiling, SharedLayout shared, Workspace work, Step step) {
   using A = Accumulator<T>;
-  constexpr int V = kVector<T>, kAtOnce = 4;
+  constexpr int V = kVector<T>;
   const Problem& problem = b.problem;
   const KeptPart here(problem, tiling, tiling.threads / (tiling.held / V));
   const HeldTile tile(problem, tiling, here.sample, 0);
@@ -154,22 +160,47 @@ __global__ void __launch_bounds__(kColumnThreads, resident_blocks(kept_blocks(tr
   const Column<T, kDepth> column(problem, tiling, tile, here.begin, here.end);
   const Spare<T, kDepth> spare(tiling, shared, column);
   typename Column<T, kDepth>::Held dy;
-  const auto dys = column.cursor(b.dy), xs = column.cursor(b.x);
+  const auto dys = column.cursor(b.dy);
   spare.fetch_from(dys);
   column.load_from(dys, dy);
-  Vector<A, V> sums{};
-  const auto gradient = step.gradient(column);
-  add_products<kAtOnce>(column, dy, xs, gradient, sums);
-  finish_fetches();
-  spare.template add_products_to<kAtOnce>(xs, gradient, sums);
-  if (give_sums<T>(problem, tiling, shared, work, here, column, sums, counters))
+  if constexpr (Step::kWholeTiles) {
+    typename Step::template ColumnSums<T> sums{};
+    step.add_held(column.again(), dy, sums);
+    finish_fetches();
+    step.add_spares(column, spare, sums);
+    leave_sums<T>(problem, tiling, shared, work, here, column, sums.of_g);
+    block_barrier();  // all have read the first sums
+    leave_sums<T>(problem, tiling, shared, second_sums<T, Layout::kPixels>(problem, tiling, work),
+                  here, column, sums.by_x);
+  } else {
+    Vector<A, V> sums{};
+    constexpr int kAtOnce = 4;
+    const auto gradient = step.gradient(column);
+    const auto xs = column.cursor(b.x);
+    add_products<kAtOnce>(column, dy, xs, gradient, sums);
+    finish_fetches();
+    spare.template add_products_to<kAtOnce>(xs, gradient, sums);
+    leave_sums<T>(problem, tiling, shared, work, here, column, sums);
+  }
+  if (counters.arrive(shared_array<uint32_t>(shared.flag, 1)))
     make_shifts_of_sample<T, Layout::kPixels>(b, tiling, shared, work, tile, counters, step);
   counters.wait();
   const uint32_t passed = counters.pass();
-  if (column.any() && b.dx.data) {
-    const int64_t at = here.sample * problem.channels + column.channel;
+  const int64_t channels = here.sample * problem.channels;
+  if constexpr (Step::kWholeTiles) {
+    const auto gates = shared_array<A>(shared.gate, tiling.held),
+               shifts = shared_array<A>(shared.shift, tiling.tile);
+    const A* const sample_gates = static_cast<const A*>(b.gate) + channels;
+    for (int c = thread_index(); c < tile.own; c += thread_count())
+      step.put_factors(shared, tile, c, value_at(sample_gates + c),
+                       step.template dmean<A>(tile.sample, c), A(tiling.factor), gates, shifts);
+    block_barrier();
+    if (column.any()) step.write(column.again(), dy, shared, tile, gates, shifts, spare);
+  } else if (column.any() && b.dx.data) {
+    const int64_t at = channels + column.channel;
     const Vector<A, V> gate = numbers_from<V, A>(b.gate, at);
     const Vector<A, V> shift = numbers_from<V, A>(work.shift, at);
+    const auto gradient = step.gradient(column);
     const auto result = step.backward(b.dx, column);
     column.for_each([&](int i) { result.put(i, dy[i], gate, shift); });
     spare.for_each([&](int i, Vector<T, V> g) {

@@ -103,7 +103,8 @@ void with_run_sizes(const Problem& problem, const Tiling& tiling, Body body) {
 }
 
 // Strategies R, F, P, K and S. float64 only has C: it is for checking gradients. A step with
-// kWholeTiles has no S; forward it has P and K for elements of 2 bytes (see Planner::tail_fits()).
+// kWholeTiles has no S; forward it has P and K only for elements of 2 bytes, see
+// Planner::tail_fits().
 template <class T, class Step>
 void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const Workspace& work,
                       Step step) {
@@ -122,8 +123,7 @@ void run_in_registers(Forward f, const Plan& plan, const Memory& memory, const W
     switch (plan.strategy) {
       case 'K':
         if constexpr (kPixels) {
-          constexpr int kDepth = Step::kWholeTiles ? kKeptTailDepth : kKeptForwardDepth;
-          start_sharing(forward_kept<T, kDepth, Step>);
+          start_sharing(forward_kept<T, kept_depth(false, Step::kWholeTiles), Step>);
         }
         return;
       case 'S':
@@ -165,9 +165,7 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
       launch(launch_of(plan, memory), kernel, b, tiling, shared, work, step);
     };
     switch (plan.strategy) {
-      case 'K':
-        if constexpr (!Step::kWholeTiles) start(backward_kept<T, kKeptBackwardDepth, Step>);
-        return;
+      case 'K': return start(backward_kept<T, kept_depth(true, Step::kWholeTiles), Step>);
       case 'S':
         if constexpr (!Step::kWholeTiles) {
           if (tiling.lanes)
@@ -185,8 +183,7 @@ void run_in_registers(const Backward& b, const Plan& plan, const Memory& memory,
           start(backward_runs<T, decltype(depth)::value, decltype(granule)::value, Step>);
         });
       default:
-        if constexpr (!Step::kWholeTiles)
-          start(tiling.depth == 4 ? backward_columns<T, 4, Step> : backward_columns<T, 7, Step>);
+        start(tiling.depth == 4 ? backward_columns<T, 4, Step> : backward_columns<T, 7, Step>);
     }
   }
 }

@@ -14,8 +14,9 @@
 // says where a thread's vectors lie in any map of x's shape, which may have strides of its own. Of
 // maps that a step stores, each must lie within its lines of 16 bytes as the result does.
 //
-// A step with kWholeTiles instead stores what becomes of all vectors of a thread: BlockTailStep of
-// block_tail.h, forward alone. Its gates are also made of other numbers than the means of x.
+// A step with kWholeTiles instead stores all vectors of a thread, and makes gates and their
+// gradients of other numbers than sums of x and of dy * x: BlockTailStep of block_tail.h, and
+// BlockTailGradientStep of block_tail_gradients.h, which also takes its own sums.
 #pragma once
 
 #include "../eca.h"

@@ -147,6 +147,15 @@ __device__ inline void put_part(const Problem& problem, const Tiling& tiling, co
       sum);
 }
 
+// The workspace whose sums are the second ones, where a step has two of each channel.
+template <class T, Layout kLayout>
+__device__ inline Workspace second_sums(const Problem& problem, const Tiling& tiling,
+                                        Workspace work) {
+  work.sums = static_cast<Accumulator<T>*>(work.sums) +
+              problem.samples * tiling.parts * stride_of_sums<kLayout>(problem);
+  return work;
+}
+
 // The numbers of V channels from a multiple of V on, 16 bytes at a time. If another block wrote
 // them, this comes after the barrier that follows the wait.
 template <int V, class A>
@@ -208,19 +217,31 @@ __device__ inline void make_shifts_of_sample(const Backward& b, const Tiling& ti
   else
     for (int c = thread_index(); c < tiling.held; c += thread_count())
       gates.template fetch<1>(c, sample_gates + c);
-  const SampleTotals<kLayout> totals(problem, tiling, work, tile.sample,
-                                     sums_in<T, kLayout>(tiling, shared));
+  const auto scratch = sums_in<T, kLayout>(tiling, shared);
+  const SampleTotals<kLayout> totals(problem, tiling, work, tile.sample, scratch);
   taps.put();
   finish_fetches();
   block_barrier();
-  for (int c = thread_index(); c < tile.held; c += thread_count()) {
-    const A gate = gates.get(c);
-    dz.set(c, totals.get(c) * gate * (A(1) - gate));
+  if constexpr (Step::kWholeTiles) {
+    for (int c = thread_index(); c < tile.held; c += thread_count()) dz.set(c, totals.get(c));
+    block_barrier();
+    const SampleTotals<kLayout> by_x(
+        problem, tiling, second_sums<T, kLayout>(problem, tiling, work), tile.sample, scratch);
+    for (int c = thread_index(); c < tile.held; c += thread_count())
+      dz.set(c, step.dz_of(tile.sample, c, true, gates.get(c), dz.get(c), by_x.get(c)));
+  } else {
+    for (int c = thread_index(); c < tile.held; c += thread_count()) {
+      const A gate = gates.get(c);
+      dz.set(c, totals.get(c) * gate * (A(1) - gate));
+    }
   }
   dz.clear_ends();
   block_barrier();
-  for (int c = thread_index(); c < tile.held; c += thread_count())
-    put(static_cast<A*>(work.shift) + channels + c, dm_of(tile, dz, taps, c) * tiling.factor);
+  for (int c = thread_index(); c < tile.held; c += thread_count()) {
+    const A dm = dm_of(tile, dz, taps, c);
+    if constexpr (Step::kWholeTiles) step.put_dmean(tile.sample, c, dm);
+    else put(static_cast<A*>(work.shift) + channels + c, dm * tiling.factor);
+  }
   block_barrier();
   if (thread_index() == 0) counters.set_ready();
 

@@ -502,6 +502,29 @@ def test_opcheck(activation, layout):
         check(ops.block_tail_backward, (*backward, True, True, True, True))
 
 
+@needs_extension
+@pytest.mark.skipif(DEVICE not in native.one_pass_tail_devices, reason="needs tails in one pass")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 16, 7, 7), (1, 256, 56, 56)], ids=str)
+def test_saved_numbers_may_begin_anywhere(shape, layout):
+    """Kernels may read 16 bytes of gates and of numbers of channels at a time."""
+    case = make_case(shape, dtype=torch.bfloat16, layout=layout)
+    channels = torch.randn(6, shape[1], device=DEVICE)
+    block = (case.weight, None, channels)
+    _, mask, distance, gate = ops.block_tail(case.x, case.x, *block, False, 1, True)
+
+    def moved(t):
+        return t.new_empty(t.numel() + 1)[1:].view(t.shape).copy_(t)
+
+    def gradients(move):
+        given = (case.weight, None, move(channels), distance, move(gate))
+        rest = (False, 1, False, True, True, True)
+        return ops.block_tail_backward(case.dy, case.x, case.x, mask, *given, *rest)
+
+    for got, want in zip(gradients(moved), gradients(lambda t: t), strict=True):
+        assert torch.equal(got, want)
+
+
 def operands_between_passes(
     n: int, c: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], tuple[object, ...], tuple[object, ...]]:

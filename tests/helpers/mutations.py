@@ -33,6 +33,7 @@ class Mutation:
     file: str  # in csrc
     old: str  # occurs once
     new: str
+    family: str | None = None  # of FAMILIES, where the file's name does not say it
 
 
 MUTATIONS = [
@@ -59,8 +60,8 @@ MUTATIONS = [
     Mutation(
         "a copy to shared memory that nobody waits for",
         "cuda/columns.h",
-        "  taps.put();\n  finish_fetches();\n  block_barrier();",
-        "  taps.put();\n  block_barrier();",
+        "    taps.put();\n    finish_fetches();\n    block_barrier();",
+        "    taps.put();\n    block_barrier();",
     ),
     Mutation(
         "the last vector of a tile stored whole",
@@ -303,6 +304,38 @@ MUTATIONS = [
         "at.channel += 2 + tile.halo - tile.begin;",
     ),
     Mutation(
+        "two sums of columns in one place at the same time",
+        "cuda/block_tail_gradients.h",
+        "    block_barrier();\n    column.put_parts(sums.by_x",
+        "    column.put_parts(sums.by_x",
+    ),
+    Mutation(
+        "two sums of a kept part in one place at the same time",
+        "cuda/kept.h",
+        "block_barrier();  // all have read the first sums",
+        "",
+        "block_tail",
+    ),
+    Mutation(
+        "the second sums of a sample read from the place of the first",
+        "cuda/stream.h",
+        "problem, tiling, second_sums<T, kLayout>(problem, tiling, work), tile.sample, scratch);",
+        "problem, tiling, work, tile.sample, scratch);",
+        "block_tail",
+    ),
+    Mutation(
+        "half a byte of a column's mask for the other half",
+        "cuda/block_tail_gradients.h",
+        "bytes[u] >> channel % 8);",
+        "bytes[u]);",
+    ),
+    Mutation(
+        "dy in shared memory not masked for its second use",
+        "cuda/block_tail_gradients.h",
+        "dy.set(first + u, g[u].vector());",
+        "if (kAtOnce > 2) dy.set(first + u, g[u].vector());",
+    ),
+    Mutation(
         "two sums of teams in one place at the same time",
         "cuda/block_tail_gradients.h",
         "if (row.lanes > 32) block_barrier();",
@@ -421,6 +454,8 @@ FAMILIES: dict[str, tuple[type[HostGpu], Callable[[Any], None]]] = {
 
 
 def family_of(mutation: Mutation) -> str:
+    if mutation.family is not None:
+        return mutation.family
     return next(name for name in FAMILIES if mutation.file.startswith(f"cuda/{name}") or not name)
 
 

@@ -131,6 +131,10 @@ struct Packed {
   void put(int e, const Vector<T, P>& some) {
     for (int i = 0; i < P; ++i) elements.element[e + i] = some.element[i];
   }
+  void keep(uint32_t bits) {
+    for (int e = 0; e < V; ++e)
+      if (!(bits >> e & 1)) elements.element[e] = T{};
+  }
   Vector<T, V> vector() const { return elements; }
 };
 
