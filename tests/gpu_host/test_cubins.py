@@ -1,7 +1,7 @@
 """The machine code of the CUDA kernels, read from the extension: nothing spilled, wide accesses."""
 
 import re
-from collections import defaultdict
+from collections import Counter
 
 import pytest
 
@@ -51,13 +51,11 @@ def resources(architecture):
 @pytest.fixture(scope="module")
 def instructions(architecture):
     """Per kernel: how often each instruction, with its modifiers, is there."""
-    found, name = defaultdict(lambda: defaultdict(int)), ""
-    for line in cubins.dump(architecture, "-sass").splitlines():
-        if match := re.search(r"Function : (\S+)", line):
-            name = match[1]
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", line):
-            found[name][match[1]] += 1
-    return found
+    opcode = re.compile(r"(?:@!?U?P\w+\s+)?([A-Z][\w.]+)")
+    return {
+        name: Counter(match[1] for line in lines if (match := opcode.match(line)))
+        for name, lines in cubins.code(architecture).items()
+    }
 
 
 def kernels(found, name, dtype=None, depth=None):

@@ -4,7 +4,6 @@ As in test_cubins.py.
 """
 
 import re
-from functools import cache
 
 import pytest
 
@@ -22,13 +21,6 @@ pytestmark = [pytest.mark.xdist_group("cubins"), *cubins.needs_cubins]
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def architecture(request):
     return request.param
-
-
-@cache
-def code(architecture: str, name: str) -> list[str]:
-    """The opcodes of a kernel, in their order, with predicates and operands."""
-    lines = cubins.dump(architecture, "-sass", "-fun", name).splitlines()
-    return [m[1] for line in lines if (m := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line))]
 
 
 def kernels(architecture: str, template: str, dtype: str, pass_: str = "") -> list[str]:
@@ -75,28 +67,34 @@ def test_nothing_is_spilled(architecture):
 
 
 # With ECA's gate, on chip: the kernels of test_cubins.py with another step, by the vectors of a
-# thread. Those of pixels are for two-byte elements.
+# thread. Those that write a mask of pixels are for two-byte elements.
 ON_CHIP = {
     "forward_rows": (7, 13), "backward_rows": (7, 13), "forward_runs": (2, 4, 8),
-    "backward_runs": (2, 4, 8), "forward_columns": (4, 7), "forward_kept": (12,),
+    "backward_runs": (2, 4, 8), "forward_columns": (4, 7), "backward_columns": (4, 7),
+    "forward_kept": (12,), "backward_kept": (10,),
 }  # fmt: skip
 # Bytes of a thread that wait in the L1 cache, at most; a thread loads 208 bytes of each map.
-SPILLED = {("backward_rows", 7): 8, ("backward_rows", 13): 8}
+SPILLED = {
+    "backward_rows": 8, "backward_columns": 8, "backward_kept": 0,
+    # nvcc 13.0 loads all of x there before it adds any.
+    ("backward_kept", "sm_100"): 32,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("template", ON_CHIP)
 def test_tails_on_chip(architecture, template):
-    of_pixels = template in ("forward_columns", "forward_kept")
+    spilled = SPILLED.get((template, architecture), SPILLED.get(template, 0))
+    writes_bytes = template in ("forward_columns", "forward_kept")
     for dtype in cubins.DTYPES:
         for depth in ON_CHIP[template]:
             begin = cubins.mangled(template, dtype, depth)
             names = [n for n in cubins.resources(architecture) if begin in n and "BlockTail" in n]
-            there = dtype in IN_VECTORS and not (of_pixels and dtype == "float32")
+            there = dtype in IN_VECTORS and not (writes_bytes and dtype == "float32")
             granules = 2 if "runs" in template and dtype != "float32" else 1
             assert len(names) == (granules if there else 0), (template, dtype, depth)
             for name in names:
                 used = cubins.resources(architecture)[name]
-                assert used["stack"] <= SPILLED.get((template, depth), 0), name
+                assert used["stack"] <= spilled, name
                 assert used["local"] == 0, name
                 assert used["registers"] <= 128, name
 
@@ -119,7 +117,7 @@ def test_loads_of_a_batch_come_before_their_use(architecture, template, dtype):
                 *("sm_100", "tail_columns", "float32", "TailBackward"),
             ):
                 wanted = min(wanted, 6)  # nvcc 13.0 asks for the last two after a first use
-            assert longest_batch(code(architecture, name)) >= wanted, name
+            assert longest_batch(cubins.code(architecture)[name]) >= wanted, name
 
 
 def longest_batch(lines: list[str]) -> int:

@@ -48,6 +48,19 @@ def dump(architecture: str, *what: str) -> str:
 
 
 @cache
+def code(architecture: str) -> dict[str, list[str]]:
+    """The instructions of each kernel, by its mangled name, with predicates and operands."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in dump(architecture, "-sass").splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            lines = found[match[1]] = []
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(match[1])
+    return found
+
+
+@cache
 def nvcc_releases() -> set[str]:
     """Of the compilers that the kernels are from, such as 13.0: a cubin names its own."""
     found = re.findall(rb"Cuda compilation tools, release (\d+\.\d+)", native.LIBRARY.read_bytes())
