@@ -57,7 +57,11 @@ prepare() {
   "${pip[@]}" --upgrade pip && "${pip[@]}" $spec || return
   "$1/env/bin/python" -c 'from importlib.metadata import version as v
 print("torch==" + v("torch"))' >"$1/constraints.txt" || return
-  [ "$4" = - ] || echo "$4" >>"$1/constraints.txt"
+  case $4 in
+    -) ;;
+    oldest) "$1/env/bin/python" tools/oldest.py >>"$1/constraints.txt" || return ;;
+    *) echo "$4" >>"$1/constraints.txt" ;;
+  esac
   mkdir -p "$1/source"
   git ls-files -co --exclude-standard | while read -r f; do [ ! -f "$f" ] || echo "$f"; done |
     tar c -T - | tar x -C "$1/source" || return
@@ -81,7 +85,7 @@ run_tests() { # ENV ARGUMENTS..., of pytest
       # Of our own kernels alone, or long: of layers on Triton the operators are enough, and of
       # converted networks one step.
       left_out='larger_than_the_caches other_processors random_views interpreter[layers]'
-      left_out+=' test_sizes marks_select_them 20_steps_follow'
+      left_out+=' test_sizes marks_select_them 20_steps_follow travel[second] travel[third]'
       set -- -p helpers.sample -k "not ${left_out// / and not }" "$@"
     }
     "$env/env/bin/python" -m pytest -q -n logical --maxprocesses 4 --dist loadgroup "$@"

@@ -2,7 +2,9 @@
 
 import ast
 import re
+import runpy
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -52,6 +54,19 @@ def test_the_oldest_version_is_the_same_everywhere():
     for name in ("README.md", "docs/getting_started.md", "tools/setup.sh"):
         text = (ROOT / name).read_text()
         assert re.search(rf"\b{re.escape(oldest)}\b", text)
+
+
+@needs_checkout
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs tomllib: Python 3.11")
+def test_the_oldest_optional_packages_are_tested():
+    import tomllib
+
+    text = (ROOT / "pyproject.toml").read_text()
+    bounds = runpy.run_path(str(ROOT / "tools" / "oldest.py"))["oldest"](text)
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    asked = {re.split(r"[\[<>=]", r)[0] for r in extras["demo"] + extras["test"]}
+    assert asked - {"eca-fused"} == set(bounds), "a package without a lower bound"
+    assert "oldest" in rows()[0]
 
 
 def test_this_torch_is_supported():
