@@ -226,12 +226,13 @@ class ResidualTail(nn.Module):
     It computes what calling the modules computes, with their parameters, and changes their running
     statistics as they do. In training with batch norm it reads or writes maps 4 times forward and 6
     times backward, where plain PyTorch with ECA does so 11 and 18 times, and keeps for the backward
-    pass x, numbers for each plane and one bit for each element. Without statistics of the batch and
-    with ECA it does so 3 and 4 times.
+    pass x, numbers for each plane and one bit for each element; the identity too, if its norm needs
+    it, and with SiLU and GELU. Without statistics of the batch and with ECA it does so 3 and 4
+    times.
 
     The modules are called one after the other, which is slower, where one of them does more than
     its class (hooks, wrappers, quantisation, other classes), and where the maps or the device do
-    not fit. print() of the module says which way it goes.
+    not fit. print() of the module says which way its modules allow.
 
     Args:
         attention: an ECALayer, another layer of eca_fused.attention, a squeeze and excitation

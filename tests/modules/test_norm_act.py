@@ -15,6 +15,7 @@ from eca_fused.ops.backend import named
 from helpers.cases import BACKENDS, COMPILED, DEVICE, LAYOUTS, in_layout, needs_extension
 from helpers.optional import needs_timm, timm_layers, torchvision_ops
 from helpers.processes import two_processes
+from helpers.programs import called as operators_of
 from helpers.tails import assert_same_step, batch_norm, unregistered
 
 pytestmark = [pytest.mark.every_torch, pytest.mark.any_device]
@@ -448,6 +449,27 @@ def test_export_and_trace():
     torch.testing.assert_close(exported.module()(x), want)
     if named("auto") != "triton":  # which TorchScript cannot have
         torch.testing.assert_close(torch.jit.trace(module, x)(x), want)
+
+
+@pytest.mark.skipif(not BY_NATIVE, reason="needs native kernels on this device")
+@pytest.mark.parametrize("training", [True, False])
+def test_export_with_batches_of_any_size(training):
+    """The fused operators, values and running statistics."""
+    layer = ECALayer(C, backend="native")
+    module = NormActAttention(layer, batch_norm(C), "silu").train(training)
+    twin = copy.deepcopy(module)
+    sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    x = a_map(dtype=torch.float32)
+    program = torch.export.export(module, (x,), dynamic_shapes=sizes)
+    assert any("eca_fused" in str(o) for o in operators_of(program.graph_module))
+    exported = program.module()
+    with torch.no_grad():
+        for samples in (1, 2, 5):
+            given = x[:1] + torch.randn(samples, *x.shape[1:], device=x.device)
+            torch.testing.assert_close(exported(given), called(twin, given))
+    want = twin.state_dict()
+    for name, value in exported.state_dict().items():
+        torch.testing.assert_close(value, want[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_autocast():

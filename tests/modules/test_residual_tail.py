@@ -96,6 +96,39 @@ def test_values_gradients_and_statistics(name, norm, layout, no_calls):
     assert_same_step(alone, maps(layout)[0])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", ["no norm", "training", "evaluation"])
+@pytest.mark.parametrize("name", ["eca", "se"])
+def test_deterministic_algorithms(name, norm, layout, no_calls):
+    """The same bits from every run, and nothing is read that was not written."""
+    tail = ResidualTail(ATTENTIONS[name](), NORMS[norm](), NORMS[norm]())
+    given = [m.requires_grad_() for m in maps(layout, n=16, dtype=torch.float32)]
+
+    def step():
+        twin = copy.deepcopy(tail)
+        y = twin(*given)
+        gradients = torch.autograd.grad(y.square().sum(), [*given, *twin.parameters()])
+        return [y.detach(), *gradients, *twin.buffers()]
+
+    # On a GPU, the products of SE's network ask for a setting of the environment.
+    torch.use_deterministic_algorithms(True, warn_only=name == "se")
+    try:
+        first = step()
+        for _ in range(3):
+            assert all(map(torch.equal, step(), first))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@needs_timm
+@pytest.mark.parametrize("kind", ["SEModule", "EffectiveSEModule"])
+def test_attention_that_pools_the_maximum_too_is_called(kind):
+    layer = getattr(timm_layers.squeeze_excite, kind)(C, add_maxpool=True)
+    tail = ResidualTail(layer, NORMS["training"]()).double()
+    assert residual_tail.why_called(tail.parts()) == f"attention: {kind} pools the maximum too"
+    assert_same_step(tail, *maps())
+
+
 @pytest.mark.parametrize("dims", [0, 1, 3])
 def test_maps_of_other_dimensions(dims, no_calls):
     kind = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 3: nn.BatchNorm3d}[dims]

@@ -126,20 +126,25 @@ def test_transforms(name, transform):
     torch.testing.assert_close(result(tail), result(lambda *a: called(tail, *a)))
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_gradients_of_the_parameters_by_functional_call(name):
-    tail = a_tail(name, training=False).double()
+def test_gradients_of_the_parameters_by_functional_call(name, training):
+    tail = a_tail(name, training=training).double()
+    twin = copy.deepcopy(tail)
     x, identity = maps()
     given = {key: p.detach() for key, p in tail.named_parameters()}
+    buffers = dict(tail.named_buffers())
 
-    def loss(parameters):
-        return torch.func.functional_call(tail, parameters, (x, identity)).square().sum()
+    def loss(parameters, buffers):
+        state = (parameters, buffers)
+        return torch.func.functional_call(tail, state, (x, identity)).square().sum()
 
-    got = torch.func.grad(loss)(given)
-    total = called(tail, x, identity).square().sum()
-    want = torch.autograd.grad(total, list(tail.parameters()))
+    got = torch.func.grad(loss)(given, buffers)
+    total = called(twin, x, identity).square().sum()
+    want = torch.autograd.grad(total, list(twin.parameters()))
     for key, value in zip(given, want, strict=True):
         torch.testing.assert_close(got[key], value)
+    torch.testing.assert_close(buffers, dict(twin.named_buffers()))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
