@@ -268,10 +268,10 @@ struct BlockTailGradientStep {
 
   template <class T, int kDepth>
   __device__ Cursor<const uint8_t, int64_t> bits_of(const Column<T, kDepth>& column) const {
-    const int64_t first = column.sample * of.forward.problem.pixels + column.first;
-    return {pinned((mask() ? mask() : static_cast<const uint8_t*>(of.forward.x.data)) +
-                   (mask() && column.any() ? first * shape.row_bytes + column.channel / 8 : 0)),
-            int64_t(column.rows) * shape.row_bytes};
+    const int64_t row = column.sample * of.forward.problem.pixels + column.first;
+    const auto* first = static_cast<const uint8_t*>(of.forward.x.data);  // not read
+    if (mask() && column.any()) first = mask() + row * shape.row_bytes + column.channel / 8;
+    return {pinned(first), int64_t(column.rows) * shape.row_bytes};
   }
 
   // Adds the sums of some vectors from `first` on, whose dy become g. The centres are read again for
