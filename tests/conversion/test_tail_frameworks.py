@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eca_fused import convert
 from helpers.cases import needs_extension
-from helpers.programs import called as operators_of
+from helpers.programs import own_operators
 from helpers.residual_blocks import (
     Block,
     as_before,
@@ -22,6 +22,7 @@ from helpers.residual_blocks import (
     steps,
     with_downsample,
 )
+from helpers.tails import assert_same_state
 
 pytestmark = pytest.mark.every_torch
 
@@ -63,16 +64,13 @@ def test_exported_with_batches_of_any_size(training: bool, strict: bool) -> None
     plain = as_before(model).train(training)
     sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
     program = torch.export.export(model, (image(),), dynamic_shapes=sizes, strict=strict)
-    ours = {str(o).split(".")[1] for o in operators_of(program.graph_module) if "eca_" in str(o)}
-    assert ("tail_training" if training else "block_tail") in ours
+    assert ("tail_training" if training else "block_tail") in own_operators(program)
     module = program.module()
     with torch.no_grad():
         for samples in (1, 2, 5):
             x = torch.randn(samples, *image().shape[1:], dtype=torch.float64)
             torch.testing.assert_close(module(x), plain(x))
-    want = plain.state_dict()
-    for name, value in module.state_dict().items():
-        torch.testing.assert_close(value, want[name], msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_state(module, plain, exported=True)
 
 
 @needs_extension

@@ -21,6 +21,12 @@ def called(graph_module: Any) -> set[Any]:
     return {n.target for m in modules for n in m.graph.nodes if n.op == "call_function"}
 
 
+def own_operators(program: Any) -> set[str]:
+    """The names of this package's operators in an exported program."""
+    names = map(str, called(program.graph_module))
+    return {name.split(".")[1] for name in names if name.startswith("eca_fused.")}
+
+
 def onnx_session(program: Any) -> Any:
     """An inference session, once the graph is known to have standard operators alone."""
     model = program.model_proto

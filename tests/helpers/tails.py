@@ -130,6 +130,20 @@ def unregistered(bn: Any) -> None:
     bn.weight = weight
 
 
+def assert_same_state(module: nn.Module, twin: nn.Module, exported: bool = False) -> None:
+    """All parameters and buffers are those of the twin.
+
+    Args:
+        module: any module.
+        twin: another one with the same names.
+        exported: the module is a program, which may lack what it does not use.
+    """
+    found, want = module.state_dict(), twin.state_dict()
+    assert found.keys() <= want.keys() if exported else found.keys() == want.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, want[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
 def assert_same_step(
     tail: nn.Module, *maps: Tensor, twin: nn.Module | None = None, by: Any = called
 ) -> None:

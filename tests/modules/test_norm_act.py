@@ -15,8 +15,8 @@ from eca_fused.ops.backend import named
 from helpers.cases import BACKENDS, COMPILED, DEVICE, LAYOUTS, in_layout, needs_extension
 from helpers.optional import needs_timm, timm_layers, torchvision_ops
 from helpers.processes import two_processes
-from helpers.programs import called as operators_of
-from helpers.tails import assert_same_step, batch_norm, unregistered
+from helpers.programs import own_operators
+from helpers.tails import assert_same_state, assert_same_step, batch_norm, unregistered
 
 pytestmark = [pytest.mark.every_torch, pytest.mark.any_device]
 
@@ -298,10 +298,7 @@ def test_20_steps_of_training(name):
             record.append(loss.item())
     assert losses[0][-1] < losses[0][0]
     torch.testing.assert_close(losses[0], losses[1])
-    for (entry, got), (_, want) in zip(
-        nets[0].state_dict().items(), nets[1].state_dict().items(), strict=True
-    ):
-        torch.testing.assert_close(got, want, msg=lambda m, n=entry: f"{n}: {m}")
+    assert_same_state(*nets)
 
 
 # ---- modules that must be called ----
@@ -461,15 +458,13 @@ def test_export_with_batches_of_any_size(training):
     sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
     x = a_map(dtype=torch.float32)
     program = torch.export.export(module, (x,), dynamic_shapes=sizes)
-    assert any("eca_fused" in str(o) for o in operators_of(program.graph_module))
+    assert own_operators(program)
     exported = program.module()
     with torch.no_grad():
         for samples in (1, 2, 5):
             given = x[:1] + torch.randn(samples, *x.shape[1:], device=x.device)
             torch.testing.assert_close(exported(given), called(twin, given))
-    want = twin.state_dict()
-    for name, value in exported.state_dict().items():
-        torch.testing.assert_close(value, want[name], msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_state(exported, twin, exported=True)
 
 
 def test_autocast():

@@ -14,7 +14,14 @@ from eca_fused.ops import native
 from helpers.cases import COMPILED, DEVICE, LAYOUTS, in_layout, needs_extension
 from helpers.optional import needs_timm, needs_torchvision, timm_layers, torchvision_ops
 from helpers.processes import two_processes
-from helpers.tails import MODULES_OF_TAILS, assert_same_step, batch_norm, called, unregistered
+from helpers.tails import (
+    MODULES_OF_TAILS,
+    assert_same_state,
+    assert_same_step,
+    batch_norm,
+    called,
+    unregistered,
+)
 
 pytestmark = MODULES_OF_TAILS
 
@@ -259,10 +266,7 @@ def test_20_steps_of_training():
             record.append(loss.item())
     assert losses[0][-1] < losses[0][0]
     torch.testing.assert_close(losses[0], losses[1])
-    for (name, got), (_, want) in zip(
-        nets[0].state_dict().items(), nets[1].state_dict().items(), strict=True
-    ):
-        torch.testing.assert_close(got, want, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same_state(*nets)
 
 
 # ---- modules that must be called ----
@@ -450,8 +454,7 @@ def test_running_statistics_in_any_memory(change):
         for function in (tail, lambda *a: called(twin, *a)):
             function(x, identity)
             function(x, identity)
-    for key, value in tail.state_dict().items():
-        torch.testing.assert_close(value, twin.state_dict()[key], msg=lambda m, k=key: f"{k}: {m}")
+    assert_same_state(tail, twin)
 
 
 def test_autograd_sees_the_update_of_running_statistics():
